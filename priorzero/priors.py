@@ -1,0 +1,118 @@
+"""From what a language model said to a distribution over the valid actions, and from there to root logits."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+import numpy as np
+
+from priorzero.types import ActionPrior
+
+# LightZero's tree treats logits below about -1e6 as equal; e^-30 is as good as never.
+LOGIT_FLOOR = -30.0
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Normalised log-probabilities along the last axis, float64 inside, same shape."""
+    logits = np.asarray(logits, dtype=np.float64)
+    shifted = logits - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+
+
+def prior_from_scores(scores: np.ndarray, *, temperature: float) -> np.ndarray:
+    """Action log-probabilities ``[K]`` (sum or mean over tokens) as a normalised log-distribution ``[K]``, float32."""
+    return log_softmax(np.asarray(scores) / temperature).astype(np.float32)
+
+
+def uniform_prior(num_actions: int, *, version: int) -> ActionPrior:
+    """The fallback: every valid action alike."""
+    logprobs = np.full(num_actions, -np.log(num_actions), dtype=np.float32)
+    return ActionPrior(logprobs=logprobs, source="uniform", version=version)
+
+
+_MARKER = re.compile(r"^\s*(?:[-*•>]+\s*|\(?\d+\s*[.):]\s*)+")
+_ANSWER = re.compile(r"(?:^|\n)\s*(?:final\s+)?(?:answer|ranking|commands?)\s*:", re.IGNORECASE)
+
+
+def _normal_form(text: str) -> str:
+    return " ".join(re.sub(r"[^\w\s]", " ", text.casefold()).split())
+
+
+def parse_ranking(completion: str, valid_actions: Sequence[str]) -> list[int]:
+    """Positions in ``valid_actions`` of the actions that a ranked list names, best first, each at most once.
+
+    Reads one action a line, with or without numbers, bullets, quotes and comments behind a dash or colon; a single
+    line may separate actions by commas or semicolons. With several "Answer:" headings (chain of thought), the text
+    behind the last one counts. Lines that name no valid action are passed over.
+    """
+    headings = list(_ANSWER.finditer(completion))
+    text = completion[headings[-1].end() :] if headings else completion
+    by_form: dict[str, int] = {}
+    for position, action in enumerate(valid_actions):
+        by_form.setdefault(_normal_form(action), position)
+    by_form.pop("", None)
+    lines = [line for line in text.splitlines() if line.strip()]
+    if len(lines) == 1:
+        whole = _match(lines[0], by_form)
+        lines = lines if whole is not None else re.split(r"[,;]|\s(?=\d+[.)]\s)", lines[0])
+    ranking: list[int] = []
+    for line in lines:
+        position = _match(line, by_form)
+        if position is not None and position not in ranking:
+            ranking.append(position)
+    return ranking
+
+
+def _match(line: str, by_form: dict[str, int]) -> int | None:
+    """The action a line names: the whole line, or the part before a comment."""
+    bare = _MARKER.sub("", line)
+    for candidate in (line, bare, *(re.split(r"\s[-–—]\s|:|\(", bare, maxsplit=1)[:1])):
+        position = by_form.get(_normal_form(candidate))
+        if position is not None:
+            return position
+    return None
+
+
+def prior_from_ranking(ranking: Sequence[int], num_actions: int, *, temperature: float) -> np.ndarray:
+    """A ranked list as a log-distribution ``[K]``, float32: weight 1/1, 1/2, 1/3 ... by place (Zipf).
+
+    Actions that were not named share what the place behind the last one would get.
+    """
+    weights = np.full(num_actions, 1.0 / ((len(ranking) + 1) * max(1, num_actions - len(ranking))))
+    for place, position in enumerate(ranking, start=1):
+        weights[position] = 1.0 / place
+    return prior_from_scores(np.log(weights), temperature=temperature)
+
+
+def mix_root_logits(
+    policy_logits: np.ndarray, prior_logprobs: np.ndarray | None, *, combine: str, alpha: float, floor: float
+) -> np.ndarray:
+    """What the search starts from, over the valid actions.
+
+    Args:
+        policy_logits: the world model's logits of the K valid actions, ``[K]``.
+        prior_logprobs: the LLM's log-distribution over them, ``[K]``; None leaves the world model alone.
+        combine: ``"replace"`` takes the prior alone; ``"mix"`` takes ``alpha * prior + (1 - alpha) * world model``,
+            in probabilities.
+        alpha: the prior's share when mixing.
+        floor: share of uniform probability in the prior, so that no valid action is lost to the search.
+
+    Returns:
+        Root logits ``[K]``, float32: log-probabilities, at least :data:`LOGIT_FLOOR`.
+    """
+    own = log_softmax(policy_logits)
+    if prior_logprobs is None:
+        mixed = own
+    else:
+        prior = (1.0 - floor) * np.exp(prior_logprobs.astype(np.float64)) + floor / len(prior_logprobs)
+        share = 1.0 if combine == "replace" else alpha
+        with np.errstate(divide="ignore"):  # log(0) is floored below
+            mixed = np.log(share * prior + (1.0 - share) * np.exp(own))
+    return np.maximum(mixed, LOGIT_FLOOR).astype(np.float32)
+
+
+def entropy(probs: np.ndarray) -> float:
+    """Entropy in nats of a distribution ``[K]``."""
+    positive = probs[probs > 0].astype(np.float64)
+    return float(-(positive * np.log(positive)).sum())

@@ -1,0 +1,110 @@
+"""The one place that turns a game's state into the text an LLM is asked with, in collection and in training alike."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from priorzero.types import GameState, HistoryStep
+
+SYSTEM = "You are an expert player of text adventure games. You choose commands that raise the score."
+ASK_ONE = "Which command is best now? Answer with one of the commands and nothing else."
+ASK_RANKING = (
+    "Rank the {count} best commands for this moment, best first, one a line, numbered, each exactly as it is listed. "
+    "Write nothing else."
+)
+ASK_RANKING_COT = (
+    "First think in one or two sentences about what to do next. Then write a line 'Answer:' and below it the {count} best "
+    "commands, best first, one a line, numbered, each exactly as it is listed."
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt.
+
+    Attributes:
+        text: what the LLM is given, chat template and all; its answer follows directly.
+        dropped_history: past decisions left out because the prompt would have been too long.
+        over_length: the prompt is longer than allowed even without history (the observation is never cut).
+    """
+
+    text: str
+    dropped_history: int = 0
+    over_length: bool = False
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """What goes into a prompt.
+
+    Attributes:
+        mode: ``"score"`` asks for one command, ``"rank"`` for a list.
+        use_cot: ask for a thought before the list.
+        history_length: past decisions shown, the latest ones.
+        max_tokens: length limit; the oldest history is dropped first.
+        history_chars: characters of each past observation that are shown; the end is cut.
+    """
+
+    mode: str
+    use_cot: bool
+    history_length: int
+    max_tokens: int
+    history_chars: int = 300
+
+
+def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> Prompt:
+    """Render the question about one state. The same arguments give the same text.
+
+    The parts that stay the same from one step to the next come first (task, then history from old to new), so that an
+    engine can reuse what it computed for them.
+
+    Args:
+        state: the state to decide in; its ``valid_actions`` must not be empty.
+        history: earlier decisions of the episode, oldest first; the last ``history_length`` are shown.
+        style: what goes in.
+        tokenizer: gives the chat template and counts tokens.
+    """
+    shown = list(history[-style.history_length :]) if style.history_length else []
+    for dropped in range(len(shown) + 1):
+        messages = build_messages(state, shown[dropped:], style=style)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
+        if length <= style.max_tokens:
+            return Prompt(text, dropped_history=dropped)
+    return Prompt(text, dropped_history=len(shown), over_length=True)
+
+
+def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle) -> list[dict[str, str]]:
+    """The prompt as chat messages, before the model's own template."""
+    parts = []
+    if state.goal:
+        parts.append(f"Goal: {_one_line(state.goal)}")
+    if history:
+        parts.append("What happened so far:\n" + "\n".join(_history_lines(step, style.history_chars) for step in history))
+    parts.append(f"Now (score {state.score:g} of {state.max_score:g}, move {state.moves}):\n{state.raw_obs_text}")
+    parts.append("Commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
+    if style.mode == "score":
+        parts.append(ASK_ONE)
+    else:
+        ask = ASK_RANKING_COT if style.use_cot else ASK_RANKING
+        parts.append(ask.format(count=min(5, len(state.valid_actions))))
+    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def _history_lines(step: HistoryStep, chars: int) -> str:
+    observation = _one_line(step.observation)
+    if len(observation) > chars:
+        observation = observation[:chars].rstrip() + " ..."
+    earned = f" (reward {step.reward:+g})" if step.reward else ""
+    return f"{observation}\n> {step.action}{earned}"
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def ranked_list(actions: Sequence[str]) -> str:
+    """A ranked answer in the form that the prompt asks for."""
+    return "\n".join(f"{place}. {action}" for place, action in enumerate(actions, start=1))
