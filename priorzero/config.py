@@ -128,7 +128,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "llm": {
         "path": Option("Qwen/Qwen2.5-0.5B-Instruct", "language model: package:NAME, a folder or a hub id"),
-        "dtype": Option("auto", "parameters' type; auto: float32 on CPU, bfloat16 on GPU", one_of("auto", "float32", "bfloat16")),
+        "dtype": Option("auto", "type to compute in; auto: float32 on CPU, bfloat16 on GPU", one_of("auto", "float32", "bfloat16")),
         "trust_remote_code": Option(False, "run code that comes with a hub model"),
         "history_length": Option(5, "past decisions in the prompt", at_least(0)),
         "prompt_max_len": Option(2048, "tokens of prompt; the oldest history is dropped first", at_least(64)),

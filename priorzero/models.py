@@ -7,12 +7,15 @@ import importlib.util
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from loguru import logger
 
+from priorzero.completions import PromptRow, completion_logprobs, pack
 from priorzero.types import UserError
 
 PACKAGE_PREFIX = "package:"
@@ -103,8 +106,61 @@ def choose_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def load_language_model(cfg: Any, *, device: torch.device) -> tuple[Any, Any]:
-    """The LLM in eval mode, with low-rank adapters if asked for, and its tokenizer.
+@dataclass(frozen=True)
+class LanguageModel:
+    """A causal language model with its tokenizer, as the prior engine and the learner share it.
+
+    The parameters are float32 throughout: an update of 1e-6 would be lost in the rounding of bfloat16. ``compute_dtype``
+    is what the forward pass runs in.
+    """
+
+    model: Any
+    tokenizer: Any
+    compute_dtype: torch.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def autocast(self) -> torch.autocast:
+        """The context that forward passes run in."""
+        return torch.autocast(
+            self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
+        )
+
+    def row(self, context: str, answers: Sequence[str], *, end_of_turn: bool) -> PromptRow:
+        """Token ids of a context and its possible answers, each with the end-of-turn token if asked for.
+
+        Raises:
+            ValueError: the row does not fit into the model.
+        """
+        end = [self.tokenizer.eos_token_id] if end_of_turn else []
+        prompt_ids = self.tokenizer(context, add_special_tokens=False)["input_ids"]
+        completions = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] + end for answer in answers]
+        self.check_length(len(prompt_ids) + max(map(len, completions)))
+        return PromptRow(prompt_ids, completions)
+
+    def check_length(self, length: int) -> None:
+        """Raises ValueError if a sequence of ``length`` tokens does not fit into the model."""
+        limit = getattr(self.model.config, "max_position_embeddings", None)
+        if limit is not None and length > limit:
+            raise ValueError(f"{length} tokens do not fit into a model of {limit} positions")
+
+    def token_logprobs(self, rows: Sequence[PromptRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token log-probabilities ``[R, T]`` of all completions of ``rows``, and their ``completion_mask``."""
+        batch = pack(rows, dtype=self.compute_dtype, device=self.device)
+        with self.autocast():
+            return completion_logprobs(self.model, batch), batch.completion_mask
+
+    def trainable_parameters(self) -> list[torch.nn.Parameter]:
+        """All parameters, or the adapters' if there are any."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
+    """The LLM and its tokenizer, with low-rank adapters if asked for.
+
+    It stays in eval mode, in learning too: what is learned from is what was computed when the action was chosen.
 
     Args:
         cfg: the ``llm`` group of the settings.
@@ -116,12 +172,10 @@ def load_language_model(cfg: Any, *, device: torch.device) -> tuple[Any, Any]:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = resolve_model(cfg.path, setting="llm.path")
-    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
-    dtype = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, attn_implementation="sdpa", trust_remote_code=cfg.trust_remote_code
+            name, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=cfg.trust_remote_code
         )
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -134,7 +188,9 @@ def load_language_model(cfg: Any, *, device: torch.device) -> tuple[Any, Any]:
     model.to(device).eval()
     if cfg.use_lora:
         model = _with_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha)
-    return model, tokenizer
+    auto = torch.float32 if device.type == "cpu" else torch.bfloat16
+    compute_dtype = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
+    return LanguageModel(model, tokenizer, compute_dtype)
 
 
 def _with_lora(model: Any, *, r: int, alpha: int) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,24 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def ranked_list(actions: Sequence[str]) -> str:
-    """A ranked answer in the form that the prompt asks for."""
-    return "\n".join(f"{place}. {action}" for place, action in enumerate(actions, start=1))
+
+_THOUGHT_END = re.compile(r"(?:^|\n)\s*answer\s*:[ \t]*\n?", re.IGNORECASE)
+
+
+def learning_context(prompt: str, completion: str | None, *, style: PromptStyle) -> str | None:
+    """The text after which the LLM is taught to name an action.
+
+    That is the prompt itself; with chain of thought it is the prompt and the thought that was written for it, up to and
+    including the "Answer:" line. None if there is no such line: then there is nothing to learn the answer after.
+    """
+    if not style.use_cot:
+        return prompt
+    ends = list(_THOUGHT_END.finditer(completion or ""))
+    if not ends:
+        return None
+    return prompt + (completion or "")[: ends[-1].end()].rstrip("\n") + "\n"
+
+
+def answer_text(action: str, *, style: PromptStyle) -> str:
+    """How an answer that puts ``action`` first begins; in ``score`` mode that is the whole answer."""
+    return action if style.mode == "score" else f"1. {action}\n"

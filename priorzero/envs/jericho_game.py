@@ -131,9 +131,11 @@ class JerichoGame:
 
 
 def _digest(state: tuple[Any, ...]) -> bytes:
+    """A key for everything in ``FrotzEnv.get_state()`` that decides how the game goes on."""
     ram, stack, *registers = state
+    stack_pointer = registers[1]  # in words; the stack grows downwards, and below the pointer lie left-overs
     digest = hashlib.blake2b(ram, digest_size=16)
-    digest.update(stack)
+    digest.update(stack[2 * stack_pointer :])
     digest.update(repr(registers).encode())
     return digest.digest()
 

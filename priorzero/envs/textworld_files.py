@@ -13,6 +13,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -58,17 +59,17 @@ CHALLENGES: dict[str, dict[str, Parameter]] = {
     "treasure-hunter": {"level": Parameter(1, range(1, 31))},
     "cooking": {
         "recipe": Parameter(1, range(1, 21)),
-        "take": Parameter(0, range(0, 21)),
+        "take": Parameter(0, range(21)),
         "go": Parameter(1, (1, 6, 9, 12)),
         "open": Parameter(False),
         "cook": Parameter(False),
         "cut": Parameter(False),
         "drop": Parameter(False),
-        "recipe_seed": Parameter(0, range(0, 2**32)),
+        "recipe_seed": Parameter(0, range(2**32)),
         "split": Parameter("all", ("all", "train", "valid", "test")),
     },
 }
-_SEED = Parameter(0, range(0, 2**32))
+_SEED = Parameter(0, range(2**32))
 _EXAMPLE = "textworld:simple?seed=7&rewards=dense&goal=detailed"
 
 
@@ -219,6 +220,6 @@ def _is_complete(story: Path) -> bool:
     return all(file.is_file() and file.stat().st_size > 0 for file in (story, story.with_suffix(".json")))
 
 
-def _nearest(name: str, known: dict[str, object] | dict[str, dict[str, Parameter]] | dict[str, Parameter]) -> str:
+def _nearest(name: str, known: Iterable[str]) -> str:
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""

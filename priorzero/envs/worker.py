@@ -78,7 +78,7 @@ class GameWorker:
         recipe = pickle.dumps((self._make, self._arguments))
         self._connection, theirs = Pipe(duplex=True)
         with theirs:
-            self._process = subprocess.Popen(
+            self._process = subprocess.Popen(  # noqa: ASYNC220 - returns within milliseconds
                 python_command("priorzero.envs.worker:serve", str(theirs.fileno()), str(os.getpid())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -221,7 +221,7 @@ def serve(descriptor: str, parent: str) -> None:
             reply = ("ok", answer)
         except UserError as error:
             reply = ("user error", str(error))
-        except Exception as error:  # sent to the parent, which raises it
+        except Exception as error:  # noqa: BLE001 - sent to the parent, which raises it
             reply = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         try:
             connection.send(reply)

@@ -1,0 +1,136 @@
+"""Replay of game segments: one sampling pass for both models, priorities that come back, eviction that counts right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from priorzero.lightzero import quiet
+from priorzero.segment import PriorZeroGameSegment
+from priorzero.types import StepRecord
+
+with quiet():
+    from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
+
+
+@dataclass(frozen=True)
+class SampledSegments:
+    """Where the sequences of a batch begin.
+
+    Attributes:
+        segments: the segment of each sequence, ``B`` of them.
+        positions: index in the segment's records at which each sequence begins, ``[B]``.
+    """
+
+    segments: list[PriorZeroGameSegment]
+    positions: np.ndarray
+
+    def records(self) -> list[StepRecord]:
+        """The first decision of each sequence."""
+        return [segment.records[t] for segment, t in zip(self.segments, self.positions, strict=True)]
+
+    def returns(self) -> np.ndarray:
+        """The return of each of these decisions, ``[B]``."""
+        return np.array([segment.returns[t] for segment, t in zip(self.segments, self.positions, strict=True)])
+
+
+class PriorZeroGameBuffer(UniZeroGameBuffer):
+    """LightZero's UniZero buffer with step records beside the arrays.
+
+    ``sample`` returns ``[current_batch, target_batch, game_segments]``: LightZero's two lists and a
+    :class:`SampledSegments` from the very same draw. Mended here, each with a test: sampling never lands in padding;
+    priorities are proportional and come back through :meth:`update_priority`; evicting a segment drops as many
+    look-ups as it brought; visit targets are read by position.
+
+    Args:
+        config: LightZero's policy configuration.
+        rng: draws the samples.
+    """
+
+    def __init__(self, config: Any, *, rng: np.random.Generator) -> None:
+        super().__init__(config)
+        self._rng = rng
+        self._sampled: SampledSegments | None = None
+        self.game_pos_priorities = np.zeros(0, dtype=np.float64)
+        self.num_evicted = 0
+
+    def push(self, segments: Sequence[PriorZeroGameSegment]) -> None:
+        """Store segments, give their decisions the highest priority so far, and evict the oldest beyond the limit."""
+        for segment in segments:
+            top = self.game_pos_priorities.max() if len(self.game_pos_priorities) else 1.0
+            number = self.base_idx + len(self.game_segment_buffer)
+            self.game_segment_buffer.append(segment)
+            self.game_segment_game_pos_look_up += [(number, t) for t in range(len(segment.records))]
+            self.game_pos_priorities = np.append(self.game_pos_priorities, np.full(len(segment.records), top))
+        excess, size = 0, self.get_num_of_transitions()
+        while size > self.replay_buffer_size:
+            size -= len(self.game_segment_buffer[excess].records)
+            excess += 1
+        if excess:
+            self._remove(excess)
+
+    def _remove(self, excess_game_segment_index: int) -> None:
+        gone = sum(len(segment.records) for segment in self.game_segment_buffer[:excess_game_segment_index])
+        del self.game_segment_buffer[:excess_game_segment_index]
+        del self.game_segment_game_pos_look_up[:gone]
+        self.game_pos_priorities = self.game_pos_priorities[gone:]
+        self.base_idx += excess_game_segment_index
+        self.num_evicted += gone
+
+    def sample(self, batch_size: int, policy: Any) -> list[Any]:
+        """Draw sequences without replacement.
+
+        Args:
+            batch_size: ``B``.
+            policy: gives the target model for the value targets.
+
+        Raises:
+            ValueError: fewer decisions are stored than asked for.
+        """
+        if batch_size > self.get_num_of_transitions():
+            raise ValueError(f"{batch_size} sequences asked for, {self.get_num_of_transitions()} decisions stored")
+        current_batch, target_batch = super().sample(batch_size, policy)
+        assert self._sampled is not None
+        return [current_batch, target_batch, self._sampled]
+
+    def _sample_orig_data(self, batch_size: int) -> tuple[Any, ...]:
+        priorities = self.game_pos_priorities
+        if not self._cfg.use_priority:
+            priorities = np.ones_like(priorities)
+        probs = priorities**self._alpha
+        probs /= probs.sum()
+        index = self._rng.choice(len(probs), batch_size, p=probs, replace=False)
+        # Schaul et al. 2016, eq. 1 and section 3.4: P(i) = p_i^alpha / sum, w_i = (N P(i))^-beta / max w.
+        is_weights = (len(probs) * probs[index]) ** -self._beta
+        is_weights /= is_weights.max()
+        where = [self.game_segment_game_pos_look_up[i] for i in index]
+        segments = [self.game_segment_buffer[number - self.base_idx] for number, _ in where]
+        positions = np.array([t for _, t in where])
+        self._sampled = SampledSegments(segments, positions)
+        # Absolute numbers, so that priorities find their decisions after an eviction.
+        return segments, positions, index + self.num_evicted, is_weights, np.zeros(batch_size)
+
+    def update_priority(self, train_data: list[Any], batch_priorities: np.ndarray) -> None:
+        """Give the sampled decisions new priorities.
+
+        Args:
+            train_data: what :meth:`sample` returned.
+            batch_priorities: ``[B]``, positive. Decisions evicted since are passed over.
+        """
+        index = np.asarray(train_data[0][4]) - self.num_evicted
+        present = index >= 0
+        self.game_pos_priorities[index[present]] = np.asarray(batch_priorities)[present]
+
+    def _compute_target_policy_non_reanalyzed(self, policy_non_re_context: Any, policy_shape: int | None) -> np.ndarray:
+        """Visit shares ``[B, U+1, A]``; zeros (no loss) beyond the end of the episode."""
+        positions, child_visits = policy_non_re_context[0], policy_non_re_context[1]
+        steps = self._cfg.num_unroll_steps + 1
+        targets = np.zeros((len(positions), steps, policy_shape or 0), dtype=np.float32)
+        for row, (t, visits) in enumerate(zip(positions, child_visits, strict=True)):
+            known = visits[t : t + steps]
+            targets[row, : len(known)] = known
+        return targets
+

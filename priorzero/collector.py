@@ -1,0 +1,170 @@
+"""Plays games with exploration and turns what happened into game segments."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from loguru import logger
+
+from priorzero.engines.in_process import agreement
+from priorzero.player import Decision, Lane, Player
+from priorzero.priors import entropy
+from priorzero.segment import PriorZeroGameSegment, SegmentWriter
+from priorzero.types import GameState, GameWorkerError, StepRecord
+
+
+@dataclass(frozen=True)
+class Episode:
+    """A finished episode."""
+
+    total_reward: float
+    steps: int
+    won: bool
+
+
+@dataclass
+class Collected:
+    """What one call of :meth:`Collector.collect` brought in."""
+
+    segments: list[PriorZeroGameSegment] = field(default_factory=list)
+    episodes: list[Episode] = field(default_factory=list)
+    env_steps: int = 0
+    visit_entropies: list[float] = field(default_factory=list)
+    prior_entropies: list[float] = field(default_factory=list)
+    agreements: list[bool] = field(default_factory=list)
+    dropped_history: int = 0
+    over_length_prompts: int = 0
+
+
+class Collector:
+    """Plays ``collector_env_num`` games side by side, one decision each at a time.
+
+    A game that hangs or crashes loses the decision it was busy with and begins a new episode; both are counted.
+
+    Args:
+        workers: the games.
+        player: makes the decisions.
+        config: LightZero's policy configuration, for the segments.
+        seed: what the lanes' random numbers come from.
+    """
+
+    def __init__(self, workers: Sequence[Any], *, player: Player, config: Any, seed: np.random.SeedSequence) -> None:
+        self._workers = workers
+        self._player = player
+        self._rngs = [np.random.default_rng(child) for child in seed.spawn(len(workers))]
+        self._writers = [SegmentWriter(config) for _ in workers]
+        self._lanes: list[Lane | None] = [None] * len(workers)
+        self._episode_numbers = [0] * len(workers)
+        self._next_episode = 0
+        self.env_steps = 0
+        self.num_game_failures = 0
+        self.recent_returns: deque[float] = deque(maxlen=20)
+
+    async def collect(self, num_steps: int) -> Collected:
+        """Take at least ``num_steps`` environment steps, all games together."""
+        collected = Collected()
+        while collected.env_steps < num_steps:
+            await asyncio.gather(*(self._begin(e) for e, lane in enumerate(self._lanes) if lane is None))
+            lanes = [lane for lane in self._lanes if lane is not None]
+            decisions = await self._player.decide(lanes, explore=True)
+            outcomes = await asyncio.gather(
+                *(worker.step(d.action_text) for worker, d in zip(self._workers, decisions, strict=True)),
+                return_exceptions=True,
+            )
+            for e, (decision, outcome) in enumerate(zip(decisions, outcomes, strict=True)):
+                if isinstance(outcome, GameWorkerError):
+                    self._abandon(e, decision, outcome, collected)
+                elif isinstance(outcome, BaseException):
+                    raise outcome
+                else:
+                    self._record(e, decision, *outcome, collected)
+        self.env_steps += collected.env_steps
+        return collected
+
+    async def _begin(self, e: int) -> None:
+        try:
+            state = await self._workers[e].reset()
+        except GameWorkerError as error:  # once more with a fresh process; a second failure ends the run
+            self.num_game_failures += 1
+            logger.warning(f"game {e} could not begin ({error}); trying once more with a fresh process")
+            await self._workers[e].restart()
+            state = await self._workers[e].reset()
+        self._lanes[e] = self._player.new_lane(state, self._rngs[e])
+        self._episode_numbers[e] = self._next_episode
+        self._next_episode += 1
+
+    def _record(self, e: int, decision: Decision, state: GameState, reward: float, collected: Collected) -> None:
+        lane = self._lanes[e]
+        assert lane is not None and decision.result is not None
+        record = StepRecord(
+            state=decision.state,
+            features=lane.features[-1],
+            action_indices=decision.action_indices,
+            prompt=decision.prompt.text if decision.prompt is not None else "",
+            prior=decision.prior,
+            visit_counts=decision.result.visit_counts,
+            root_value=decision.result.root_value,
+            predicted_value=decision.result.predicted_value,
+            chosen=decision.chosen,
+            reward=reward,
+            done=state.done,
+            episode=self._episode_numbers[e],
+            step=len(lane.history),
+        )
+        features = self._player.encoder.features([state])[0]
+        lane.advance(
+            action_text=record.action_text,
+            action_index=record.action_index,
+            reward=reward,
+            state=state,
+            features=features,
+        )
+        collected.segments += self._writers[e].add(record, next_features=features)
+        collected.env_steps += 1
+        self._observe(decision, record, collected)
+        if state.done:
+            collected.episodes.append(Episode(lane.total_reward, len(lane.history), state.won))
+            self.recent_returns.append(lane.total_reward)
+            self._lanes[e] = None
+
+    def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:
+        collected.visit_entropies.append(entropy(record.visit_probs()))
+        if decision.prior is None or decision.prompt is None:
+            return
+        collected.prior_entropies.append(entropy(np.exp(decision.prior.logprobs)))
+        collected.agreements.append(agreement(decision.prior, record.visit_counts))
+        collected.dropped_history += decision.prompt.dropped_history
+        collected.over_length_prompts += decision.prompt.over_length
+
+    def _abandon(self, e: int, decision: Decision, error: GameWorkerError, collected: Collected) -> None:
+        lane = self._lanes[e]
+        assert lane is not None
+        self.num_game_failures += 1
+        logger.warning(f"game {e} failed at {decision.action_text!r} ({error}); its episode is cut here")
+        collected.segments += self._writers[e].flush(final_features=lane.features[-1])
+        collected.env_steps += 1  # spent, though nothing came of it
+        self._lanes[e] = None
+
+    def scalars(self, collected: Collected) -> dict[str, float]:
+        """Metrics of one call of :meth:`collect`; means over its decisions."""
+        scalars = {
+            "collector_iter/visit_entropy_mean": float(np.mean(collected.visit_entropies or [0.0])),
+            "collector_iter/env_steps": float(self.env_steps),
+            "collector_iter/game_failures": float(self.num_game_failures),
+            "collector_iter/action_overflows": float(self._player.indexer.num_overflows),
+            "collector_iter/actions_known": float(self._player.indexer.num_used),
+        }
+        if self.recent_returns:
+            scalars["collector_iter/reward_mean"] = float(np.mean(self.recent_returns))
+            scalars["collector_iter/reward_max"] = float(np.max(self.recent_returns))
+        if collected.prior_entropies:
+            scalars["prior/entropy_mean"] = float(np.mean(collected.prior_entropies))
+            scalars["prior/agreement"] = float(np.mean(collected.agreements))
+            scalars["prior/dropped_history"] = float(collected.dropped_history)
+            scalars["prior/over_length_prompts"] = float(collected.over_length_prompts)
+        return scalars

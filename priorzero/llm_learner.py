@@ -1,0 +1,137 @@
+"""Fine-tuning of the language model on decisions: SFT on visit counts and RFT on rewards, in micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from priorzero.completions import PromptRow
+from priorzero.losses import gradient_norm, normalised_advantages, rft_loss, sft_loss
+from priorzero.models import LanguageModel
+from priorzero.prompts import PromptStyle, answer_text, learning_context
+from priorzero.types import StepRecord
+
+
+@dataclass(frozen=True)
+class LLMSample:
+    """One decision as the language model learns from it. All lists are over the C actions that take part.
+
+    Attributes:
+        row: token ids of the context and of the C answers.
+        target_probs: share of the visits of each answer's action, ``[C]``, sums to one.
+        played: index of the answer whose action was played.
+        advantage: of the played action.
+    """
+
+    row: PromptRow
+    target_probs: np.ndarray
+    played: int
+    advantage: float
+
+
+def choose_answers(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarray]:
+    """Which actions of a decision the LLM learns from.
+
+    Args:
+        record: the decision.
+        top: at most this many of the visited actions, the most visited ones.
+
+    Returns:
+        Positions in the valid actions, the played one always among them, and their shares of the visits: renormalised
+        over the top, zero for a played action that is not among them.
+    """
+    counts = record.visit_counts
+    order = np.argsort(-counts, kind="stable")[:top]
+    positions = [int(k) for k in order if counts[k] > 0]
+    probs = counts[positions] / counts[positions].sum()
+    if record.chosen not in positions:
+        positions.append(record.chosen)
+        probs = np.append(probs, 0.0)
+    return positions, probs.astype(np.float32)
+
+
+class LLMLearner:
+    """One optimiser step a call, with the gradient of the whole batch whatever the micro-batch.
+
+    Args:
+        llm: the language model, shared with the prior engine.
+        cfg: the ``llm`` group of the settings.
+        style: how answers are written.
+    """
+
+    def __init__(self, llm: LanguageModel, cfg: Any, *, style: PromptStyle) -> None:
+        self.llm = llm
+        self.cfg = cfg
+        self.style = style
+        # No weight decay: a batch that teaches nothing must move nothing.
+        self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
+
+    def samples(
+        self, records: Sequence[StepRecord], returns: np.ndarray
+    ) -> tuple[list[LLMSample], int]:
+        """Turn decisions into samples.
+
+        Args:
+            records: the decisions.
+            returns: their discounted returns, ``[n]``.
+
+        Returns:
+            The samples, and how many decisions had nothing to teach (no prompt, no thought to answer after, or too
+            long for the model).
+        """
+        values = np.array([record.predicted_value for record in records])
+        baselines = values if self.cfg.rft_baseline == "value" else np.zeros_like(values)
+        advantages = normalised_advantages(returns, baselines)
+        samples = []
+        for record, advantage in zip(records, advantages, strict=True):
+            completion = record.prior.completion if record.prior is not None else None
+            context = learning_context(record.prompt, completion, style=self.style) if record.prompt else None
+            if context is None:
+                continue
+            positions, probs = choose_answers(record, top=self.cfg.sft_top_actions)
+            answers = [answer_text(record.state.valid_actions[k], style=self.style) for k in positions]
+            try:
+                row = self.llm.row(context, answers, end_of_turn=self.style.mode == "score")
+            except ValueError:
+                continue
+            samples.append(LLMSample(row, probs, positions.index(record.chosen), float(advantage)))
+        return samples, len(records) - len(samples)
+
+    def learn(self, samples: Sequence[LLMSample]) -> dict[str, float]:
+        """One optimiser step on at least one sample.
+
+        The losses are means over tokens; ``llm_loss_weight`` and ``rft_loss_weight`` scale their gradients.
+
+        Returns:
+            ``sft_loss`` and ``rft_loss`` (unweighted), ``loss`` (weighted sum) and ``grad_norm`` (before clipping).
+        """
+        cfg = self.cfg
+        sft_weight = cfg.llm_loss_weight if cfg.enable_sft else 0.0
+        rft_weight = cfg.rft_loss_weight if cfg.enable_rft else 0.0
+        # Totals first: every micro-batch is divided by the tokens of the whole batch.
+        sft_tokens = sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples)
+        rft_tokens = sum(len(s.row.completions[s.played]) for s in samples)
+        sft_total = rft_total = 0.0
+        self.optimizer.zero_grad(set_to_none=True)
+        for start in range(0, len(samples), cfg.micro_batch_size):
+            micro = samples[start : start + cfg.micro_batch_size]
+            logprobs, mask = self.llm.token_logprobs([s.row for s in micro])  # (R, T)
+            target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro]).to(logprobs.device)  # (R,)
+            sft_sum, _ = sft_loss(logprobs, mask, target_probs)
+            firsts = np.cumsum([0, *(len(s.row.completions) for s in micro[:-1])])
+            played = torch.as_tensor(firsts + [s.played for s in micro], device=logprobs.device)  # (M,)
+            advantages = torch.tensor([s.advantage for s in micro], device=logprobs.device)
+            rft_sum, _ = rft_loss(logprobs[played], mask[played], advantages)
+            loss = sft_weight * sft_sum / sft_tokens + rft_weight * rft_sum / rft_tokens
+            loss.backward()
+            sft_total += sft_sum.item()
+            rft_total += rft_sum.item()
+        norm = gradient_norm(self.llm.trainable_parameters(), max_norm=cfg.grad_clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        sft, rft = sft_total / sft_tokens, rft_total / rft_tokens
+        return {"sft_loss": sft, "rft_loss": rft, "loss": sft_weight * sft + rft_weight * rft, "grad_norm": norm}

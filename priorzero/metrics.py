@@ -1,0 +1,142 @@
+"""What a run tells: TensorBoard scalars, log files, a progress line on the terminal, a summary at the end."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from loguru import logger
+
+
+class MetricsWriter:
+    """Writes scalars for TensorBoard and keeps the last value of each.
+
+    A value that is not finite is not written; it is counted and logged, so that a chart never hides it.
+
+    Args:
+        folder: where the event file goes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX import SummaryWriter
+
+        self._writer = SummaryWriter(str(folder))
+        self.last: dict[str, float] = {}
+        self.num_not_finite = 0
+
+    def write(self, scalars: Mapping[str, float], *, step: int) -> None:
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                self.num_not_finite += 1
+                logger.error(f"{name} is {value} at step {step}")
+                continue
+            self.last[name] = float(value)
+            self._writer.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+def open_logs(folder: Path, *, terminal: TextIO | None = None) -> None:
+    """Send the log to ``folder/run.log`` and, shorter, to the terminal.
+
+    Messages bound to ``topic="prior"`` or ``topic="segments"`` go to files of their own as well.
+    """
+    terminal = terminal or sys.stderr
+    logger.remove()
+    logger.add(
+        terminal, level="INFO", format="{time:HH:mm:ss} {level: <7} {message}", filter=lambda r: "topic" not in r["extra"]
+    )
+    logger.add(folder / "run.log", level="DEBUG", rotation="50 MB", format="{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}")
+    for topic, name in (("prior", "llm_prior.log"), ("segments", "segments.log")):
+        logger.add(
+            folder / name,
+            level="DEBUG",
+            rotation="50 MB",
+            format="{time:YYYY-MM-DD HH:mm:ss.SSS} {message}",
+            filter=lambda r, topic=topic: r["extra"].get("topic") == topic,
+        )
+
+
+class Progress:
+    """One line that says how far a run is: rewritten in place on a terminal, a log line otherwise.
+
+    Args:
+        max_iter: iterations in all.
+        max_env_step: environment steps in all; the run ends at whichever comes first.
+        every: iterations between lines.
+    """
+
+    def __init__(self, *, max_iter: int, max_env_step: int, every: int, terminal: TextIO | None = None) -> None:
+        self._terminal = terminal or sys.stderr
+        self._in_place = self._terminal.isatty()
+        self._max_iter = max_iter
+        self._max_env_step = max_env_step
+        self._every = every
+        self._started = time.monotonic()
+
+    def show(self, *, iteration: int, env_step: int, episode_return: float | None, loss: float | None) -> None:
+        """
+        Args:
+            iteration: iterations done.
+            env_step: environment steps done.
+            episode_return: mean return of the latest episodes, None before the first ends.
+            loss: the latest total loss, None before the first update.
+        """
+        if iteration % self._every and iteration != self._max_iter:
+            return
+        elapsed = time.monotonic() - self._started
+        share = max(iteration / self._max_iter, env_step / self._max_env_step)
+        left = elapsed / share - elapsed if share > 0 else math.inf
+        line = (
+            f"iteration {iteration}/{self._max_iter}  env steps {env_step}  "
+            f"return {'-' if episode_return is None else f'{episode_return:.2f}'}  "
+            f"loss {'-' if loss is None else f'{loss:.3f}'}  "
+            f"{env_step / elapsed:.2f} steps/s  left {_duration(left)}"
+        )
+        if self._in_place:
+            self._terminal.write(f"\r\x1b[2K{line}")
+            self._terminal.flush()
+        else:
+            logger.info(line)
+
+    def end(self) -> None:
+        if self._in_place:
+            self._terminal.write("\n")
+
+
+def _duration(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"
+
+
+def table(rows: Mapping[str, Any]) -> str:
+    """Two aligned columns."""
+    width = max(map(len, rows))
+    return "\n".join(f"  {name:<{width}}  {value}" for name, value in rows.items())
+
+
+def fingerprint(parameters: Mapping[str, Any]) -> dict[str, float]:
+    """A number a tensor that changes when the tensor does: its sum weighted by place, in float64.
+
+    Args:
+        parameters: name to floating-point tensor.
+    """
+    prints = {}
+    for name, tensor in parameters.items():
+        flat = tensor.detach().double().cpu().numpy().ravel()
+        prints[name] = float(flat @ (1.0 + np.arange(flat.size) % 97))
+    return prints
+
+
+def count_moved(before: Mapping[str, float], after: Mapping[str, float]) -> int:
+    """How many tensors differ between two fingerprints."""
+    return sum(before[name] != after[name] for name in before)

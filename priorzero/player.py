@@ -1,0 +1,171 @@
+"""How a decision is made: prompt, prior, search. Collection and evaluation both play through this."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from priorzero.engines import RobustPrior
+from priorzero.policy import PriorZeroPolicy
+from priorzero.prompts import Prompt, PromptStyle, render_prompt
+from priorzero.search import Root, SearchResult
+from priorzero.text_encoder import TextEncoder
+from priorzero.types import ActionPrior, GameState, HistoryStep, PriorRequest
+from priorzero.vocabulary import ActionIndexer
+
+
+@dataclass
+class Lane:
+    """One game being played: its state now and what the next decision needs to know of the past.
+
+    Attributes:
+        state: what the game shows.
+        features: features of the latest observations, this one last.
+        actions: indices of the actions between them.
+        history: all earlier decisions of the episode.
+        rng: draws this lane's noise and actions, so that lanes do not disturb one another.
+    """
+
+    state: GameState
+    features: deque[np.ndarray]
+    actions: deque[int]
+    rng: np.random.Generator
+    history: list[HistoryStep] = field(default_factory=list)
+    total_reward: float = 0.0
+
+    def advance(self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray) -> None:
+        """Take note of what an action led to."""
+        self.history.append(HistoryStep(self.state.raw_obs_text, action_text, reward))
+        self.actions.append(action_index)
+        self.features.append(features)
+        self.total_reward += reward
+        self.state = state
+
+
+@dataclass(frozen=True)
+class Decision:
+    """A decision before the game has answered.
+
+    Attributes:
+        state: the state it was made in, with the valid actions that were considered.
+        action_indices: ``[K]``.
+        prompt: None when no LLM took part.
+        prior: None when no LLM took part.
+        result: None when no search took part.
+        chosen: position of the action in the valid actions.
+    """
+
+    state: GameState
+    action_indices: np.ndarray
+    prompt: Prompt | None
+    prior: ActionPrior | None
+    result: SearchResult | None
+    chosen: int
+
+    @property
+    def action_text(self) -> str:
+        return self.state.valid_actions[self.chosen]
+
+
+class Player:
+    """Makes decisions for lanes.
+
+    Args:
+        settings: all settings.
+        policy: searches.
+        encoder: makes features.
+        indexer: numbers the actions.
+        prior: asks the LLM; None for plain UniZero.
+        style: of the prompt.
+        tokenizer: the LLM's; None without one.
+    """
+
+    def __init__(
+        self,
+        settings: Any,
+        *,
+        policy: PriorZeroPolicy,
+        encoder: TextEncoder,
+        indexer: ActionIndexer,
+        prior: RobustPrior | None,
+        style: PromptStyle,
+        tokenizer: Any,
+    ) -> None:
+        self.settings = settings
+        self.policy = policy
+        self.encoder = encoder
+        self.indexer = indexer
+        self.prior = prior
+        self.style = style
+        self.tokenizer = tokenizer
+
+    def new_lane(self, state: GameState, rng: np.random.Generator) -> Lane:
+        """A lane at the beginning of an episode."""
+        observations = self.settings.world_model.context_length // 2
+        features = deque([self.encoder.features([state])[0]], maxlen=observations)
+        return Lane(state=state, features=features, actions=deque(maxlen=observations - 1), rng=rng)
+
+    async def decide(
+        self, lanes: Sequence[Lane], *, explore: bool, use_prior: bool = True, use_search: bool = True
+    ) -> list[Decision]:
+        """One decision a lane.
+
+        Args:
+            lanes: none of them at the end of an episode.
+            explore: add noise and draw from the visits (collection); otherwise take the best (evaluation), which
+                depends on the parameters and the lane's past alone.
+            use_prior: let the LLM take part, if there is one.
+            use_search: search; otherwise the prior alone decides.
+        """
+        states = [dataclasses.replace(lane.state, valid_actions=self.indexer.keep(lane.state.valid_actions)) for lane in lanes]
+        indices = [self.indexer.indices(state.valid_actions) for state in states]
+        prompts: list[Prompt | None] = [None] * len(lanes)
+        priors: list[ActionPrior | None] = [None] * len(lanes)
+        if use_prior and self.prior is not None:
+            rendered = [
+                render_prompt(state, lane.history, style=self.style, tokenizer=self.tokenizer)
+                for state, lane in zip(states, lanes, strict=True)
+            ]
+            requests = [PriorRequest(p.text, s.valid_actions) for p, s in zip(rendered, states, strict=True)]
+            prompts, priors = list(rendered), list(await self.prior.priors(requests))
+        results: Sequence[SearchResult | None] = [None] * len(lanes)
+        if use_search:
+            roots = [self._root(*parts, explore=explore) for parts in zip(lanes, indices, priors, strict=True)]
+            results = self.policy.search(roots, num_actions=self.indexer.num_used)
+        return [
+            Decision(state, index, prompt, prior, result, self._choose(lane, prior, result, explore=explore))
+            for lane, state, index, prompt, prior, result in zip(
+                lanes, states, indices, prompts, priors, results, strict=True
+            )
+        ]
+
+    def _root(self, lane: Lane, indices: np.ndarray, prior: ActionPrior | None, *, explore: bool) -> Root:
+        noise, seed = None, 0
+        if explore:
+            alpha = self.settings.search.root_dirichlet_alpha
+            noise = lane.rng.dirichlet(np.full(len(indices), alpha))
+            seed = int(lane.rng.integers(2**31))
+        return Root(
+            features=np.stack(lane.features),
+            actions=np.array(lane.actions, dtype=np.int64),
+            legal=indices,
+            prior_logprobs=prior.logprobs if prior is not None else None,
+            noise=noise,
+            seed=seed,
+        )
+
+    def _choose(
+        self, lane: Lane, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool
+    ) -> int:
+        if result is None:
+            assert prior is not None
+            return int(prior.logprobs.argmax())
+        if not explore:
+            return int(result.visit_counts.argmax())
+        weights = result.visit_counts.astype(np.float64) ** (1.0 / self.settings.search.temperature)
+        return int(lane.rng.choice(len(weights), p=weights / weights.sum()))

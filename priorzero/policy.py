@@ -1,0 +1,155 @@
+"""The dual-model policy: UniZero's world model and the language model, searched with and trained together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from easydict import EasyDict
+
+from priorzero.buffer import SampledSegments
+from priorzero.lightzero import quiet, unizero_config
+from priorzero.llm_learner import LLMLearner
+from priorzero.models import LanguageModel
+from priorzero.prompts import PromptStyle
+from priorzero.search import Root, SearchResult, WorldModelInference, search
+
+with quiet():
+    from ding.utils import POLICY_REGISTRY
+    from lzero.policy.unizero import UniZeroPolicy
+
+
+def prompt_style(settings: Any) -> PromptStyle:
+    """The prompt settings, as the renderer, the engine and the learner share them."""
+    return PromptStyle(
+        mode=settings.prior.mode,
+        use_cot=settings.prior.use_cot,
+        history_length=settings.llm.history_length,
+        max_tokens=settings.llm.prompt_max_len,
+    )
+
+
+@POLICY_REGISTRY.register("priorzero")
+class PriorZeroPolicy(UniZeroPolicy):
+    """UniZero's policy with an LLM in the root and a learning step for both models.
+
+    Args:
+        settings: all settings, ``settings.group.key``.
+        feature_size: ``F``.
+        device: ``"cpu"`` or ``"cuda"``.
+        llm: the language model; None for plain UniZero.
+    """
+
+    def __init__(self, settings: Any, *, feature_size: int, device: str, llm: LanguageModel | None) -> None:
+        with quiet():
+            super().__init__(unizero_config(settings, feature_size=feature_size, device=device))
+        self.search_cfg = EasyDict(
+            {**settings.search, "combine": settings.prior.combine, "alpha": settings.prior.alpha, "floor": settings.prior.floor}
+        )
+        self.inference = WorldModelInference(self._model, to_scalar=self.inverse_scalar_transform_handle)
+        self.llm_learner = LLMLearner(llm, settings.llm, style=prompt_style(settings)) if llm is not None else None
+        self.llm_batch_size = settings.llm.batch_size
+        self.llm_version = 0
+        self._is_weights: torch.Tensor | None = None
+        self._value_logits: torch.Tensor | None = None
+        for name in ("head_observations", "head_rewards", "head_policy", "head_value"):
+            getattr(self._model.world_model, name).register_forward_hook(self._weigh_gradient)
+        self._model.world_model.head_value.register_forward_hook(self._remember_values)
+
+    # LightZero's loss ignores importance weights and returns no priorities. All of its terms are sums over the outputs of
+    # these four heads, so scaling the gradient that reaches them by a sequence's weight weighs its loss.
+    def _weigh_gradient(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
+        if self._is_weights is not None and output.requires_grad:
+            weights = self._is_weights.view(-1, *[1] * (output.dim() - 1))
+            output.register_hook(lambda gradient: gradient * weights)
+
+    def _remember_values(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
+        if self._is_weights is not None:
+            self._value_logits = output.detach()
+
+    def search(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
+        """MCTS from some roots; the result of one does not depend on the others.
+
+        Args:
+            roots: where to start.
+            num_actions: indices below this have been given out by the vocabulary.
+        """
+        self._model.eval()
+        return search(self.inference, roots, cfg=self.search_cfg, num_actions=num_actions)
+
+    def _forward_collect(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
+        return self.search(roots, num_actions=num_actions)
+
+    def _forward_eval(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
+        return self.search(roots, num_actions=num_actions)
+
+    def _forward_learn(self, data: Sequence[Any]) -> dict[str, Any]:
+        """One learning step of the world model on the full batch and, if asked for, one of the LLM on part of it.
+
+        Args:
+            data: ``[current_batch, target_batch, game_segments, train_iter, update_llm]``; the first three as
+                :meth:`PriorZeroGameBuffer.sample` returns them.
+
+        Returns:
+            Scalars under ``train/``, and ``priorities`` ``[B]``: the absolute error of each sequence's first value.
+        """
+        current_batch, target_batch, game_segments, train_iter, update_llm = data
+        self._is_weights = torch.as_tensor(current_batch[5], dtype=torch.float32, device=self._cfg.device)
+        try:
+            log = super()._forward_learn([current_batch, target_batch, train_iter])
+        finally:
+            self._is_weights = None
+        assert self._value_logits is not None
+        predicted = self.inverse_scalar_transform_handle(self._value_logits[:, 0]).reshape(-1).cpu().numpy()
+        self._value_logits = None
+        priorities = np.abs(predicted - np.asarray(target_batch[1])[:, 0].reshape(-1)) + 1e-6
+        metrics: dict[str, Any] = {
+            "train/wm_total_loss": log["weighted_total_loss"],
+            "train/wm_grad_norm": log["total_grad_norm_before_clip_wm"],
+            "train/wm_value_loss": log["value_loss"],
+            "train/wm_policy_loss": log["policy_loss"],
+            "train/wm_reward_loss": log["reward_loss"],
+            "train/wm_latent_loss": log["obs_loss"],
+            "train/wm_policy_entropy": log["policy_entropy"],
+            "train/target_value_mean": log["target_value"],
+            "train/priority_mean": float(priorities.mean()),
+            "train/total_loss": log["weighted_total_loss"],
+            "priorities": priorities,
+        }
+        if update_llm and self.llm_learner is not None:
+            metrics.update(self._learn_llm(game_segments))
+            metrics["train/total_loss"] += metrics["train/llm_loss"]
+        return metrics
+
+    def _learn_llm(self, game_segments: SampledSegments) -> dict[str, float]:
+        assert self.llm_learner is not None
+        records = game_segments.records()[: self.llm_batch_size]
+        samples, skipped = self.llm_learner.samples(records, game_segments.returns()[: self.llm_batch_size])
+        if not samples:
+            return {"train/llm_loss": 0.0, "train/llm_samples_skipped": float(skipped)}
+        result = self.llm_learner.learn(samples)
+        self.llm_version += 1
+        return {
+            "train/llm_sft_loss": result["sft_loss"],
+            "train/llm_rft_loss": result["rft_loss"],
+            "train/llm_loss": result["loss"],
+            "train/llm_grad_norm": result["grad_norm"],
+            "train/llm_samples_skipped": float(skipped),
+            "train/llm_version": float(self.llm_version),
+        }
+
+    def learn(self, batch: Sequence[Any], *, train_iter: int, update_llm: bool) -> dict[str, Any]:
+        """:meth:`_forward_learn` on what the buffer returned."""
+        return self._forward_learn([*batch, train_iter, update_llm])
+
+    def world_model_state(self) -> dict[str, torch.Tensor]:
+        """The world model's parameters under their own names (without those that ``torch.compile`` adds)."""
+        return getattr(self._model, "_orig_mod", self._model).state_dict()
+
+    def load_world_model_state(self, state: dict[str, torch.Tensor]) -> None:
+        """The inverse of :meth:`world_model_state`, for the model and its target alike."""
+        getattr(self._model, "_orig_mod", self._model).load_state_dict(state)
+        target = self._target_model._model  # inside DI-engine's momentum wrapper
+        getattr(target, "_orig_mod", target).load_state_dict(state)

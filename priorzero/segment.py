@@ -1,0 +1,121 @@
+"""Game segments: step records beside the arrays that LightZero's buffer reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from priorzero.lightzero import quiet
+from priorzero.losses import returns_to_go
+from priorzero.types import StepRecord
+
+with quiet():
+    from lzero.mcts.buffer.game_segment import GameSegment
+
+
+class PriorZeroGameSegment(GameSegment):
+    """Up to ``game_segment_length`` decisions of one episode, and the padding that their targets reach into.
+
+    All arrays are made at once from the step records, so they have one length: ``n`` decisions of the segment and ``p``
+    of padding, the decisions that follow it (``p = num_unroll_steps + td_steps``, fewer where the episode ends). LightZero's
+    own ``pad_over`` lengthens some arrays and not others, which breaks sampling.
+
+    Attributes (beside LightZero's):
+        records: the ``n`` step records that can be sampled.
+        returns: discounted sum of rewards from each of them on, ``[n]``, to the end of the padding and bootstrapped with
+            the searched value there if the episode goes on.
+    """
+
+    def __init__(
+        self,
+        records: Sequence[StepRecord],
+        padding: Sequence[StepRecord],
+        *,
+        final_features: np.ndarray | None,
+        config: Any,
+    ) -> None:
+        """
+        Args:
+            records: the decisions of the segment, at least one.
+            padding: the decisions right after them in the same episode.
+            final_features: features of the last state of the episode if it ended with the last of these decisions,
+                else None.
+            config: LightZero's policy configuration.
+        """
+        super().__init__(action_space=None, game_segment_length=config.game_segment_length, config=config)
+        self.records = list(records)
+        steps = [*records, *padding]
+        size = config.model.action_space_size
+        features = [step.features for step in steps]
+        if final_features is not None:
+            features.append(final_features)
+        self.obs_segment = np.stack(features)
+        self.action_segment = np.array([step.action_index for step in steps], dtype=np.int64)
+        self.reward_segment = np.array([step.reward for step in steps], dtype=np.float32)
+        self.root_value_segment = np.array([step.root_value for step in steps], dtype=np.float32)
+        self.child_visit_segment = np.zeros((len(steps), size), dtype=np.float32)
+        self.action_mask_segment = np.zeros((len(steps), size), dtype=np.int8)
+        for t, step in enumerate(steps):
+            self.child_visit_segment[t, step.action_indices] = step.visit_probs()
+            self.action_mask_segment[t, step.action_indices] = 1
+        self.to_play_segment = np.full(len(steps), -1)
+        self.timestep_segment = np.array([step.step for step in steps], dtype=np.int64)
+        if steps[-1].done:
+            returns = returns_to_go(self.reward_segment, discount=config.discount_factor)
+        else:  # the last decision's own value stands for everything from there on
+            returns = returns_to_go(
+                self.reward_segment[:-1], discount=config.discount_factor, bootstrap_value=steps[-1].root_value
+            )
+        self.returns = returns[: len(records)]
+
+
+class SegmentWriter:
+    """Cuts the decisions of one environment into segments, in order, each decision in exactly one.
+
+    Args:
+        config: LightZero's policy configuration.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self._config = config
+        self._length = config.game_segment_length
+        self._padding = config.num_unroll_steps + config.td_steps
+        self._pending: list[StepRecord] = []
+
+    @property
+    def pending(self) -> int:
+        """Decisions that are not in a segment yet."""
+        return len(self._pending)
+
+    def add(self, record: StepRecord, *, next_features: np.ndarray) -> list[PriorZeroGameSegment]:
+        """Take the next decision; return the segments that are complete now.
+
+        Args:
+            record: the decision.
+            next_features: features of the state after it, ``[F]``; used if the episode ends here.
+        """
+        self._pending.append(record)
+        if not record.done:
+            if len(self._pending) < self._length + self._padding:
+                return []
+            return [self._cut(final_features=None)]
+        return self.flush(final_features=next_features)
+
+    def flush(self, *, final_features: np.ndarray) -> list[PriorZeroGameSegment]:
+        """Cut all that is pending; ``final_features`` are those of the last state that was seen, ``[F]``."""
+        segments = []
+        while self._pending:
+            segments.append(self._cut(final_features=final_features))
+        return segments
+
+    def _cut(self, *, final_features: np.ndarray | None) -> PriorZeroGameSegment:
+        records = self._pending[: self._length]
+        padding = self._pending[self._length : self._length + self._padding]
+        reaches_the_end = len(records) + len(padding) == len(self._pending)
+        self._pending = self._pending[self._length :]
+        return PriorZeroGameSegment(
+            records, padding, final_features=final_features if reaches_the_end else None, config=self._config
+        )
+
