@@ -1,0 +1,64 @@
+"""A game that hangs, crashes and complains on command. A module of its own, so that worker processes can import it."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import sys
+import time
+
+from priorzero.types import GameState, UserError
+
+ACTIONS = ("go", "hang", "hang in C", "crash", "raise", "user error", "print", "big", "modules", "pause")
+
+
+class FakeGame:
+    """Scores one point for each ``go``. ``start`` says what its constructor does."""
+
+    def __init__(self, *, start: str = "well") -> None:
+        self._score = 0.0
+        if start != "well":
+            self._act(start)
+
+    def reset(self) -> GameState:
+        self._score = 0.0
+        return self._state("")
+
+    def step(self, action: str) -> tuple[GameState, float]:
+        if action == "go":
+            self._score += 1.0
+            return self._state("gone"), 1.0
+        return self._state(self._act(action)), 0.0
+
+    def close(self) -> None:
+        pass
+
+    def _state(self, feedback: str) -> GameState:
+        return GameState(feedback=feedback, valid_actions=ACTIONS, score=self._score, max_score=9.0, moves=0)
+
+    def _act(self, action: str) -> str:
+        if action == "hang":
+            time.sleep(1000)
+        elif action == "hang in C":
+            ctypes.CDLL(None).sleep(1000)
+        elif action == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        elif action == "raise":
+            raise KeyError("the lamp is gone")
+        elif action == "user error":
+            raise UserError("type something else")
+        elif action == "print":
+            print("GARBAGE", flush=True)
+            os.write(1, b"GARBAGE")
+        elif action == "big":
+            return "x" * 3_000_000
+        elif action == "modules":
+            return " ".join(name for name, module in sys.modules.items() if module is not None)
+        elif action == "pause":
+            time.sleep(0.5)
+        return ""
+
+
+class NotAGame:
+    """Takes no arguments, so building it with arguments fails."""

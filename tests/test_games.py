@@ -1,0 +1,306 @@
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from game_files import session_cache, story
+from hypothesis import given
+from hypothesis import strategies as st
+
+from priorzero.envs import textworld_files
+from priorzero.envs.games import resolve_game, supported_games
+from priorzero.envs.textworld_files import CHALLENGES, get_or_make, parse_request
+from priorzero.types import UserError
+
+ZORK1_MD5 = "b732a93a6244ddd92a9b9a3e3a46c687"
+
+
+@pytest.fixture
+def empty_places(tmp_path, monkeypatch):
+    """A working folder, a games folder and a cache folder with nothing in them."""
+    places = {name: tmp_path / name for name in ("here", "games", "cache/priorzero/games")}
+    for place in places.values():
+        place.mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("PRIORZERO_GAMES", str(tmp_path / "games"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return list(places.values())
+
+
+def error_of(env_id: str) -> str:
+    with pytest.raises(UserError) as caught:
+        resolve_game(env_id)
+    return str(caught.value)
+
+
+# Jericho ------------------------------------------------------------------------------------------------------------
+
+
+def test_table_of_supported_games():
+    table = supported_games()
+    assert len(table) == 57
+    assert table["zork1.z5"] == ZORK1_MD5
+    assert table["tryst205.z5"] == "fc65ad8d4588da92fd39871f6f7463db"
+
+
+def test_missing_game_names_every_place_and_the_way_out(empty_places):
+    message = error_of("zork1.z5")
+    for place in empty_places:
+        assert str(place / "zork1.z5") in message
+    assert ZORK1_MD5 in message
+    assert "python scripts/fetch_games.py zork1.z5" in message
+    assert "not set" not in message
+
+
+def test_missing_game_says_that_the_variable_is_not_set(empty_places, monkeypatch):
+    monkeypatch.delenv("PRIORZERO_GAMES")
+    assert "$PRIORZERO_GAMES is not set" in error_of("zork1.z5")
+
+
+def test_places_are_searched_in_order(tmp_path, monkeypatch):
+    original = story("zork1.z5").read_bytes()  # before the variable is changed
+    folders = [tmp_path / "here", tmp_path / "games", tmp_path / "cache/priorzero/games"]
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "zork1.z5").write_bytes(original)
+    monkeypatch.chdir(folders[0])
+    monkeypatch.setenv("PRIORZERO_GAMES", str(folders[1]))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for folder in folders:
+        spec = resolve_game("zork1.z5")
+        assert spec.path == folder / "zork1.z5"
+        assert (spec.kind, spec.md5, spec.name) == ("jericho", ZORK1_MD5, "zork1")
+        spec.path.unlink()
+
+
+def test_a_path_and_another_file_name(tmp_path):
+    copy = tmp_path / "my story.z5"
+    copy.write_bytes(story("zork1.z5").read_bytes())
+    spec = resolve_game(str(copy))
+    assert (spec.env_id, spec.path, spec.name) == (str(copy), copy, "zork1")
+
+
+def test_known_name_with_other_contents(empty_places):
+    (empty_places[0] / "zork1.z5").write_bytes(b"another release")
+    message = error_of("zork1.z5")
+    assert hashlib.md5(b"another release").hexdigest() in message
+    assert ZORK1_MD5 in message
+    assert "fetch_games.py zork1.z5" in message
+
+
+def test_file_that_jericho_does_not_support():
+    message = error_of(str(story("zork1.z3")))
+    assert "scores and valid actions come only with supported files" in message
+    assert "Did you mean 'zork1.z5'?" in message
+
+
+@pytest.mark.parametrize(
+    ("env_id", "hint"),
+    [
+        ("zork1", "Did you mean 'zork1.z5'?"),
+        ("Zork1.z6", "Did you mean 'zork1.z5'?"),
+        ("textworld-simple", "Did you mean 'textworld:simple'?"),
+        ("", "textworld:simple?seed=7"),
+        ("./nowhere/zork1.z5", "does not exist"),
+        ("./nowhere/zork1.z5", "fetch_games.py zork1.z5"),
+        ("/", "is not a file"),
+    ],
+)
+def test_other_bad_names(empty_places, env_id, hint):
+    assert hint in error_of(env_id)
+
+
+def test_directory_and_empty_file(empty_places):
+    (empty_places[0] / "zork1.z5").mkdir()
+    assert "is not a file" in error_of("zork1.z5")
+    (empty_places[0] / "zork2.z5").touch()
+    message = error_of("zork2.z5")
+    assert "is empty" in message
+    assert "fetch_games.py zork2.z5" in message
+
+
+def test_unreadable_file(empty_places, monkeypatch):
+    (empty_places[0] / "zork1.z5").write_bytes(b"x")
+
+    def refuse(_):
+        raise PermissionError(13, "Permission denied")  # chmod would not stop root
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert "Permission denied" in error_of("zork1.z5")
+
+
+# TextWorld: names ---------------------------------------------------------------------------------------------------
+
+
+def test_defaults_and_names():
+    request = parse_request("textworld:simple")
+    assert (request.seed, request.settings) == (0, {"rewards": "dense", "goal": "detailed", "test": False})
+    assert request.name == "textworld-simple-seed0"
+    assert parse_request("textworld:simple?seed=7&rewards=dense").name == "textworld-simple-seed7"
+    assert parse_request("textworld:simple?rewards=sparse&test=1").name == "textworld-simple-rewards-sparse-test-seed0"
+    assert parse_request("textworld:coin-collector?level=5&seed=1").name == "textworld-coin-collector-level5-seed1"
+    cooking = parse_request("textworld:cooking?recipe=2&take=1&cut=yes&recipe-seed=3")
+    assert cooking.name == "textworld-cooking-recipe2-take1-cut-recipe_seed3-seed0"
+    assert cooking.settings["cook"] is False
+
+
+@pytest.mark.parametrize(
+    ("env_id", "hints"),
+    [
+        ("textworld:simpel", ["Did you mean 'simple'?", "treasure-hunter"]),
+        ("textworld:", ["coin-collector"]),
+        ("textworld:simple?sed=7", ["Did you mean 'seed'?", "rewards"]),
+        ("textworld:simple?seed=x", ["seed='x'", "from 0 to 4294967295"]),
+        ("textworld:simple?seed=-1", ["seed='-1'"]),
+        ("textworld:simple?seed=7&seed=8", ["twice"]),
+        ("textworld:simple?rewards=many", ["dense, balanced, sparse"]),
+        ("textworld:simple?rewards", ["Write them like"]),
+        ("textworld:simple?test=maybe", ["1 or 0"]),
+        ("textworld:coin-collector?level=0", ["from 1 to 300"]),
+        ("textworld:treasure-hunter?level=31", ["from 1 to 30"]),
+        ("textworld:cooking?go=5", ["1, 6, 9, 12"]),
+        ("textworld:cooking?take=2", ["at most recipe=1", "Try recipe=2"]),
+    ],
+)
+def test_bad_textworld_names(env_id, hints):
+    message = error_of(env_id)
+    for hint in [*hints, env_id]:
+        assert hint in message
+
+
+@given(st.sampled_from(sorted(CHALLENGES)), st.text(max_size=30))
+def test_any_text_is_understood_or_refused_politely(challenge, query):
+    try:
+        request = parse_request(f"textworld:{challenge}?{query}")
+    except UserError:
+        return
+    assert set(request.settings) == set(CHALLENGES[challenge])
+    assert "/" not in request.name
+
+
+def values_of(parameter):
+    if isinstance(parameter.default, bool):
+        return st.booleans()
+    return st.sampled_from(parameter.allowed)
+
+
+@given(st.data())
+def test_different_games_have_different_names(data):
+    def draw():
+        challenge = data.draw(st.sampled_from(sorted(CHALLENGES)))
+        values = {key: data.draw(values_of(parameter)) for key, parameter in CHALLENGES[challenge].items()}
+        if challenge == "cooking":
+            values["take"] = min(values["take"], values["recipe"])
+        values["seed"] = data.draw(st.integers(0, 3))
+        query = "&".join(f"{key}={int(value) if isinstance(value, bool) else value}" for key, value in values.items())
+        return parse_request(f"textworld:{challenge}?{query}")
+
+    one, other = draw(), draw()
+    assert (one == other) == (one.name == other.name)
+
+
+# TextWorld: files ---------------------------------------------------------------------------------------------------
+
+
+def test_date_is_erased(tmp_path):
+    header = bytearray(range(64))
+    (tmp_path / "g.z8").write_bytes(header)
+    textworld_files._erase_date(tmp_path / "g.z8")
+    header[18:24] = b"000000"
+    assert (tmp_path / "g.z8").read_bytes() == header
+
+
+@pytest.mark.slow
+def test_game_is_made_once(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache(tmp_path_factory)))
+    spec = resolve_game("textworld:simple?seed=7")
+    assert (spec.kind, spec.name) == ("textworld", "textworld-simple-seed7")
+    assert spec.path.is_relative_to(session_cache(tmp_path_factory) / "priorzero" / "games" / "textworld")
+    assert spec.path.with_suffix(".json").is_file()
+    assert spec.md5 == hashlib.md5(spec.path.read_bytes()).hexdigest()
+
+    def must_not_run(*_):
+        raise AssertionError("made again")
+
+    monkeypatch.setattr(textworld_files, "_run_generator", must_not_run)
+    assert resolve_game("textworld:simple?seed=7&goal=detailed").path == spec.path
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_make_the_same_game(tmp_path, tmp_path_factory, monkeypatch):
+    code = "from priorzero.envs import resolve_game; print(resolve_game('textworld:simple?seed=7').md5)"
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    commands = [
+        subprocess.Popen(
+            [sys.executable, "-c", code], env={**environment, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+        )
+        for seed in ("1", "2")
+    ]
+    answers = [command.communicate(timeout=120)[0].strip() for command in commands]
+    assert [command.returncode for command in commands] == [0, 0]
+    assert answers[0] == answers[1]
+    (home,) = (tmp_path / "priorzero" / "games" / "textworld").glob("*/*")  # one game and nothing left over
+    files = {file.name: file.read_bytes() for file in home.iterdir()}
+    assert sorted(files) == [f"textworld-simple-seed7{suffix}" for suffix in (".json", ".ni", ".z8")]
+    # The same bytes as in another folder, at another time.
+    monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache(tmp_path_factory)))
+    other = resolve_game("textworld:simple?seed=7").path
+    assert {file.name: file.read_bytes() for file in other.parent.iterdir()} == files
+
+
+def fake_generator(contents: bytes):
+    def run(_, output: Path) -> None:
+        output.parent.mkdir()
+        for suffix in (".z8", ".json"):
+            output.with_suffix(suffix).write_bytes(contents)
+
+    return run
+
+
+def test_incomplete_game_is_made_again(tmp_path, monkeypatch):
+    request = parse_request("textworld:simple")
+    monkeypatch.setattr(textworld_files, "_run_generator", fake_generator(b"first"))
+    story_file = get_or_make(request, tmp_path)
+    monkeypatch.setattr(textworld_files, "_run_generator", fake_generator(b"second"))
+    assert get_or_make(request, tmp_path).read_bytes() == b"first"
+    story_file.with_suffix(".json").unlink()
+    assert get_or_make(request, tmp_path) == story_file
+    assert story_file.read_bytes() == b"second"
+    assert [path.name for path in story_file.parent.parent.iterdir()] == [request.name]
+
+
+def test_slower_process_uses_the_game_of_the_faster_one(tmp_path, monkeypatch):
+    request = parse_request("textworld:simple")
+
+    def slow(request, output):
+        monkeypatch.setattr(textworld_files, "_run_generator", fake_generator(b"fast"))
+        get_or_make(request, tmp_path)  # meanwhile, elsewhere
+        fake_generator(b"slow")(request, output)
+
+    monkeypatch.setattr(textworld_files, "_run_generator", slow)
+    assert get_or_make(request, tmp_path).read_bytes() == b"fast"
+
+
+@pytest.mark.slow
+def test_failure_of_the_generator_shows_its_words(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    message = error_of("textworld:coin-collector?level=200")  # 200 rooms
+    assert "games with more than 100 rooms are not supported" in message
+    assert not list(tmp_path.glob("priorzero/games/textworld/*/*"))
+
+
+def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert "XDG_CACHE_HOME" in error_of("textworld:simple")
+
+
+def test_importing_is_cheap():
+    heavy = ["torch", "jericho", "textworld", "spacy", "transformers", "lzero"]
+    code = f"import json, sys, priorzero.envs; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout) == []
