@@ -62,6 +62,7 @@ class Collector:
         self._episode_numbers = [0] * len(workers)
         self._next_episode = 0
         self.env_steps = 0
+        self.num_episodes = 0
         self.num_game_failures = 0
         self.recent_returns: deque[float] = deque(maxlen=20)
 
@@ -130,6 +131,7 @@ class Collector:
         if state.done:
             collected.episodes.append(Episode(lane.total_reward, len(lane.history), state.won))
             self.recent_returns.append(lane.total_reward)
+            self.num_episodes += 1
             self._lanes[e] = None
 
     def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:

@@ -144,6 +144,17 @@ class PriorZeroPolicy(UniZeroPolicy):
         """:meth:`_forward_learn` on what the buffer returned."""
         return self._forward_learn([*batch, train_iter, update_llm])
 
+    def trained_world_model_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+        """The parameters that a learning step moves, by name.
+
+        LightZero's model also carries a decoder for one of its own environments, which no loss reaches.
+        """
+        return [
+            (name, p)
+            for name, p in self._model.world_model.named_parameters()
+            if p.requires_grad and "decoder_network" not in name
+        ]
+
     def world_model_state(self) -> dict[str, torch.Tensor]:
         """The world model's parameters under their own names (without those that ``torch.compile`` adds)."""
         return getattr(self._model, "_orig_mod", self._model).state_dict()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +59,10 @@ class TextWorldGame:
             description=look_and_inventory,
             inventory=look_and_inventory,
         )
-        self._env = textworld.start(str(path), infos)
+        with warnings.catch_warnings():
+            # TextWorld reads score and commands in ways of its own, so what Jericho cannot do does not matter.
+            warnings.filterwarnings("ignore", message="Game .* is not fully supported")
+            self._env = textworld.start(str(path), infos)
         self._env.seed(seed + 1)  # Jericho takes 0 for "by the clock" in games without a seed of their own
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory

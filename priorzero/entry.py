@@ -1,0 +1,91 @@
+"""The command line: ``python -m priorzero.entry``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from priorzero.types import UserError
+
+EXAMPLES = """examples:
+  python -m priorzero.entry --quick_test                          minutes on a CPU, a game made on the spot
+  python -m priorzero.entry --quick_test --env_id zork1.z5        the same on Zork (needs the story file)
+  python -m priorzero.entry --env_id zork1.z5 --seed 0            full training
+  python -m priorzero.entry --config configs/pure_unizero.yaml    UniZero without a language model
+  python -m priorzero.entry --quick_test --set llm.micro_batch_size=1 --set search.num_simulations=20
+
+games: a Jericho story file (name or path), or textworld:simple, textworld:coin-collector, textworld:treasure-hunter,
+textworld:cooking, each with parameters such as ?seed=7&level=5
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m priorzero.entry",
+        description="Train an agent for a text game: a language model proposes, a world model searches, both learn.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--env_id", help="the game to play")
+    parser.add_argument("--quick_test", action="store_true", help="small models and few steps: see that everything works")
+    parser.add_argument("--seed", type=int, help="where all randomness comes from (default 0)")
+    parser.add_argument("--max_iter", type=int, help="stop after so many iterations (collect, then learn)")
+    parser.add_argument("--exp_name", help="name of the run's folder (default: a new one from game, seed and time)")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings, such as those in configs/")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="assignments",
+        metavar="GROUP.KEY=VALUE",
+        help="change one setting; may be given several times and wins over --config",
+    )
+    parser.add_argument("--help_config", action="store_true", help="list every setting with its default and meaning")
+    return parser
+
+
+def settings_from(arguments: argparse.Namespace) -> Any:
+    """Flags over file over preset over defaults."""
+    from priorzero.config import PRESETS, parse_assignments, read_config_file, resolve_settings
+
+    flags = {
+        key: value
+        for key in ("env_id", "seed", "max_iter", "exp_name")
+        if (value := getattr(arguments, key)) is not None
+    }
+    if flags.get("exp_name") == "":
+        raise UserError("--exp_name '' is empty; leave the flag out to get a new name")
+    return resolve_settings(
+        PRESETS["quick_test" if arguments.quick_test else "standard"],
+        read_config_file(arguments.config) if arguments.config is not None else {},
+        parse_assignments(arguments.assignments),
+        {"run": flags},
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 something to put right, 130 interrupted."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        if arguments.help_config:
+            from priorzero.config import describe_options
+
+            print(describe_options())
+            return 0
+        settings = settings_from(arguments)
+        from priorzero.train import run_training  # late: brings in torch and LightZero
+
+        run_training(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

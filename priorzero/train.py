@@ -1,0 +1,304 @@
+"""The whole of PriorZero's training, to be read from top to bottom."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from loguru import logger
+
+from priorzero.buffer import PriorZeroGameBuffer
+from priorzero.checkpoint import save_checkpoint
+from priorzero.collector import Collected, Collector
+from priorzero.config import differences, dump_settings
+from priorzero.engines import RobustPrior, TransformersEngine
+from priorzero.envs import GameSpec, make_worker, resolve_game
+from priorzero.evaluator import Evaluation, Evaluator
+from priorzero.lightzero import unizero_config
+from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint, open_logs, table
+from priorzero.models import choose_device, load_language_model
+from priorzero.player import Player
+from priorzero.policy import PriorZeroPolicy, prompt_style
+from priorzero.text_encoder import TextEncoder
+from priorzero.types import UserError
+from priorzero.vocabulary import make_action_indexer
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run did.
+
+    Attributes:
+        folder: where its files are.
+        rows: name to value, as printed at the end.
+        metrics: the last value of every metric.
+        evaluations: the last evaluation of each mode.
+    """
+
+    folder: Path
+    rows: dict[str, Any]
+    metrics: dict[str, float]
+    evaluations: dict[str, Evaluation]
+
+
+def run_training(settings: Any) -> RunSummary:
+    """Train as ``settings`` (from :func:`priorzero.config.resolve_settings`) say.
+
+    Raises:
+        UserError: something a person can put right; before anything was written where possible.
+    """
+    game = resolve_game(settings.run.env_id)
+    device = choose_device(settings.run.device)
+    folder = _new_run_folder(settings, game)
+    return asyncio.run(_train(settings, game=game, device=device, folder=folder))
+
+
+async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder: Path) -> RunSummary:
+    started = time.monotonic()
+    run = settings.run
+    if run.num_threads:
+        torch.set_num_threads(run.num_threads)
+    # Every random number comes from the one seed: five streams, none of which can disturb another.
+    streams = np.random.SeedSequence(run.seed).spawn(4)
+    random.seed(int(streams[0].generate_state(1)[0]))
+    np.random.seed(int(streams[1].generate_state(1)[0]))  # LightZero pads batches with random actions
+    torch.manual_seed(int(streams[2].generate_state(1)[0]))
+
+    # ---- both models, and what they are fed with ----
+    llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
+    encoder = TextEncoder(
+        settings.encoder.path,
+        device=device,
+        cache_size=settings.encoder.cache_size,
+        with_look=settings.env.look_and_inventory,
+        max_moves=settings.env.max_episode_steps,
+    )
+    policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
+    config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
+    indexer = make_action_indexer(settings.env.action_space, settings.env.action_space_size)
+    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(streams[3].spawn(1)[0]))
+    style = prompt_style(settings)
+    engine = None
+    prior = None
+    if llm is not None:
+        engine = TransformersEngine(
+            llm,
+            style=style,
+            normalise=settings.prior.normalise,
+            temperature=settings.prior.temperature,
+            generate_max_len=settings.llm.generate_max_len,
+            rows_per_forward=1 if device.type == "cpu" else 16,
+        )
+        prior = RobustPrior(
+            engine,
+            attempts=settings.prior.attempts,
+            backoff_s=settings.prior.backoff_s,
+            timeout_s=settings.prior.timeout_s,
+        )
+    player = Player(
+        settings,
+        policy=policy,
+        encoder=encoder,
+        indexer=indexer,
+        prior=prior,
+        style=style,
+        tokenizer=llm.tokenizer if llm is not None else None,
+    )
+
+    # ---- from here on there are files ----
+    folder.mkdir(parents=True)
+    (folder / "log").mkdir()
+    (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+    open_logs(folder / "log")
+    logger.info(f"{game.name}, seed {run.seed}, on {device}; everything about this run is in {folder}")
+    logger.info(f"settings that differ from the defaults: {differences(settings) or 'none'}")
+    writer = MetricsWriter(folder)
+    progress = Progress(max_iter=run.max_iter, max_env_step=run.max_env_step, every=run.log_every)
+    workers = _make_workers(settings, game, count=settings.env.collector_env_num, first_seed=run.seed)
+    eval_workers = _make_workers(settings, game, count=settings.env.evaluator_env_num, first_seed=run.seed + 10_000)
+    collector = Collector(workers, player=player, config=config, seed=streams[3].spawn(1)[0])
+    evaluator = Evaluator(eval_workers, player=player, episodes=settings.eval.episodes)
+    before = _fingerprints(policy)
+    evaluations: dict[str, Evaluation] = {}
+    train_iter = iteration = 0
+
+    try:
+        while iteration < run.max_iter and collector.env_steps < run.max_env_step:
+            # ---- collect: the LLM proposes, UniZero searches, the games answer ----
+            collected = await collector.collect(settings.train.collect_env_steps)
+            buffer.push(collected.segments)
+
+            # ---- learn: the world model in every update, the LLM in the last one of the iteration ----
+            learned: dict[str, float] = {}
+            if buffer.get_num_of_transitions() >= settings.train.batch_size:
+                for update in range(settings.train.update_per_collect):
+                    is_last = update == settings.train.update_per_collect - 1
+                    batch = buffer.sample(settings.train.batch_size, policy)
+                    result = policy.learn(
+                        batch,
+                        train_iter=train_iter,
+                        update_llm=llm is not None and is_last and iteration % settings.llm.update_every == 0,
+                    )
+                    buffer.update_priority(batch, result.pop("priorities"))
+                    learned.update(result)
+                    train_iter += 1
+                if engine is not None and policy.llm_version > engine.version:
+                    await engine.sync_weights(policy.llm_version)
+            iteration += 1
+
+            # ---- tell ----
+            writer.write(learned, step=train_iter)
+            writer.write(collector.scalars(collected), step=iteration)
+            writer.write(_buffer_scalars(buffer), step=iteration)
+            if prior is not None:
+                prior_scalars = prior.take_statistics().scalars()
+                writer.write(prior_scalars, step=iteration)
+                logger.bind(topic="prior").info(f"iteration {iteration}: {_short(prior_scalars)}")
+            _log_segments(collected, iteration)
+            progress.show(
+                iteration=iteration,
+                env_step=collector.env_steps,
+                episode_return=writer.last.get("collector_iter/reward_mean"),
+                loss=writer.last.get("train/total_loss"),
+            )
+
+            # ---- evaluate and save ----
+            if iteration % settings.eval.every == 0:
+                evaluations = await _evaluate(evaluator, settings, writer, env_step=collector.env_steps)
+            if run.checkpoint_every and iteration % run.checkpoint_every == 0:
+                _save(folder, policy, indexer, settings, iteration, collector.env_steps, train_iter)
+
+        progress.end()
+        if iteration % settings.eval.every:
+            evaluations = await _evaluate(evaluator, settings, writer, env_step=collector.env_steps)
+        saved = _save(folder, policy, indexer, settings, iteration, collector.env_steps, train_iter)
+    finally:
+        await asyncio.gather(*(worker.close() for worker in [*workers, *eval_workers]))
+        if engine is not None:
+            await engine.close()
+        writer.close()
+
+    after = _fingerprints(policy)
+    rows = {
+        "game": game.name,
+        "iterations": iteration,
+        "environment steps": collector.env_steps,
+        "episodes finished": collector.num_episodes,
+        "mean return of the last episodes": f"{np.mean(collector.recent_returns):.2f}" if collector.recent_returns else "-",
+        "world-model updates": train_iter,
+        "LLM updates": policy.llm_version if llm is not None else "no LLM",
+        **{f"{name} tensors moved": f"{count_moved(before[name], after[name])} of {len(before[name])}" for name in before},
+        **{
+            f"evaluation, {mode}": f"mean return {e.mean_return:.2f} of {e.max_score:g} over {len(e.returns)} episodes, "
+            f"{e.wins} won"
+            for mode, e in evaluations.items()
+        },
+        "wall time": f"{time.monotonic() - started:.0f} s",
+        "checkpoint": saved,
+        "charts": f"tensorboard --logdir {run.output_dir}",
+    }
+    logger.info("done:\n" + table(rows))
+    return RunSummary(folder, rows, dict(writer.last), evaluations)
+
+
+def _new_run_folder(settings: Any, game: GameSpec) -> Path:
+    """The run's folder, not made yet. A name that was given must be new; a made-up one is."""
+    root, name = Path(settings.run.output_dir), settings.run.exp_name
+    if name:
+        if not re.fullmatch(r"[\w][\w.+-]*", name):
+            raise UserError(f"run.exp_name={name!r}: use letters, digits and . _ + - only, for example zork1_try2")
+        if (root / name).exists():
+            raise UserError(
+                f"run.exp_name={name}: {root / name} exists and is left as it is; give another name, or none to get a new one"
+            )
+    else:
+        stem = f"{game.name}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+        names = [stem, *(f"{stem}_{n}" for n in range(2, 100))]
+        name = next(n for n in names if not (root / n).exists())
+        settings.run.exp_name = name
+    if root.exists() and not root.is_dir():
+        raise UserError(f"run.output_dir={root}: is a file; give a folder")
+    return root / name
+
+
+def _make_workers(settings: Any, game: GameSpec, *, count: int, first_seed: int) -> list[Any]:
+    env = settings.env
+    return [
+        make_worker(
+            game,
+            seed=first_seed + e,
+            max_episode_steps=env.max_episode_steps,
+            look_and_inventory=env.look_and_inventory,
+            drop_inert_commands=env.drop_inert_commands,
+            timeout_s=env.step_timeout_s,
+        )
+        for e in range(count)
+    ]
+
+
+async def _evaluate(evaluator: Evaluator, settings: Any, writer: MetricsWriter, *, env_step: int) -> dict[str, Evaluation]:
+    """Every mode; the last of world model with prior, world model, prior that is played is the run's own figure."""
+    evaluations = {mode: await evaluator.evaluate(mode) for mode in settings.eval.modes}
+    for mode, evaluation in evaluations.items():
+        logger.info(f"evaluation at {env_step} env steps, {mode}: returns {evaluation.returns} of {evaluation.max_score:g}")
+        writer.write({f"evaluator_step/{mode}_reward_mean": evaluation.mean_return}, step=env_step)
+    main = next(m for m in ("world_model_with_prior", "world_model", "prior") if m in evaluations)
+    writer.write({"evaluator_step/reward_mean": evaluations[main].mean_return}, step=env_step)
+    return evaluations
+
+
+def _save(
+    folder: Path, policy: PriorZeroPolicy, indexer: Any, settings: Any, iteration: int, env_step: int, train_iter: int
+) -> Path:
+    target = folder / "checkpoints" / f"iteration_{iteration}"
+    if target.exists():  # the last iteration of the loop saved it a moment ago
+        return target
+    counters = {
+        "iteration": iteration,
+        "env_step": env_step,
+        "train_iter": train_iter,
+        "llm_version": policy.llm_version,
+    }
+    return save_checkpoint(target, policy=policy, indexer=indexer, settings=settings, counters=counters)
+
+
+def _fingerprints(policy: PriorZeroPolicy) -> dict[str, dict[str, float]]:
+    """Of everything that learns; buffers such as running means do not count."""
+    prints = {"world model": fingerprint(dict(policy.trained_world_model_parameters()))}
+    if policy.llm_learner is not None:
+        llm = policy.llm_learner.llm.model
+        prints["LLM"] = fingerprint({name: p for name, p in llm.named_parameters() if p.requires_grad})
+    return prints
+
+
+def _buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
+    return {
+        "buffer/decisions": float(buffer.get_num_of_transitions()),
+        "buffer/segments": float(buffer.get_num_of_game_segments()),
+        "buffer/evicted": float(buffer.num_evicted),
+    }
+
+
+def _log_segments(collected: Collected, iteration: int) -> None:
+    log = logger.bind(topic="segments")
+    for segment in collected.segments:
+        records: Sequence[Any] = segment.records
+        log.info(
+            f"iteration {iteration}: episode {records[0].episode}, steps {records[0].step}-{records[-1].step}, "
+            f"{len(records)} decisions, reward {sum(r.reward for r in records):g}, "
+            f"root value {np.mean([r.root_value for r in records]):.3f}, "
+            f"predicted {np.mean([r.predicted_value for r in records]):.3f}, "
+            f"with prompt {sum(bool(r.prompt) for r in records)}, ends episode {records[-1].done}"
+        )
+
+
+def _short(scalars: dict[str, float]) -> str:
+    return ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in scalars.items())
