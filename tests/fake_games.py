@@ -54,7 +54,7 @@ class FakeGame:
         elif action == "big":
             return "x" * 3_000_000
         elif action == "modules":
-            return " ".join(name for name, module in sys.modules.items() if module is not None)
+            return " ".join(name if module else f"no-{name}" for name, module in sys.modules.items())
         elif action == "pause":
             time.sleep(0.5)
         return ""

@@ -220,6 +220,7 @@ def test_game_is_made_once(tmp_path_factory, monkeypatch):
     assert (spec.kind, spec.name) == ("textworld", "textworld-simple-seed7")
     assert spec.path.is_relative_to(session_cache(tmp_path_factory) / "priorzero" / "games" / "textworld")
     assert spec.path.with_suffix(".json").is_file()
+    assert spec.path.read_bytes()[18:24] == b"000000"  # not the date of today
     assert spec.md5 == hashlib.md5(spec.path.read_bytes()).hexdigest()
 
     def must_not_run(*_):

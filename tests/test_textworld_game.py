@@ -1,0 +1,175 @@
+import json
+
+import pytest
+from game_files import session_cache
+
+from priorzero.envs.games import make_game, resolve_game
+from priorzero.envs.textworld_game import FALLBACK_ACTIONS, TextWorldGame, clean_text, is_inert
+from priorzero.types import UserError
+
+pytestmark = pytest.mark.slow  # games are generated
+
+
+@pytest.fixture
+def open_game(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache(tmp_path_factory)))
+
+    def make(env_id: str = "textworld:simple?seed=7", **changes):
+        arguments = {"seed": 0, "max_episode_steps": 100, "look_and_inventory": True, "drop_inert_commands": False}
+        return make_game(resolve_game(env_id), **{**arguments, **changes})
+
+    return make
+
+
+def walkthrough(env_id: str) -> list[str]:
+    """The generator's own solution."""
+    return json.loads(resolve_game(env_id).path.with_suffix(".json").read_text())["metadata"]["walkthrough"]
+
+
+def test_first_state(open_game):
+    state = open_game().reset()
+    assert state.feedback.startswith("Who's got a virtual machine")  # the title in ASCII art is gone
+    assert "$" not in state.feedback
+    assert state.goal in state.feedback
+    assert state.feedback.endswith("There is a closed wooden door leading east.")
+    assert state.look.startswith("-= Bedroom =-\nYou arrive in a bedroom.")
+    assert state.look in state.feedback  # so that raw_obs_text does not say it twice
+    assert state.inventory == "You are carrying nothing."
+    assert state.raw_obs_text == f"{state.feedback}\n{state.inventory}"
+    assert state.valid_actions == (
+        "examine antique trunk",
+        "examine chest drawer",
+        "examine king-size bed",
+        "examine wooden door",
+        "inventory",
+        "look",
+        "open antique trunk",
+        "open chest drawer",
+    )
+    assert (state.score, state.max_score, state.moves) == (0.0, 7.0, 0)
+    assert not (state.done or state.won or state.truncated or state.actions_are_fallback)
+
+
+def test_inert_commands_are_left_out(open_game):
+    game = open_game(drop_inert_commands=True, look_and_inventory=False)
+    state = game.reset()
+    assert state.valid_actions == ("open antique trunk", "open chest drawer")
+    assert (state.look, state.inventory) == ("", "")
+    with pytest.raises(ValueError, match="'look' is not among"):
+        game.step("look")
+    assert game._filter(["look", "examine door"]) == ("examine door", "look")  # nothing else to do
+    assert is_inert("examine key")
+    assert not is_inert("look for trouble")
+
+
+@pytest.mark.parametrize(
+    ("env_id", "max_score"),
+    [
+        ("textworld:simple?seed=7", 7.0),
+        ("textworld:coin-collector?level=5&seed=1", 1.0),
+        ("textworld:treasure-hunter?level=3&seed=1", 1.0),
+        ("textworld:cooking?recipe=1&take=1&cook=1&open=1&go=6&seed=3", None),
+    ],
+)
+def test_the_generators_solution_wins(open_game, env_id, max_score):
+    game = open_game(env_id)
+    state, rewards = game.reset(), []
+    for command in walkthrough(env_id):
+        assert not state.done
+        assert command in state.valid_actions
+        state, reward = game.step(command)
+        rewards.append(reward)
+    assert state.done
+    assert state.won
+    assert not state.truncated
+    assert state.valid_actions == ()
+    assert state.score == state.max_score == sum(rewards)
+    assert state.max_score == max_score or max_score is None and state.max_score > 1
+    assert state.moves == len(rewards)
+    assert "RESTART" not in state.feedback
+    assert "*** The End ***" in state.feedback
+    with pytest.raises(ValueError, match="reset"):
+        game.step("look")
+
+
+def test_rewards_come_with_their_commands(open_game):
+    game = open_game()
+    game.reset()
+    commands = walkthrough("textworld:simple?seed=7")
+    rewards = {command: game.step(command)[1] for command in commands}
+    # Dense rewards: a point for each part of the task; opening the refrigerator is none.
+    assert rewards == {command: 0.0 if command == "open refrigerator" else 1.0 for command in commands}
+
+
+def test_reset_starts_the_same_game_again(open_game):
+    def play(game):
+        states = [game.reset()]
+        for number in range(12):
+            actions = states[-1].valid_actions
+            states.append(game.step(actions[number * 7 % len(actions)])[0])
+        return states
+
+    game = open_game()
+    first = play(game)
+    assert play(game) == first
+    assert play(open_game(seed=5)) == first  # there is nothing random in it
+    plain = play(open_game(look_and_inventory=False))
+    assert [state.feedback for state in plain] == [state.feedback for state in first]
+    assert [state.valid_actions for state in plain] == [state.valid_actions for state in first]
+
+
+def test_losing(open_game):
+    game = open_game()
+    state = game.reset()
+    for command in [*walkthrough("textworld:simple?seed=7")[:7], "eat apple"]:
+        state, _ = game.step(command)
+    assert state.done
+    assert not state.won
+    assert "You lost!" in state.feedback
+
+
+def test_move_limit_and_wrong_use(open_game):
+    game = open_game(max_episode_steps=2)
+    with pytest.raises(ValueError, match="reset"):
+        game.step("look")
+    game.reset()
+    with pytest.raises(ValueError, match="'dance' is not among"):
+        game.step("dance")
+    assert not game.step("look")[0].done
+    state, _ = game.step("open chest drawer")
+    assert state.done
+    assert state.truncated
+    assert state.valid_actions == ()
+    assert state.inventory  # still shown: the value of this state is estimated
+    with pytest.raises(ValueError, match="reset"):
+        game.step("look")
+    game.close()
+    for change in ({"seed": -1}, {"max_episode_steps": 0}):
+        with pytest.raises(ValueError, match="must be 0 or more"):
+            open_game(**change)
+
+
+def test_fallback_actions(open_game):
+    game = open_game()
+    game._filter = lambda _: ()
+    state = game.reset()
+    assert state.actions_are_fallback
+    assert state.valid_actions == FALLBACK_ACTIONS
+    assert "Bedroom" in game.step("look")[0].feedback
+
+
+def test_missing_files(tmp_path):
+    arguments = {"seed": 0, "max_episode_steps": 9, "look_and_inventory": True, "drop_inert_commands": True}
+    with pytest.raises(UserError, match=r"g\.z8' is missing"):
+        TextWorldGame(tmp_path / "g.z8", **arguments)
+    (tmp_path / "g.z8").touch()
+    with pytest.raises(UserError, match=r"g\.json' is missing"):
+        TextWorldGame(tmp_path / "g.z8", **arguments)
+
+
+def test_clean_text():
+    raw = "\n\n   ___  ___ \n  |$$ \\/ $$|\n\nDo this.\n\n\n\n-= Attic =-\nDust. \n\n\n> look\nMore.\n\n>      -= Attic =-0/1"
+    assert clean_text(raw) == "Do this.\n\n-= Attic =-\nDust.\n\n> look\nMore."
+    end = "Done.\n\n   *** The End ***\n\nWould you like to RESTART, RESTORE a saved game, QUIT or UNDO?\n>   -= A =-1/2"
+    assert clean_text(end) == "Done.\n\n*** The End ***"
+    assert clean_text("") == ""

@@ -1,0 +1,321 @@
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from game_files import story
+
+sys.path.insert(0, str(Path(__file__).parent))  # worker processes import fake_games, however pytest imports tests
+
+from fake_games import ACTIONS, FakeGame, NotAGame
+
+from priorzero.envs import GameWorker, make_worker, resolve_game
+from priorzero.types import GameWorkerError, UserError
+
+
+def fake_worker(*, timeout_s: float = 20.0, start_timeout_s: float = 20.0, **arguments) -> GameWorker:
+    return GameWorker(FakeGame, arguments, timeout_s=timeout_s, start_timeout_s=start_timeout_s, name="fake")
+
+
+def exists(pid: int) -> bool:
+    """Also true of a zombie."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def run(scenario, worker: GameWorker):
+    """Run ``scenario(worker)`` and close the worker."""
+
+    async def whole():
+        try:
+            return await scenario(worker)
+        finally:
+            await worker.close()
+
+    return asyncio.run(whole())
+
+
+def test_plays():
+    async def scenario(worker):
+        assert worker.pid is None
+        state = await worker.reset()
+        assert state.valid_actions == ACTIONS
+        pid = worker.pid
+        assert await worker.step("go") == (FakeGame().step("go"))
+        state, reward = await worker.step("go")
+        assert (state.score, reward) == (2.0, 1.0)
+        assert (await worker.reset()).score == 0.0
+        assert worker.pid == pid != os.getpid()
+        return pid
+
+    pid = run(scenario, fake_worker())
+    assert not exists(pid)
+
+
+def test_closing_is_polite_and_may_be_repeated():
+    async def scenario(worker):
+        await worker.close()  # before the start
+        await worker.reset()
+        process = worker._process
+        began = time.monotonic()
+        await worker.close()
+        assert time.monotonic() - began < 1.5
+        assert process.returncode == 0  # it left by itself
+        assert worker.pid is None
+        await worker.close()
+        assert (await worker.reset()).score == 0.0  # a new process
+
+    run(scenario, fake_worker())
+
+
+@pytest.mark.parametrize("action", ["hang", "hang in C"])
+def test_hang_is_killed(action):
+    async def scenario(worker):
+        await worker.reset()
+        pid = worker.pid
+        began = time.monotonic()
+        with pytest.raises(GameWorkerError, match=f"fake: \"step '{action}'\" took longer than 0.4 s"):
+            await worker.step(action)
+        assert 0.4 <= time.monotonic() - began < 2.0
+        assert not exists(pid)
+        with pytest.raises(GameWorkerError, match=r"call reset\(\) first"):
+            await worker.step("go")
+        await worker.restart()
+        assert (await worker.reset()).score == 0.0
+        assert (await worker.step("go"))[1] == 1.0
+        assert worker.pid != pid
+
+    run(scenario, fake_worker(timeout_s=0.4))
+
+
+def test_crash_is_reported():
+    async def scenario(worker):
+        await worker.reset()
+        pid = worker.pid
+        with pytest.raises(GameWorkerError, match="died in \"step 'crash'\""):
+            await worker.step("crash")
+        assert not exists(pid)
+        assert (await worker.reset()).score == 0.0  # starts a fresh process
+
+    run(scenario, fake_worker())
+
+
+def test_killed_between_two_requests():
+    async def scenario(worker):
+        await worker.reset()
+        os.kill(worker.pid, signal.SIGKILL)
+        worker._process.wait()
+        with pytest.raises(GameWorkerError, match="died in \"step 'go'\""):
+            await worker.step("go")
+        assert worker.pid is None
+
+    run(scenario, fake_worker())
+
+
+def test_exceptions_come_back_and_the_process_lives():
+    async def scenario(worker):
+        await worker.reset()
+        await worker.step("go")
+        pid = worker.pid
+        with pytest.raises(GameWorkerError, match="KeyError: 'the lamp is gone'"):
+            await worker.step("raise")
+        with pytest.raises(UserError, match="^type something else$"):
+            await worker.step("user error")
+        assert (await worker.step("go"))[0].score == 2.0
+        assert worker.pid == pid
+
+    run(scenario, fake_worker())
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "words"),
+    [
+        ("raise", GameWorkerError, "'start' failed inside the worker process: KeyError: 'the lamp is gone'"),
+        ("user error", UserError, "type something else"),
+        ("crash", GameWorkerError, "died in 'start'"),
+        ("hang", GameWorkerError, "'start' took longer than 1.5 s"),
+    ],
+)
+def test_failures_of_the_start(start, error, words):
+    async def scenario(worker):
+        with pytest.raises(error, match=words):
+            await worker.reset()
+        assert worker.pid is None
+
+    run(scenario, fake_worker(start=start, start_timeout_s=1.5))
+
+
+def test_a_game_that_cannot_be_built_or_sent():
+    async def not_built(worker):
+        with pytest.raises(GameWorkerError, match="TypeError"):
+            await worker.start()
+        assert worker.pid is None
+
+    run(not_built, GameWorker(NotAGame, {"size": 1}, timeout_s=5.0))
+
+    async def not_sent(worker):
+        with pytest.raises((AttributeError, TypeError)):
+            await worker.start()
+        assert worker.pid is None
+
+    run(not_sent, GameWorker(lambda: None, {}, timeout_s=5.0))
+
+
+def test_event_loop_is_not_blocked():
+    async def scenario(worker):
+        await worker.reset()
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                await asyncio.sleep(0.02)
+                ticks += 1
+
+        ticking = asyncio.create_task(tick())
+        await worker.step("pause")  # half a second
+        ticking.cancel()
+        assert ticks >= 10
+
+    run(scenario, fake_worker())
+
+
+def test_several_workers_at_once():
+    async def scenario():
+        workers = [fake_worker() for _ in range(3)]
+        await asyncio.gather(*(worker.start() for worker in workers))
+        assert len({worker.pid for worker in workers}) == 3
+        await asyncio.gather(*(worker.reset() for worker in workers))
+        began = time.monotonic()
+        await asyncio.gather(*(worker.step("pause") for worker in workers))
+        assert time.monotonic() - began < 1.2  # not three times half a second
+        await asyncio.gather(*(worker.close() for worker in workers))
+
+    asyncio.run(scenario())
+
+
+def test_two_requests_at_once_are_refused():
+    async def scenario(worker):
+        await worker.reset()
+        first = asyncio.create_task(worker.step("pause"))
+        await asyncio.sleep(0.05)
+        with pytest.raises(RuntimeError, match="before the last request was answered"):
+            await worker.step("go")
+        await first
+        assert (await worker.step("go"))[1] == 1.0
+
+    run(scenario, fake_worker())
+
+
+def test_cancelled_request_leaves_no_late_answer():
+    async def scenario(worker):
+        await worker.reset()
+        pid = worker.pid
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(worker.step("pause"), 0.1)
+        assert not exists(pid)
+        await worker.reset()
+        assert (await worker.step("go"))[0].feedback == "gone"
+
+    run(scenario, fake_worker())
+
+
+def test_ctrl_c_is_the_parents_business():
+    async def scenario(worker):
+        await worker.reset()
+        os.kill(worker.pid, signal.SIGINT)
+        assert (await worker.step("go"))[1] == 1.0
+        assert os.getsid(worker.pid) != os.getsid(0)  # the terminal does not even send it there
+
+    run(scenario, fake_worker())
+
+
+def test_output_does_not_reach_the_terminal(capfd):
+    async def scenario(worker):
+        await worker.reset()
+        await worker.step("print")
+        assert (await worker.step("go"))[1] == 1.0
+
+    run(scenario, fake_worker())
+    assert capfd.readouterr().out == ""
+
+
+def test_large_answers_and_what_the_process_imports():
+    async def scenario(worker):
+        await worker.reset()
+        assert len((await worker.step("big"))[0].feedback) == 3_000_000
+        modules = (await worker.step("modules"))[0].feedback.split()
+        assert not {"torch", "jericho", "textworld", "pytest"} & set(modules)
+        assert "no-torch" in modules  # and spaCy will not import it later
+
+    run(scenario, fake_worker())
+
+
+PARENT = """
+import asyncio, os, sys
+from fake_games import FakeGame
+from priorzero.envs import GameWorker
+async def main():
+    worker = GameWorker(FakeGame, {}, timeout_s=100.0)
+    await worker.reset()
+    print(worker.pid, flush=True)
+    await worker.step(sys.argv[1])
+    await asyncio.sleep(100)
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("action", ["go", "hang in C"])
+def test_worker_leaves_when_its_parent_is_killed(action):
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, action], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    pid = int(parent.stdout.readline())
+    time.sleep(0.2)
+    parent.kill()
+    parent.communicate()
+    deadline = time.monotonic() + 5
+    while is_running(pid) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not is_running(pid)
+
+
+def is_running(pid: int) -> bool:
+    """Not a zombie: an orphan is reaped by the system's first process, which may take its time."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def zork_worker(*, timeout_s: float) -> GameWorker:
+    spec = resolve_game(str(story("zork1.z5")))
+    arguments = {"seed": 0, "max_episode_steps": 50, "look_and_inventory": True, "drop_inert_commands": True}
+    return make_worker(spec, **arguments, timeout_s=timeout_s)
+
+
+@pytest.mark.slow
+def test_real_game_is_killed_and_starts_again():
+    async def scenario(worker):
+        first = await worker.reset()
+        assert "open mailbox" in first.valid_actions
+        state, _ = await worker.step("open mailbox")
+        assert "leaflet" in state.feedback
+        with pytest.raises(GameWorkerError, match="ValueError: 'dance' is not among the valid actions"):
+            await worker.step("dance")
+        pid = worker.pid
+        os.kill(pid, signal.SIGSTOP)  # does not answer any more, like an endless loop inside C
+        with pytest.raises(GameWorkerError, match="\"step 'north'\" took longer than 2 s"):
+            await worker.step("north")
+        assert not exists(pid)
+        assert await worker.reset() == first
+
+    run(scenario, zork_worker(timeout_s=2.0))
