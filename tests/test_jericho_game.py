@@ -10,7 +10,8 @@ from game_files import story
 from priorzero.envs.jericho_game import FALLBACK_ACTIONS, JerichoGame
 from priorzero.types import GameState, UserError
 
-TO_THE_TROLL = "s|e|open window|w|w|take lamp|take sword|move rug|open trapdoor|turn on lamp|d|n".split("|")
+TO_THE_HOUSE = ["s", "e", "open window", "w", "w", "take lamp", "take sword"]
+TO_THE_TROLL = [*TO_THE_HOUSE, "move rug", "open trapdoor", "turn on lamp", "d", "n"]
 
 
 def open_game(name: str = "zork1.z5", **changes) -> JerichoGame:
@@ -101,7 +102,7 @@ def random_texts(*, peek: bool, ask: bool, seed: int) -> list[str]:
     """
     game = open_game(look_and_inventory=peek, seed=seed)
     if not ask:
-        game._valid_actions = lambda: ("wait",)
+        game._valid_actions = lambda: ("wait",)  # type: ignore[method-assign]
     texts = [game.reset().feedback]
     for command in TO_THE_TROLL:
         texts.append(game._play(command)[0].feedback)

@@ -170,6 +170,8 @@ def test_missing_files(tmp_path):
 def test_clean_text():
     raw = "\n\n   ___  ___ \n  |$$ \\/ $$|\n\nDo this.\n\n\n\n-= Attic =-\nDust. \n\n\n> look\nMore.\n\n>      -= Attic =-0/1"
     assert clean_text(raw) == "Do this.\n\n-= Attic =-\nDust.\n\n> look\nMore."
-    end = "Done.\n\n   *** The End ***\n\nWould you like to RESTART, RESTORE a saved game, QUIT or UNDO?\n>   -= A =-1/2"
+    end = (
+        "Done.\n\n   *** The End ***\n\nWould you like to RESTART, RESTORE a saved game, QUIT or UNDO?\n>   -= A =-1/2"
+    )
     assert clean_text(end) == "Done.\n\n*** The End ***"
     assert clean_text("") == ""

@@ -81,9 +81,9 @@ def test_hang_is_killed(action):
         await worker.reset()
         pid = worker.pid
         began = time.monotonic()
-        with pytest.raises(GameWorkerError, match=f"fake: \"step '{action}'\" took longer than 0.4 s"):
+        with pytest.raises(GameWorkerError, match=f"fake: \"step '{action}'\" took longer than 0.8 s"):
             await worker.step(action)
-        assert 0.4 <= time.monotonic() - began < 2.0
+        assert 0.8 <= time.monotonic() - began < 4.0
         assert not exists(pid)
         with pytest.raises(GameWorkerError, match=r"call reset\(\) first"):
             await worker.step("go")
@@ -92,7 +92,7 @@ def test_hang_is_killed(action):
         assert (await worker.step("go"))[1] == 1.0
         assert worker.pid != pid
 
-    run(scenario, fake_worker(timeout_s=0.4))
+    run(scenario, fake_worker(timeout_s=0.8))
 
 
 def test_crash_is_reported():
@@ -149,7 +149,7 @@ def test_failures_of_the_start(start, error, words):
             await worker.reset()
         assert worker.pid is None
 
-    run(scenario, fake_worker(start=start, start_timeout_s=1.5))
+    run(scenario, fake_worker(start=start, start_timeout_s=1.5 if start == "hang" else 20.0))
 
 
 def test_a_game_that_cannot_be_built_or_sent():
@@ -195,7 +195,7 @@ def test_several_workers_at_once():
         await asyncio.gather(*(worker.reset() for worker in workers))
         began = time.monotonic()
         await asyncio.gather(*(worker.step("pause") for worker in workers))
-        assert time.monotonic() - began < 1.2  # not three times half a second
+        assert time.monotonic() - began < 1.4  # not three times half a second
         await asyncio.gather(*(worker.close() for worker in workers))
 
     asyncio.run(scenario())
@@ -276,7 +276,10 @@ asyncio.run(main())
 def test_worker_leaves_when_its_parent_is_killed(action):
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     parent = subprocess.Popen(
-        [sys.executable, "-c", PARENT, action], stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": path}
+        [sys.executable, "-c", PARENT, action],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
     )
     pid = int(parent.stdout.readline())
     time.sleep(0.2)
@@ -298,8 +301,9 @@ def is_running(pid: int) -> bool:
 
 def zork_worker(*, timeout_s: float) -> GameWorker:
     spec = resolve_game(str(story("zork1.z5")))
-    arguments = {"seed": 0, "max_episode_steps": 50, "look_and_inventory": True, "drop_inert_commands": True}
-    return make_worker(spec, **arguments, timeout_s=timeout_s)
+    return make_worker(
+        spec, seed=0, max_episode_steps=50, look_and_inventory=True, drop_inert_commands=True, timeout_s=timeout_s
+    )
 
 
 @pytest.mark.slow
@@ -313,9 +317,9 @@ def test_real_game_is_killed_and_starts_again():
             await worker.step("dance")
         pid = worker.pid
         os.kill(pid, signal.SIGSTOP)  # does not answer any more, like an endless loop inside C
-        with pytest.raises(GameWorkerError, match="\"step 'north'\" took longer than 2 s"):
+        with pytest.raises(GameWorkerError, match="\"step 'north'\" took longer than 3 s"):
             await worker.step("north")
         assert not exists(pid)
         assert await worker.reset() == first
 
-    run(scenario, zork_worker(timeout_s=2.0))
+    run(scenario, zork_worker(timeout_s=3.0))

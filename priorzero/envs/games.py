@@ -66,7 +66,9 @@ def resolve_game(env_id: str) -> GameSpec:
     if "/" in env_id or os.sep in env_id:
         path = Path(env_id).expanduser()
         if not path.exists():
-            raise UserError(f"No story file at {env_id!r} ({path.absolute()} does not exist).\n{_how_to_get(path.name)}")
+            raise UserError(
+                f"No story file at {env_id!r} ({path.absolute()} does not exist).\n{_how_to_get(path.name)}"
+            )
     elif re.fullmatch(r".+\.z[1-8]", env_id, re.IGNORECASE):
         path = _look_up(env_id)
     else:
@@ -138,7 +140,9 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
         md5 = _md5(path)
         is_empty = path.stat().st_size == 0
     except OSError as error:
-        raise UserError(f"Cannot read the story file {str(path)!r}: {error.strerror}. Check its permissions.") from error
+        raise UserError(
+            f"Cannot read the story file {str(path)!r}: {error.strerror}. Check its permissions."
+        ) from error
     if is_empty:
         raise UserError(f"The story file {str(path)!r} is empty. Delete it, then: {_how_to_get(path.name)}")
     supported = supported_games()

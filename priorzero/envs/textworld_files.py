@@ -201,7 +201,9 @@ def _run_generator(request: TextWorldRequest, output: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise UserError(f"TextWorld did not make {request.name} within {MAKE_TIMEOUT_S:.0f} s. Ask for less.") from error
+        raise UserError(
+            f"TextWorld did not make {request.name} within {MAKE_TIMEOUT_S:.0f} s. Ask for less."
+        ) from error
     if done.returncode != 0 or not _is_complete(output):
         raise UserError(
             f"TextWorld could not make {request.name} (exit code {done.returncode}). Change its parameters "
