@@ -7,7 +7,7 @@ import sys
 import pytest
 from game_files import story
 
-from priorzero.envs.jericho_game import FALLBACK_ACTIONS, JerichoGame
+from priorzero.envs.jericho_game import FALLBACK_ACTIONS, JerichoGame, _digest
 from priorzero.types import GameState, UserError
 
 TO_THE_HOUSE = ["s", "e", "open window", "w", "w", "take lamp", "take sword"]
@@ -43,11 +43,12 @@ def test_reward_is_the_change_of_the_score():
     game = open_game(look_and_inventory=False)
     state = game.reset()
     rewards = {}
-    for action in ("north", "north", "up", "take egg"):
+    for action in ("north", "north", "up", "take egg", "down"):
         assert action in state.valid_actions
         state, rewards[action] = game.step(action)
-    assert rewards == {"north": 0.0, "up": 0.0, "take egg": 5.0}  # the egg is worth five points
-    assert (state.score, state.moves, state.feedback) == (5.0, 4, "Taken.")
+    assert rewards == {"north": 0.0, "up": 0.0, "take egg": 5.0, "down": 0.0}  # the egg is worth five points
+    assert (state.score, state.moves) == (5.0, 5)
+    assert state.feedback.startswith("Forest Path")
     assert (state.look, state.inventory) == ("", "")
 
 
@@ -136,6 +137,25 @@ def test_remembered_valid_actions_are_those_that_would_be_found():
         game._remembered.clear()
         assert game._valid_actions() == state.valid_actions
         game.step(player.choice(state.valid_actions))
+
+
+def test_key_of_a_state():
+    game = open_game(look_and_inventory=False)
+    game.reset()
+    ram, stack, program_counter, stack_pointer, *rest = game._env.get_state()
+    key = _digest((ram, stack, program_counter, stack_pointer, *rest))
+
+    def changed(array, index):
+        other = array.copy()
+        other[index] += 1
+        return other
+
+    assert _digest((changed(ram, 100), stack, program_counter, stack_pointer, *rest)) != key
+    assert _digest((ram, changed(stack, -1), program_counter, stack_pointer, *rest)) != key
+    assert _digest((ram, stack, program_counter + 1, stack_pointer, *rest)) != key
+    random_numbers = rest.index(next(value for value in rest if isinstance(value, tuple)))
+    rest[random_numbers] = (7, 0, 0)
+    assert _digest((ram, stack, program_counter, stack_pointer, *rest)) != key
 
 
 def test_memory_is_bounded(monkeypatch):
