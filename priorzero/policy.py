@@ -28,6 +28,9 @@ def prompt_style(settings: Any) -> PromptStyle:
         use_cot=settings.prior.use_cot,
         history_length=settings.llm.history_length,
         max_tokens=settings.llm.prompt_max_len,
+        history_chars=settings.llm.history_chars,
+        observation_chars=settings.llm.observation_chars,
+        list_commands=settings.llm.list_commands,
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from priorzero.types import GameState, HistoryStep
 
 SYSTEM = "You are an expert player of text adventure games. You choose commands that raise the score."
-ASK_ONE = "Which command is best now? Answer with one of the commands and nothing else."
+ASK_ONE = "What is the next command? Answer with the command and nothing else."
 ASK_RANKING = (
     "Rank the {count} best commands for this moment, best first, one a line, numbered, each exactly as it is listed. "
     "Write nothing else."
@@ -45,14 +45,18 @@ class PromptStyle:
         use_cot: ask for a thought before the list.
         history_length: past decisions shown, the latest ones.
         max_tokens: length limit; the oldest history is dropped first.
-        history_chars: characters of each past observation that are shown; the end is cut.
+        history_chars: characters of each past observation that are shown; 0 shows past commands only.
+        observation_chars: characters of the current observation that are shown; 0 shows all.
+        list_commands: list the valid commands (``rank`` always does).
     """
 
     mode: str
     use_cot: bool
     history_length: int
     max_tokens: int
-    history_chars: int = 300
+    history_chars: int
+    observation_chars: int
+    list_commands: bool
 
 
 def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> Prompt:
@@ -83,9 +87,12 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
     if state.goal:
         parts.append(f"Goal: {_one_line(state.goal)}")
     if history:
-        parts.append("What happened so far:\n" + "\n".join(_history_lines(step, style.history_chars) for step in history))
-    parts.append(f"Now (score {state.score:g} of {state.max_score:g}, move {state.moves}):\n{state.raw_obs_text}")
-    parts.append("Commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
+        shown = "\n".join(_past(step, goal=state.goal, chars=style.history_chars) for step in history)
+        parts.append(f"What happened so far:\n{shown}")
+    now = _clip(_without_goal(state.raw_obs_text, state.goal), style.observation_chars)
+    parts.append(f"Now (score {state.score:g} of {state.max_score:g}, move {state.moves}):\n{now}")
+    if style.list_commands or style.mode == "rank":
+        parts.append("Possible commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
     if style.mode == "score":
         parts.append(ASK_ONE)
     else:
@@ -94,17 +101,25 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
     return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
-def _history_lines(step: HistoryStep, chars: int) -> str:
-    observation = _one_line(step.observation)
-    if len(observation) > chars:
-        observation = observation[:chars].rstrip() + " ..."
+def _past(step: HistoryStep, *, goal: str, chars: int) -> str:
     earned = f" (reward {step.reward:+g})" if step.reward else ""
-    return f"{observation}\n> {step.action}{earned}"
+    command = f"> {step.action}{earned}"
+    if chars == 0:
+        return command
+    return f"{_clip(_one_line(_without_goal(step.observation, goal)), chars)}\n{command}"
+
+
+def _without_goal(text: str, goal: str) -> str:
+    """The text without the goal, which the prompt states once, at its top."""
+    return text.replace(goal, "").strip() if goal else text
+
+
+def _clip(text: str, chars: int) -> str:
+    return text[:chars].rstrip() + " ..." if 0 < chars < len(text) else text
 
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
 
 
 _THOUGHT_END = re.compile(r"(?:^|\n)\s*answer\s*:[ \t]*\n?", re.IGNORECASE)

@@ -1,0 +1,87 @@
+"""Packed completions against one sequence per completion, computed by the model's own causal attention."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import make_tiny_llm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from priorzero.completions import PromptRow, completion_logprobs, pack
+
+token = st.integers(0, 99)
+row = st.builds(
+    PromptRow,
+    st.lists(token, min_size=1, max_size=9),
+    st.lists(st.lists(token, min_size=1, max_size=5), min_size=1, max_size=4),
+)
+
+
+def one_at_a_time(model, rows):
+    """Each completion as a sequence of its own, without padding, masks or position ids."""
+    results = []
+    for r in rows:
+        for completion in r.completions:
+            ids = torch.tensor([[*r.prompt_ids, *completion]])
+            logprobs = torch.log_softmax(model(input_ids=ids).logits[0].float(), dim=-1)
+            n = len(r.prompt_ids)
+            results.append(torch.stack([logprobs[n - 1 + t, c] for t, c in enumerate(completion)]))
+    return results
+
+
+@pytest.fixture(scope="module")
+def model(smollm2):
+    return make_tiny_llm(smollm2.tokenizer).model
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(row, min_size=1, max_size=4))
+def test_packed_equals_one_sequence_per_completion(model, rows):
+    with torch.no_grad():
+        batch = pack(rows, dtype=torch.float32, device="cpu")
+        packed = completion_logprobs(model, batch)
+        plain = one_at_a_time(model, rows)
+    assert packed.shape == (sum(len(r.completions) for r in rows), max(len(c) for r in rows for c in r.completions))
+    for got, mask, want in zip(packed, batch.completion_mask, plain, strict=True):
+        assert mask.sum() == len(want)
+        torch.testing.assert_close(got[mask], want, atol=1e-4, rtol=0)
+        assert (got[~mask] == 0).all()
+
+
+def test_gradients_equal_those_of_one_sequence_per_completion(model):
+    rows = [PromptRow([5, 6, 7, 8], [[1, 2, 3], [4]]), PromptRow([9, 3], [[7, 7], [1, 2, 3, 4], [8]])]
+
+    def gradient(loss):
+        model.zero_grad()
+        loss.backward()
+        return torch.cat([p.grad.ravel() for p in model.parameters() if p.grad is not None])
+
+    packed = gradient(completion_logprobs(model, pack(rows, dtype=torch.float32, device="cpu")).sum())
+    plain = gradient(torch.cat(one_at_a_time(model, rows)).sum())
+    assert plain.norm() > 1
+    assert (packed - plain).norm() / plain.norm() < 1e-5
+
+
+def test_a_completion_does_not_see_its_neighbours(model):
+    alone = pack([PromptRow([5, 6, 7], [[1, 2, 3]])], dtype=torch.float32, device="cpu")
+    beside = pack([PromptRow([5, 6, 7], [[9, 9, 9, 9], [1, 2, 3]])], dtype=torch.float32, device="cpu")
+    with torch.no_grad():
+        want, got = completion_logprobs(model, alone)[0], completion_logprobs(model, beside)[1, :3]
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+def test_real_model_on_a_real_prompt(smollm2):
+    text = smollm2.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "You are west of a white house. There is a mailbox here. What now?"}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    r = smollm2.row(text, ["open mailbox", "go north", "eat the house"], end_of_turn=True)
+    with torch.no_grad():
+        packed, mask = smollm2.token_logprobs([r])
+        plain = one_at_a_time(smollm2.model, [r])
+    for got, m, want in zip(packed, mask, plain, strict=True):
+        torch.testing.assert_close(got[m], want, atol=1e-4, rtol=0)
+    sums = packed.sum(1)
+    assert sums.argmax() != 2 and torch.isfinite(sums).all()

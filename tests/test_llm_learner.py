@@ -1,0 +1,134 @@
+"""Fine-tuning of the LLM: which decisions teach what, and that micro-batches change nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_settings, make_tiny_llm
+
+from priorzero.llm_learner import LLMLearner, choose_answers
+from priorzero.policy import prompt_style
+from priorzero.types import ActionPrior, GameState, StepRecord
+
+ACTIONS = ("open mailbox", "go north", "eat the old brown sack", "wait")
+
+
+def record(step=0, *, visits=(6, 3, 1, 0), chosen=0, prompt="Where to?", completion=None, predicted=0.0):
+    prior = ActionPrior(np.log(np.full(4, 0.25)), "score", 0, completion)
+    return StepRecord(
+        state=GameState("West of House", ACTIONS, 0.0, 10.0, step),
+        features=np.zeros(3),
+        action_indices=np.arange(4),
+        prompt=f"{prompt} {step}" if prompt else "",
+        prior=prior,
+        visit_counts=np.array(visits),
+        root_value=0.0,
+        predicted_value=predicted,
+        chosen=chosen,
+        reward=0.0,
+        done=False,
+        episode=0,
+        step=step,
+    )
+
+
+def learner(smollm2, *, seed=0, **llm):
+    settings = make_settings({"llm": {"learning_rate": 1e-2, "grad_clip": 1e9, **llm}})
+    return LLMLearner(make_tiny_llm(smollm2.tokenizer, seed=seed), settings.llm, style=prompt_style(settings))
+
+
+def parameters(made):
+    return torch.cat([p.detach().ravel().clone() for p in made.llm.model.parameters()])
+
+
+RECORDS = [record(t, visits=np.roll((6, 3, 1, 0), t), chosen=(t + t // 3) % 4) for t in range(8)]
+RETURNS = np.array([3.0, -1.0, 0.5, 2.0, 0.0, 1.0, 4.0, -2.0])
+
+
+def test_top_answers_are_renormalised_and_hold_the_played_one():
+    positions, probs = choose_answers(record(visits=(6, 3, 1, 0)), top=2)
+    assert positions == [0, 1] and probs == pytest.approx([6 / 9, 3 / 9])
+    positions, probs = choose_answers(record(visits=(6, 3, 1, 0), chosen=2), top=2)
+    assert positions == [0, 1, 2] and probs == pytest.approx([6 / 9, 3 / 9, 0.0])
+    positions, probs = choose_answers(record(visits=(0, 0, 5, 0), chosen=2), top=4)
+    assert positions == [2] and probs == pytest.approx([1.0])
+
+
+def gradient_of_one_step(smollm2, micro_batch_size):
+    made = learner(smollm2, micro_batch_size=micro_batch_size)
+    gradients = {}
+    for name, p in made.llm.model.named_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.__setitem__(name, p.grad.clone()))
+    samples, skipped = made.samples(RECORDS, RETURNS)
+    assert len(samples) == 8 and skipped == 0
+    losses = made.learn(samples)
+    return torch.cat([gradients[name].ravel() for name in sorted(gradients)]), losses
+
+
+def test_micro_batches_of_1_2_and_8_give_one_gradient(smollm2):
+    whole, whole_losses = gradient_of_one_step(smollm2, 8)
+    assert whole.norm() > 1e-3
+    for size in (1, 2, 4):
+        cut, losses = gradient_of_one_step(smollm2, size)
+        assert (cut - whole).norm() / whole.norm() < 1e-5, size
+        assert losses == pytest.approx(whole_losses, rel=1e-4), size
+
+
+def test_loss_weights_act_on_the_gradient(smollm2):
+    def norm(**llm):
+        made = learner(smollm2, **llm)
+        return made.learn(made.samples(RECORDS, RETURNS)[0])["grad_norm"]
+
+    assert norm(enable_rft=False, llm_loss_weight=1.0) == pytest.approx(2 * norm(enable_rft=False, llm_loss_weight=0.5), rel=1e-4)
+    assert norm(enable_sft=False, rft_loss_weight=0.9) == pytest.approx(3 * norm(enable_sft=False, rft_loss_weight=0.3), rel=1e-4)
+
+
+def test_rft_without_advantage_moves_nothing(smollm2):
+    made = learner(smollm2, enable_sft=False)
+    before = parameters(made)
+    # Equal differences between return and baseline: nothing was better than expected.
+    records = [dataclasses.replace(r, predicted_value=float(t)) for t, r in enumerate(RECORDS)]
+    samples, _ = made.samples(records, np.arange(8.0) + 1.0)
+    assert [s.advantage for s in samples] == [0.0] * 8
+    made.learn(samples)
+    assert torch.equal(parameters(made), before)
+    made.learn(made.samples(records, RETURNS)[0])
+    assert not torch.equal(parameters(made), before)
+
+
+@pytest.mark.parametrize("disabled", ["enable_rft", "enable_sft"])
+def test_learning_raises_what_it_should(smollm2, disabled):
+    """SFT raises the log-probability of the most visited action, RFT that of the action with the higher return."""
+    made = learner(smollm2, **{disabled: False})
+    good, bad = record(visits=(9, 1, 0, 0), chosen=0), record(visits=(9, 1, 0, 0), chosen=1)
+    samples, _ = made.samples([good, bad], np.array([1.0, -1.0]))
+
+    def gap():
+        with torch.no_grad():
+            logprobs, _ = made.llm.token_logprobs([samples[0].row])
+        return (logprobs[0].sum() - logprobs[1].sum()).item()
+
+    before = gap()
+    for _ in range(5):
+        made.learn(samples)
+    assert gap() > before + 0.1
+
+
+def test_decisions_without_prompt_teach_nothing_and_are_counted(smollm2):
+    made = learner(smollm2)
+    samples, skipped = made.samples([record(prompt=""), record(1)], np.array([0.0, 1.0]))
+    assert len(samples) == 1 and skipped == 1
+
+
+def test_chain_of_thought_is_context_and_a_missing_answer_line_is_counted(smollm2):
+    settings = make_settings({"prior": {"mode": "rank", "use_cot": True}})
+    made = LLMLearner(make_tiny_llm(smollm2.tokenizer), settings.llm, style=prompt_style(settings))
+    thought = record(completion="The mailbox looks useful.\nAnswer:\n1. go north")
+    samples, skipped = made.samples([thought, record(completion="I cannot say.")], np.array([0.0, 1.0]))
+    assert len(samples) == 1 and skipped == 1
+    row = samples[0].row
+    assert smollm2.tokenizer.decode(row.prompt_ids) == "Where to? 0The mailbox looks useful.\nAnswer:\n"
+    assert smollm2.tokenizer.decode(row.completions[0]) == "1. open mailbox\n"

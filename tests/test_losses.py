@@ -1,0 +1,61 @@
+"""Losses, returns and advantages against values worked out by hand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from priorzero.losses import gradient_norm, normalised_advantages, returns_to_go, rft_loss, sft_loss
+
+LOG2, LOG4, LOG10 = math.log(0.5), math.log(0.25), math.log(0.1)
+
+
+def test_sft_loss_of_three_actions_by_hand():
+    # Visits 6, 3, 1 of 10; action 1 has one token of probability 1/2, action 2 two of 1/4, action 3 one of 1/10.
+    logprobs = torch.tensor([[LOG2, 0.0], [LOG4, LOG4], [LOG10, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, False], [True, True], [True, False]])
+    loss_sum, tokens = sft_loss(logprobs, mask, torch.tensor([0.6, 0.3, 0.1]))
+    assert loss_sum.item() == pytest.approx(0.6 * math.log(2) + 0.3 * 2 * math.log(4) + 0.1 * math.log(10))
+    assert tokens.item() == pytest.approx(0.6 + 0.3 * 2 + 0.1)
+    loss_sum.backward()
+    assert torch.allclose(logprobs.grad, torch.tensor([[-0.6, 0.0], [-0.3, -0.3], [-0.1, 0.0]]))
+
+
+def test_rft_loss_by_hand():
+    logprobs = torch.tensor([[LOG2, LOG4], [LOG10, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    loss_sum, tokens = rft_loss(logprobs, mask, torch.tensor([2.0, -1.0]))
+    assert loss_sum.item() == pytest.approx(-(2 * (LOG2 + LOG4) - LOG10), rel=1e-5)
+    assert tokens.item() == 3
+    loss_sum.backward()
+    assert torch.equal(logprobs.grad, torch.tensor([[-2.0, -2.0], [1.0, 0.0]]))
+
+
+def test_masked_tokens_have_no_say():
+    mask = torch.tensor([[True, False]])
+    for garbage in (0.0, -1e9):
+        logprobs = torch.tensor([[LOG2, garbage]])
+        assert sft_loss(logprobs, mask, torch.ones(1))[0].item() == pytest.approx(math.log(2))
+        assert rft_loss(logprobs, mask, torch.ones(1))[0].item() == pytest.approx(math.log(2))
+
+
+def test_returns_by_hand():
+    assert returns_to_go([1.0, 0.0, 2.0], discount=0.5) == pytest.approx([1.5, 1.0, 2.0])
+    assert returns_to_go([1.0, 0.0, 2.0], discount=0.5, bootstrap_value=4.0) == pytest.approx([2.0, 2.0, 4.0])
+    assert returns_to_go([], discount=0.5, bootstrap_value=4.0).shape == (0,)
+
+
+def test_advantages_by_hand_and_without_difference():
+    # Differences 1, 3: mean 2, deviation 1.
+    assert normalised_advantages(np.array([2.0, 5.0]), np.array([1.0, 2.0])) == pytest.approx([-1.0, 1.0])
+    assert normalised_advantages(np.array([3.0, 4.0]), np.array([1.0, 2.0])).tolist() == [0.0, 0.0]
+
+
+def test_gradient_norm_clips_and_reports_the_norm_before():
+    p = torch.nn.Parameter(torch.zeros(2))
+    p.grad = torch.tensor([3.0, 4.0])
+    assert gradient_norm([p], max_norm=1.0) == pytest.approx(5.0)
+    assert p.grad.norm().item() == pytest.approx(1.0, abs=1e-5)
