@@ -1,7 +1,7 @@
 """Fetch story files of the Jericho suite: ``python scripts/fetch_games.py zork1.z5 detective.z5``.
 
-A file is kept only if its md5 is the one that Jericho supports. Exit codes: 0 all files are there, 2 a wrong name, a wrong
-checksum or a failure of the network.
+A file is kept only if its md5 is the one that Jericho supports. Exit codes: 0 all files are there, 2 a wrong name, a
+wrong checksum or a failure of the network.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def fetch(name: str, folder: Path, *, base_url: str, timeout_s: float, tries: in
 
     Args:
         name: a supported name, such as ``zork1.z5``.
-        folder: made if it is missing. A file with the right checksum is left alone; a wrong one is replaced, but only by
-            a right one.
+        folder: made if it is missing. A file with the right checksum is left alone; a wrong one is replaced, but only
+            by a right one.
         base_url: the address of the folder with the story files.
         timeout_s: for one try, from its start to the last byte.
         tries: how often to try when the network fails; a wrong checksum is not tried again.

@@ -84,7 +84,7 @@ def test_the_generators_solution_wins(open_game, env_id, max_score):
     assert not state.truncated
     assert state.valid_actions == ()
     assert state.score == state.max_score == sum(rewards)
-    assert state.max_score == max_score or max_score is None and state.max_score > 1
+    assert state.max_score == max_score or (max_score is None and state.max_score > 1)
     assert state.moves == len(rewards)
     assert "RESTART" not in state.feedback
     assert "*** The End ***" in state.feedback
@@ -168,7 +168,9 @@ def test_missing_files(tmp_path):
 
 
 def test_clean_text():
-    raw = "\n\n   ___  ___ \n  |$$ \\/ $$|\n\nDo this.\n\n\n\n-= Attic =-\nDust. \n\n\n> look\nMore.\n\n>      -= Attic =-0/1"
+    raw = (
+        "\n\n   ___  ___ \n  |$$ \\/ $$|\n\nDo this.\n\n\n\n-= Attic =-\nDust. \n\n\n> look\nMore.\n\n>  -= Attic =-0/1"
+    )
     assert clean_text(raw) == "Do this.\n\n-= Attic =-\nDust.\n\n> look\nMore."
     end = (
         "Done.\n\n   *** The End ***\n\nWould you like to RESTART, RESTORE a saved game, QUIT or UNDO?\n>   -= A =-1/2"

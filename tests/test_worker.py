@@ -126,7 +126,7 @@ def test_exceptions_come_back_and_the_process_lives():
         pid = worker.pid
         with pytest.raises(GameWorkerError, match="KeyError: 'the lamp is gone'"):
             await worker.step("raise")
-        with pytest.raises(UserError, match="^type something else$"):
+        with pytest.raises(UserError, match=r"^type something else$"):
             await worker.step("user error")
         assert (await worker.step("go"))[0].score == 2.0
         assert worker.pid == pid

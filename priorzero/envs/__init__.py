@@ -1,4 +1,4 @@
-"""Text games: found or made by name, played in this process (``make_game``) or in one of their own (``make_worker``)."""
+"""Text games: found or made by name, played in this process (``make_game``) or in their own (``make_worker``)."""
 
 from priorzero.envs.games import GameSpec, make_game, resolve_game
 from priorzero.envs.worker import GameWorker, make_worker

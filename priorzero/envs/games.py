@@ -43,7 +43,7 @@ def cache_dir() -> Path:
 
 
 def supported_games() -> dict[str, str]:
-    """md5 of the one file of each name that Jericho supports fully (score, valid actions): ``{"zork1.z5": "b732..."}``."""
+    """md5 of the one file of each name that Jericho supports fully: ``{"zork1.z5": "b732..."}``."""
     from jericho.defines import BINDINGS_DICT
 
     return {bindings["rom"]: md5 for md5, bindings in BINDINGS_DICT.items()}
@@ -53,8 +53,8 @@ def resolve_game(env_id: str) -> GameSpec:
     """Find (Jericho) or make (TextWorld) the game called ``env_id``.
 
     Args:
-        env_id: ``zork1.z5`` (looked up in the working folder, in ``$PRIORZERO_GAMES`` and in the cache folder), a path to
-            a story file, or ``textworld:<challenge>?<parameter>=<value>&...``.
+        env_id: ``zork1.z5`` (looked up in the working folder, ``$PRIORZERO_GAMES`` and the cache folder), a path to a
+            story file, or ``textworld:<challenge>?<parameter>=<value>&...``.
 
     Raises:
         UserError: unknown name, missing, unreadable or unsupported story file, bad TextWorld parameter.
@@ -151,8 +151,8 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
         return GameSpec(env_id, "jericho", path.absolute(), md5, Path(roms[md5]).stem)
     if path.name in supported:
         raise UserError(
-            f"{str(path)!r} has md5 {md5}; Jericho supports only the {path.name} with md5 {supported[path.name]} (another "
-            f"release of the game?). Move this file away, then: python scripts/fetch_games.py {path.name}"
+            f"{str(path)!r} has md5 {md5}; Jericho supports only the {path.name} with md5 {supported[path.name]} "
+            f"(another release of the game?). Move this file away, then: python scripts/fetch_games.py {path.name}"
         )
     raise UserError(
         f"Jericho does not support the story file {str(path)!r} (md5 {md5}): scores and valid actions come only with "

@@ -126,8 +126,8 @@ def parse_request(env_id: str) -> TextWorldRequest:
     settings = {key: values.get(key, parameter.default) for key, parameter in CHALLENGES[challenge].items()}
     if challenge == "cooking" and int(settings["take"]) > int(settings["recipe"]):
         raise UserError(
-            f"take={settings['take']} in {env_id!r} must be at most recipe={settings['recipe']}: only ingredients of the "
-            f"recipe can be taken. Try recipe={settings['take']}."
+            f"take={settings['take']} in {env_id!r} must be at most recipe={settings['recipe']}: only ingredients of "
+            f"the recipe can be taken. Try recipe={settings['take']}."
         )
     return TextWorldRequest(challenge, int(values.get("seed", _SEED.default)), settings)
 
@@ -150,7 +150,8 @@ def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
         scratch = Path(tempfile.mkdtemp(prefix=f".{request.name}-", dir=home.parent))
     except OSError as error:
         raise UserError(
-            f"Cannot make the game in {str(home.parent)!r}: {error.strerror}. Set XDG_CACHE_HOME to a folder you can write."
+            f"Cannot make the game in {str(home.parent)!r}: {error.strerror}. "
+            "Set XDG_CACHE_HOME to a folder that you can write to."
         ) from error
     try:
         _run_generator(request, scratch / "new" / story.name)

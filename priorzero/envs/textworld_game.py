@@ -34,8 +34,8 @@ class TextWorldGame:
             seed: of the emulator's random numbers.
             max_episode_steps: commands after which an episode is cut (``done`` and ``truncated``).
             look_and_inventory: fill ``GameState.look`` and ``GameState.inventory``.
-            drop_inert_commands: leave out ``examine ...``, ``look`` and ``inventory``, which change nothing. Where reading
-                something is part of the task (the cookbook of the cooking games), keep them.
+            drop_inert_commands: leave out ``examine ...``, ``look`` and ``inventory``, which change nothing. Where
+                reading something is part of the task (the cookbook of the cooking games), keep them.
 
         Raises:
             UserError: a file is missing.
@@ -126,7 +126,7 @@ def is_inert(command: str) -> bool:
 
 
 def clean_text(text: str) -> str:
-    """The words of what a TextWorld game prints: no title in ASCII art, no prompt, no status line, no runs of blank lines.
+    """The words that a TextWorld game prints: without the ASCII-art title, prompt, status line and runs of blank lines.
 
     The statement of the task, which follows the title, is kept.
     """

@@ -78,7 +78,7 @@ class GameWorker:
         recipe = pickle.dumps((self._make, self._arguments))
         self._connection, theirs = Pipe(duplex=True)
         with theirs:
-            self._process = subprocess.Popen(  # noqa: ASYNC220 - returns within milliseconds
+            self._process = subprocess.Popen(  # returns within milliseconds
                 python_command("priorzero.envs.worker:serve", str(theirs.fileno()), str(os.getpid())),
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
@@ -198,7 +198,7 @@ def make_worker(
 
 
 def serve(descriptor: str, parent: str) -> None:
-    """The worker process: answers requests until the pipe closes. Never returns an exception's object, only its text."""
+    """The worker process: answers requests until the pipe closes. Of an exception it sends back the text only."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
     threading.Thread(target=_leave_with_parent, args=(int(parent),), daemon=True).start()
     # spaCy imports torch where it is installed: 3 s and 180 MB for each worker, for nothing.
@@ -221,7 +221,7 @@ def serve(descriptor: str, parent: str) -> None:
             reply = ("ok", answer)
         except UserError as error:
             reply = ("user error", str(error))
-        except Exception as error:  # noqa: BLE001 - sent to the parent, which raises it
+        except Exception as error:  # sent to the parent, which raises it
             reply = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         try:
             connection.send(reply)
