@@ -93,7 +93,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "num_heads": Option(8, "attention heads", at_least(1)),
         "embed_dim": Option(512, "embedding size", at_least(8)),
         "context_length": Option(8, "tokens of context in the search; one step is two tokens", at_least(4)),
-        "num_unroll_steps": Option(10, "steps unrolled in the loss", at_least(2)),
+        "num_unroll_steps": Option(10, "steps unrolled in the loss", at_least(4)),
         "dropout": Option(0.1, "dropout of embeddings, attention and residuals", between(0, 0.9)),
         "support_scale": Option(50, "largest transformed value or reward that can be represented", at_least(1)),
         "policy_entropy_weight": Option(0.0, "weight of the policy's entropy bonus", at_least(0)),

@@ -27,7 +27,7 @@ def demo_config(*, segment_length: int = 4, buffer_size: int = 500, batch_size: 
     settings = resolve_settings(
         {
             "env": {"action_space_size": 8},
-            "world_model": {"embed_dim": 16, "num_heads": 2, "num_unroll_steps": 3, "context_length": 4, "dropout": 0.0},
+            "world_model": {"embed_dim": 16, "num_heads": 2, "num_unroll_steps": 4, "context_length": 4, "dropout": 0.0},
             "replay": {"segment_length": segment_length, "buffer_size": buffer_size},
             "train": {"batch_size": batch_size, "td_steps": 2},
             "llm": {"batch_size": 2, "micro_batch_size": 1},
@@ -93,7 +93,7 @@ def show_buffer() -> None:
     settings = resolve_settings(
         {
             "env": {"action_space_size": 8},
-            "world_model": {"embed_dim": 16, "num_heads": 2, "num_unroll_steps": 3, "context_length": 4},
+            "world_model": {"embed_dim": 16, "num_heads": 2, "num_unroll_steps": 4, "context_length": 4},
             "prior": {"enabled": False},
             "eval": {"modes": ["world_model"]},
         }

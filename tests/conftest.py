@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from priorzero.config import PRESETS, resolve_settings
-from priorzero.models import LanguageModel, load_language_model
+torch.set_num_threads(1)  # the models of most tests are so small that threads only wait for one another
+
+from priorzero.config import PRESETS, resolve_settings  # noqa: E402
+from priorzero.models import LanguageModel, load_language_model  # noqa: E402
 
 
 def make_settings(*layers: dict[str, dict[str, Any]]) -> Any:

@@ -1,0 +1,114 @@
+"""The dual-model policy: one call learns both models; importance weights and priorities do what they should."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_tiny_llm
+
+from priorzero.buffer import PriorZeroGameBuffer
+from priorzero.config import resolve_settings
+from priorzero.demo import FEATURE_SIZE, demo_segments
+from priorzero.lightzero import unizero_config
+from priorzero.policy import PriorZeroPolicy
+
+
+def setup(llm=None, *, dropout=0.0, seed=0):
+    settings = resolve_settings(
+        {
+            "env": {"action_space_size": 8},
+            "world_model": {
+                "embed_dim": 16, "num_heads": 2, "num_unroll_steps": 4, "context_length": 4, "dropout": dropout,
+            },
+            "replay": {"segment_length": 6},
+            "train": {"batch_size": 8, "td_steps": 2, "learning_rate": 1e-2, "grad_clip": 1e9},
+            "llm": {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
+        }
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=llm)
+    config = unizero_config(settings, feature_size=FEATURE_SIZE, device="cpu")
+    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(seed))
+    buffer.push(demo_segments(config, lengths=[5, 17, 9]))
+    return policy, buffer
+
+
+def world_model(policy):
+    return torch.cat([p.detach().ravel().clone() for _, p in policy.trained_world_model_parameters()])
+
+
+def gradient(weights):
+    """Gradient of the world model's loss for one fixed batch under the given importance weights."""
+    policy, buffer = setup()
+    batch = buffer.sample(8, policy)
+    batch[0][5] = np.asarray(weights, dtype=np.float64)
+    taken = {}
+    for name, p in policy.trained_world_model_parameters():
+        p.register_post_accumulate_grad_hook(lambda p, name=name: taken.__setitem__(name, p.grad.clone()))
+    policy.learn(batch, train_iter=0, update_llm=False)
+    return torch.cat([taken[name].ravel() for name in sorted(taken)])
+
+
+def test_importance_weights_weigh_the_gradient():
+    whole = gradient(np.ones(8))
+    assert whole.norm() > 1e-3
+    assert (gradient(np.full(8, 0.5)) - 0.5 * whole).norm() / whole.norm() < 1e-5
+    first, rest = np.eye(8)[0], 1 - np.eye(8)[0]
+    assert (gradient(first) + gradient(rest) - whole).norm() / whole.norm() < 1e-4
+    assert gradient(first).norm() > 1e-4
+    assert gradient(np.zeros(8)).norm() == 0
+
+
+def test_priorities_are_the_errors_of_the_first_values():
+    policy, buffer = setup()
+    batch = buffer.sample(8, policy)
+    policy._model.eval()
+    observations = torch.as_tensor(batch[0][0].reshape(8, -1, FEATURE_SIZE)[:, 0])
+    policy._learn_model.train()
+    metrics = policy.learn(batch, train_iter=0, update_llm=False)
+    assert observations.shape == (8, FEATURE_SIZE)
+    # LightZero's value head starts at zero, so that every predicted value is 0 and the error is the target itself.
+    assert metrics["priorities"] == pytest.approx(np.abs(batch[1][1][:, 0]), abs=1e-3)
+    again = policy.learn(batch, train_iter=1, update_llm=False)
+    assert again["priorities"].sum() != pytest.approx(metrics["priorities"].sum(), rel=1e-6)
+
+
+def test_one_call_learns_both_models(smollm2):
+    policy, buffer = setup(make_tiny_llm(smollm2.tokenizer))
+    llm_parameters = list(policy.llm_learner.llm.model.parameters())
+    wm, llm = world_model(policy), [p.detach().clone() for p in llm_parameters]
+    metrics = policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=True)
+    assert not torch.equal(world_model(policy), wm)
+    assert all(not torch.equal(a, b) for a, b in zip(llm_parameters, llm, strict=True))
+    assert policy.llm_version == 1
+    assert metrics["train/total_loss"] == pytest.approx(metrics["train/wm_total_loss"] + metrics["train/llm_loss"])
+    assert metrics["train/llm_loss"] == pytest.approx(
+        0.5 * metrics["train/llm_sft_loss"] + 0.3 * metrics["train/llm_rft_loss"]
+    )
+
+
+def test_the_llm_rests_when_it_is_not_its_turn(smollm2):
+    policy, buffer = setup(make_tiny_llm(smollm2.tokenizer))
+    llm = [p.detach().clone() for p in policy.llm_learner.llm.model.parameters()]
+    metrics = policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=False)
+    assert all(torch.equal(a, b) for a, b in zip(policy.llm_learner.llm.model.parameters(), llm, strict=True))
+    assert policy.llm_version == 0 and "train/llm_sft_loss" not in metrics
+
+
+def test_learning_lowers_the_loss():
+    policy, buffer = setup()
+    batch = buffer.sample(8, policy)
+    losses = [policy.learn(batch, train_iter=i, update_llm=False)["train/wm_total_loss"] for i in range(40)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_state_goes_out_and_in():
+    policy, buffer = setup()
+    policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=False)
+    state = policy.world_model_state()
+    assert not any("_orig_mod" in name for name in state)
+    other, _ = setup(seed=1)
+    assert not torch.equal(world_model(other), world_model(policy))
+    other.load_world_model_state(state)
+    assert torch.equal(world_model(other), world_model(policy))
