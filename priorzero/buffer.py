@@ -133,4 +133,3 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
             known = visits[t : t + steps]
             targets[row, : len(known)] = known
         return targets
-

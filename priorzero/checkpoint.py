@@ -63,5 +63,7 @@ def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionIn
     try:
         policy.load_world_model_state(state)
     except RuntimeError as error:
-        raise UserError(f"{folder}: holds a world model of another shape; use the config.yaml beside it ({error})") from error
+        raise UserError(
+            f"{folder}: holds a world model of another shape; use the config.yaml beside it ({error})"
+        ) from error
     indexer.load_state_dict(actions)

@@ -83,7 +83,8 @@ class Collector:
                 elif isinstance(outcome, BaseException):
                     raise outcome
                 else:
-                    self._record(e, decision, *outcome, collected)
+                    state, reward = outcome
+                    self._record(e, decision, state, reward, collected)
         self.env_steps += collected.env_steps
         return collected
 

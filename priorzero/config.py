@@ -115,23 +115,31 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "prior": {
         "enabled": Option(True, "let the LLM propose actions; false: plain UniZero, no LLM is loaded"),
         "engine": Option("transformers", "what runs the LLM for the prior", one_of("transformers")),
-        "mode": Option("score", "score: log-probability of each action; rank: the LLM writes a list", one_of("score", "rank")),
+        "mode": Option(
+            "score", "score: log-probability of each action; rank: the LLM writes a list", one_of("score", "rank")
+        ),
         "normalise": Option("sum", "score: mean or sum of an action's token log-probabilities", one_of("mean", "sum")),
         "use_cot": Option(False, "rank: let the LLM think before it writes its list"),
         "combine": Option("mix", "how the prior enters the root", one_of("mix", "replace")),
         "alpha": Option(0.5, "mix: the prior's share of the root's probabilities", between(0, 1)),
         "temperature": Option(1.0, "temperature of the prior over the valid actions", above(0)),
-        "floor": Option(0.02, "share of uniform probability mixed in, so that the search can still explore", between(0, 1)),
+        "floor": Option(
+            0.02, "share of uniform probability mixed in, so that the search can still explore", between(0, 1)
+        ),
         "attempts": Option(3, "tries before a uniform prior stands in", at_least(1)),
         "backoff_s": Option(0.5, "seconds before the second try, doubled for each further one", at_least(0)),
         "timeout_s": Option(30.0, "seconds a try may take for the whole batch", above(0)),
     },
     "llm": {
         "path": Option("Qwen/Qwen2.5-0.5B-Instruct", "language model: package:NAME, a folder or a hub id"),
-        "dtype": Option("auto", "type to compute in; auto: float32 on CPU, bfloat16 on GPU", one_of("auto", "float32", "bfloat16")),
+        "dtype": Option(
+            "auto", "type to compute in; auto: float32 on CPU, bfloat16 on GPU", one_of("auto", "float32", "bfloat16")
+        ),
         "trust_remote_code": Option(False, "run code that comes with a hub model"),
         "history_length": Option(5, "past decisions in the prompt", at_least(0)),
-        "history_chars": Option(300, "characters of each past observation in the prompt; 0: the commands alone", at_least(0)),
+        "history_chars": Option(
+            300, "characters of each past observation in the prompt; 0: the commands alone", at_least(0)
+        ),
         "observation_chars": Option(0, "characters of the current observation in the prompt; 0: all", at_least(0)),
         "list_commands": Option(True, "list the valid commands in the prompt (rank always does)"),
         "prompt_max_len": Option(2048, "tokens of prompt; the oldest history is dropped first", at_least(64)),
@@ -211,7 +219,9 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
 
 def default_settings() -> EasyDict:
     """All settings at their defaults, as ``settings.group.key``."""
-    return EasyDict({group: {key: copy.deepcopy(o.default) for key, o in keys.items()} for group, keys in OPTIONS.items()})
+    return EasyDict(
+        {group: {key: copy.deepcopy(o.default) for key, o in keys.items()} for group, keys in OPTIONS.items()}
+    )
 
 
 def resolve_settings(*layers: Mapping[str, Mapping[str, Any]]) -> EasyDict:
@@ -225,12 +235,16 @@ def resolve_settings(*layers: Mapping[str, Mapping[str, Any]]) -> EasyDict:
     errors: list[str] = []
     for layer in layers:
         if not isinstance(layer, Mapping):
-            raise UserError(f"a configuration must be groups of settings such as 'llm: {{batch_size: 8}}', not {layer!r}")
+            raise UserError(
+                f"a configuration must be groups of settings such as 'llm: {{batch_size: 8}}', not {layer!r}"
+            )
         for group, values in layer.items():
             if group not in OPTIONS:
                 errors.append(f"unknown group '{group}'; {_nearest(str(group), OPTIONS)}")
             elif not isinstance(values, Mapping):
-                errors.append(f"group '{group}' must hold settings such as '{group}: {{{next(iter(OPTIONS[group]))}: ...}}'")
+                errors.append(
+                    f"group '{group}' must hold settings such as '{group}: {{{next(iter(OPTIONS[group]))}: ...}}'"
+                )
             else:
                 for key, value in values.items():
                     _set(settings, str(group), str(key), value, errors)
@@ -279,7 +293,12 @@ def _coerce(value: Any, default: Any) -> Any:
                 value = float(value)
             except ValueError:
                 raise ValueError("must be a number") from None
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf"):
+        if (
+            isinstance(value, (int, float))
+            and not isinstance(value, bool)
+            and value == value
+            and abs(value) != float("inf")
+        ):
             return float(value)
         raise ValueError("must be a finite number")
     if isinstance(default, list):

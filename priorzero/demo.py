@@ -27,7 +27,13 @@ def demo_config(*, segment_length: int = 4, buffer_size: int = 500, batch_size: 
     settings = resolve_settings(
         {
             "env": {"action_space_size": 8},
-            "world_model": {"embed_dim": 16, "num_heads": 2, "num_unroll_steps": 4, "context_length": 4, "dropout": 0.0},
+            "world_model": {
+                "embed_dim": 16,
+                "num_heads": 2,
+                "num_unroll_steps": 4,
+                "context_length": 4,
+                "dropout": 0.0,
+            },
             "replay": {"segment_length": segment_length, "buffer_size": buffer_size},
             "train": {"batch_size": batch_size, "td_steps": 2},
             "llm": {"batch_size": 2, "micro_batch_size": 1},
@@ -103,7 +109,9 @@ def show_buffer() -> None:
     buffer.push(demo_segments(config, lengths=[5, 20, 30, 12]))
     current_batch, target_batch, game_segments = buffer.sample(4, policy)
     print(f"{buffer.get_num_of_transitions()} decisions in {buffer.get_num_of_game_segments()} segments")
-    print(f"observations {current_batch[0].shape} rewards {target_batch[0].shape} visit targets {target_batch[2].shape}")
+    print(
+        f"observations {current_batch[0].shape} rewards {target_batch[0].shape} visit targets {target_batch[2].shape}"
+    )
     for made, value in zip(game_segments.records(), game_segments.returns(), strict=True):
         print(f"  episode {made.episode} step {made.step}: {made.action_text!r} return {value:.3f}")
 

@@ -29,7 +29,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--env_id", help="the game to play")
-    parser.add_argument("--quick_test", action="store_true", help="small models and few steps: see that everything works")
+    parser.add_argument(
+        "--quick_test", action="store_true", help="small models and few steps: see that everything works"
+    )
     parser.add_argument("--seed", type=int, help="where all randomness comes from (default 0)")
     parser.add_argument("--max_iter", type=int, help="stop after so many iterations (collect, then learn)")
     parser.add_argument("--exp_name", help="name of the run's folder (default: a new one from game, seed and time)")

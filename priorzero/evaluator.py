@@ -19,16 +19,26 @@ PLAYS = {"world_model": (True, False), "world_model_with_prior": (True, True), "
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Episodes of one mode. The same parameters and seed give the same episodes."""
+    """Episodes of one mode. The same parameters and seed give the same episodes.
+
+    Attributes:
+        returns: sum of rewards of each episode.
+        scores: the game's own score at the end of each; some games give points before the first command.
+    """
 
     mode: str
     returns: list[float]
+    scores: list[float]
     wins: int
     max_score: float
 
     @property
     def mean_return(self) -> float:
         return float(np.mean(self.returns))
+
+    @property
+    def mean_score(self) -> float:
+        return float(np.mean(self.scores))
 
 
 class Evaluator:
@@ -61,6 +71,7 @@ class Evaluator:
         return Evaluation(
             mode=mode,
             returns=[lane.total_reward for lane in finished],
+            scores=[lane.state.score for lane in finished],
             wins=sum(lane.state.won for lane in finished),
             max_score=finished[0].state.max_score,
         )

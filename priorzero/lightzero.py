@@ -16,8 +16,8 @@ from easydict import EasyDict
 def quiet() -> Iterator[None]:
     """Import or build LightZero's parts without their prints, warnings and notes.
 
-    LightZero prints while it builds a model, gym and DI-engine warn when they are imported, and importing the world model
-    turns root logging to DEBUG. What goes wrong still raises.
+    LightZero prints while it builds a model, gym and DI-engine warn when they are imported, and importing the world
+    model turns root logging to DEBUG. What goes wrong still raises.
     """
     root = logging.getLogger()
     level = root.level

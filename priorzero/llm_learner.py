@@ -70,9 +70,7 @@ class LLMLearner:
         # No weight decay: a batch that teaches nothing must move nothing.
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
 
-    def samples(
-        self, records: Sequence[StepRecord], returns: np.ndarray
-    ) -> tuple[list[LLMSample], int]:
+    def samples(self, records: Sequence[StepRecord], returns: np.ndarray) -> tuple[list[LLMSample], int]:
         """Turn decisions into samples.
 
         Args:

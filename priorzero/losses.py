@@ -48,7 +48,9 @@ def rft_loss(token_logprobs: Tensor, completion_mask: Tensor, advantages: Tensor
     return -(advantages.detach()[:, None] * token_logprobs * mask).sum(), mask.sum()
 
 
-def returns_to_go(rewards: Sequence[float], *, discount: float, bootstrap_value: float = 0.0) -> np.ndarray:
+def returns_to_go(
+    rewards: Sequence[float] | np.ndarray, *, discount: float, bootstrap_value: float = 0.0
+) -> np.ndarray:
     """Discounted sums of rewards from each step on, ``[n]``.
 
     Args:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
 import time
@@ -50,17 +51,29 @@ def open_logs(folder: Path, *, terminal: TextIO | None = None) -> None:
     terminal = terminal or sys.stderr
     logger.remove()
     logger.add(
-        terminal, level="INFO", format="{time:HH:mm:ss} {level: <7} {message}", filter=lambda r: "topic" not in r["extra"]
+        terminal,
+        level="INFO",
+        format="{time:HH:mm:ss} {level: <7} {message}",
+        filter=lambda r: "topic" not in r["extra"],
     )
-    logger.add(folder / "run.log", level="DEBUG", rotation="50 MB", format="{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}")
+    logger.add(
+        folder / "run.log",
+        level="DEBUG",
+        rotation="50 MB",
+        format="{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}",
+    )
     for topic, name in (("prior", "llm_prior.log"), ("segments", "segments.log")):
         logger.add(
             folder / name,
             level="DEBUG",
             rotation="50 MB",
             format="{time:YYYY-MM-DD HH:mm:ss.SSS} {message}",
-            filter=lambda r, topic=topic: r["extra"].get("topic") == topic,
+            filter=functools.partial(_has_topic, topic),
         )
+
+
+def _has_topic(topic: str, record: Any) -> bool:
+    return record["extra"].get("topic") == topic
 
 
 class Progress:

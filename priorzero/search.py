@@ -3,13 +3,13 @@
 The model, its losses and the tree are LightZero's. Three things about its inference are done differently here:
 
 * LightZero keeps key-value caches that are looked up by a hash of the latent state and the place in the batch; they
-  outlive learning steps and episodes, and padding to a longer neighbour changes attention and positions. Here every node
-  knows its own context (the last few observation and action tokens), which is passed through the transformer as a
-  whole. Sequences are padded on the right, where a causal model cannot see it, so a search does not depend on its
+  outlive learning steps and episodes, and padding to a longer neighbour changes attention and positions. Here every
+  node knows its own context (the last few observation and action tokens), which is passed through the transformer as
+  a whole. Sequences are padded on the right, where a causal model cannot see it, so a search does not depend on its
   neighbours and nothing has to be reset.
 * Below the root LightZero expands all A actions; here only those that have been given out by the vocabulary.
-* LightZero's C++ tree breaks ties with a clock. Its Python tree draws them from ``random``, which is seeded here root by
-  root, so that the same parameters give the same search.
+* LightZero's C++ tree breaks ties with a clock. Its Python tree draws them from ``random``, which is seeded here root
+  by root, so that the same parameters give the same search.
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class WorldModelInference:
 
     def root_contexts(self, roots: Sequence[Root]) -> list[Tensor]:
         """Token sequences of the roots' histories."""
-        embeddings = self.encode(np.concatenate([root.features for root in roots])).split([len(r.features) for r in roots])
+        embeddings = self.encode(np.concatenate([root.features for root in roots])).split(
+            [len(r.features) for r in roots]
+        )
         contexts = []
         for root, observations in zip(roots, embeddings, strict=True):
             tokens = observations.new_empty(2 * len(observations) - 1, observations.shape[1])
@@ -144,9 +146,7 @@ class WorldModelInference:
 
 
 @torch.no_grad()
-def search(
-    inference: WorldModelInference, roots: Sequence[Root], *, cfg: Any, num_actions: int
-) -> list[SearchResult]:
+def search(inference: WorldModelInference, roots: Sequence[Root], *, cfg: Any, num_actions: int) -> list[SearchResult]:
     """Run ``cfg.num_simulations`` simulations from each root; the network sees all roots in one batch.
 
     Args:

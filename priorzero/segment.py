@@ -19,13 +19,13 @@ class PriorZeroGameSegment(GameSegment):
     """Up to ``game_segment_length`` decisions of one episode, and the padding that their targets reach into.
 
     All arrays are made at once from the step records, so they have one length: ``n`` decisions of the segment and ``p``
-    of padding, the decisions that follow it (``p = num_unroll_steps + td_steps``, fewer where the episode ends). LightZero's
-    own ``pad_over`` lengthens some arrays and not others, which breaks sampling.
+    of padding, the decisions that follow it (``p = num_unroll_steps + td_steps``, fewer where the episode ends).
+    LightZero's own ``pad_over`` lengthens some arrays and not others, which breaks sampling.
 
     Attributes (beside LightZero's):
         records: the ``n`` step records that can be sampled.
-        returns: discounted sum of rewards from each of them on, ``[n]``, to the end of the padding and bootstrapped with
-            the searched value there if the episode goes on.
+        returns: discounted sum of rewards from each of them on, ``[n]``, to the end of the padding and bootstrapped
+            with the searched value there if the episode goes on.
     """
 
     def __init__(
@@ -118,4 +118,3 @@ class SegmentWriter:
         return PriorZeroGameSegment(
             records, padding, final_features=final_features if reaches_the_end else None, config=self._config
         )
-

@@ -66,8 +66,8 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     run = settings.run
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
-    # Every random number comes from the one seed: five streams, none of which can disturb another.
-    streams = np.random.SeedSequence(run.seed).spawn(4)
+    # Every random number comes from the one seed, in streams that cannot disturb one another.
+    streams = np.random.SeedSequence(run.seed).spawn(5)
     random.seed(int(streams[0].generate_state(1)[0]))
     np.random.seed(int(streams[1].generate_state(1)[0]))  # LightZero pads batches with random actions
     torch.manual_seed(int(streams[2].generate_state(1)[0]))
@@ -84,7 +84,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
     config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
     indexer = make_action_indexer(settings.env.action_space, settings.env.action_space_size)
-    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(streams[3].spawn(1)[0]))
+    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(streams[3]))
     style = prompt_style(settings)
     engine = None
     prior = None
@@ -124,7 +124,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     progress = Progress(max_iter=run.max_iter, max_env_step=run.max_env_step, every=run.log_every)
     workers = _make_workers(settings, game, count=settings.env.collector_env_num, first_seed=run.seed)
     eval_workers = _make_workers(settings, game, count=settings.env.evaluator_env_num, first_seed=run.seed + 10_000)
-    collector = Collector(workers, player=player, config=config, seed=streams[3].spawn(1)[0])
+    collector = Collector(workers, player=player, config=config, seed=streams[4])
     evaluator = Evaluator(eval_workers, player=player, episodes=settings.eval.episodes)
     before = _fingerprints(policy)
     evaluations: dict[str, Evaluation] = {}
@@ -192,13 +192,18 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         "iterations": iteration,
         "environment steps": collector.env_steps,
         "episodes finished": collector.num_episodes,
-        "mean return of the last episodes": f"{np.mean(collector.recent_returns):.2f}" if collector.recent_returns else "-",
+        "mean return of the last episodes": f"{np.mean(collector.recent_returns):.2f}"
+        if collector.recent_returns
+        else "-",
         "world-model updates": train_iter,
         "LLM updates": policy.llm_version if llm is not None else "no LLM",
-        **{f"{name} tensors moved": f"{count_moved(before[name], after[name])} of {len(before[name])}" for name in before},
         **{
-            f"evaluation, {mode}": f"mean return {e.mean_return:.2f} of {e.max_score:g} over {len(e.returns)} episodes, "
-            f"{e.wins} won"
+            f"{name} tensors moved": f"{count_moved(before[name], after[name])} of {len(before[name])}"
+            for name in before
+        },
+        **{
+            f"evaluation, {mode}": f"mean score {e.mean_score:.2f} of {e.max_score:g} (mean return {e.mean_return:.2f}) "
+            f"over {len(e.returns)} episodes, {e.wins} won"
             for mode, e in evaluations.items()
         },
         "wall time": f"{time.monotonic() - started:.0f} s",
@@ -217,7 +222,8 @@ def _new_run_folder(settings: Any, game: GameSpec) -> Path:
             raise UserError(f"run.exp_name={name!r}: use letters, digits and . _ + - only, for example zork1_try2")
         if (root / name).exists():
             raise UserError(
-                f"run.exp_name={name}: {root / name} exists and is left as it is; give another name, or none to get a new one"
+                f"run.exp_name={name}: {root / name} exists and is left as it is; "
+                "give another name, or none to get a new one"
             )
     else:
         stem = f"{game.name}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
@@ -244,12 +250,22 @@ def _make_workers(settings: Any, game: GameSpec, *, count: int, first_seed: int)
     ]
 
 
-async def _evaluate(evaluator: Evaluator, settings: Any, writer: MetricsWriter, *, env_step: int) -> dict[str, Evaluation]:
+async def _evaluate(
+    evaluator: Evaluator, settings: Any, writer: MetricsWriter, *, env_step: int
+) -> dict[str, Evaluation]:
     """Every mode; the last of world model with prior, world model, prior that is played is the run's own figure."""
     evaluations = {mode: await evaluator.evaluate(mode) for mode in settings.eval.modes}
     for mode, evaluation in evaluations.items():
-        logger.info(f"evaluation at {env_step} env steps, {mode}: returns {evaluation.returns} of {evaluation.max_score:g}")
-        writer.write({f"evaluator_step/{mode}_reward_mean": evaluation.mean_return}, step=env_step)
+        logger.info(
+            f"evaluation at {env_step} env steps, {mode}: scores {evaluation.scores} of {evaluation.max_score:g}"
+        )
+        writer.write(
+            {
+                f"evaluator_step/{mode}_reward_mean": evaluation.mean_return,
+                f"evaluator_step/{mode}_score_mean": evaluation.mean_score,
+            },
+            step=env_step,
+        )
     main = next(m for m in ("world_model_with_prior", "world_model", "prior") if m in evaluations)
     writer.write({"evaluator_step/reward_mean": evaluations[main].mean_return}, step=env_step)
     return evaluations

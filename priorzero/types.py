@@ -29,7 +29,8 @@ class GameState:
 
     Attributes:
         feedback: what the game printed in answer to the last command.
-        valid_actions: commands that make sense here, without duplicates, in a reproducible order. Empty only when ``done``.
+        valid_actions: commands that make sense here, without duplicates, in a reproducible order. Empty only when
+            ``done``.
         score: points so far.
         max_score: the most points this game can give (0 if the game does not say).
         moves: commands given since the episode began.

@@ -14,13 +14,15 @@ class ActionIndexer(Protocol):
 
     Attributes:
         capacity: ``A``.
-        num_used: indices below this have been given out.
         num_overflows: how often an action found no free index of its own.
+        num_used: indices below this have been given out.
     """
 
     capacity: int
-    num_used: int
     num_overflows: int
+
+    @property
+    def num_used(self) -> int: ...
 
     def keep(self, actions: Sequence[str]) -> tuple[str, ...]:
         """The actions that fit: all of them, or the first ``capacity`` (counted)."""
@@ -77,7 +79,11 @@ class ActionVocabulary(_Capped):
         return np.array([self._index[action] for action in actions], dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"actions": list(self._index), "indices": list(self._index.values()), "num_overflows": self.num_overflows}
+        return {
+            "actions": list(self._index),
+            "indices": list(self._index.values()),
+            "num_overflows": self.num_overflows,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._index = OrderedDict(zip(state["actions"], state["indices"], strict=True))
@@ -89,17 +95,21 @@ class PositionalIndices(_Capped):
 
     def __init__(self, capacity: int) -> None:
         super().__init__(capacity)
-        self.num_used = 0
+        self._longest = 0
+
+    @property
+    def num_used(self) -> int:
+        return self._longest
 
     def indices(self, actions: Sequence[str]) -> np.ndarray:
-        self.num_used = max(self.num_used, len(actions))
+        self._longest = max(self._longest, len(actions))
         return np.arange(len(actions), dtype=np.int64)
 
     def state_dict(self) -> dict[str, Any]:
         return {"num_used": self.num_used, "num_overflows": self.num_overflows}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.num_used = state["num_used"]
+        self._longest = state["num_used"]
         self.num_overflows = state["num_overflows"]
 
 

@@ -82,8 +82,12 @@ def test_loss_weights_act_on_the_gradient(smollm2):
         made = learner(smollm2, **llm)
         return made.learn(made.samples(RECORDS, RETURNS)[0])["grad_norm"]
 
-    assert norm(enable_rft=False, llm_loss_weight=1.0) == pytest.approx(2 * norm(enable_rft=False, llm_loss_weight=0.5), rel=1e-4)
-    assert norm(enable_sft=False, rft_loss_weight=0.9) == pytest.approx(3 * norm(enable_sft=False, rft_loss_weight=0.3), rel=1e-4)
+    assert norm(enable_rft=False, llm_loss_weight=1.0) == pytest.approx(
+        2 * norm(enable_rft=False, llm_loss_weight=0.5), rel=1e-4
+    )
+    assert norm(enable_sft=False, rft_loss_weight=0.9) == pytest.approx(
+        3 * norm(enable_sft=False, rft_loss_weight=0.3), rel=1e-4
+    )
 
 
 def test_rft_without_advantage_moves_nothing(smollm2):

@@ -21,7 +21,13 @@ def make_policy(seed=0, **search):
     settings = resolve_settings(
         {
             "env": {"action_space_size": 16},
-            "world_model": {"embed_dim": 32, "num_heads": 2, "num_unroll_steps": 4, "context_length": 8, "dropout": 0.1},
+            "world_model": {
+                "embed_dim": 32,
+                "num_heads": 2,
+                "num_unroll_steps": 4,
+                "context_length": 8,
+                "dropout": 0.1,
+            },
             "search": {"num_simulations": 16, **search},
             "prior": {"enabled": False, "floor": 0.0, "alpha": 0.5},
             "train": {"batch_size": 4, "td_steps": 2},
@@ -215,7 +221,9 @@ def test_the_search_finds_a_reward_behind_a_step(tree):
 
         def step(self, contexts, actions):
             new = [torch.cat([c, torch.full((1, 1), float(a))]) for c, a in zip(contexts, actions, strict=True)]
-            return new, np.array([5.0 if a == 1 and len(c) == 1 else 0.0 for c, a in zip(contexts, actions, strict=True)])
+            return new, np.array(
+                [5.0 if a == 1 and len(c) == 1 else 0.0 for c, a in zip(contexts, actions, strict=True)]
+            )
 
     from priorzero.search import search
 

@@ -25,8 +25,8 @@ class TransformersEngine:
     """Implements :class:`~priorzero.types.PriorEngine` with a transformers model in this process.
 
     The model is shared with the learner: ``sync_weights`` has nothing to copy, and answers that were kept from earlier
-    parameters are thrown away. ``priors`` runs in a thread; a cancelled call stops at its next forward pass and does not
-    return before its thread has let go of the model.
+    parameters are thrown away. ``priors`` runs in a thread; a cancelled call stops at its next forward pass and does
+    not return before its thread has let go of the model.
 
     Args:
         llm: the language model.

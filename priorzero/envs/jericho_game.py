@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,11 @@ def _digest(state: tuple[Any, ...]) -> bytes:
 def _open(path: Path, seed: int) -> Any:
     """A ``jericho.FrotzEnv`` whose valid actions do not depend on Python's hash seed."""
     import jericho
-    import jericho.util
 
-    if not hasattr(jericho.util, "spacy_nlp"):  # else Jericho would try to download a model
-        jericho.util.spacy_nlp = _load_spacy()
+    # Not the attribute of the package: `from ctypes import *` inside Jericho can put ctypes.util in its place.
+    jericho_util: Any = importlib.import_module("jericho.util")
+    if not hasattr(jericho_util, "spacy_nlp"):  # else Jericho would try to download a model
+        jericho_util.spacy_nlp = _load_spacy()
 
     class ReproducibleFrotzEnv(jericho.FrotzEnv):
         def _score_object_names(self, interactive_objs: dict[str, list[tuple[str, str, str]]]) -> list[str]:
