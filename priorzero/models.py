@@ -76,6 +76,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     """Unpack a quantised GGUF file into an ordinary float32 folder. Written aside and renamed, so never half there."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
+    _quiet_transformers()
     logger.info(f"unpacking {source.name} into {folder} (once, about half a minute)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
@@ -95,6 +96,12 @@ def _convert_gguf(source: Path, folder: Path) -> None:
                 raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _quiet_transformers() -> None:
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
 
 
 def choose_device(device: str) -> torch.device:
@@ -173,6 +180,7 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    _quiet_transformers()
     name = resolve_model(cfg.path, setting="llm.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)

@@ -202,8 +202,8 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
             for name in before
         },
         **{
-            f"evaluation, {mode}": f"mean score {e.mean_score:.2f} of {e.max_score:g} (mean return {e.mean_return:.2f}) "
-            f"over {len(e.returns)} episodes, {e.wins} won"
+            f"evaluation, {mode}": f"mean score {e.mean_score:.2f} of {e.max_score:g}, mean return {e.mean_return:.2f}, "
+            f"{e.wins} of {len(e.returns)} episodes won"
             for mode, e in evaluations.items()
         },
         "wall time": f"{time.monotonic() - started:.0f} s",

@@ -1,0 +1,113 @@
+"""The prompt: pure, complete, and cut at the right end."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from priorzero.prompts import PromptStyle, answer_text, build_messages, learning_context, render_prompt
+from priorzero.types import GameState, HistoryStep
+
+STATE = GameState(
+    feedback="Behind House\nA window is slightly ajar.",
+    valid_actions=("open window", "go north"),
+    score=10.0,
+    max_score=350.0,
+    moves=4,
+    inventory="You are carrying a leaflet.",
+    goal="Find the twenty treasures.",
+)
+HISTORY = [HistoryStep(f"Room number {t}", f"command {t}", float(t)) for t in range(6)]
+STYLE = PromptStyle("score", False, 3, 2000, 300, 0, True)
+
+
+def user(state=STATE, history=HISTORY[-3:], **changes):
+    return build_messages(state, history, style=dataclasses.replace(STYLE, **changes))[1]["content"]
+
+
+def test_everything_is_there_in_an_order_that_grows_at_its_end():
+    text = user()
+    wanted = [
+        "Find the twenty treasures.",
+        "Room number 3\n> command 3 (reward +3)",
+        "Room number 4\n> command 4 (reward +4)",
+        "Room number 5\n> command 5 (reward +5)",
+        "score 10 of 350, move 4",
+        "A window is slightly ajar.",
+        "You are carrying a leaflet.",
+        "- open window\n- go north",
+    ]
+    places = [text.index(part) for part in wanted]
+    assert places == sorted(places)
+
+
+def test_choices_of_style():
+    assert "Room number" not in user(history_chars=0) and "> command 5 (reward +5)" in user(history_chars=0)
+    assert "Room n ...\n> command 5" in user(history_chars=6)
+    assert "Behind ..." in user(observation_chars=6) and "window is" not in user(observation_chars=6)
+    assert "- go north" not in user(list_commands=False)
+    assert "- go north" in user(list_commands=False, mode="rank")
+    assert "Answer:" in user(mode="rank", use_cot=True) and "Answer:" not in user(mode="rank")
+    assert "reward" not in user(history=[HistoryStep("x", "y", 0.0)])
+    assert "Goal" not in user(dataclasses.replace(STATE, goal=""))
+
+
+def test_the_goal_is_stated_once():
+    state = dataclasses.replace(STATE, feedback=f"{STATE.goal}\nBehind House")
+    text = user(state, [HistoryStep(f"{STATE.goal} Kitchen", "look", 0.0)])
+    assert text.count(STATE.goal) == 1 and "Kitchen" in text and "Behind House" in text
+
+
+def test_history_is_limited_to_its_length(smollm2):
+    def text(n):
+        style = dataclasses.replace(STYLE, history_length=n)
+        return render_prompt(STATE, HISTORY, style=style, tokenizer=smollm2.tokenizer).text
+
+    assert "command 3" in text(3) and "command 2" not in text(3)
+    assert "> command" not in text(0)
+    assert "command 0" in text(20)
+
+
+def test_too_long_prompts_lose_the_oldest_history_first(smollm2):
+    def rendered(limit):
+        style = dataclasses.replace(STYLE, max_tokens=limit)
+        return render_prompt(STATE, HISTORY, style=style, tokenizer=smollm2.tokenizer)
+
+    whole = rendered(2000)
+    assert whole.dropped_history == 0
+    length = len(smollm2.tokenizer(whole.text)["input_ids"])
+    shorter = rendered(length - 1)
+    assert shorter.dropped_history == 1 and "command 3" not in shorter.text and "command 4" in shorter.text
+    assert len(smollm2.tokenizer(shorter.text)["input_ids"]) <= length - 1
+    nothing = rendered(64)
+    assert nothing.dropped_history == 3 and nothing.over_length
+    for kept in ("window is slightly ajar", "- go north", "What is the next command?"):
+        assert kept in nothing.text
+
+
+def test_the_models_own_chat_template_is_used(smollm2):
+    text = render_prompt(STATE, [], style=STYLE, tokenizer=smollm2.tokenizer).text
+    assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n")
+    assert text == render_prompt(STATE, [], style=STYLE, tokenizer=smollm2.tokenizer).text
+
+
+@pytest.mark.parametrize(
+    ("completion", "context"),
+    [
+        ("I go.\nAnswer:\n1. go north", "PI go.\nAnswer:\n"),
+        ("answer: 1. go north", "Panswer: \n"),
+        ("Answer:\nno\nAnswer:\n1. go", "PAnswer:\nno\nAnswer:\n"),
+        ("no list", None),
+        (None, None),
+    ],
+)
+def test_what_is_learned_after_with_chain_of_thought(completion, context):
+    style = dataclasses.replace(STYLE, mode="rank", use_cot=True)
+    assert learning_context("P", completion, style=style) == context
+
+
+def test_answers():
+    assert answer_text("go north", style=STYLE) == "go north"
+    assert answer_text("go north", style=dataclasses.replace(STYLE, mode="rank")) == "1. go north\n"
+    assert learning_context("P", "whatever", style=STYLE) == "P"
