@@ -73,7 +73,6 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     torch.manual_seed(int(streams[2].generate_state(1)[0]))
 
     # ---- both models, and what they are fed with ----
-    llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
     encoder = TextEncoder(
         settings.encoder.path,
         device=device,
@@ -81,6 +80,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         with_look=settings.env.look_and_inventory,
         max_moves=settings.env.max_episode_steps,
     )
+    llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
     policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
     config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
     indexer = make_action_indexer(settings.env.action_space, settings.env.action_space_size)

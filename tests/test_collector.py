@@ -1,0 +1,214 @@
+"""Playing: every record holds what belongs together, a failing game costs only itself, evaluation repeats itself."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+from conftest import make_settings
+
+from priorzero.collector import Collector
+from priorzero.engines import RobustPrior
+from priorzero.evaluator import Evaluator
+from priorzero.lightzero import unizero_config
+from priorzero.player import Player
+from priorzero.policy import PriorZeroPolicy, prompt_style
+from priorzero.types import ActionPrior, GameState, GameWorkerError
+from priorzero.vocabulary import ActionVocabulary
+
+FEATURES = 4
+
+
+def state_of(game: int, room: int, *, moves: int, length: int) -> GameState:
+    """Which room it is can be read from everything: text, actions and score."""
+    actions = tuple(f"act {room} {k}" for k in range(2 + room % 3))
+    done = moves >= length
+    return GameState(f"game {game} room {room}", () if done else actions, float(room), 1000.0, moves, done)
+
+
+class CountingGame:
+    """Action k of room r leads to room 3r + k + 1 (mod 97) and earns 10r + k, so a reward names its decision."""
+
+    def __init__(self, number, *, length=7, fail_at=()):
+        self.number, self.length, self.fail_at = number, length, set(fail_at)
+        self.steps = self.resets = self.restarts = 0
+
+    async def reset(self):
+        self.resets += 1
+        self.room, self.moves = 1, 0
+        return state_of(self.number, self.room, moves=0, length=self.length)
+
+    async def step(self, action):
+        self.steps += 1
+        await asyncio.sleep(0)
+        if self.steps in self.fail_at:
+            raise GameWorkerError("made to fail")
+        _, room, k = action.split()
+        assert int(room) == self.room, "an action of another room"
+        reward = 10.0 * self.room + int(k)
+        self.room, self.moves = (3 * self.room + int(k) + 1) % 97, self.moves + 1
+        return state_of(self.number, self.room, moves=self.moves, length=self.length), reward
+
+    async def restart(self):
+        self.restarts += 1
+
+    async def close(self): ...
+
+
+class RoomEncoder:
+    def features(self, states):
+        return np.array([[s.score, s.moves, len(s.valid_actions), 1] for s in states], dtype=np.float32)
+
+
+class WhitespaceTokenizer:
+    def apply_chat_template(self, messages, **_):
+        return messages[-1]["content"]
+
+    def __call__(self, text, **_):
+        return {"input_ids": text.split()}
+
+
+class LastActionEngine:
+    """Prefers the last valid action and says so; the prior of a state can be told by its length and its favourite."""
+
+    version = 3
+
+    async def priors(self, requests):
+        answers = []
+        for r in requests:
+            probs = np.full(len(r.valid_actions), 0.1 / max(1, len(r.valid_actions) - 1))
+            probs[-1] = 0.9
+            answers.append(ActionPrior(np.log(probs).astype(np.float32), "score", self.version, r.prompt[-40:]))
+        return answers
+
+    async def sync_weights(self, version): ...
+
+    async def close(self): ...
+
+
+def build(*, num_games=3, explore_games=None, length=7, fail_at=(), **changes):
+    settings = make_settings(
+        {
+            "env": {"action_space_size": 512, "collector_env_num": num_games},
+            "world_model": {"embed_dim": 16, "num_heads": 2, "num_unroll_steps": 4, "context_length": 4},
+            "search": {"num_simulations": 6},
+            "replay": {"segment_length": 3},
+            "train": {"td_steps": 2, "batch_size": 8},
+            "llm": {"list_commands": True},
+        },
+        changes,
+    )
+    import torch
+
+    torch.manual_seed(0)
+    player = Player(
+        settings,
+        policy=PriorZeroPolicy(settings, feature_size=FEATURES, device="cpu", llm=None),
+        encoder=RoomEncoder(),
+        indexer=ActionVocabulary(512),
+        prior=RobustPrior(LastActionEngine(), attempts=1, backoff_s=0, timeout_s=5),
+        style=prompt_style(settings),
+        tokenizer=WhitespaceTokenizer(),
+    )
+    games = [CountingGame(g, length=length, fail_at=fail_at if g == 1 else ()) for g in range(num_games)]
+    config = unizero_config(settings, feature_size=FEATURES, device="cpu")
+    return Collector(games, player=player, config=config, seed=np.random.SeedSequence(0)), games, player
+
+
+def collect(collector, steps):
+    return asyncio.run(collector.collect(steps))
+
+
+def test_every_record_holds_what_belongs_together():
+    collector, games, player = build()
+    collected = collect(collector, 63)
+    records = [r for segment in collected.segments for r in segment.records]
+    assert collected.env_steps == len(records) == 63 and len(collected.episodes) == 9
+    for r in records:
+        room = int(r.state.score)
+        k = len(r.state.valid_actions)
+        assert r.state.valid_actions == tuple(f"act {room} {j}" for j in range(2 + room % 3))
+        assert r.reward == 10 * room + r.chosen  # the reward of this room and this action
+        assert f"room {room}\n" in r.prompt and f"- act {room} {k - 1}" in r.prompt
+        assert r.prior.completion == r.prompt[-40:]
+        assert r.prior.logprobs.shape == r.visit_counts.shape == r.action_indices.shape == (k,)
+        assert r.prior.logprobs.argmax() == k - 1
+        assert r.visit_counts.sum() == 6
+        assert r.features.tolist() == [room, r.step, k, 1]
+        assert player.indexer.indices(r.state.valid_actions).tolist() == r.action_indices.tolist()
+        assert r.done == (r.step == 6)
+    by_episode = {}
+    for r in records:
+        by_episode.setdefault(r.episode, []).append(r)
+    for episode in by_episode.values():
+        assert [r.step for r in episode] == list(range(7))
+        for r, following in zip(episode, episode[1:], strict=False):
+            assert f"> {r.action_text}" in following.prompt
+    assert sorted(e.total_reward for e in collected.episodes) == sorted(
+        sum(r.reward for r in episode) for episode in by_episode.values()
+    )
+
+
+def test_the_same_seed_plays_the_same_game():
+    def played():
+        collected = collect(build()[0], 42)
+        return [(r.episode, r.action_text, r.visit_counts.tolist()) for s in collected.segments for r in s.records]
+
+    first = played()
+    assert first == played() and len({action for _, action, _ in first}) > 10
+
+
+def test_a_failing_game_costs_its_own_decision_only():
+    collector, games, _ = build(fail_at=(5, 6))
+    collected = collect(collector, 63)
+    records = [r for s in collected.segments for r in s.records]
+    assert collector.num_game_failures == 2 and games[1].resets == 5
+    # In = stored + lost: game 1 lost two decisions; what it had done before was cut off and kept.
+    assert sum(g.steps for g in games) == 63 == collected.env_steps
+    pending = sum(writer.pending for writer in collector._writers)
+    assert len(records) + pending == 63 - 2
+    cut = [s for s in collected.segments if not s.records[-1].done and len(s) == len(s.records)]
+    assert any(s.records[-1].step == 3 for s in cut)
+    for r in records:
+        assert r.reward == 10 * int(r.state.score) + r.chosen
+
+
+def test_metrics_of_collection():
+    collector, _, player = build()
+    scalars = collector.scalars(collect(collector, 21))
+    assert scalars["collector_iter/env_steps"] == 21
+    assert scalars["collector_iter/actions_known"] == player.indexer.num_used
+    assert 0 < scalars["collector_iter/visit_entropy_mean"] <= np.log(4)
+    assert 0 <= scalars["prior/agreement"] <= 1
+    assert scalars["collector_iter/reward_mean"] == pytest.approx(np.mean(collector.recent_returns))
+
+
+@pytest.mark.parametrize("mode", ["world_model", "world_model_with_prior", "prior"])
+def test_evaluation_repeats_itself(mode):
+    collector, _, player = build()
+
+    def evaluate():
+        games = [CountingGame(g, length=5 + g) for g in range(2)]
+        return asyncio.run(Evaluator(games, player=player, episodes=2).evaluate(mode))
+
+    first = evaluate()
+    collect(collector, 9)  # other games in between leave no trace
+    again = evaluate()
+    assert first.returns == again.returns and len(first.returns) == 2
+    if mode == "prior":  # the last valid action, always
+        room, total = 1, 0.0
+        for _ in range(5):
+            k = 1 + room % 3
+            total += 10 * room + k
+            room = (3 * room + k + 1) % 97
+        assert first.returns[0] == total
+
+
+def test_an_evaluation_that_cannot_finish_says_so():
+    _, _, player = build()
+    broken = CountingGame(1, fail_at=range(100))
+    with pytest.raises(GameWorkerError):
+        asyncio.run(Evaluator([broken], player=player, episodes=2).evaluate("prior"))
+    once = CountingGame(1, fail_at=(3,))
+    assert len(asyncio.run(Evaluator([once, CountingGame(2)], player=player, episodes=3).evaluate("prior")).returns) == 3

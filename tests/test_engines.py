@@ -1,0 +1,191 @@
+"""The in-process engine on a real model, and what stands between an engine and the search."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import math
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_settings, make_tiny_llm
+
+from priorzero.engines import RobustPrior, TransformersEngine
+from priorzero.policy import prompt_style
+from priorzero.prompts import render_prompt
+from priorzero.types import ActionPrior, GameState, PriorRequest
+
+STATE = GameState(
+    "West of House\nYou are standing in an open field west of a white house. There is a small mailbox here.",
+    ("open mailbox", "go north", "eat the white house", "throw mailbox at field"),
+    0.0,
+    350.0,
+    0,
+)
+
+
+def make_engine(llm, **changes):
+    prior = {"mode": "score", **changes.pop("prior", {})}
+    style = prompt_style(make_settings({"prior": prior}))
+    return TransformersEngine(llm, style=style, **changes)
+
+
+def request(engine, state=STATE):
+    prompt = render_prompt(state, [], style=engine.style, tokenizer=engine.llm.tokenizer).text
+    return PriorRequest(prompt, state.valid_actions)
+
+
+def ask(engine, *requests):
+    return asyncio.run(engine.priors(requests))
+
+
+@pytest.mark.parametrize("normalise", ["sum", "mean"])
+def test_scores_are_the_models_own_log_probabilities(smollm2, normalise):
+    engine = make_engine(smollm2, normalise=normalise, temperature=2.0)
+    asked = request(engine)
+    prior = ask(engine, asked)[0]
+    scores = []
+    for action in STATE.valid_actions:  # the plain way: the whole prompt again for every action
+        prompt_ids = smollm2.tokenizer(asked.prompt, add_special_tokens=False)["input_ids"]
+        answer_ids = [*smollm2.tokenizer(action, add_special_tokens=False)["input_ids"], smollm2.tokenizer.eos_token_id]
+        with torch.no_grad():
+            logits = smollm2.model(input_ids=torch.tensor([prompt_ids + answer_ids])).logits[0, len(prompt_ids) - 1 : -1]
+        token_logprobs = torch.log_softmax(logits, -1)[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
+        scores.append(token_logprobs.sum().item() / (len(answer_ids) if normalise == "mean" else 1))
+    want = torch.log_softmax(torch.tensor(scores) / 2.0, 0).numpy()
+    assert prior.logprobs == pytest.approx(want, abs=1e-4)
+    assert prior.source == "score" and prior.version == 0
+
+
+def test_the_order_is_that_of_the_valid_actions(smollm2):
+    engine = make_engine(smollm2)
+    asked = request(engine)
+    order = [2, 0, 3, 1]
+    shuffled = PriorRequest(asked.prompt, tuple(asked.valid_actions[k] for k in order))
+    one, other = ask(engine, asked, shuffled)
+    assert other.logprobs == pytest.approx(one.logprobs[order], abs=1e-4)
+    assert one.logprobs.argmax() in (0, 1)  # a sensible command
+
+
+def test_questions_in_one_batch_do_not_disturb_one_another(smollm2):
+    engine = make_engine(smollm2, rows_per_forward=3)
+    states = [
+        STATE,
+        dataclasses.replace(STATE, feedback="Kitchen", valid_actions=("eat lunch",)),
+        dataclasses.replace(STATE, feedback="Cellar " * 40),
+    ]
+    together = ask(engine, *(request(engine, s) for s in states))
+    for state, got in zip(states, together, strict=True):
+        alone = ask(make_engine(smollm2), request(engine, state))[0]
+        assert got.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
+    assert together[1].logprobs.tolist() == [0.0]
+
+
+def test_the_same_question_is_computed_once_until_the_parameters_change(smollm2):
+    engine = make_engine(make_tiny_llm(smollm2.tokenizer))
+    asked = request(engine)
+    first = ask(engine, asked, asked)[0]
+    assert engine.cache_hits == 1
+    with torch.no_grad():
+        for p in engine.llm.model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    assert ask(engine, asked)[0].logprobs.tolist() == first.logprobs.tolist()  # not told of it yet
+    asyncio.run(engine.sync_weights(1))
+    later = ask(engine, asked)[0]
+    assert later.version == 1 and np.abs(later.logprobs - first.logprobs).max() > 1e-3
+
+
+def test_ranking_by_a_real_model(smollm2):
+    engine = make_engine(smollm2, prior={"mode": "rank"}, generate_max_len=40)
+    prior = ask(engine, request(engine))[0]
+    assert prior.source == "rank" and prior.completion
+    assert np.exp(prior.logprobs).sum() == pytest.approx(1, abs=1e-5)
+    assert prior.parsed == (len(set(prior.logprobs.tolist())) > 1)
+
+
+def test_ranking_pads_on_the_left(smollm2):
+    engine = make_engine(smollm2, prior={"mode": "rank"}, generate_max_len=12, rows_per_forward=2)
+    other = dataclasses.replace(STATE, feedback="Kitchen " * 30)
+    together = ask(engine, request(engine), request(engine, other))
+    alone = ask(make_engine(smollm2, prior={"mode": "rank"}, generate_max_len=12), request(engine))[0]
+    assert together[0].completion == alone.completion
+
+
+def test_what_does_not_fit_into_the_model_is_refused(smollm2):
+    engine = make_engine(make_tiny_llm(smollm2.tokenizer))  # 1024 positions
+    with pytest.raises(ValueError, match="tokens do not fit into a model of 1024 positions"):
+        ask(engine, PriorRequest("word " * 1100, ("go",)))
+
+
+def test_a_cancelled_question_lets_go_of_the_model(smollm2):
+    engine = make_engine(smollm2)
+    many = [PriorRequest(f"prompt number {n} " * 60, ("go north", "go south")) for n in range(200)]
+
+    async def run():
+        started = time.monotonic()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.priors(many), 0.3)
+        waited = time.monotonic() - started
+        answers = await engine.priors([request(engine)])
+        return waited, answers
+
+    waited, answers = asyncio.run(run())
+    assert waited < 10 and len(answers) == 1  # one forward pass, not two hundred
+
+
+class Failing:
+    """Fails as told: one entry an attempt, an exception to raise, seconds to hang, or an answer."""
+
+    version = 5
+
+    def __init__(self, *behaviour):
+        self.behaviour, self.calls = list(behaviour), 0
+
+    async def priors(self, requests):
+        self.calls += 1
+        what = self.behaviour.pop(0)
+        if isinstance(what, Exception):
+            raise what
+        if isinstance(what, float):
+            await asyncio.sleep(what)
+        return what
+
+    async def sync_weights(self, version): ...
+
+    async def close(self): ...
+
+
+ASKED = [PriorRequest("p", ("a", "b")), PriorRequest("q", ("a", "b", "c"))]
+GOOD = [ActionPrior(np.log(np.full(k, 1 / k)), "score", 5) for k in (2, 3)]
+BAD = [
+    GOOD[:1],
+    [GOOD[0], GOOD[0]],
+    [GOOD[0], ActionPrior(np.array([0.0, math.nan, 0.0]), "score", 5)],
+]
+
+
+def robust(engine):
+    prior = RobustPrior(engine, attempts=3, backoff_s=0.01, timeout_s=0.2)
+    return prior, asyncio.run(prior.priors(ASKED))
+
+
+@pytest.mark.parametrize("bad", [RuntimeError("boom"), 5.0, *BAD], ids=["raises", "hangs", "few", "shape", "nan"])
+def test_a_failure_is_tried_again(bad):
+    engine = Failing(bad, bad, GOOD)
+    prior, answers = robust(engine)
+    assert answers == GOOD and engine.calls == 3
+    stats = prior.take_statistics()
+    assert (stats.retries, stats.fallbacks, stats.timeouts) == (2, 0, 2 if bad == 5.0 else 0)
+    assert prior.take_statistics().requests == 0
+
+
+@pytest.mark.parametrize("bad", [RuntimeError("boom"), 5.0, BAD[2]], ids=["raises", "hangs", "nan"])
+def test_when_all_fail_every_action_is_alike_and_it_is_counted(bad):
+    engine = Failing(bad, bad, bad)
+    prior, answers = robust(engine)
+    assert [a.source for a in answers] == ["uniform", "uniform"] and answers[0].version == 5
+    assert np.exp(answers[1].logprobs) == pytest.approx([1 / 3] * 3)
+    scalars = prior.take_statistics().scalars()
+    assert (scalars["prior/fallbacks"], scalars["prior/retries"]) == (2, 2)

@@ -1,0 +1,141 @@
+"""The command line: what a newcomer types wrong gets one clear message and exit code 2, and nothing is written."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from priorzero import entry
+from priorzero.types import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+def run(*arguments, cwd):
+    """The command line in this process; returns exit code and what it wrote to stderr."""
+    code = f"import sys; sys.argv[1:] = {list(arguments)!r}; from priorzero import entry; sys.exit(entry.main())"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=environment(cwd), check=False
+    )
+    return done.returncode, done.stderr
+
+
+def environment(cwd):
+    import os
+
+    kept = {k: v for k, v in os.environ.items() if k != "PRIORZERO_GAMES"}
+    return {**kept, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cwd / "cache")}
+
+
+def check(capsys, monkeypatch, tmp_path, arguments, *words):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    before = sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts)
+    assert entry.main(arguments) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("error: ") and "Traceback" not in stderr
+    for word in words:
+        assert word in stderr
+    assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before  # nothing was written
+
+
+QUICK = ["--quick_test"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--env_id", "zork9.z5"], ["zork9.z5"]),
+        (["--env_id", "textworld:sample"], ["simple"]),
+        (["--env_id", "nonsense"], ["nonsense"]),
+        (["--max_iter", "-1"], ["run.max_iter=-1 must be at least 1"]),
+        (["--seed", "-1"], ["run.seed=-1 must be at least 0"]),
+        (["--set", "llm.bach_size=3"], ["did you mean 'llm.batch_size'?"]),
+        (["--set", "llm.micro_batch_size=3"], ["llm.micro_batch_size=3 must divide llm.batch_size=8; try 2 or 4"]),
+        (["--set", "nonsense"], ["group.key=value"]),
+        (["--config", "missing.yaml"], ["missing.yaml", "cannot be read"]),
+        (["--exp_name", ""], ["--exp_name ''"]),
+        (["--exp_name", "../up"], ["letters, digits"]),
+        (["--exp_name", "a/b"], ["letters, digits"]),
+        (["--set", "llm.path=./no/such/folder"], ["llm.path=./no/such/folder", "no such folder"]),
+        (["--set", "llm.path=package:no-such-model"], ["not installed", "pip install"]),
+        (["--set", "encoder.path=./nowhere"], ["encoder.path=./nowhere"]),
+        (["--set", "run.device=cuda"], ["torch sees no GPU"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_bad_input(capsys, monkeypatch, tmp_path, arguments, words):
+    import torch
+
+    monkeypatch.delenv("PRIORZERO_GAMES", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    check(capsys, monkeypatch, tmp_path, QUICK + arguments, *words)
+
+
+def test_a_missing_story_says_where_it_was_looked_for(capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv("PRIORZERO_GAMES", raising=False)
+    words = [str(tmp_path), "b732a93a6244ddd92a9b9a3e3a46c687", "scripts/fetch_games.py"]
+    check(capsys, monkeypatch, tmp_path, ["--env_id", "zork1.z5"], *words)
+
+
+def test_a_story_with_another_md5(capsys, monkeypatch, tmp_path):
+    (tmp_path / "zork1.z5").write_bytes(b"not zork at all")
+    check(capsys, monkeypatch, tmp_path, ["--env_id", "zork1.z5"], "b732a93a6244ddd92a9b9a3e3a46c687", "md5")
+
+
+def test_unreadable_yaml(capsys, monkeypatch, tmp_path):
+    (tmp_path / "x.yaml").write_text("llm: [1, 2")
+    check(capsys, monkeypatch, tmp_path, ["--config", "x.yaml"], "x.yaml", "is not valid YAML")
+
+
+def test_an_existing_run_is_left_as_it_is(capsys, monkeypatch, tmp_path):
+    run_folder = tmp_path / "data_priorzero" / "mine"
+    run_folder.mkdir(parents=True)
+    (run_folder / "config.yaml").write_text("precious")
+    check(capsys, monkeypatch, tmp_path, [*QUICK, "--exp_name", "mine"], "exists", "give another name")
+    assert (run_folder / "config.yaml").read_text() == "precious"
+
+
+def test_exit_code_and_message_of_the_real_command(tmp_path):
+    code, stderr = run("--quick_test", "--set", "llm.micro_batch_size=3", cwd=tmp_path)
+    assert code == 2 and stderr.startswith("error: ") and "Traceback" not in stderr
+    code, stderr = run("--no_such_flag", cwd=tmp_path)
+    assert code == 2 and "unrecognized arguments: --no_such_flag" in stderr
+
+
+def test_order_of_layers(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text(yaml.safe_dump({"run": {"seed": 5, "max_iter": 50}, "search": {"num_simulations": 33}}))
+
+    def settings(*arguments):
+        return entry.settings_from(entry.build_parser().parse_args(arguments))
+
+    assert settings("--quick_test").search.num_simulations == 10  # preset over default
+    both = settings("--quick_test", "--config", str(path))
+    assert (both.search.num_simulations, both.run.seed) == (33, 5)  # file over preset
+    assert settings("--config", str(path), "--set", "search.num_simulations=44").search.num_simulations == 44
+    assert settings("--config", str(path), "--seed", "7").run.seed == 7  # flag over file
+    assert settings("--quick_test", "--env_id", "zork1.z5").run.env_id == "zork1.z5"
+
+
+def test_help_names_the_things_a_newcomer_needs(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        entry.main(["--help"])
+    text = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for word in ("--quick_test", "--env_id", "zork1.z5", "textworld:simple", "configs/", "--set"):
+        assert word in text
+    assert entry.main(["--help_config"]) == 0
+    assert "llm.micro_batch_size = 4" in capsys.readouterr().out
+
+
+def test_a_problem_that_is_no_persons_fault_is_not_hidden(monkeypatch):
+    monkeypatch.setattr(entry, "settings_from", lambda _: (_ for _ in ()).throw(RuntimeError("bug")))
+    with pytest.raises(RuntimeError, match="bug"):
+        entry.main(["--quick_test"])
+    monkeypatch.setattr(entry, "settings_from", lambda _: (_ for _ in ()).throw(UserError("yours")))
+    assert entry.main(["--quick_test"]) == 2

@@ -1,0 +1,177 @@
+"""The whole loop on a real game with a real language model, and the parts that tell about it."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+from conftest import make_settings
+
+from priorzero.checkpoint import load_world_model
+from priorzero.config import read_config_file, resolve_settings
+from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint
+from priorzero.models import load_language_model
+from priorzero.policy import PriorZeroPolicy
+from priorzero.train import run_training
+from priorzero.types import UserError
+from priorzero.vocabulary import make_action_indexer
+
+SMALL = {
+    "run": {"max_iter": 4, "num_threads": 2, "checkpoint_every": 2},
+    "env": {"max_episode_steps": 6},
+    "search": {"num_simulations": 4},
+    "train": {"collect_env_steps": 12, "batch_size": 8, "update_per_collect": 2},
+    "llm": {"batch_size": 2, "micro_batch_size": 1},
+    "replay": {"segment_length": 20},
+}
+TAGS = [
+    "train/wm_total_loss",
+    "train/llm_sft_loss",
+    "train/llm_rft_loss",
+    "train/total_loss",
+    "train/wm_grad_norm",
+    "train/llm_grad_norm",
+    "collector_iter/reward_mean",
+    "collector_iter/visit_entropy_mean",
+    "evaluator_step/reward_mean",
+    "prior/latency_mean_s",
+    "prior/retries",
+    "prior/fallbacks",
+    "prior/parse_rate",
+    "prior/entropy_mean",
+    "prior/agreement",
+]
+
+
+def read_events(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def train(tmp_path, *layers):
+    threads = torch.get_num_threads()
+    try:
+        return run_training(make_settings(SMALL, {"run": {"output_dir": str(tmp_path)}}, *layers))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_a_run_from_end_to_end(tmp_path):
+    summary = train(tmp_path)
+    scalars = read_events(summary.folder)
+    for tag in TAGS:
+        assert scalars.get(tag), f"{tag} is missing"
+        assert all(math.isfinite(value) for value in scalars[tag])
+    assert summary.rows["environment steps"] == 48 and summary.rows["LLM updates"] == 4
+    for name in ("world model", "LLM"):
+        moved, _, of = summary.rows[f"{name} tensors moved"].split()
+        assert moved == of and int(of) > 10
+    assert set(summary.evaluations) == {"world_model", "world_model_with_prior", "prior"}
+
+    logs = {path.name: path.read_text() for path in (summary.folder / "log").iterdir()}
+    assert "latency_mean_s" in logs["llm_prior.log"] and "decisions" in logs["segments.log"]
+    assert "iteration 4/4" in logs["run.log"] and "done:" in logs["run.log"]
+
+    # The configuration that was saved gives the same settings again.
+    saved = resolve_settings(read_config_file(summary.folder / "config.yaml"))
+    assert saved.search.num_simulations == 4 and saved.run.exp_name == summary.folder.name
+
+    # Checkpoints: two, whole, loadable, and different from one another.
+    first, last = (summary.folder / "checkpoints" / f"iteration_{n}" for n in (2, 4))
+    assert sorted(p.name for p in (summary.folder / "checkpoints").iterdir()) == ["iteration_2", "iteration_4"]
+    llms = [
+        load_language_model(make_settings({"llm": {"path": str(c / "llm")}}).llm, device=torch.device("cpu"))
+        for c in (first, last)
+    ]
+    prints = [fingerprint(dict(llm.model.named_parameters())) for llm in llms]
+    assert count_moved(*prints) > 200
+    settings = make_settings(SMALL)
+    policy = PriorZeroPolicy(settings, feature_size=384 * 3 + 2, device="cpu", llm=None)
+    before = fingerprint(dict(policy.trained_world_model_parameters()))
+    indexer = make_action_indexer("vocabulary", 256)
+    load_world_model(last, policy=policy, indexer=indexer)
+    assert count_moved(before, fingerprint(dict(policy.trained_world_model_parameters()))) == len(before)
+    assert indexer.num_used > 3
+    assert json.loads((last / "counters.json").read_text()) == {
+        "iteration": 4, "env_step": 48, "train_iter": 8, "llm_version": 4,
+    }  # fmt: skip
+
+    with pytest.raises(UserError, match="exists and is left as it is"):
+        train(tmp_path, {"run": {"exp_name": summary.folder.name}})
+
+
+@pytest.mark.slow
+def test_without_an_llm(tmp_path):
+    summary = train(tmp_path, {"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}})
+    scalars = read_events(summary.folder)
+    assert "train/wm_total_loss" in scalars and not [tag for tag in scalars if "llm" in tag or tag.startswith("prior/")]
+    assert not (summary.folder / "checkpoints" / "iteration_4" / "llm").exists()
+
+
+@pytest.mark.slow
+def test_one_seed_one_run(tmp_path):
+    """Everything but the times repeats itself."""
+
+    def figures(name):
+        plain = {"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}, "run": {"exp_name": name}}
+        return train(tmp_path, plain).metrics
+
+    first, again = figures("a"), figures("b")
+    assert first == again and len(first) > 20
+
+
+@pytest.mark.slow
+def test_ranking_with_adapters(tmp_path):
+    summary = train(
+        tmp_path,
+        {
+            "run": {"max_iter": 2},
+            "prior": {"mode": "rank"},
+            "llm": {"use_lora": True, "generate_max_len": 24, "history_length": 1},
+            "eval": {"modes": ["world_model"]},
+        },
+    )
+    moved, _, of = summary.rows["LLM tensors moved"].split()
+    assert int(of) == 2 * 210 and int(moved) > 0
+    checkpoint = summary.folder / "checkpoints" / "iteration_2" / "llm"
+    assert (checkpoint / "adapter_model.safetensors").stat().st_size < 20e6
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write({"a": 1.0, "b": math.nan, "c": math.inf}, step=1)
+    writer.close()
+    assert writer.num_not_finite == 2 and writer.last == {"a": 1.0}
+    assert read_events(tmp_path) == {"a": [1.0]}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_on_a_terminal_is_one_line():
+    terminal = Terminal()
+    progress = Progress(max_iter=10, max_env_step=1000, every=2, terminal=terminal)
+    for iteration in range(1, 5):
+        progress.show(iteration=iteration, env_step=20 * iteration, episode_return=None, loss=1.5)
+    text = terminal.getvalue()
+    assert text.count("\r") == 2 and "\n" not in text
+    assert "iteration 4/10" in text and "env steps 80" in text and "return -" in text and "loss 1.500" in text
+    progress.end()
+    assert terminal.getvalue().endswith("\n")
+
+
+def test_fingerprints_see_a_change_anywhere():
+    tensors = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.ones(3)}
+    before = fingerprint(tensors)
+    assert count_moved(before, fingerprint(tensors)) == 0
+    swapped = {"w": tensors["w"].flip(0), "v": tensors["v"]}
+    assert count_moved(before, fingerprint(swapped)) == 1
