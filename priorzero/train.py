@@ -6,7 +6,7 @@ import asyncio
 import random
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from priorzero.envs import GameSpec, make_worker, resolve_game
 from priorzero.evaluator import Evaluation, Evaluator
 from priorzero.lightzero import unizero_config
 from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint, open_logs, table
-from priorzero.models import choose_device, load_language_model
+from priorzero.models import LanguageModel, choose_device, load_language_model
 from priorzero.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
 from priorzero.text_encoder import TextEncoder
@@ -61,18 +61,116 @@ def run_training(settings: Any) -> RunSummary:
     return asyncio.run(_train(settings, game=game, device=device, folder=folder))
 
 
+@dataclass(frozen=True)
+class _Agent:
+    """Both models and what they are fed with."""
+
+    llm: LanguageModel | None
+    engine: TransformersEngine | None
+    prior: RobustPrior | None
+    policy: PriorZeroPolicy
+    buffer: PriorZeroGameBuffer
+    player: Player
+    config: Any
+
+
 async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder: Path) -> RunSummary:
     started = time.monotonic()
     run = settings.run
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
     # Every random number comes from the one seed, in streams that cannot disturb one another.
-    streams = np.random.SeedSequence(run.seed).spawn(5)
-    random.seed(int(streams[0].generate_state(1)[0]))
-    np.random.seed(int(streams[1].generate_state(1)[0]))  # LightZero pads batches with random actions
-    torch.manual_seed(int(streams[2].generate_state(1)[0]))
+    *global_seeds, buffer_seed, collector_seed = np.random.SeedSequence(run.seed).spawn(5)
+    _seed_globals(global_seeds)
+    agent = _make_agent(settings, device=device, buffer_seed=buffer_seed)
+    policy, buffer = agent.policy, agent.buffer
 
-    # ---- both models, and what they are fed with ----
+    # ---- from here on there are files ----
+    folder.mkdir(parents=True)
+    (folder / "log").mkdir()
+    (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+    open_logs(folder / "log")
+    logger.info(f"{game.name}, seed {run.seed}, on {device}; everything about this run is in {folder}")
+    changed = [f"{group}.{key}={value}" for group, keys in differences(settings).items() for key, value in keys.items()]
+    logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
+    writer = MetricsWriter(folder)
+    progress = Progress(max_iter=run.max_iter, max_env_step=run.max_env_step, every=run.log_every)
+    workers = _make_workers(settings, game, count=settings.env.collector_env_num, first_seed=run.seed)
+    eval_workers = _make_workers(settings, game, count=settings.env.evaluator_env_num, first_seed=run.seed + 10_000)
+    collector = Collector(workers, player=agent.player, config=agent.config, seed=collector_seed)
+    evaluator = Evaluator(eval_workers, player=agent.player, episodes=settings.eval.episodes)
+    before = _fingerprints(policy)
+    evaluations: dict[str, Evaluation] = {}
+    counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0}
+
+    try:
+        while counters["iteration"] < run.max_iter and counters["env_step"] < run.max_env_step:
+            # ---- collect: the LLM proposes, UniZero searches, the games answer ----
+            collected = await collector.collect(settings.train.collect_env_steps)
+            buffer.push(collected.segments)
+
+            # ---- learn: the world model in every update, the LLM in the last one of the iteration ----
+            learned: dict[str, float] = {}
+            if buffer.get_num_of_transitions() >= settings.train.batch_size:
+                llm_has_its_turn = agent.llm is not None and counters["iteration"] % settings.llm.update_every == 0
+                for update in reversed(range(settings.train.update_per_collect)):
+                    batch = buffer.sample(settings.train.batch_size, policy)
+                    update_llm = llm_has_its_turn and update == 0
+                    result = policy.learn(batch, train_iter=counters["train_iter"], update_llm=update_llm)
+                    buffer.update_priority(batch, result.pop("priorities"))
+                    learned.update(result)
+                    counters["train_iter"] += 1
+                if agent.engine is not None and policy.llm_version > agent.engine.version:
+                    await agent.engine.sync_weights(policy.llm_version)
+            counters["iteration"] += 1
+            counters["env_step"] = collector.env_steps
+            counters["llm_version"] = policy.llm_version
+
+            # ---- tell, evaluate, save ----
+            _tell(counters, learned, collected, agent=agent, collector=collector, writer=writer, progress=progress)
+            if counters["iteration"] % settings.eval.every == 0:
+                evaluations = await _evaluate(evaluator, settings, writer, env_step=collector.env_steps)
+            if run.checkpoint_every and counters["iteration"] % run.checkpoint_every == 0:
+                _save(folder, agent, settings, counters)
+
+        progress.end()
+        if counters["iteration"] % settings.eval.every:
+            evaluations = await _evaluate(evaluator, settings, writer, env_step=collector.env_steps)
+        saved = _save(folder, agent, settings, counters)
+    finally:
+        await asyncio.gather(*(worker.close() for worker in [*workers, *eval_workers]))
+        if agent.engine is not None:
+            await agent.engine.close()
+        writer.close()
+
+    moved = {name: (before[name], prints) for name, prints in _fingerprints(policy).items()}
+    rows = {
+        "game": game.name,
+        "iterations": counters["iteration"],
+        "environment steps": counters["env_step"],
+        "episodes finished": collector.num_episodes,
+        "mean return": _mean(collector.recent_returns) + f" over the last {len(collector.recent_returns)} episodes",
+        "world-model updates": counters["train_iter"],
+        "LLM updates": counters["llm_version"] if agent.llm is not None else "no LLM",
+        **{f"{name} tensors moved": f"{count_moved(a, b)} of {len(a)}" for name, (a, b) in moved.items()},
+        **{f"evaluation, {mode}": _describe(evaluation) for mode, evaluation in evaluations.items()},
+        "wall time": f"{time.monotonic() - started:.0f} s",
+        "checkpoint": saved,
+        "charts": f"tensorboard --logdir {run.output_dir}",
+    }
+    logger.info("done:\n" + table(rows))
+    return RunSummary(folder, rows, dict(writer.last), evaluations)
+
+
+def _seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
+    """LightZero draws from global generators: padding actions from numpy's, dropout and parameters from torch's."""
+    numbers = [int(seed.generate_state(1)[0]) for seed in seeds]
+    random.seed(numbers[0])
+    np.random.seed(numbers[1])
+    torch.manual_seed(numbers[2])
+
+
+def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.SeedSequence) -> _Agent:
     encoder = TextEncoder(
         settings.encoder.path,
         device=device,
@@ -83,11 +181,8 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
     policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
     config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
-    indexer = make_action_indexer(settings.env.action_space, settings.env.action_space_size)
-    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(streams[3]))
     style = prompt_style(settings)
-    engine = None
-    prior = None
+    engine, prior = None, None
     if llm is not None:
         engine = TransformersEngine(
             llm,
@@ -107,111 +202,13 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         settings,
         policy=policy,
         encoder=encoder,
-        indexer=indexer,
+        indexer=make_action_indexer(settings.env.action_space, settings.env.action_space_size),
         prior=prior,
         style=style,
         tokenizer=llm.tokenizer if llm is not None else None,
     )
-
-    # ---- from here on there are files ----
-    folder.mkdir(parents=True)
-    (folder / "log").mkdir()
-    (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
-    open_logs(folder / "log")
-    logger.info(f"{game.name}, seed {run.seed}, on {device}; everything about this run is in {folder}")
-    logger.info(f"settings that differ from the defaults: {differences(settings) or 'none'}")
-    writer = MetricsWriter(folder)
-    progress = Progress(max_iter=run.max_iter, max_env_step=run.max_env_step, every=run.log_every)
-    workers = _make_workers(settings, game, count=settings.env.collector_env_num, first_seed=run.seed)
-    eval_workers = _make_workers(settings, game, count=settings.env.evaluator_env_num, first_seed=run.seed + 10_000)
-    collector = Collector(workers, player=player, config=config, seed=streams[4])
-    evaluator = Evaluator(eval_workers, player=player, episodes=settings.eval.episodes)
-    before = _fingerprints(policy)
-    evaluations: dict[str, Evaluation] = {}
-    train_iter = iteration = 0
-
-    try:
-        while iteration < run.max_iter and collector.env_steps < run.max_env_step:
-            # ---- collect: the LLM proposes, UniZero searches, the games answer ----
-            collected = await collector.collect(settings.train.collect_env_steps)
-            buffer.push(collected.segments)
-
-            # ---- learn: the world model in every update, the LLM in the last one of the iteration ----
-            learned: dict[str, float] = {}
-            if buffer.get_num_of_transitions() >= settings.train.batch_size:
-                for update in range(settings.train.update_per_collect):
-                    is_last = update == settings.train.update_per_collect - 1
-                    batch = buffer.sample(settings.train.batch_size, policy)
-                    result = policy.learn(
-                        batch,
-                        train_iter=train_iter,
-                        update_llm=llm is not None and is_last and iteration % settings.llm.update_every == 0,
-                    )
-                    buffer.update_priority(batch, result.pop("priorities"))
-                    learned.update(result)
-                    train_iter += 1
-                if engine is not None and policy.llm_version > engine.version:
-                    await engine.sync_weights(policy.llm_version)
-            iteration += 1
-
-            # ---- tell ----
-            writer.write(learned, step=train_iter)
-            writer.write(collector.scalars(collected), step=iteration)
-            writer.write(_buffer_scalars(buffer), step=iteration)
-            if prior is not None:
-                prior_scalars = prior.take_statistics().scalars()
-                writer.write(prior_scalars, step=iteration)
-                logger.bind(topic="prior").info(f"iteration {iteration}: {_short(prior_scalars)}")
-            _log_segments(collected, iteration)
-            progress.show(
-                iteration=iteration,
-                env_step=collector.env_steps,
-                episode_return=writer.last.get("collector_iter/reward_mean"),
-                loss=writer.last.get("train/total_loss"),
-            )
-
-            # ---- evaluate and save ----
-            if iteration % settings.eval.every == 0:
-                evaluations = await _evaluate(evaluator, settings, writer, env_step=collector.env_steps)
-            if run.checkpoint_every and iteration % run.checkpoint_every == 0:
-                _save(folder, policy, indexer, settings, iteration, collector.env_steps, train_iter)
-
-        progress.end()
-        if iteration % settings.eval.every:
-            evaluations = await _evaluate(evaluator, settings, writer, env_step=collector.env_steps)
-        saved = _save(folder, policy, indexer, settings, iteration, collector.env_steps, train_iter)
-    finally:
-        await asyncio.gather(*(worker.close() for worker in [*workers, *eval_workers]))
-        if engine is not None:
-            await engine.close()
-        writer.close()
-
-    after = _fingerprints(policy)
-    rows = {
-        "game": game.name,
-        "iterations": iteration,
-        "environment steps": collector.env_steps,
-        "episodes finished": collector.num_episodes,
-        "mean return of the last episodes": f"{np.mean(collector.recent_returns):.2f}"
-        if collector.recent_returns
-        else "-",
-        "world-model updates": train_iter,
-        "LLM updates": policy.llm_version if llm is not None else "no LLM",
-        **{
-            f"{name} tensors moved": f"{count_moved(before[name], after[name])} of {len(before[name])}"
-            for name in before
-        },
-        **{
-            f"evaluation, {mode}": f"mean score {e.mean_score:.2f} of {e.max_score:g}, mean return {e.mean_return:.2f}, "
-            f"{e.wins} of {len(e.returns)} episodes won"
-            for mode, e in evaluations.items()
-        },
-        "wall time": f"{time.monotonic() - started:.0f} s",
-        "checkpoint": saved,
-        "charts": f"tensorboard --logdir {run.output_dir}",
-    }
-    logger.info("done:\n" + table(rows))
-    return RunSummary(folder, rows, dict(writer.last), evaluations)
+    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(buffer_seed))
+    return _Agent(llm, engine, prior, policy, buffer, player, config)
 
 
 def _new_run_folder(settings: Any, game: GameSpec) -> Path:
@@ -271,19 +268,13 @@ async def _evaluate(
     return evaluations
 
 
-def _save(
-    folder: Path, policy: PriorZeroPolicy, indexer: Any, settings: Any, iteration: int, env_step: int, train_iter: int
-) -> Path:
-    target = folder / "checkpoints" / f"iteration_{iteration}"
+def _save(folder: Path, agent: _Agent, settings: Any, counters: dict[str, int]) -> Path:
+    target = folder / "checkpoints" / f"iteration_{counters['iteration']}"
     if target.exists():  # the last iteration of the loop saved it a moment ago
         return target
-    counters = {
-        "iteration": iteration,
-        "env_step": env_step,
-        "train_iter": train_iter,
-        "llm_version": policy.llm_version,
-    }
-    return save_checkpoint(target, policy=policy, indexer=indexer, settings=settings, counters=counters)
+    return save_checkpoint(
+        target, policy=agent.policy, indexer=agent.player.indexer, settings=settings, counters=counters
+    )
 
 
 def _fingerprints(policy: PriorZeroPolicy) -> dict[str, dict[str, float]]:
@@ -303,6 +294,33 @@ def _buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
     }
 
 
+def _tell(
+    counters: dict[str, int],
+    learned: dict[str, float],
+    collected: Collected,
+    *,
+    agent: _Agent,
+    collector: Collector,
+    writer: MetricsWriter,
+    progress: Progress,
+) -> None:
+    iteration = counters["iteration"]
+    writer.write(learned, step=counters["train_iter"])
+    writer.write(collector.scalars(collected), step=iteration)
+    writer.write(_buffer_scalars(agent.buffer), step=iteration)
+    if agent.prior is not None:
+        prior_scalars = agent.prior.take_statistics().scalars()
+        writer.write(prior_scalars, step=iteration)
+        logger.bind(topic="prior").info(f"iteration {iteration}: {_short(prior_scalars)}")
+    _log_segments(collected, iteration)
+    progress.show(
+        iteration=iteration,
+        env_step=counters["env_step"],
+        episode_return=writer.last.get("collector_iter/reward_mean"),
+        loss=writer.last.get("train/total_loss"),
+    )
+
+
 def _log_segments(collected: Collected, iteration: int) -> None:
     log = logger.bind(topic="segments")
     for segment in collected.segments:
@@ -318,3 +336,14 @@ def _log_segments(collected: Collected, iteration: int) -> None:
 
 def _short(scalars: dict[str, float]) -> str:
     return ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in scalars.items())
+
+
+def _mean(values: Collection[float]) -> str:
+    return f"{np.mean(list(values)):.2f}" if len(values) else "-"
+
+
+def _describe(evaluation: Evaluation) -> str:
+    return (
+        f"mean score {evaluation.mean_score:.2f} of {evaluation.max_score:g}, "
+        f"mean return {evaluation.mean_return:.2f}, {evaluation.wins} of {len(evaluation.returns)} episodes won"
+    )

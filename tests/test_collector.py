@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 
 import numpy as np
 import pytest
@@ -121,7 +122,7 @@ def collect(collector, steps):
 
 
 def test_every_record_holds_what_belongs_together():
-    collector, games, player = build()
+    collector, _, player = build()
     collected = collect(collector, 63)
     records = [r for segment in collected.segments for r in segment.records]
     assert collected.env_steps == len(records) == 63 and len(collected.episodes) == 9
@@ -143,7 +144,7 @@ def test_every_record_holds_what_belongs_together():
         by_episode.setdefault(r.episode, []).append(r)
     for episode in by_episode.values():
         assert [r.step for r in episode] == list(range(7))
-        for r, following in zip(episode, episode[1:], strict=False):
+        for r, following in itertools.pairwise(episode):
             assert f"> {r.action_text}" in following.prompt
     assert sorted(e.total_reward for e in collected.episodes) == sorted(
         sum(r.reward for r in episode) for episode in by_episode.values()
@@ -211,4 +212,6 @@ def test_an_evaluation_that_cannot_finish_says_so():
     with pytest.raises(GameWorkerError):
         asyncio.run(Evaluator([broken], player=player, episodes=2).evaluate("prior"))
     once = CountingGame(1, fail_at=(3,))
-    assert len(asyncio.run(Evaluator([once, CountingGame(2)], player=player, episodes=3).evaluate("prior")).returns) == 3
+    assert (
+        len(asyncio.run(Evaluator([once, CountingGame(2)], player=player, episodes=3).evaluate("prior")).returns) == 3
+    )

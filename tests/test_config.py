@@ -79,12 +79,14 @@ def test_all_problems_are_said_at_once():
 
 @pytest.mark.parametrize("text", ["llm.batch_size", "batch_size=8", "=8", ".=8", "llm.=3"])
 def test_an_assignment_has_a_form(text):
-    with pytest.raises(UserError, match="is not of the form group.key=value"):
+    with pytest.raises(UserError, match=r"is not of the form group\.key=value"):
         parse_assignments([text])
 
 
 def test_values_are_read_as_yaml_and_small_numbers_too():
-    layer = parse_assignments(["llm.learning_rate=1e-6", "prior.enabled=true", "eval.modes=[prior]", "run.exp_name=a=b"])
+    layer = parse_assignments(
+        ["llm.learning_rate=1e-6", "prior.enabled=true", "eval.modes=[prior]", "run.exp_name=a=b"]
+    )
     assert layer["run"]["exp_name"] == "a=b"
     settings = resolve_settings(layer)
     assert settings.llm.learning_rate == 1e-6 and settings.eval.modes == ["prior"]
@@ -95,7 +97,7 @@ def test_values_are_read_as_yaml_and_small_numbers_too():
 def test_files_that_are_no_configuration(tmp_path, content):
     path = tmp_path / "x.yaml"
     path.write_text(content)
-    with pytest.raises(UserError, match="x.yaml"):
+    with pytest.raises(UserError, match=r"x\.yaml"):
         resolve_settings(read_config_file(path))
 
 

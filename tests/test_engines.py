@@ -51,7 +51,9 @@ def test_scores_are_the_models_own_log_probabilities(smollm2, normalise):
         prompt_ids = smollm2.tokenizer(asked.prompt, add_special_tokens=False)["input_ids"]
         answer_ids = [*smollm2.tokenizer(action, add_special_tokens=False)["input_ids"], smollm2.tokenizer.eos_token_id]
         with torch.no_grad():
-            logits = smollm2.model(input_ids=torch.tensor([prompt_ids + answer_ids])).logits[0, len(prompt_ids) - 1 : -1]
+            logits = smollm2.model(input_ids=torch.tensor([prompt_ids + answer_ids])).logits[
+                0, len(prompt_ids) - 1 : -1
+            ]
         token_logprobs = torch.log_softmax(logits, -1)[torch.arange(len(answer_ids)), torch.tensor(answer_ids)]
         scores.append(token_logprobs.sum().item() / (len(answer_ids) if normalise == "mean" else 1))
     want = torch.log_softmax(torch.tensor(scores) / 2.0, 0).numpy()

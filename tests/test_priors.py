@@ -100,7 +100,9 @@ LOGITS, PRIOR = np.log(np.array([0.5, 0.25, 0.25])), np.log(np.array([0.1, 0.1, 
 def test_mix_and_replace_by_hand():
     mixed = mix_root_logits(LOGITS + 7, PRIOR, combine="mix", alpha=0.25, floor=0.0)
     assert np.exp(mixed) == pytest.approx([0.4, 0.2125, 0.3875])
-    assert np.exp(mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.0)) == pytest.approx(np.exp(PRIOR))
+    assert np.exp(mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.0)) == pytest.approx(
+        np.exp(PRIOR)
+    )
     assert np.exp(mix_root_logits(LOGITS, None, combine="mix", alpha=0.25, floor=0.5)) == pytest.approx(np.exp(LOGITS))
     floored = mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.3)
     assert np.exp(floored) == pytest.approx(0.7 * np.exp(PRIOR) + 0.1)
