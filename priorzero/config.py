@@ -118,7 +118,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "mode": Option(
             "score", "score: log-probability of each action; rank: the LLM writes a list", one_of("score", "rank")
         ),
-        "normalise": Option("sum", "score: mean or sum of an action's token log-probabilities", one_of("mean", "sum")),
+        # Sums are sharper: on three tw-simple games SmolLM2 alone, drawing from the prior, earns 1.0 of 7 points with
+        # sums (it repeats itself) and 4.0 with means (one episode a game, 25 commands).
+        "normalise": Option("mean", "score: mean or sum of an action's token log-probabilities", one_of("mean", "sum")),
         "use_cot": Option(False, "rank: let the LLM think before it writes its list"),
         "combine": Option("mix", "how the prior enters the root", one_of("mix", "replace")),
         "alpha": Option(0.5, "mix: the prior's share of the root's probabilities", between(0, 1)),
