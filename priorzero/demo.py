@@ -50,7 +50,7 @@ def demo_record(step: int, *, episode: int = 0, done: bool = False, reward: floa
     return StepRecord(
         state=GameState(f"episode {episode}, room {step}", actions, score=0.0, max_score=10.0, moves=step),
         features=np.full(FEATURE_SIZE, 100 * episode + step, dtype=np.float32),
-        action_indices=np.array([COMMANDS.index(action) for action in actions]),
+        action_indices=np.array([7 - 2 * COMMANDS.index(action) for action in actions]),  # 7, 5, 3, 1
         prompt=f"prompt of episode {episode}, step {step}",
         prior=None,
         visit_counts=np.array([3 if k == chosen else 1 for k in range(len(actions))]),

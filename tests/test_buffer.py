@@ -231,6 +231,10 @@ def test_priorities_of_evicted_decisions_are_passed_over():
     buffer.update_priority(batch, np.array([100.0 + r.episode for r in batch[2].records()]))
     assert buffer.game_pos_priorities[:4].tolist() == [101.0] * 4
     assert (buffer.game_pos_priorities[4:] == 1.0).all()
+    batch = sample(buffer, config, size=20)  # drawn after the eviction: all of them are there
+    buffer.update_priority(batch, np.array([10.0 * r.episode + r.step for r in batch[2].records()]))
+    stored = [r for segment in buffer.game_segment_buffer for r in segment.records]
+    assert buffer.game_pos_priorities.tolist() == [10.0 * r.episode + r.step for r in stored]
 
 
 def test_asking_for_more_than_there_is():

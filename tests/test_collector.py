@@ -74,8 +74,10 @@ class LastActionEngine:
     """Prefers the last valid action and says so; the prior of a state can be told by its length and its favourite."""
 
     version = 3
+    calls = 0
 
     async def priors(self, requests):
+        self.calls += 1
         answers = []
         for r in requests:
             probs = np.full(len(r.valid_actions), 0.1 / max(1, len(r.valid_actions) - 1))
@@ -175,6 +177,13 @@ def test_a_failing_game_costs_its_own_decision_only():
         assert r.reward == 10 * int(r.state.score) + r.chosen
 
 
+def test_the_search_gets_the_prior_in_its_order():
+    """With the prior alone at the root and values all alike, the visits go where the prior is."""
+    collector, _, _ = build(prior={"combine": "replace"}, search={"num_simulations": 20, "root_noise_weight": 0.0})
+    records = [r for s in collect(collector, 42).segments for r in s.records]
+    assert all(r.visit_counts.argmax() == len(r.visit_counts) - 1 for r in records)
+
+
 def test_metrics_of_collection():
     collector, _, player = build()
     scalars = collector.scalars(collect(collector, 21))
@@ -193,7 +202,9 @@ def test_evaluation_repeats_itself(mode):
         games = [CountingGame(g, length=5 + g) for g in range(2)]
         return asyncio.run(Evaluator(games, player=player, episodes=2).evaluate(mode))
 
+    engine = player.prior.engine
     first = evaluate()
+    assert (engine.calls == 0) == (mode == "world_model")
     collect(collector, 9)  # other games in between leave no trace
     again = evaluate()
     assert first.returns == again.returns and len(first.returns) == 2
