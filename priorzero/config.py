@@ -353,7 +353,7 @@ def _cross_checks(s: EasyDict) -> list[str]:
             f"{s.train.batch_size + s.replay.segment_length}"
         )
     if not s.prior.enabled and s.eval.modes != ["world_model"]:
-        errors.append("prior.enabled=False leaves only eval.modes=world_model")
+        errors.append("prior.enabled=False leaves only one way to evaluate; add --set eval.modes=world_model")
     return errors
 
 

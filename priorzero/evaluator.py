@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -56,13 +57,19 @@ class Evaluator:
         self._episodes = episodes
 
     async def evaluate(self, mode: str) -> Evaluation:
-        """Raises GameWorkerError if no episode could be finished."""
+        """Play one mode. What it sees leaves no trace in training: new actions are numbered in a copy.
+
+        Raises:
+            GameWorkerError: no episode could be finished.
+        """
         use_search, use_prior = PLAYS[mode]
+        player = copy.copy(self._player)
+        player.indexer = copy.deepcopy(self._player.indexer)
         finished: list[Lane] = []
         failure: GameWorkerError | None = None
         while len(finished) < self._episodes:
             workers = self._workers[: self._episodes - len(finished)]
-            lanes, error = await self._play(workers, use_search=use_search, use_prior=use_prior)
+            lanes, error = await self._play(workers, player, use_search=use_search, use_prior=use_prior)
             failure = error or failure
             if not lanes:
                 assert failure is not None
@@ -77,18 +84,18 @@ class Evaluator:
         )
 
     async def _play(
-        self, workers: Sequence[Any], *, use_search: bool, use_prior: bool
+        self, workers: Sequence[Any], player: Player, *, use_search: bool, use_prior: bool
     ) -> tuple[list[Lane], GameWorkerError | None]:
         """One episode a worker; those whose game failed are left out, and the last failure is returned."""
         failure: GameWorkerError | None = None
         states = await asyncio.gather(*(worker.reset() for worker in workers))
         playing = [
-            (worker, self._player.new_lane(state, np.random.default_rng(0)))
+            (worker, player.new_lane(state, np.random.default_rng(0)))
             for worker, state in zip(workers, states, strict=True)
         ]
         finished = []
         while playing:
-            decisions = await self._player.decide(
+            decisions = await player.decide(
                 [lane for _, lane in playing], explore=False, use_search=use_search, use_prior=use_prior
             )
             outcomes = await asyncio.gather(
@@ -109,7 +116,7 @@ class Evaluator:
                     action_index=int(decision.action_indices[decision.chosen]),
                     reward=reward,
                     state=state,
-                    features=self._player.encoder.features([state])[0],
+                    features=player.encoder.features([state])[0],
                 )
                 if state.done:
                     finished.append(lane)

@@ -129,13 +129,15 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
             # ---- tell, evaluate, save ----
             _tell(counters, learned, collected, agent=agent, collector=collector, writer=writer, progress=progress)
             if counters["iteration"] % settings.eval.every == 0:
-                evaluations = await _evaluate(evaluator, settings, writer, env_step=collector.env_steps)
+                evaluations = await _evaluate(
+                    evaluator, settings, writer, prior=agent.prior, env_step=collector.env_steps
+                )
             if run.checkpoint_every and counters["iteration"] % run.checkpoint_every == 0:
                 _save(folder, agent, settings, counters)
 
         progress.end()
         if counters["iteration"] % settings.eval.every:
-            evaluations = await _evaluate(evaluator, settings, writer, env_step=collector.env_steps)
+            evaluations = await _evaluate(evaluator, settings, writer, prior=agent.prior, env_step=collector.env_steps)
         saved = _save(folder, agent, settings, counters)
     finally:
         await asyncio.gather(*(worker.close() for worker in [*workers, *eval_workers]))
@@ -248,9 +250,9 @@ def _make_workers(settings: Any, game: GameSpec, *, count: int, first_seed: int)
 
 
 async def _evaluate(
-    evaluator: Evaluator, settings: Any, writer: MetricsWriter, *, env_step: int
+    evaluator: Evaluator, settings: Any, writer: MetricsWriter, *, prior: RobustPrior | None, env_step: int
 ) -> dict[str, Evaluation]:
-    """Every mode; the last of world model with prior, world model, prior that is played is the run's own figure."""
+    """Every mode; the first played of world model with prior, world model, prior is the run's own figure."""
     evaluations = {mode: await evaluator.evaluate(mode) for mode in settings.eval.modes}
     for mode, evaluation in evaluations.items():
         logger.info(
@@ -265,6 +267,8 @@ async def _evaluate(
         )
     main = next(m for m in ("world_model_with_prior", "world_model", "prior") if m in evaluations)
     writer.write({"evaluator_step/reward_mean": evaluations[main].mean_return}, step=env_step)
+    if prior is not None:
+        writer.write({"evaluator_step/prior_fallbacks": prior.take_statistics().fallbacks}, step=env_step)
     return evaluations
 
 

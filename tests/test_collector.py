@@ -203,7 +203,9 @@ def test_evaluation_repeats_itself(mode):
         return asyncio.run(Evaluator(games, player=player, episodes=2).evaluate(mode))
 
     engine = player.prior.engine
+    known = player.indexer.state_dict()
     first = evaluate()
+    assert player.indexer.state_dict() == known  # nor does an evaluation in training
     assert (engine.calls == 0) == (mode == "world_model")
     collect(collector, 9)  # other games in between leave no trace
     again = evaluate()

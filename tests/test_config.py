@@ -61,7 +61,7 @@ def test_layers_leave_the_defaults_alone():
         ("world_model.num_unroll_steps=2", ["must be at least 4"]),
         ("replay.buffer_size=100", ["must be at least train.batch_size + replay.segment_length = 264"]),
         ("eval.modes=everything", ["may hold only world_model, world_model_with_prior, prior"]),
-        ("prior.enabled=false", ["leaves only eval.modes=world_model"]),
+        ("prior.enabled=false", ["add --set eval.modes=world_model"]),
         ("llm.batch_size=128", ["llm.batch_size=128 must be at most train.batch_size=64"]),
         ("llm.path=[1]", ["must be text"]),
     ],
