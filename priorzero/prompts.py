@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from priorzero.priors import ANSWER_HEADING
 from priorzero.types import GameState, HistoryStep
 
 SYSTEM = "You are an expert player of text adventure games. You choose commands that raise the score."
@@ -122,21 +122,18 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-_THOUGHT_END = re.compile(r"(?:^|\n)\s*answer\s*:[ \t]*\n?", re.IGNORECASE)
-
-
 def learning_context(prompt: str, completion: str | None, *, style: PromptStyle) -> str | None:
     """The text after which the LLM is taught to name an action.
 
     That is the prompt itself; with chain of thought it is the prompt and the thought that was written for it, up to and
-    including the "Answer:" line. None if there is no such line: then there is nothing to learn the answer after.
+    including the "Answer:" heading. None if there is no such line: then there is nothing to learn the answer after.
     """
     if not style.use_cot:
         return prompt
-    ends = list(_THOUGHT_END.finditer(completion or ""))
+    ends = list(ANSWER_HEADING.finditer(completion or ""))
     if not ends:
         return None
-    return prompt + (completion or "")[: ends[-1].end()].rstrip("\n") + "\n"
+    return prompt + (completion or "")[: ends[-1].end()] + "\n"
 
 
 def answer_text(action: str, *, style: PromptStyle) -> str:

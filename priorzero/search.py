@@ -25,6 +25,7 @@ from torch import Tensor
 
 from priorzero.lightzero import quiet
 from priorzero.priors import mix_root_logits
+from priorzero.types import UserError
 
 with quiet():
     from lzero.mcts.ctree.ctree_muzero import mz_tree
@@ -160,6 +161,8 @@ def search(inference: WorldModelInference, roots: Sequence[Root], *, cfg: Any, n
     new_statistics = MinMaxStatsList if cfg.tree == "python" else tree.MinMaxStatsList
     contexts = [[tokens] for tokens in inference.root_contexts(roots)]  # per root, by node number
     policy_logits, values = inference.predict([nodes[0] for nodes in contexts])
+    if not (np.isfinite(policy_logits).all() and np.isfinite(values).all()):
+        raise UserError("the world model's outputs are not finite; lower train.learning_rate or train.grad_clip")
     trees, statistics, starts = [], [], []
     for root, logits in zip(roots, policy_logits, strict=True):
         root_logits = mix_root_logits(

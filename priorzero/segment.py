@@ -26,6 +26,9 @@ class PriorZeroGameSegment(GameSegment):
         records: the ``n`` step records that can be sampled.
         returns: discounted sum of rewards from each of them on, ``[n]``, to the end of the padding and bootstrapped
             with the searched value there if the episode goes on.
+
+    An episode that is cut (by the move limit, or because its game failed) counts as ended for the value targets:
+    LightZero takes what lies beyond the last stored decision as worth nothing.
     """
 
     def __init__(
@@ -65,9 +68,8 @@ class PriorZeroGameSegment(GameSegment):
         if steps[-1].done:
             returns = returns_to_go(self.reward_segment, discount=config.discount_factor)
         else:  # the last decision's own value stands for everything from there on
-            returns = returns_to_go(
-                self.reward_segment[:-1], discount=config.discount_factor, bootstrap_value=steps[-1].root_value
-            )
+            last, rewards = steps[-1].root_value, self.reward_segment[:-1]
+            returns = np.append(returns_to_go(rewards, discount=config.discount_factor, bootstrap_value=last), last)
         self.returns = returns[: len(records)]
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from priorzero.models import resolve_model
+from priorzero.models import quiet_transformers, resolve_model
 from priorzero.types import GameState, UserError
 
 
@@ -34,6 +34,7 @@ class TextEncoder:
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
 
+        quiet_transformers()
         name = resolve_model(path, setting="encoder.path")
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import re
 import time
@@ -28,7 +29,7 @@ from priorzero.models import LanguageModel, choose_device, load_language_model
 from priorzero.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
 from priorzero.text_encoder import TextEncoder
-from priorzero.types import UserError
+from priorzero.types import GameWorkerError, UserError
 from priorzero.vocabulary import make_action_indexer
 
 
@@ -58,7 +59,13 @@ def run_training(settings: Any) -> RunSummary:
     game = resolve_game(settings.run.env_id)
     device = choose_device(settings.run.device)
     folder = _new_run_folder(settings, game)
-    return asyncio.run(_train(settings, game=game, device=device, folder=folder))
+    try:
+        return asyncio.run(_train(settings, game=game, device=device, folder=folder))
+    except GameWorkerError as error:
+        raise UserError(
+            f"the game cannot go on: {error}. If it needs more time, --set env.step_timeout_s="
+            f"{10 * settings.env.step_timeout_s:g}; what was learned until the last checkpoint is in {folder}"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -86,9 +93,11 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     policy, buffer = agent.policy, agent.buffer
 
     # ---- from here on there are files ----
-    folder.mkdir(parents=True)
-    (folder / "log").mkdir()
-    (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+    try:
+        (folder / "log").mkdir(parents=True)
+        (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"run.output_dir={run.output_dir}: cannot be written ({error}); give another folder") from error
     open_logs(folder / "log")
     logger.info(f"{game.name}, seed {run.seed}, on {device}; everything about this run is in {folder}")
     changed = [f"{group}.{key}={value}" for group, keys in differences(settings).items() for key, value in keys.items()]
@@ -152,7 +161,8 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         "environment steps": counters["env_step"],
         "episodes finished": collector.num_episodes,
         "mean return": _mean(collector.recent_returns) + f" over the last {len(collector.recent_returns)} episodes",
-        "world-model updates": counters["train_iter"],
+        "world-model updates": counters["train_iter"]
+        or f"0 (fewer than train.batch_size={settings.train.batch_size} decisions were stored)",
         "LLM updates": counters["llm_version"] if agent.llm is not None else "no LLM",
         **{f"{name} tensors moved": f"{count_moved(a, b)} of {len(a)}" for name, (a, b) in moved.items()},
         **{f"evaluation, {mode}": _describe(evaluation) for mode, evaluation in evaluations.items()},
@@ -217,8 +227,10 @@ def _new_run_folder(settings: Any, game: GameSpec) -> Path:
     """The run's folder, not made yet. A name that was given must be new; a made-up one is."""
     root, name = Path(settings.run.output_dir), settings.run.exp_name
     if name:
-        if not re.fullmatch(r"[\w][\w.+-]*", name):
-            raise UserError(f"run.exp_name={name!r}: use letters, digits and . _ + - only, for example zork1_try2")
+        if not re.fullmatch(r"[\w][\w.+-]{0,99}", name):
+            raise UserError(
+                f"run.exp_name={name!r}: use at most 100 letters, digits and . _ + -, for example zork1_try2"
+            )
         if (root / name).exists():
             raise UserError(
                 f"run.exp_name={name}: {root / name} exists and is left as it is; "
@@ -228,9 +240,9 @@ def _new_run_folder(settings: Any, game: GameSpec) -> Path:
         stem = f"{game.name}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
         names = [stem, *(f"{stem}_{n}" for n in range(2, 100))]
         name = next(n for n in names if not (root / n).exists())
-        settings.run.exp_name = name
-    if root.exists() and not root.is_dir():
-        raise UserError(f"run.output_dir={root}: is a file; give a folder")
+    existing = next(p for p in (root, *root.absolute().parents) if p.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        raise UserError(f"run.output_dir={root}: {existing} is not a folder that can be written to; give another one")
     return root / name
 
 

@@ -86,6 +86,8 @@ install() { # install LIST
         --constraint requirements/torch-cuda.txt --constraint "$list" "$(grep '^torch==' "$list")"
     # The rest is a complete list; the pins that LightZero and DI-engine declare contradict vLLM's, hence --no-deps.
     "$venv/bin/uv" pip install --quiet --python "$python" --no-deps -r "$list"
+    # The package itself, from this checkout, so that it can be used from any folder.
+    "$venv/bin/uv" pip install --quiet --python "$python" --no-deps --no-build-isolation --editable .
     "$python" -c 'import torch' || { say "torch does not import, see above"; exit 1; }
 }
 

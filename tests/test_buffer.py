@@ -14,6 +14,7 @@ from priorzero.buffer import PriorZeroGameBuffer
 from priorzero.demo import COMMANDS, FEATURE_SIZE, demo_config, demo_episode, demo_record, demo_segments
 from priorzero.lightzero import quiet
 from priorzero.segment import PriorZeroGameSegment, SegmentWriter
+from priorzero.types import UserError
 
 with quiet():
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
@@ -53,7 +54,7 @@ def sample(buffer, config, *, size=None, value=0.0):
 
 
 @settings(max_examples=40, deadline=None)
-@given(length=st.integers(1, 30), segment_length=st.integers(1, 12), ends=st.booleans())
+@given(length=st.integers(1, 30), segment_length=st.integers(2, 12), ends=st.booleans())
 def test_each_decision_is_in_one_segment_and_all_arrays_agree_with_it(length, segment_length, ends):
     config = demo_config(segment_length=segment_length)
     writer = SegmentWriter(config)
@@ -71,6 +72,7 @@ def test_each_decision_is_in_one_segment_and_all_arrays_agree_with_it(length, se
     assert [r for segment in segments for r in segment.records] == records
     for number, segment in enumerate(segments):
         first = segment.records[0].step
+        assert len(segment.returns) == len(segment.records) and np.isfinite(segment.returns).all()
         arrays = (
             segment.action_segment,
             segment.reward_segment,
@@ -235,6 +237,27 @@ def test_priorities_of_evicted_decisions_are_passed_over():
     buffer.update_priority(batch, np.array([10.0 * r.episode + r.step for r in batch[2].records()]))
     stored = [r for segment in buffer.game_segment_buffer for r in segment.records]
     assert buffer.game_pos_priorities.tolist() == [10.0 * r.episode + r.step for r in stored]
+
+
+def test_a_draw_holds_a_pair_of_decisions_since_lightzero_divides_by_their_number():
+    config = demo_config(segment_length=4, batch_size=2)
+    buffer = filled(config, [1] * 30 + [2])
+    for _ in range(30):
+        _, _, drawn = sample(buffer, config)
+        assert any(len(s.records) == 2 and t == 0 for s, t in zip(drawn.segments, drawn.positions, strict=True))
+    with pytest.raises(UserError, match=r"env\.max_episode_steps"):
+        sample(filled(config, [1] * 30), config)
+
+
+def test_a_cut_episode_keeps_a_return_for_every_decision():
+    config = demo_config(segment_length=4)
+    g = config.discount_factor
+    writer = SegmentWriter(config)
+    for record, next_features in demo_episode(length=3, ends=False):
+        assert writer.add(record, next_features=next_features) == []
+    (segment,) = writer.flush(final_features=next_features)
+    # Rewards 0, 1, 2; the searched value (0.5) of the last decision stands for itself and what would have come.
+    assert segment.returns == pytest.approx([0 + g * 1 + g**2 * 0.5, 1 + g * 0.5, 0.5])
 
 
 def test_asking_for_more_than_there_is():

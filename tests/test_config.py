@@ -64,6 +64,9 @@ def test_layers_leave_the_defaults_alone():
         ("prior.enabled=false", ["add --set eval.modes=world_model"]),
         ("llm.batch_size=128", ["llm.batch_size=128 must be at most train.batch_size=64"]),
         ("llm.path=[1]", ["must be text"]),
+        ("llm.learning_rate=1" + "0" * 400, ["must be a finite number"]),
+        ("world_model.embed_dim=1000000", ["must lie between 8 and 16384"]),
+        ("env.max_episode_steps=1", ["must be at least 2"]),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_what_to_do(assignment, words):
@@ -81,6 +84,19 @@ def test_all_problems_are_said_at_once():
 def test_an_assignment_has_a_form(text):
     with pytest.raises(UserError, match=r"is not of the form group\.key=value"):
         parse_assignments([text])
+
+
+def test_a_value_that_looks_like_a_date_and_is_none(tmp_path):
+    assert parse_assignments(["run.exp_name=2024-13-45"]) == {"run": {"exp_name": "2024-13-45"}}
+    (tmp_path / "x.yaml").write_text("run: {exp_name: 2024-13-45}")
+    with pytest.raises(UserError, match="not valid YAML"):
+        read_config_file(tmp_path / "x.yaml")
+
+
+def test_a_saved_configuration_can_be_changed(tmp_path):
+    (tmp_path / "config.yaml").write_text(dump_settings(resolve_settings({"run": {"exp_name": "mine"}})))
+    again = resolve_settings(read_config_file(tmp_path / "config.yaml"), {"llm": {"micro_batch_size": 1}})
+    assert again.llm.gradient_accumulation_steps == 32 and again.run.exp_name == ""
 
 
 def test_values_are_read_as_yaml_and_small_numbers_too():

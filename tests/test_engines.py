@@ -137,6 +137,24 @@ def test_a_cancelled_question_lets_go_of_the_model(smollm2):
     assert waited < 10 and len(answers) == 1  # one forward pass, not two hundred
 
 
+def test_what_was_computed_before_the_time_ran_out_is_not_lost(smollm2, monkeypatch):
+    engine = make_engine(make_tiny_llm(smollm2.tokenizer))
+    engine.rows_per_forward = 1
+    many = [PriorRequest(f"prompt {n}", ("go north", "go south")) for n in range(6)]
+    score, computed = engine._score, []
+
+    def slow(chunk, stop):
+        computed.extend(chunk)
+        time.sleep(0.1)
+        return score(chunk, stop)
+
+    monkeypatch.setattr(engine, "_score", slow)
+    prior = RobustPrior(engine, attempts=10, backoff_s=0, timeout_s=0.35)
+    answers = asyncio.run(prior.priors(many))
+    assert [a.source for a in answers] == ["score"] * 6
+    assert prior.statistics.timeouts >= 1 and sorted(r.prompt for r in computed) == [r.prompt for r in many]
+
+
 class Failing:
     """Fails as told: one entry an attempt, an exception to raise, seconds to hang, or an answer."""
 

@@ -64,7 +64,11 @@ QUICK = ["--quick_test"]
         (["--set", "llm.path=./no/such/folder"], ["llm.path=./no/such/folder", "no such folder"]),
         (["--set", "llm.path=package:no-such-model"], ["not installed", "pip install"]),
         (["--set", "encoder.path=./nowhere"], ["encoder.path=./nowhere"]),
+        (["--set", "encoder.path=package:a.b.c"], ["not installed"]),
+        (["--set", "llm.path="], ["llm.path is empty"]),
         (["--set", "run.device=cuda"], ["torch sees no GPU"]),
+        (["--exp_name", "x" * 300], ["at most 100 letters"]),
+        (["--set", "run.output_dir=/dev/null/sub"], ["run.output_dir=/dev/null/sub", "give another one"]),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else None,
 )

@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "priorzero"
 
 FLOORS = [
     {"types"},
-    {"config", "prompts", "priors", "losses", "completions", "metrics", "vocabulary"},
-    {"envs", "models", "lightzero"},
+    {"config", "priors", "losses", "completions", "metrics", "vocabulary"},
+    {"envs", "models", "lightzero", "prompts"},
     {"engines", "text_encoder", "segment"},
     {"llm_learner", "buffer", "search"},
     {"policy"},

@@ -127,6 +127,13 @@ def test_decisions_without_prompt_teach_nothing_and_are_counted(smollm2):
     assert len(samples) == 1 and skipped == 1
 
 
+def test_advantages_are_normalised_over_what_is_learned_from(smollm2):
+    records, returns = [record(0), record(1), record(prompt="")], np.array([1.0, 3.0, 1000.0])
+    samples, skipped = learner(smollm2).samples(records, returns)
+    assert [s.advantage for s in samples] == pytest.approx([-1.0, 1.0]) and skipped == 1
+    assert learner(smollm2).samples([record(prompt="")], np.array([1.0])) == ([], 1)
+
+
 def test_chain_of_thought_is_context_and_a_missing_answer_line_is_counted(smollm2):
     settings = make_settings({"prior": {"mode": "rank", "use_cot": True}})
     made = LLMLearner(make_tiny_llm(smollm2.tokenizer), settings.llm, style=prompt_style(settings))

@@ -12,6 +12,8 @@ from priorzero.config import resolve_settings
 from priorzero.demo import FEATURE_SIZE, demo_segments
 from priorzero.lightzero import unizero_config
 from priorzero.policy import PriorZeroPolicy
+from priorzero.search import Root
+from priorzero.types import UserError
 
 
 def setup(llm=None, *, dropout=0.0, seed=0):
@@ -99,6 +101,26 @@ def test_the_llm_rests_when_it_is_not_its_turn(smollm2):
     metrics = policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=False)
     assert all(torch.equal(a, b) for a, b in zip(policy.llm_learner.llm.model.parameters(), llm, strict=True))
     assert policy.llm_version == 0 and "train/llm_sft_loss" not in metrics
+
+
+def test_parameters_that_are_not_finite_end_in_a_message():
+    policy, buffer = setup()
+    batch = buffer.sample(8, policy)
+    with torch.no_grad():
+        policy._model.world_model.head_value.head_module[-1].bias.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"update 3 .*lower train\.learning_rate"):
+        policy.learn(batch, train_iter=3, update_llm=False)
+    root = Root(np.zeros((1, FEATURE_SIZE), np.float32), np.zeros(0, np.int64), np.arange(3))
+    with pytest.raises(UserError, match=r"not finite; lower train\.learning_rate"):
+        policy.search([root], num_actions=3)
+
+
+def test_decisions_that_teach_the_llm_nothing_are_said_and_leave_no_loss(smollm2, monkeypatch):
+    policy, buffer = setup(make_tiny_llm(smollm2.tokenizer))
+    monkeypatch.setattr(policy.llm_learner, "samples", lambda records, returns: ([], len(records)))
+    metrics = policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=True)
+    assert metrics["train/llm_samples_skipped"] == 4 and "train/llm_loss" not in metrics
+    assert metrics["train/total_loss"] == metrics["train/wm_total_loss"] and policy.llm_version == 0
 
 
 def test_learning_lowers_the_loss():

@@ -96,7 +96,8 @@ def test_the_models_own_chat_template_is_used(smollm2):
     ("completion", "context"),
     [
         ("I go.\nAnswer:\n1. go north", "PI go.\nAnswer:\n"),
-        ("answer: 1. go north", "Panswer: \n"),
+        ("answer: 1. go north", "Panswer:\n"),
+        ("Final ranking: go", "PFinal ranking:\n"),
         ("Answer:\nno\nAnswer:\n1. go", "PAnswer:\nno\nAnswer:\n"),
         ("no list", None),
         (None, None),

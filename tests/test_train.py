@@ -81,7 +81,7 @@ def test_a_run_from_end_to_end(tmp_path):
 
     # The configuration that was saved gives the same settings again.
     saved = resolve_settings(read_config_file(summary.folder / "config.yaml"))
-    assert saved.search.num_simulations == 4 and saved.run.exp_name == summary.folder.name
+    assert saved.search.num_simulations == 4 and saved.run.exp_name == ""
 
     # Checkpoints: two, whole, loadable, and different from one another.
     first, last = (summary.folder / "checkpoints" / f"iteration_{n}" for n in (2, 4))

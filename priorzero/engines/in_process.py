@@ -87,21 +87,19 @@ class TransformersEngine:
     def _priors(self, requests: list[PriorRequest], stop: threading.Event) -> list[ActionPrior]:
         new = [request for request in dict.fromkeys(requests) if request not in self._cache]
         self.cache_hits += len(requests) - len(new)
-        answers: dict[PriorRequest, ActionPrior] = {}
         answer = self._score if self.style.mode == "score" else self._rank
         for start in range(0, len(new), self.rows_per_forward):
             if stop.is_set():
                 raise _Cancelled
             chunk = new[start : start + self.rows_per_forward]
-            answers.update(zip(chunk, answer(chunk, stop), strict=True))
+            # Kept at once: a try that runs out of time leaves less to do for the next one.
+            self._cache.update(zip(chunk, answer(chunk, stop), strict=True))
         for request in requests:
-            if request in self._cache:
-                self._cache.move_to_end(request)
-                answers[request] = self._cache[request]
-        self._cache.update(answers)
+            self._cache.move_to_end(request)
+        answers = [self._cache[request] for request in requests]
         while len(self._cache) > self.cache_size:
             self._cache.popitem(last=False)
-        return [answers[request] for request in requests]
+        return answers
 
     @torch.inference_mode()
     def _score(self, requests: list[PriorRequest], stop: threading.Event) -> list[ActionPrior]:

@@ -144,7 +144,7 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
             f"Cannot read the story file {str(path)!r}: {error.strerror}. Check its permissions."
         ) from error
     if is_empty:
-        raise UserError(f"The story file {str(path)!r} is empty. Delete it, then: {_how_to_get(path.name)}")
+        raise UserError(f"The story file {str(path)!r} is empty; delete it. {_how_to_get(path.name)}")
     supported = supported_games()
     roms = {known_md5: rom for rom, known_md5 in supported.items()}
     if md5 in roms:  # the contents count, whatever the file is called
