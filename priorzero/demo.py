@@ -22,9 +22,9 @@ FEATURE_SIZE = 6
 COMMANDS = ("north", "south", "take lamp", "open box")
 
 
-def demo_config(*, segment_length: int = 4, buffer_size: int = 500, batch_size: int = 4, **changes: Any) -> Any:
-    """A small LightZero configuration."""
-    settings = resolve_settings(
+def demo_settings(*, segment_length: int = 4, buffer_size: int = 500, batch_size: int = 4) -> Any:
+    """Settings of a very small world model without an LLM."""
+    return resolve_settings(
         {
             "env": {"action_space_size": 8},
             "world_model": {
@@ -34,13 +34,17 @@ def demo_config(*, segment_length: int = 4, buffer_size: int = 500, batch_size: 
                 "context_length": 4,
                 "dropout": 0.0,
             },
+            "prior": {"enabled": False},
             "replay": {"segment_length": segment_length, "buffer_size": buffer_size},
             "train": {"batch_size": batch_size, "td_steps": 2},
-            "llm": {"batch_size": 2, "micro_batch_size": 1},
-        },
-        changes,
+            "eval": {"modes": ["world_model"]},
+        }
     )
-    return unizero_config(settings, feature_size=FEATURE_SIZE, device="cpu")
+
+
+def demo_config(**changes: int) -> Any:
+    """LightZero's configuration for :func:`demo_settings`."""
+    return unizero_config(demo_settings(**changes), feature_size=FEATURE_SIZE, device="cpu")
 
 
 def demo_record(step: int, *, episode: int = 0, done: bool = False, reward: float | None = None) -> StepRecord:
@@ -95,15 +99,8 @@ def show_buffer() -> None:
     """Fill a small buffer and draw one batch."""
     from priorzero.policy import PriorZeroPolicy
 
-    config = demo_config(segment_length=8, buffer_size=60)
-    settings = resolve_settings(
-        {
-            "env": {"action_space_size": 8},
-            "world_model": {"embed_dim": 16, "num_heads": 2, "num_unroll_steps": 4, "context_length": 4},
-            "prior": {"enabled": False},
-            "eval": {"modes": ["world_model"]},
-        }
-    )
+    settings = demo_settings(segment_length=8, buffer_size=60)
+    config = unizero_config(settings, feature_size=FEATURE_SIZE, device="cpu")
     policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=None)
     buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(0))
     buffer.push(demo_segments(config, lengths=[5, 20, 30, 12]))

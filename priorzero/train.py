@@ -157,13 +157,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     moved = {name: (before[name], prints) for name, prints in _fingerprints(policy).items()}
     rows = {
         "game": game.name,
-        "iterations": counters["iteration"],
-        "environment steps": counters["env_step"],
-        "episodes finished": collector.num_episodes,
-        "mean return": _mean(collector.recent_returns) + f" over the last {len(collector.recent_returns)} episodes",
-        "world-model updates": counters["train_iter"]
-        or f"0 (fewer than train.batch_size={settings.train.batch_size} decisions were stored)",
-        "LLM updates": counters["llm_version"] if agent.llm is not None else "no LLM",
+        **_count_rows(settings, counters, collector, with_llm=agent.llm is not None),
         **{f"{name} tensors moved": f"{count_moved(a, b)} of {len(a)}" for name, (a, b) in moved.items()},
         **{f"evaluation, {mode}": _describe(evaluation) for mode, evaluation in evaluations.items()},
         "wall time": f"{time.monotonic() - started:.0f} s",
@@ -352,6 +346,18 @@ def _log_segments(collected: Collected, iteration: int) -> None:
 
 def _short(scalars: dict[str, float]) -> str:
     return ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in scalars.items())
+
+
+def _count_rows(settings: Any, counters: dict[str, int], collector: Collector, *, with_llm: bool) -> dict[str, Any]:
+    nothing_learned = f"0 (fewer than train.batch_size={settings.train.batch_size} decisions were stored)"
+    return {
+        "iterations": counters["iteration"],
+        "environment steps": counters["env_step"],
+        "episodes finished": collector.num_episodes,
+        "mean return": f"{_mean(collector.recent_returns)} over the last {len(collector.recent_returns)} episodes",
+        "world-model updates": counters["train_iter"] or nothing_learned,
+        "LLM updates": counters["llm_version"] if with_llm else "no LLM",
+    }
 
 
 def _mean(values: Collection[float]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -19,28 +20,32 @@ def run(*arguments, cwd):
     """The command line in this process; returns exit code and what it wrote to stderr."""
     code = f"import sys; sys.argv[1:] = {list(arguments)!r}; from priorzero import entry; sys.exit(entry.main())"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=environment(cwd), check=False
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, env=environment(), check=False
     )
     return done.returncode, done.stderr
 
 
-def environment(cwd):
-    import os
-
+def environment():
     kept = {k: v for k, v in os.environ.items() if k != "PRIORZERO_GAMES"}
-    return {**kept, "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cwd / "cache")}
+    return {**kept, "PYTHONPATH": str(ROOT)}
+
+
+@pytest.fixture(autouse=True)
+def game_cache(monkeypatch, tmp_path_factory):
+    """One cache for all of these tests: a TextWorld game takes seconds to make."""
+    folder = tmp_path_factory.getbasetemp() / "entry-cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
 
 
 def check(capsys, monkeypatch, tmp_path, arguments, *words):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    before = sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts)
+    before = sorted(tmp_path.rglob("*"))
     assert entry.main(arguments) == 2
     stderr = capsys.readouterr().err
     assert stderr.startswith("error: ") and "Traceback" not in stderr
     for word in words:
         assert word in stderr
-    assert sorted(p for p in tmp_path.rglob("*") if "cache" not in p.parts) == before  # nothing was written
+    assert sorted(tmp_path.rglob("*")) == before  # nothing was written
 
 
 QUICK = ["--quick_test"]

@@ -25,7 +25,8 @@ def commands():
 @pytest.mark.parametrize("command", [c for c in commands() if c.startswith("python -m priorzero.entry")])
 def test_training_commands_are_understood(command, monkeypatch):
     monkeypatch.chdir(ROOT)
-    settings_from(build_parser().parse_args(command.split()[3:]))
+    settings = settings_from(build_parser().parse_args(command.split()[3:]))
+    assert settings.prior.enabled == ("pure_unizero" not in command)
 
 
 def test_settings_that_are_named_exist():
@@ -36,6 +37,7 @@ def test_settings_that_are_named_exist():
     assert len(named) > 15 and named <= known
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("command", "words"),
     [
@@ -64,6 +66,7 @@ def test_make_targets_exist():
     assert {"quick-test", "test"} <= typed <= targets
 
 
+@pytest.mark.slow
 def test_importing_lightzero_leaves_logging_alone():
     code = (
         "import logging; logging.getLogger().setLevel(logging.WARNING); import priorzero.policy; "

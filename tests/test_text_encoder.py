@@ -56,9 +56,10 @@ def test_features_do_not_depend_on_the_batch():
 
 
 def test_a_text_is_encoded_once(encoder, monkeypatch):
-    encoder.features([KITCHEN])
+    first = encoder.features([KITCHEN])[0]
     monkeypatch.setattr(encoder, "_model", None)  # a call would fail
-    encoder.features([KITCHEN, dataclasses.replace(KITCHEN, moves=6)])
+    again, later = encoder.features([KITCHEN, dataclasses.replace(KITCHEN, moves=6)])
+    assert np.array_equal(again, first) and np.array_equal(later[:-1], first[:-1]) and later[-1] > first[-1]
 
 
 def test_the_cache_is_bounded_and_still_right():
