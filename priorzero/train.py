@@ -148,6 +148,9 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         if counters["iteration"] % settings.eval.every:
             evaluations = await _evaluate(evaluator, settings, writer, prior=agent.prior, env_step=collector.env_steps)
         saved = _save(folder, agent, settings, counters)
+    except asyncio.CancelledError:  # Ctrl-C; it arrives where the loop waits, never within a learning step
+        logger.warning(f"interrupted; what was learned so far is in {_save(folder, agent, settings, counters)}")
+        raise
     finally:
         await asyncio.gather(*(worker.close() for worker in [*workers, *eval_workers]))
         if agent.engine is not None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import math
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -113,6 +116,46 @@ def test_without_an_llm(tmp_path):
     scalars = read_events(summary.folder)
     assert "train/wm_total_loss" in scalars and not [tag for tag in scalars if "llm" in tag or tag.startswith("prior/")]
     assert not (summary.folder / "checkpoints" / "iteration_4" / "llm").exists()
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_keeps_what_it_learned(tmp_path):
+    arguments = [
+        "--quick_test",
+        "--max_iter",
+        "100000",
+        "--set",
+        "prior.enabled=false",
+        "--set",
+        "eval.modes=world_model",
+    ]
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "priorzero.entry",
+            *arguments,
+            "--set",
+            f"run.output_dir={tmp_path}",
+            "--exp_name",
+            "cut",
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    with process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "iteration 4/" in line:
+                process.send_signal(signal.SIGINT)
+                break
+        rest = process.stderr.read()
+    assert process.returncode == 130, rest
+    assert "interrupted; what was learned so far is in" in rest and "Traceback" not in rest
+    (checkpoint,) = (tmp_path / "cut" / "checkpoints").iterdir()
+    counters = json.loads((checkpoint / "counters.json").read_text())
+    assert counters["iteration"] >= 4 and counters["train_iter"] > 0
+    assert (checkpoint / "world_model.pt").exists()
 
 
 @pytest.mark.slow
