@@ -177,5 +177,6 @@ class Player:
             return int(prior.logprobs.argmax())
         if not explore:
             return int(result.visit_counts.argmax())
-        weights = result.visit_counts.astype(np.float64) ** (1.0 / self.settings.search.temperature)
+        shares = result.visit_counts / result.visit_counts.max()  # at most one: a small temperature cannot overflow
+        weights = shares ** (1.0 / self.settings.search.temperature)
         return int(lane.rng.choice(len(weights), p=weights / weights.sum()))

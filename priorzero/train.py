@@ -118,17 +118,10 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
             collected = await collector.collect(settings.train.collect_env_steps)
             buffer.push(collected.segments)
 
-            # ---- learn: the world model in every update, the LLM in the last one of the iteration ----
+            # ---- learn: both models from one sample, then the prior from the new parameters ----
             learned: dict[str, float] = {}
             if buffer.get_num_of_transitions() >= settings.train.batch_size:
-                llm_has_its_turn = agent.llm is not None and counters["iteration"] % settings.llm.update_every == 0
-                for update in reversed(range(settings.train.update_per_collect)):
-                    batch = buffer.sample(settings.train.batch_size, policy)
-                    update_llm = llm_has_its_turn and update == 0
-                    result = policy.learn(batch, train_iter=counters["train_iter"], update_llm=update_llm)
-                    buffer.update_priority(batch, result.pop("priorities"))
-                    learned.update(result)
-                    counters["train_iter"] += 1
+                learned = _learn(agent, settings, counters)
                 if agent.engine is not None and policy.llm_version > agent.engine.version:
                     await agent.engine.sync_weights(policy.llm_version)
             counters["iteration"] += 1
@@ -148,7 +141,10 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         if counters["iteration"] % settings.eval.every:
             evaluations = await _evaluate(evaluator, settings, writer, prior=agent.prior, env_step=collector.env_steps)
         saved = _save(folder, agent, settings, counters)
-    except asyncio.CancelledError:  # Ctrl-C; it arrives where the loop waits, never within a learning step
+    except (
+        asyncio.CancelledError,
+        GameWorkerError,
+    ):  # Ctrl-C arrives where the loop waits, never within a learning step
         logger.warning(f"interrupted; what was learned so far is in {_save(folder, agent, settings, counters)}")
         raise
     finally:
@@ -218,6 +214,20 @@ def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.S
     )
     buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(buffer_seed))
     return _Agent(llm, engine, prior, policy, buffer, player, config)
+
+
+def _learn(agent: _Agent, settings: Any, counters: dict[str, int]) -> dict[str, float]:
+    """The iteration's updates: the world model learns in every one, the LLM in the last. Returns the latest metrics."""
+    llm_has_its_turn = agent.llm is not None and counters["iteration"] % settings.llm.update_every == 0
+    learned: dict[str, float] = {}
+    for update in reversed(range(settings.train.update_per_collect)):
+        batch = agent.buffer.sample(settings.train.batch_size, agent.policy)
+        update_llm = llm_has_its_turn and update == 0
+        result = agent.policy.learn(batch, train_iter=counters["train_iter"], update_llm=update_llm)
+        agent.buffer.update_priority(batch, result.pop("priorities"))
+        learned.update(result)
+        counters["train_iter"] += 1
+    return learned
 
 
 def _new_run_folder(settings: Any, game: GameSpec) -> Path:

@@ -184,6 +184,12 @@ def test_the_search_gets_the_prior_in_its_order():
     assert all(r.visit_counts.argmax() == len(r.visit_counts) - 1 for r in records)
 
 
+def test_a_small_temperature_takes_the_most_visited_action():
+    collector, _, _ = build(search={"temperature": 1e-4, "num_simulations": 20})
+    records = [r for s in collect(collector, 42).segments for r in s.records]
+    assert len(records) == 42 and all(r.visit_counts[r.chosen] == r.visit_counts.max() for r in records)
+
+
 def test_metrics_of_collection():
     collector, _, player = build()
     scalars = collector.scalars(collect(collector, 21))
