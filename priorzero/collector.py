@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
-from priorzero.engines.in_process import agreement
+from priorzero.concurrency import gather_or_cancel
 from priorzero.player import Decision, Lane, Player
-from priorzero.priors import entropy
+from priorzero.priors import agreement, entropy
 from priorzero.segment import PriorZeroGameSegment, SegmentWriter
 from priorzero.types import GameState, GameWorkerError, StepRecord
 
@@ -42,20 +42,32 @@ class Collected:
 
 
 class Collector:
-    """Plays ``collector_env_num`` games side by side, one decision each at a time.
+    """Plays ``collector_env_num`` games side by side, in one group or several.
 
-    A game that hangs or crashes loses the decision it was busy with and begins a new episode; both are counted.
+    The games of a group take one decision each at a time, searched together. Groups do not wait for one another: one
+    group's games are searched for while the LLM is busy with another's. A game that hangs or crashes loses the decision
+    it was busy with and begins a new episode; both are counted.
 
     Args:
         workers: the games.
         player: makes the decisions.
         config: LightZero's policy configuration, for the segments.
         seed: what the lanes' random numbers come from.
+        groups: how many groups; with one, the same parameters and seed play the same games.
     """
 
-    def __init__(self, workers: Sequence[Any], *, player: Player, config: Any, seed: np.random.SeedSequence) -> None:
+    def __init__(
+        self,
+        workers: Sequence[Any],
+        *,
+        player: Player,
+        config: Any,
+        seed: np.random.SeedSequence,
+        groups: int = 1,
+    ) -> None:
         self._workers = workers
         self._player = player
+        self._groups = [range(g, len(workers), groups) for g in range(min(groups, len(workers)))]
         self._rngs = [np.random.default_rng(child) for child in seed.spawn(len(workers))]
         self._writers = [SegmentWriter(config) for _ in workers]
         self._lanes: list[Lane | None] = [None] * len(workers)
@@ -69,15 +81,23 @@ class Collector:
     async def collect(self, num_steps: int) -> Collected:
         """Take at least ``num_steps`` environment steps, all games together."""
         collected = Collected()
+        await gather_or_cancel(*(self._play(group, num_steps, collected) for group in self._groups))
+        self.env_steps += collected.env_steps
+        return collected
+
+    async def _play(self, group: Sequence[int], num_steps: int, collected: Collected) -> None:
+        """Play the games of one group until all groups together have taken ``num_steps`` steps."""
         while collected.env_steps < num_steps:
-            await asyncio.gather(*(self._begin(e) for e, lane in enumerate(self._lanes) if lane is None))
-            lanes = [lane for lane in self._lanes if lane is not None]
+            with self._player.timeline.span("games"):
+                await asyncio.gather(*(self._begin(e) for e in group if self._lanes[e] is None))
+            lanes = [lane for e in group if (lane := self._lanes[e]) is not None]
             decisions = await self._player.decide(lanes, explore=True)
-            outcomes = await asyncio.gather(
-                *(worker.step(d.action_text) for worker, d in zip(self._workers, decisions, strict=True)),
-                return_exceptions=True,
-            )
-            for e, (decision, outcome) in enumerate(zip(decisions, outcomes, strict=True)):
+            with self._player.timeline.span("games"):
+                outcomes = await asyncio.gather(
+                    *(self._workers[e].step(d.action_text) for e, d in zip(group, decisions, strict=True)),
+                    return_exceptions=True,
+                )
+            for e, decision, outcome in zip(group, decisions, outcomes, strict=True):
                 if isinstance(outcome, GameWorkerError):
                     self._abandon(e, decision, outcome, collected)
                 elif isinstance(outcome, BaseException):
@@ -85,8 +105,6 @@ class Collector:
                 else:
                     state, reward = outcome
                     self._record(e, decision, state, reward, collected)
-        self.env_steps += collected.env_steps
-        return collected
 
     async def _begin(self, e: int) -> None:
         try:
@@ -118,7 +136,7 @@ class Collector:
             episode=self._episode_numbers[e],
             step=len(lane.history),
         )
-        features = self._player.encoder.features([state])[0]
+        features = self._player.features(state)
         lane.advance(
             action_text=record.action_text,
             action_index=record.action_index,

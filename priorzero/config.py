@@ -68,6 +68,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "device": Option("auto", "where both models live", one_of("auto", "cpu", "cuda")),
         "num_threads": Option(0, "CPU threads for torch; 0: one per core", at_least(0)),
         "log_every": Option(1, "iterations between progress lines", at_least(1)),
+        "trace_iterations": Option(3, "the last iterations, drawn into trace.json (for Perfetto)", at_least(0)),
         "checkpoint_every": Option(500, "iterations between checkpoints; 0: only at the end", at_least(0)),
     },
     "env": {
@@ -114,7 +115,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "prior": {
         "enabled": Option(True, "let the LLM propose actions; false: plain UniZero, no LLM is loaded"),
-        "engine": Option("transformers", "what runs the LLM for the prior", one_of("transformers")),
+        "engine": Option(
+            "auto",
+            "what runs the LLM for the prior; auto: vllm on a GPU, transformers (in process) on a CPU",
+            one_of("auto", "vllm", "transformers"),
+        ),
         "mode": Option(
             "score", "score: log-probability of each action; rank: the LLM writes a list", one_of("score", "rank")
         ),
@@ -130,6 +135,27 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "attempts": Option(3, "tries before a uniform prior stands in", at_least(1)),
         "backoff_s": Option(0.5, "seconds before the second try, doubled for each further one", at_least(0)),
         "timeout_s": Option(30.0, "seconds a try may take for the whole batch", above(0)),
+    },
+    "vllm": {
+        "sync_every": Option(1, "LLM updates between two takeovers of the learner's parameters by vLLM", at_least(1)),
+        "max_staleness": Option(
+            1, "LLM updates that a prior may lag behind when it is used; older ones are asked for again", at_least(0)
+        ),
+        "parity_tolerance": Option(
+            0.0,
+            "nats a token that vLLM and the training copy may differ by; 0: 0.01 for float32, 0.5 for bfloat16",
+            at_least(0),
+        ),
+        "gpu_memory_utilization": Option(0.3, "share of the GPU's memory that vLLM takes", between(0.01, 1)),
+        "tensor_parallel_size": Option(1, "GPUs that share the model", at_least(1)),
+        "max_model_len": Option(
+            0, "tokens of prompt and answer; 0: twice what the prompt settings allow, 4096 at least", at_least(0)
+        ),
+        "prefix_caching": Option(True, "keep what was computed for the beginnings of prompts"),
+        "sleep": Option(False, "free vLLM's GPU memory while the LLM learns (a GPU that holds only one of them)"),
+        "cpu_kv_cache_gib": Option(1.0, "on a CPU: GiB for the KV cache", between(0.05, 1000)),
+        "restarts": Option(1, "times a run that a crashed vLLM is started again", at_least(0)),
+        "sync_timeout_s": Option(300.0, "seconds a takeover may last before vLLM counts as crashed", above(0)),
     },
     "llm": {
         "path": Option("Qwen/Qwen2.5-0.5B-Instruct", "language model: package:NAME, a folder or a hub id"),
@@ -176,6 +202,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "learning_rate": Option(1e-4, "world model: AdamW learning rate", above(0)),
         "weight_decay": Option(1e-4, "world model: weight decay", at_least(0)),
         "grad_clip": Option(5.0, "world model: largest gradient norm", above(0)),
+        "overlap": Option(
+            "auto",
+            "collect (in two groups of games) while both models learn; auto: with vllm only. Overlapped runs do not "
+            "repeat themselves exactly",
+            one_of("auto", "on", "off"),
+        ),
         "target_update_theta": Option(0.05, "share of the model that flows into its target an update", between(0, 1)),
     },
     "eval": {
@@ -343,6 +375,13 @@ def _cross_checks(s: EasyDict) -> list[str]:
             f"llm.batch_size={llm.batch_size} must be at most train.batch_size={s.train.batch_size}: "
             "both models learn from one sample"
         )
+    if s.vllm.max_staleness < s.vllm.sync_every - 1:
+        errors.append(
+            f"vllm.max_staleness={s.vllm.max_staleness} must be at least {s.vllm.sync_every - 1}: with "
+            f"vllm.sync_every={s.vllm.sync_every} priors are that old before parameters are taken over"
+        )
+    if s.vllm.sleep and s.train.overlap == "on":
+        errors.append("vllm.sleep=True leaves nobody to ask while the LLM learns; use train.overlap=off")
     if s.replay.buffer_size < s.train.batch_size + s.replay.segment_length:
         errors.append(
             f"replay.buffer_size={s.replay.buffer_size} must be at least train.batch_size + replay.segment_length = "

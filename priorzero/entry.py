@@ -13,6 +13,7 @@ EXAMPLES = """examples:
   python -m priorzero.entry --quick_test                          minutes on a CPU, a game made on the spot
   python -m priorzero.entry --quick_test --env_id zork1.z5        the same on Zork (needs the story file)
   python -m priorzero.entry --env_id zork1.z5 --seed 0            full training
+  python -m priorzero.entry --quick_test --engine vllm            with vLLM in a process of its own
   python -m priorzero.entry --config configs/pure_unizero.yaml    UniZero without a language model
   python -m priorzero.entry --quick_test --set llm.micro_batch_size=1 --set search.num_simulations=20
 
@@ -35,6 +36,11 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, help="where all randomness comes from (default 0)")
     parser.add_argument("--max_iter", type=int, help="stop after so many iterations (collect, then learn)")
     parser.add_argument("--exp_name", help="name of the run's folder (default: a new one from game, seed and time)")
+    parser.add_argument(
+        "--engine",
+        choices=("auto", "vllm", "transformers"),
+        help="what runs the language model for the prior (default: vllm on a GPU, transformers on a CPU)",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings, such as those in configs/")
     parser.add_argument(
         "--set",
@@ -64,6 +70,7 @@ def settings_from(arguments: argparse.Namespace) -> Any:
         read_config_file(arguments.config) if arguments.config is not None else {},
         parse_assignments(arguments.assignments),
         {"run": flags},
+        {"prior": {"engine": arguments.engine}} if arguments.engine is not None else {},
     )
 
 

@@ -116,7 +116,7 @@ class Evaluator:
                     action_index=int(decision.action_indices[decision.chosen]),
                     reward=reward,
                     state=state,
-                    features=player.encoder.features([state])[0],
+                    features=player.features(state),
                 )
                 if state.done:
                     finished.append(lane)

@@ -16,7 +16,7 @@ import torch
 from loguru import logger
 
 from priorzero.completions import PromptRow, completion_logprobs, pack
-from priorzero.types import UserError
+from priorzero.types import PromptTooLong, UserError
 
 PACKAGE_PREFIX = "package:"
 
@@ -145,7 +145,7 @@ class LanguageModel:
         """Token ids of a context and its possible answers, each with the end-of-turn token if asked for.
 
         Raises:
-            ValueError: the row does not fit into the model.
+            PromptTooLong: the row does not fit into the model.
         """
         end = [self.tokenizer.eos_token_id] if end_of_turn else []
         prompt_ids = self.tokenizer(context, add_special_tokens=False)["input_ids"]
@@ -153,11 +153,15 @@ class LanguageModel:
         self.check_length(len(prompt_ids) + max(map(len, completions)))
         return PromptRow(prompt_ids, completions)
 
+    @property
+    def max_length(self) -> int | None:
+        """Tokens of the longest sequence that the model takes; None if it does not say."""
+        return getattr(self.model.config, "max_position_embeddings", None)
+
     def check_length(self, length: int) -> None:
-        """Raises ValueError if a sequence of ``length`` tokens does not fit into the model."""
-        limit = getattr(self.model.config, "max_position_embeddings", None)
-        if limit is not None and length > limit:
-            raise ValueError(f"{length} tokens do not fit into a model of {limit} positions")
+        """Raises PromptTooLong if a sequence of ``length`` tokens does not fit into the model."""
+        if self.max_length is not None and length > self.max_length:
+            raise PromptTooLong(f"{length} tokens do not fit into a model of {self.max_length} positions")
 
     def token_logprobs(self, rows: Sequence[PromptRow]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token log-probabilities ``[R, T]`` of all completions of ``rows``, and their ``completion_mask``."""

@@ -11,11 +11,13 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
+from priorzero.concurrency import OwnerThread
 from priorzero.engines import RobustPrior
 from priorzero.policy import PriorZeroPolicy
 from priorzero.prompts import Prompt, PromptStyle, render_prompt
 from priorzero.search import Root, SearchResult
 from priorzero.text_encoder import TextEncoder
+from priorzero.timeline import Timeline
 from priorzero.types import ActionPrior, GameState, HistoryStep, PriorRequest
 from priorzero.vocabulary import ActionIndexer
 
@@ -86,6 +88,8 @@ class Player:
         prior: asks the LLM; None for plain UniZero.
         style: of the prompt.
         tokenizer: the LLM's; None without one.
+        world_model_thread: where searches run.
+        timeline: takes note of what runs.
     """
 
     def __init__(
@@ -98,6 +102,8 @@ class Player:
         prior: RobustPrior | None,
         style: PromptStyle,
         tokenizer: Any,
+        world_model_thread: OwnerThread,
+        timeline: Timeline,
     ) -> None:
         self.settings = settings
         self.policy = policy
@@ -106,13 +112,20 @@ class Player:
         self.prior = prior
         self.style = style
         self.tokenizer = tokenizer
+        self.world_model_thread = world_model_thread
+        self.timeline = timeline
         self._told_of_length = False
 
     def new_lane(self, state: GameState, rng: np.random.Generator) -> Lane:
         """A lane at the beginning of an episode."""
         observations = self.settings.world_model.context_length // 2
-        features = deque([self.encoder.features([state])[0]], maxlen=observations)
+        features = deque([self.features(state)], maxlen=observations)
         return Lane(state=state, features=features, actions=deque(maxlen=observations - 1), rng=rng)
+
+    def features(self, state: GameState) -> np.ndarray:
+        """The frozen encoder's features of a state, ``[F]``."""
+        with self.timeline.span("text encoder"):
+            return self.encoder.features([state])[0]
 
     async def decide(
         self, lanes: Sequence[Lane], *, explore: bool, use_prior: bool = True, use_search: bool = True
@@ -144,11 +157,14 @@ class Player:
                     "they are; prior/over_length_prompts counts them"
                 )
             requests = [PriorRequest(p.text, s.valid_actions) for p, s in zip(rendered, states, strict=True)]
-            prompts, priors = list(rendered), list(await self.prior.priors(requests))
+            with self.timeline.span("LLM prior"):
+                prompts, priors = list(rendered), list(await self.prior.priors(requests))
         results: Sequence[SearchResult | None] = [None] * len(lanes)
         if use_search:
             roots = [self._root(*parts, explore=explore) for parts in zip(lanes, indices, priors, strict=True)]
-            results = self.policy.search(roots, num_actions=self.indexer.num_used)
+            results = await self.world_model_thread.run(
+                "search", self.policy.search, roots, num_actions=self.indexer.num_used
+            )
         return [
             Decision(state, index, prompt, prior, result, self._choose(lane, prior, result, explore=explore))
             for lane, state, index, prompt, prior, result in zip(

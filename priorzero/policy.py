@@ -103,9 +103,26 @@ class PriorZeroPolicy(UniZeroPolicy):
                 :meth:`PriorZeroGameBuffer.sample` returns them.
 
         Returns:
-            Scalars under ``train/``, and ``priorities`` ``[B]``: the absolute error of each sequence's first value.
+            What :meth:`learn_world_model` and :meth:`learn_llm` return, and ``train/total_loss``, their sum.
         """
-        current_batch, target_batch, game_segments, train_iter, update_llm = data
+        *batch, train_iter, update_llm = data
+        metrics = self.learn_world_model(batch, train_iter=train_iter)
+        metrics["train/total_loss"] = metrics["train/wm_total_loss"]
+        if update_llm:
+            metrics.update(self.learn_llm(batch[2]))
+            metrics["train/total_loss"] += metrics.get("train/llm_loss", 0.0)
+        return metrics
+
+    def learn_world_model(self, batch: Sequence[Any], *, train_iter: int) -> dict[str, Any]:
+        """One learning step of the world model on what :meth:`PriorZeroGameBuffer.sample` returned.
+
+        Returns:
+            Scalars under ``train/``, and ``priorities`` ``[B]``: the absolute error of each sequence's first value.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        current_batch, target_batch = batch[0], batch[1]
         self._is_weights = torch.as_tensor(current_batch[5], dtype=torch.float32, device=self._cfg.device)
         try:
             log = super()._forward_learn([current_batch, target_batch, train_iter])
@@ -133,15 +150,16 @@ class PriorZeroPolicy(UniZeroPolicy):
             "train/wm_policy_entropy": log["policy_entropy"],
             "train/target_value_mean": log["target_value"],
             "train/priority_mean": float(priorities.mean()),
-            "train/total_loss": log["weighted_total_loss"],
             "priorities": priorities,
         }
-        if update_llm and self.llm_learner is not None:
-            metrics.update(self._learn_llm(game_segments))
-            metrics["train/total_loss"] += metrics.get("train/llm_loss", 0.0)
         return metrics
 
-    def _learn_llm(self, game_segments: SampledSegments) -> dict[str, float]:
+    def learn_llm(self, game_segments: SampledSegments) -> dict[str, float]:
+        """One learning step of the LLM on the first ``llm.batch_size`` decisions of a sample.
+
+        Returns:
+            Scalars under ``train/``.
+        """
         assert self.llm_learner is not None
         records = game_segments.records()[: self.llm_batch_size]
         samples, skipped = self.llm_learner.samples(records, game_segments.returns()[: self.llm_batch_size])
@@ -160,10 +178,6 @@ class PriorZeroPolicy(UniZeroPolicy):
             "train/llm_samples_skipped": float(skipped),
             "train/llm_version": float(self.llm_version),
         }
-
-    def learn(self, batch: Sequence[Any], *, train_iter: int, update_llm: bool) -> dict[str, Any]:
-        """:meth:`_forward_learn` on what the buffer returned."""
-        return self._forward_learn([*batch, train_iter, update_llm])
 
     def trained_world_model_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
         """The parameters that a learning step moves, by name.

@@ -113,6 +113,11 @@ def mix_root_logits(
     return np.maximum(mixed, LOGIT_FLOOR).astype(np.float32)
 
 
+def agreement(prior: ActionPrior, visit_counts: np.ndarray) -> bool:
+    """Whether the prior's first choice is the search's."""
+    return int(prior.logprobs.argmax()) == int(visit_counts.argmax())
+
+
 def entropy(probs: np.ndarray) -> float:
     """Entropy in nats of a distribution ``[K]``."""
     positive = probs[probs > 0].astype(np.float64)

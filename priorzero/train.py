@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import os
 import random
 import re
@@ -19,17 +20,19 @@ from loguru import logger
 from priorzero.buffer import PriorZeroGameBuffer
 from priorzero.checkpoint import save_checkpoint
 from priorzero.collector import Collected, Collector
+from priorzero.concurrency import OwnerThread
 from priorzero.config import differences, dump_settings
-from priorzero.engines import RobustPrior, TransformersEngine
+from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine, cores_for_training
 from priorzero.envs import GameSpec, make_worker, resolve_game
 from priorzero.evaluator import Evaluation, Evaluator
 from priorzero.lightzero import unizero_config
 from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint, open_logs, table
-from priorzero.models import LanguageModel, choose_device, load_language_model
+from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model
 from priorzero.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
 from priorzero.text_encoder import TextEncoder
-from priorzero.types import GameWorkerError, UserError
+from priorzero.timeline import Timeline
+from priorzero.types import EngineFailed, GameWorkerError, PriorEngine, UserError
 from priorzero.vocabulary import make_action_indexer
 
 
@@ -58,6 +61,8 @@ def run_training(settings: Any) -> RunSummary:
     """
     game = resolve_game(settings.run.env_id)
     device = choose_device(settings.run.device)
+    if settings.prior.enabled:
+        settings.prior.engine = choose_engine(settings.prior.engine, device=device)
     folder = _new_run_folder(settings, game)
     try:
         return asyncio.run(_train(settings, game=game, device=device, folder=folder))
@@ -66,31 +71,62 @@ def run_training(settings: Any) -> RunSummary:
             f"the game cannot go on: {error}. If it needs more time, --set env.step_timeout_s="
             f"{10 * settings.env.step_timeout_s:g}; what was learned until the last checkpoint is in {folder}"
         ) from error
+    except EngineFailed as error:
+        raise UserError(f"the LLM engine cannot go on: {error}. The run's files are in {folder}") from error
+
+
+def choose_engine(engine: str, *, device: torch.device) -> str:
+    """``auto`` takes vLLM on a GPU and the in-process engine on a CPU.
+
+    Raises:
+        UserError: vLLM is to be used and is not installed.
+    """
+    chosen = engine if engine != "auto" else "vllm" if device.type == "cuda" else "transformers"
+    if chosen == "vllm" and importlib.util.find_spec("vllm") is None:
+        extra = "gpu" if device.type == "cuda" else "test"
+        raise UserError(
+            f"prior.engine={engine}: vLLM is not installed; type scripts/set_up.sh {extra}, "
+            "or --engine transformers to do without it"
+        )
+    return chosen
 
 
 @dataclass(frozen=True)
 class _Agent:
-    """Both models and what they are fed with."""
+    """Both models and what they are fed with.
+
+    ``world_model_thread`` alone touches the world model and the replay buffer while the loop runs; ``llm_thread`` alone
+    changes the training copy of the LLM.
+    """
 
     llm: LanguageModel | None
-    engine: TransformersEngine | None
+    engine: PriorEngine | None
     prior: RobustPrior | None
     policy: PriorZeroPolicy
     buffer: PriorZeroGameBuffer
     player: Player
     config: Any
+    timeline: Timeline
+    world_model_thread: OwnerThread
+    llm_thread: OwnerThread
 
 
 async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder: Path) -> RunSummary:
     started = time.monotonic()
     run = settings.run
+    with_vllm = settings.prior.enabled and settings.prior.engine == "vllm"
+    overlap = settings.train.overlap == "on" or (
+        settings.train.overlap == "auto" and with_vllm and not settings.vllm.sleep
+    )
     if run.num_threads:
         torch.set_num_threads(run.num_threads)
+    elif with_vllm and device.type == "cpu":
+        torch.set_num_threads(cores_for_training())
     # Every random number comes from the one seed, in streams that cannot disturb one another.
     *global_seeds, buffer_seed, collector_seed = np.random.SeedSequence(run.seed).spawn(5)
     _seed_globals(global_seeds)
-    agent = _make_agent(settings, device=device, buffer_seed=buffer_seed)
-    policy, buffer = agent.policy, agent.buffer
+    agent = _make_agent(settings, device=device, buffer_seed=buffer_seed, folder=folder)
+    policy, buffer, timeline = agent.policy, agent.buffer, agent.timeline
 
     # ---- from here on there are files ----
     try:
@@ -106,48 +142,57 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     progress = Progress(max_iter=run.max_iter, max_env_step=run.max_env_step, every=run.log_every)
     workers = _make_workers(settings, game, count=settings.env.collector_env_num, first_seed=run.seed)
     eval_workers = _make_workers(settings, game, count=settings.env.evaluator_env_num, first_seed=run.seed + 10_000)
-    collector = Collector(workers, player=agent.player, config=agent.config, seed=collector_seed)
+    collector = Collector(
+        workers, player=agent.player, config=agent.config, seed=collector_seed, groups=2 if overlap else 1
+    )
     evaluator = Evaluator(eval_workers, player=agent.player, episodes=settings.eval.episodes)
     before = _fingerprints(policy)
     evaluations: dict[str, Evaluation] = {}
     counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0}
+    learning: asyncio.Task[None] | None = None
 
     try:
+        if agent.engine is not None:
+            await agent.engine.ready()
+        timeline.skip()
         while counters["iteration"] < run.max_iter and counters["env_step"] < run.max_env_step:
             # ---- collect: the LLM proposes, UniZero searches, the games answer ----
             collected = await collector.collect(settings.train.collect_env_steps)
+            if learning is not None:
+                await learning
             buffer.push(collected.segments)
 
             # ---- learn: both models from one sample, then the prior from the new parameters ----
-            learned: dict[str, float] = {}
+            learning = None
             if buffer.get_num_of_transitions() >= settings.train.batch_size:
-                learned = _learn(agent, settings, counters)
-                if agent.engine is not None and policy.llm_version > agent.engine.version:
-                    await agent.engine.sync_weights(policy.llm_version)
+                learning = asyncio.create_task(_learn(agent, settings, counters, writer))
             counters["iteration"] += 1
             counters["env_step"] = collector.env_steps
-            counters["llm_version"] = policy.llm_version
+            last = counters["iteration"] == run.max_iter or counters["env_step"] >= run.max_env_step
+            evaluates = last or counters["iteration"] % settings.eval.every == 0
+            saves = last or (run.checkpoint_every > 0 and counters["iteration"] % run.checkpoint_every == 0)
+            if learning is not None and (evaluates or saves or not overlap):
+                await learning  # otherwise it goes on while the next decisions are made
 
             # ---- tell, evaluate, save ----
-            _tell(counters, learned, collected, agent=agent, collector=collector, writer=writer, progress=progress)
-            if counters["iteration"] % settings.eval.every == 0:
+            _tell(counters, collected, agent=agent, collector=collector, writer=writer, progress=progress)
+            if evaluates:
                 evaluations = await _evaluate(
                     evaluator, settings, writer, prior=agent.prior, env_step=collector.env_steps
                 )
-            if run.checkpoint_every and counters["iteration"] % run.checkpoint_every == 0:
-                _save(folder, agent, settings, counters)
+                timeline.skip()
+            if saves:
+                saved = _save(folder, agent, settings, counters)
 
         progress.end()
-        if counters["iteration"] % settings.eval.every:
-            evaluations = await _evaluate(evaluator, settings, writer, prior=agent.prior, env_step=collector.env_steps)
-        saved = _save(folder, agent, settings, counters)
-    except (
-        asyncio.CancelledError,
-        GameWorkerError,
-    ):  # Ctrl-C arrives where the loop waits, never within a learning step
+        if run.trace_iterations:
+            timeline.write_trace(folder / "trace.json")
+    except (asyncio.CancelledError, GameWorkerError, EngineFailed):
+        await _stop_learning(agent, learning)  # it ends its step first
         logger.warning(f"interrupted; what was learned so far is in {_save(folder, agent, settings, counters)}")
         raise
     finally:
+        await _stop_learning(agent, learning)
         await asyncio.gather(*(worker.close() for worker in [*workers, *eval_workers]))
         if agent.engine is not None:
             await agent.engine.close()
@@ -159,6 +204,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         **_count_rows(settings, counters, collector, with_llm=agent.llm is not None),
         **{f"{name} tensors moved": f"{count_moved(a, b)} of {len(a)}" for name, (a, b) in moved.items()},
         **{f"evaluation, {mode}": _describe(evaluation) for mode, evaluation in evaluations.items()},
+        "time of the iterations": timeline.total.describe(),
         "wall time": f"{time.monotonic() - started:.0f} s",
         "checkpoint": saved,
         "charts": f"tensorboard --logdir {run.output_dir}",
@@ -175,7 +221,9 @@ def _seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
     torch.manual_seed(numbers[2])
 
 
-def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.SeedSequence) -> _Agent:
+def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.SeedSequence, folder: Path) -> _Agent:
+    timeline = Timeline(keep=settings.run.trace_iterations)
+    world_model_thread = OwnerThread("world-model", timeline)
     encoder = TextEncoder(
         settings.encoder.path,
         device=device,
@@ -186,22 +234,18 @@ def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.S
     llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
     policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
     config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
-    style = prompt_style(settings)
     engine, prior = None, None
     if llm is not None:
-        engine = TransformersEngine(
-            llm,
-            style=style,
-            normalise=settings.prior.normalise,
-            temperature=settings.prior.temperature,
-            generate_max_len=settings.llm.generate_max_len,
-            rows_per_forward=1 if device.type == "cpu" else 16,
-        )
+        engine = make_engine(settings, llm=llm, log_file=folder / "log" / "vllm.log")
         prior = RobustPrior(
             engine,
             attempts=settings.prior.attempts,
             backoff_s=settings.prior.backoff_s,
             timeout_s=settings.prior.timeout_s,
+            sync_every=settings.vllm.sync_every,
+            max_staleness=settings.vllm.max_staleness,
+            learner_version=lambda: policy.llm_version,
+            timeline=timeline,
         )
     player = Player(
         settings,
@@ -209,25 +253,92 @@ def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.S
         encoder=encoder,
         indexer=make_action_indexer(settings.env.action_space, settings.env.action_space_size),
         prior=prior,
-        style=style,
+        style=prompt_style(settings),
         tokenizer=llm.tokenizer if llm is not None else None,
+        world_model_thread=world_model_thread,
+        timeline=timeline,
     )
-    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(buffer_seed))
-    return _Agent(llm, engine, prior, policy, buffer, player, config)
+    return _Agent(
+        llm=llm,
+        engine=engine,
+        prior=prior,
+        policy=policy,
+        buffer=PriorZeroGameBuffer(config, rng=np.random.default_rng(buffer_seed)),
+        player=player,
+        config=config,
+        timeline=timeline,
+        world_model_thread=world_model_thread,
+        llm_thread=OwnerThread("llm", timeline),
+    )
 
 
-def _learn(agent: _Agent, settings: Any, counters: dict[str, int]) -> dict[str, float]:
-    """The iteration's updates: the world model learns in every one, the LLM in the last. Returns the latest metrics."""
-    llm_has_its_turn = agent.llm is not None and counters["iteration"] % settings.llm.update_every == 0
+def make_engine(settings: Any, *, llm: LanguageModel, log_file: Path) -> PriorEngine:
+    """The prior engine that ``prior.engine`` names (not ``auto``); it has yet to be started."""
+    maker = PriorMaker(
+        llm,
+        prompt_style(settings),
+        normalise=settings.prior.normalise,
+        temperature=settings.prior.temperature,
+        generate_max_len=settings.llm.generate_max_len,
+    )
+    if settings.prior.engine == "transformers":
+        return TransformersEngine(maker, rows_per_forward=1 if llm.device.type == "cpu" else 16)
+    longest = max(4096, 2 * (settings.llm.prompt_max_len + settings.llm.generate_max_len))
+    return VLLMEngine(
+        maker,
+        model=resolve_model(settings.llm.path, setting="llm.path"),
+        cfg=settings.vllm,
+        max_model_len=settings.vllm.max_model_len or min(longest, llm.max_length or longest),
+        log_file=log_file,
+    )
+
+
+async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer: MetricsWriter) -> None:
+    """An iteration's updates. The world model learns in each of them; in the last, the LLM learns from the same sample.
+
+    Between two updates searches may take their turn. The engine takes over the LLM's new parameters as soon as nobody
+    waits for an answer.
+    """
+    llm_has_its_turn = agent.prior is not None and counters["iteration"] % settings.llm.update_every == 0
     learned: dict[str, float] = {}
-    for update in reversed(range(settings.train.update_per_collect)):
-        batch = agent.buffer.sample(settings.train.batch_size, agent.policy)
-        update_llm = llm_has_its_turn and update == 0
-        result = agent.policy.learn(batch, train_iter=counters["train_iter"], update_llm=update_llm)
-        agent.buffer.update_priority(batch, result.pop("priorities"))
-        learned.update(result)
+    batch: list[Any] = []
+    for _ in range(settings.train.update_per_collect):
+        batch, metrics = await agent.world_model_thread.run(
+            "world-model update", _update_world_model, agent, settings.train.batch_size, counters["train_iter"]
+        )
+        learned.update(metrics)
         counters["train_iter"] += 1
-    return learned
+    learned["train/total_loss"] = learned["train/wm_total_loss"]
+
+    if llm_has_its_turn:
+        assert agent.prior is not None
+
+        async def update_llm() -> int:
+            learned.update(await agent.llm_thread.run("LLM update", agent.policy.learn_llm, batch[2]))
+            counters["llm_version"] = agent.policy.llm_version
+            return agent.policy.llm_version
+
+        await agent.prior.learn(update_llm)
+        learned["train/total_loss"] += learned.get("train/llm_loss", 0.0)
+    writer.write(learned, step=counters["train_iter"])
+
+
+def _update_world_model(agent: _Agent, batch_size: int, train_iter: int) -> tuple[list[Any], dict[str, float]]:
+    batch = agent.buffer.sample(batch_size, agent.policy)
+    metrics = agent.policy.learn_world_model(batch, train_iter=train_iter)
+    agent.buffer.update_priority(batch, metrics.pop("priorities"))
+    return batch, metrics
+
+
+async def _stop_learning(agent: _Agent, learning: asyncio.Task[None] | None) -> None:
+    """Let the step that runs come to its end, so that the parameters are whole, and begin no other."""
+    if learning is not None:
+        learning.cancel()
+        await asyncio.wait([learning])
+        if not learning.cancelled():
+            learning.exception()  # taken note of: the run ends for another reason, or for this one, raised elsewhere
+    agent.world_model_thread.close()
+    agent.llm_thread.close()
 
 
 def _new_run_folder(settings: Any, game: GameSpec) -> Path:
@@ -287,7 +398,7 @@ async def _evaluate(
     main = next(m for m in ("world_model_with_prior", "world_model", "prior") if m in evaluations)
     writer.write({"evaluator_step/reward_mean": evaluations[main].mean_return}, step=env_step)
     if prior is not None:
-        writer.write({"evaluator_step/prior_fallbacks": prior.take_statistics().fallbacks}, step=env_step)
+        writer.write({"evaluator_step/prior_fallbacks": prior.take_statistics()["prior/fallbacks"]}, step=env_step)
     return evaluations
 
 
@@ -319,7 +430,6 @@ def _buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
 
 def _tell(
     counters: dict[str, int],
-    learned: dict[str, float],
     collected: Collected,
     *,
     agent: _Agent,
@@ -328,13 +438,15 @@ def _tell(
     progress: Progress,
 ) -> None:
     iteration = counters["iteration"]
-    writer.write(learned, step=counters["train_iter"])
     writer.write(collector.scalars(collected), step=iteration)
     writer.write(_buffer_scalars(agent.buffer), step=iteration)
     if agent.prior is not None:
-        prior_scalars = agent.prior.take_statistics().scalars()
+        prior_scalars = agent.prior.take_statistics()
         writer.write(prior_scalars, step=iteration)
         logger.bind(topic="prior").info(f"iteration {iteration}: {_short(prior_scalars)}")
+    shares = agent.timeline.take()
+    writer.write(shares.scalars(), step=iteration)
+    logger.debug(f"iteration {iteration}, {shares.wall:.1f} s: {shares.describe()}")
     _log_segments(collected, iteration)
     progress.show(
         iteration=iteration,

@@ -23,6 +23,14 @@ class GameWorkerError(RuntimeError):
     """A game's worker process hung past its time limit, crashed or answered with an error."""
 
 
+class EngineFailed(RuntimeError):
+    """The prior engine is lost for the rest of the run, or does not answer from the parameters it was given."""
+
+
+class PromptTooLong(ValueError):
+    """A prompt with its answers does not fit into the language model."""
+
+
 @dataclass(frozen=True, slots=True)
 class GameState:
     """What a game shows at one moment.
@@ -101,7 +109,7 @@ class ActionPrior:
 
     Attributes:
         logprobs: normalised log-probabilities ``[K]``, float32; ``logsumexp == 0``.
-        source: ``"score"``, ``"rank"`` or ``"uniform"`` (the fallback when the engine failed).
+        source: ``"score"``, ``"rank"`` or ``"uniform"`` (the engine failed, or the prompt is too long).
         version: how many LLM updates the parameters that made this prior had seen.
         completion: what the LLM wrote (``rank`` only).
         parsed: False if nothing usable could be read from the completion.
@@ -115,16 +123,45 @@ class ActionPrior:
 
 
 class PriorEngine(Protocol):
-    """Turns prompts into action priors. ``version`` counts the LLM updates its parameters have seen."""
+    """Turns prompts into action priors.
+
+    Attributes:
+        version: how many LLM updates the parameters that answer have seen.
+        exclusive: nobody may ask while the LLM learns, because both use the same parameters or the same memory.
+    """
 
     version: int
+    exclusive: bool
+
+    async def ready(self) -> None:
+        """Start, or start again after a crash, and wait until questions can be asked. Does nothing if they can.
+
+        Raises:
+            EngineFailed: it cannot be brought (back) to life.
+        """
+        ...
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """One prior per request, in order. Raises on failure; retries and fallbacks are the caller's."""
+        """One prior per request, in order. Raises on failure; retries and fallbacks are the caller's.
+
+        A prompt that does not fit into the model is no failure: its prior is uniform, and it is counted.
+        """
+        ...
+
+    async def suspend(self) -> None:
+        """Free what the learner needs; the next ``sync_weights`` ends it. Only if ``exclusive``."""
         ...
 
     async def sync_weights(self, version: int) -> None:
-        """Make every later answer come from the current training parameters, and call them ``version``."""
+        """Make every later answer come from the current training parameters, and call them ``version``.
+
+        Raises:
+            EngineFailed: the engine does not compute what the training copy computes.
+        """
+        ...
+
+    def take_statistics(self) -> dict[str, float]:
+        """Metrics under ``prior/`` since the last call."""
         ...
 
     async def close(self) -> None: ...

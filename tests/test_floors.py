@@ -13,8 +13,8 @@ PACKAGE = Path(__file__).parent.parent / "priorzero"
 
 FLOORS = [
     {"types"},
-    {"config", "priors", "losses", "completions", "metrics", "vocabulary"},
-    {"envs", "models", "lightzero", "prompts"},
+    {"timeline", "config", "priors", "losses", "completions", "metrics", "vocabulary"},
+    {"envs", "models", "lightzero", "prompts", "concurrency"},
     {"engines", "text_encoder", "segment"},
     {"llm_learner", "buffer", "search"},
     {"policy"},
@@ -31,6 +31,7 @@ DOORS = {
     "ding": {"policy"},
     "transformers": {"models", "engines", "text_encoder"},
     "peft": {"models"},
+    "vllm": {"engines"},
     "tensorboardX": {"metrics"},
 }
 

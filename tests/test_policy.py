@@ -48,7 +48,7 @@ def gradient(weights):
     taken = {}
     for name, p in policy.trained_world_model_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: taken.__setitem__(name, p.grad.clone()))
-    policy.learn(batch, train_iter=0, update_llm=False)
+    policy.learn_world_model(batch, train_iter=0)
     return torch.cat([taken[name].ravel() for name in sorted(taken)])
 
 
@@ -66,7 +66,7 @@ def test_priorities_are_the_errors_of_the_first_values():
     policy, buffer = setup()
     batch = buffer.sample(8, policy)
     for train_iter in range(60):  # the value head starts at zero, where all values are alike
-        policy.learn(batch, train_iter=train_iter, update_llm=False)
+        policy.learn_world_model(batch, train_iter=train_iter)
     world_model = policy._model.world_model.train()
     observations = torch.as_tensor(batch[0][0].reshape(8, -1, FEATURE_SIZE)[:, :-1])
     actions = torch.as_tensor(batch[0][1])[:, :, None]
@@ -76,7 +76,7 @@ def test_priorities_are_the_errors_of_the_first_values():
             {"obs_embeddings_and_act_tokens": (embeddings, actions)}, start_pos=torch.zeros(8, 4)
         )
         values = policy.inverse_scalar_transform_handle(output.logits_value[:, 0]).reshape(-1).numpy()
-    metrics = policy.learn(batch, train_iter=5, update_llm=False)
+    metrics = policy.learn_world_model(batch, train_iter=5)
     assert metrics["priorities"] == pytest.approx(np.abs(values - batch[1][1][:, 0]), rel=1e-3, abs=1e-3)
     assert np.std(values) > 0.02
 
@@ -85,7 +85,7 @@ def test_one_call_learns_both_models(smollm2):
     policy, buffer = setup(make_tiny_llm(smollm2.tokenizer))
     llm_parameters = list(policy.llm_learner.llm.model.parameters())
     wm, llm = world_model(policy), [p.detach().clone() for p in llm_parameters]
-    metrics = policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=True)
+    metrics = policy._forward_learn([*buffer.sample(8, policy), 0, True])
     assert not torch.equal(world_model(policy), wm)
     assert all(not torch.equal(a, b) for a, b in zip(llm_parameters, llm, strict=True))
     assert policy.llm_version == 1
@@ -98,7 +98,7 @@ def test_one_call_learns_both_models(smollm2):
 def test_the_llm_rests_when_it_is_not_its_turn(smollm2):
     policy, buffer = setup(make_tiny_llm(smollm2.tokenizer))
     llm = [p.detach().clone() for p in policy.llm_learner.llm.model.parameters()]
-    metrics = policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=False)
+    metrics = policy.learn_world_model(buffer.sample(8, policy), train_iter=0)
     assert all(torch.equal(a, b) for a, b in zip(policy.llm_learner.llm.model.parameters(), llm, strict=True))
     assert policy.llm_version == 0 and "train/llm_sft_loss" not in metrics
 
@@ -109,7 +109,7 @@ def test_parameters_that_are_not_finite_end_in_a_message():
     with torch.no_grad():
         policy._model.world_model.head_value.head_module[-1].bias.fill_(float("nan"))
     with pytest.raises(UserError, match=r"update 3 .*lower train\.learning_rate"):
-        policy.learn(batch, train_iter=3, update_llm=False)
+        policy.learn_world_model(batch, train_iter=3)
     root = Root(np.zeros((1, FEATURE_SIZE), np.float32), np.zeros(0, np.int64), np.arange(3))
     with pytest.raises(UserError, match=r"not finite; lower train\.learning_rate"):
         policy.search([root], num_actions=3)
@@ -118,7 +118,7 @@ def test_parameters_that_are_not_finite_end_in_a_message():
 def test_decisions_that_teach_the_llm_nothing_are_said_and_leave_no_loss(smollm2, monkeypatch):
     policy, buffer = setup(make_tiny_llm(smollm2.tokenizer))
     monkeypatch.setattr(policy.llm_learner, "samples", lambda records, returns: ([], len(records)))
-    metrics = policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=True)
+    metrics = policy._forward_learn([*buffer.sample(8, policy), 0, True])
     assert metrics["train/llm_samples_skipped"] == 4 and "train/llm_loss" not in metrics
     assert metrics["train/total_loss"] == metrics["train/wm_total_loss"] and policy.llm_version == 0
 
@@ -126,13 +126,13 @@ def test_decisions_that_teach_the_llm_nothing_are_said_and_leave_no_loss(smollm2
 def test_learning_lowers_the_loss():
     policy, buffer = setup()
     batch = buffer.sample(8, policy)
-    losses = [policy.learn(batch, train_iter=i, update_llm=False)["train/wm_total_loss"] for i in range(40)]
+    losses = [policy.learn_world_model(batch, train_iter=i)["train/wm_total_loss"] for i in range(40)]
     assert losses[-1] < 0.7 * losses[0]
 
 
 def test_state_goes_out_and_in():
     policy, buffer = setup()
-    policy.learn(buffer.sample(8, policy), train_iter=0, update_llm=False)
+    policy.learn_world_model(buffer.sample(8, policy), train_iter=0)
     state = policy.world_model_state()
     assert not any("_orig_mod" in name for name in state)
     other, _ = setup(seed=1)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections import OrderedDict
+import time
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from priorzero.models import LanguageModel
-from priorzero.priors import parse_ranking, prior_from_ranking, prior_from_scores
-from priorzero.prompts import PromptStyle, answer_text
-from priorzero.types import ActionPrior, PriorRequest
+from priorzero.completions import PromptRow
+from priorzero.engines.answers import AnswerMemory, PriorMaker
+from priorzero.types import ActionPrior, PriorRequest, PromptTooLong
 
 
 class _Cancelled(Exception):
@@ -25,139 +23,131 @@ class TransformersEngine:
     """Implements :class:`~priorzero.types.PriorEngine` with a transformers model in this process.
 
     The model is shared with the learner: ``sync_weights`` has nothing to copy, and answers that were kept from earlier
-    parameters are thrown away. ``priors`` runs in a thread; a cancelled call stops at its next forward pass and does
-    not return before its thread has let go of the model.
+    parameters are thrown away. ``priors`` runs in a thread, one call at a time; a cancelled call stops at its next
+    forward pass and does not return before its thread has let go of the model.
 
     Args:
-        llm: the language model.
-        style: tells ``score`` from ``rank``.
-        normalise: ``"mean"`` or ``"sum"`` of an action's token log-probabilities (``score``).
-        temperature: of the prior over the valid actions.
-        generate_max_len: tokens the model may write (``rank``). Generation is greedy, so the same question under the
-            same parameters has one answer.
+        maker: puts the questions.
         rows_per_forward: questions computed at once.
         cache_size: answers kept for questions that come again under the same parameters.
     """
 
-    def __init__(
-        self,
-        llm: LanguageModel,
-        *,
-        style: PromptStyle,
-        normalise: str = "mean",
-        temperature: float = 1.0,
-        generate_max_len: int = 128,
-        rows_per_forward: int = 4,
-        cache_size: int = 4096,
-    ) -> None:
+    exclusive = True
+
+    def __init__(self, maker: PriorMaker, *, rows_per_forward: int = 4, cache_size: int = 4096) -> None:
         self.version = 0
-        self.llm = llm
-        self.style = style
-        self.normalise = normalise
-        self.temperature = temperature
-        self.generate_max_len = generate_max_len
+        self.maker = maker
         self.rows_per_forward = rows_per_forward
-        self.cache_size = cache_size
-        self.cache_hits = 0
-        self._cache: OrderedDict[PriorRequest, ActionPrior] = OrderedDict()
+        self.memory = AnswerMemory(cache_size)
+        self._one_at_a_time = asyncio.Lock()
+        self._tokens = 0
+        self._seconds = 0.0
 
-    async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """One prior per request, in order.
+    async def ready(self) -> None: ...
 
-        Raises:
-            ValueError: a request has no valid actions, or its prompt does not fit into the model.
-        """
-        stop = threading.Event()
-        work = asyncio.ensure_future(asyncio.to_thread(self._priors, list(requests), stop))
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            stop.set()
-            await asyncio.wait([work])
-            work.exception()  # taken note of: it is _Cancelled, or came too late to matter
-            raise
+    async def suspend(self) -> None: ...
 
     async def sync_weights(self, version: int) -> None:
-        self._cache.clear()
+        self.memory.clear()
         self.version = version
 
     async def close(self) -> None:
-        self._cache.clear()
+        self.memory.clear()
 
-    def _priors(self, requests: list[PriorRequest], stop: threading.Event) -> list[ActionPrior]:
-        new = [request for request in dict.fromkeys(requests) if request not in self._cache]
-        self.cache_hits += len(requests) - len(new)
-        answer = self._score if self.style.mode == "score" else self._rank
-        for start in range(0, len(new), self.rows_per_forward):
+    def take_statistics(self) -> dict[str, float]:
+        """As the protocol says; ``prior/tokens_per_s`` counts the tokens that went through the model."""
+        taken = {**self.memory.take_statistics(), "prior/tokens_per_s": self._tokens / (self._seconds or 1.0)}
+        self._tokens, self._seconds = 0, 0.0
+        return taken
+
+    async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
+        """As the protocol says.
+
+        Raises:
+            ValueError: a request has no valid actions.
+        """
+        async with self._one_at_a_time:
+            answers, new = self.memory.look_up(requests)
+            if new:
+                stop = threading.Event()
+                work = asyncio.ensure_future(asyncio.to_thread(self._compute, new, stop))
+                try:
+                    answers.update(await asyncio.shield(work))
+                except asyncio.CancelledError:
+                    stop.set()
+                    await asyncio.wait([work])
+                    work.exception()  # taken note of: it is _Cancelled, or came too late to matter
+                    raise
+            return [answers[request] for request in requests]
+
+    def _compute(self, requests: list[PriorRequest], stop: threading.Event) -> dict[PriorRequest, ActionPrior]:
+        started = time.perf_counter()
+        answers = {}
+        fitting: list[tuple[PriorRequest, Any]] = []
+        prepare = self.maker.row if self.maker.style.mode == "score" else self.maker.prompt_ids
+        for request in requests:
+            try:
+                fitting.append((request, prepare(request)))
+            except PromptTooLong as error:
+                answers[request] = self.memory.uniform(request, error, version=self.version)
+        compute = self._score if self.maker.style.mode == "score" else self._rank
+        for start in range(0, len(fitting), self.rows_per_forward):
             if stop.is_set():
                 raise _Cancelled
-            chunk = new[start : start + self.rows_per_forward]
-            # Kept at once: a try that runs out of time leaves less to do for the next one.
-            self._cache.update(zip(chunk, answer(chunk, stop), strict=True))
-        for request in requests:
-            self._cache.move_to_end(request)
-        answers = [self._cache[request] for request in requests]
-        while len(self._cache) > self.cache_size:
-            self._cache.popitem(last=False)
+            chunk, inputs = zip(*fitting[start : start + self.rows_per_forward], strict=True)
+            for request, prior in zip(chunk, compute(chunk, inputs, stop), strict=True):
+                # Kept at once: a try that runs out of time leaves less to do for the next one.
+                self.memory.put(request, prior)
+                answers[request] = prior
+        self._seconds += time.perf_counter() - started
         return answers
 
     @torch.inference_mode()
-    def _score(self, requests: list[PriorRequest], stop: threading.Event) -> list[ActionPrior]:
-        rows = []
-        for request in requests:
-            if not request.valid_actions:
-                raise ValueError("a prior needs at least one valid action")
-            answers = [answer_text(action, style=self.style) for action in request.valid_actions]
-            rows.append(self.llm.row(request.prompt, answers, end_of_turn=True))
-        token_logprobs, completion_mask = self.llm.token_logprobs(rows)  # (R, T)
-        scores = token_logprobs.sum(dim=1)
-        if self.normalise == "mean":
-            scores = scores / completion_mask.sum(dim=1)
+    def _score(
+        self, requests: Sequence[PriorRequest], rows: Sequence[PromptRow], stop: threading.Event
+    ) -> list[ActionPrior]:
+        token_logprobs, completion_mask = self.maker.llm.token_logprobs(rows)  # (R, T)
+        self._tokens += sum(len(row.prompt_ids) for row in rows) + int(completion_mask.sum())
+        all_logprobs = token_logprobs.cpu().numpy()
+        lengths = completion_mask.sum(dim=1).tolist()
         priors, start = [], 0
         for request in requests:
             end = start + len(request.valid_actions)
-            logprobs = prior_from_scores(scores[start:end].cpu().numpy(), temperature=self.temperature)
-            priors.append(ActionPrior(logprobs=logprobs, source="score", version=self.version))
+            logprobs = [all_logprobs[r, : lengths[r]] for r in range(start, end)]
+            priors.append(self.maker.from_logprobs(logprobs, version=self.version))
             start = end
         return priors
 
     @torch.inference_mode()
-    def _rank(self, requests: list[PriorRequest], stop: threading.Event) -> list[ActionPrior]:
+    def _rank(
+        self, requests: Sequence[PriorRequest], prompts: Sequence[list[int]], stop: threading.Event
+    ) -> list[ActionPrior]:
         from transformers import StoppingCriteria
 
         class StopWhenCancelled(StoppingCriteria):
             def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **kwargs: Any) -> torch.Tensor:
                 return torch.full((input_ids.shape[0],), stop.is_set(), dtype=torch.bool, device=input_ids.device)
 
-        tokenizer = self.llm.tokenizer
-        if tokenizer.pad_token is None:
-            tokenizer.pad_token = tokenizer.eos_token
-        prompts = [request.prompt for request in requests]
-        inputs = tokenizer(prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
-        self.llm.check_length(inputs["input_ids"].shape[1] + self.generate_max_len)
-        with self.llm.autocast():
-            output = self.llm.model.generate(
-                **inputs.to(self.llm.device),
-                max_new_tokens=self.generate_max_len,
+        llm = self.maker.llm
+        width = max(map(len, prompts))
+        padding = [width - len(prompt) for prompt in prompts]
+        pad_id = llm.tokenizer.pad_token_id if llm.tokenizer.pad_token_id is not None else llm.tokenizer.eos_token_id
+        input_ids = [[pad_id] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
+        attention_mask = [[0] * n + [1] * (width - n) for n in padding]
+        with llm.autocast():
+            output = llm.model.generate(
+                input_ids=torch.tensor(input_ids, device=llm.device),
+                attention_mask=torch.tensor(attention_mask, device=llm.device),
+                max_new_tokens=self.maker.generate_max_len,
                 do_sample=False,
-                pad_token_id=tokenizer.pad_token_id,
+                pad_token_id=pad_id,
                 stopping_criteria=[StopWhenCancelled()],
             )
         if stop.is_set():
             raise _Cancelled
-        texts = tokenizer.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        priors = []
-        for request, text in zip(requests, texts, strict=True):
-            ranking = parse_ranking(text, request.valid_actions)
-            logprobs = prior_from_ranking(ranking, len(request.valid_actions), temperature=self.temperature)
-            priors.append(
-                ActionPrior(
-                    logprobs=logprobs, source="rank", version=self.version, completion=text, parsed=bool(ranking)
-                )
-            )
-        return priors
-
-
-def agreement(prior: ActionPrior, visit_counts: np.ndarray) -> bool:
-    """Whether the prior's first choice is the search's."""
-    return int(prior.logprobs.argmax()) == int(visit_counts.argmax())
+        texts = llm.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        self._tokens += sum(map(len, prompts)) + output[:, width:].numel()
+        return [
+            self.maker.from_text(text, request, version=self.version)
+            for request, text in zip(requests, texts, strict=True)
+        ]

@@ -1,17 +1,19 @@
-"""Retries, a time limit and a counted fallback around any prior engine."""
+"""Retries, a time limit, a counted fallback and a limit of staleness around any prior engine."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from loguru import logger
 
+from priorzero.concurrency import Gate
 from priorzero.priors import uniform_prior
-from priorzero.types import ActionPrior, PriorEngine, PriorRequest
+from priorzero.timeline import Timeline
+from priorzero.types import ActionPrior, EngineFailed, PriorEngine, PriorRequest
 
 
 @dataclass
@@ -23,49 +25,119 @@ class PriorStatistics:
     timeouts: int = 0
     fallbacks: int = 0
     unparsed: int = 0
+    outdated: int = 0
     latencies_s: list[float] = field(default_factory=list)
+    staleness: list[int] = field(default_factory=list)
 
     def scalars(self) -> dict[str, float]:
         """Metrics under ``prior/``; rates are shares of the requests."""
         n = max(1, self.requests)
         latencies = self.latencies_s or [0.0]
+        staleness = self.staleness or [0]
         return {
             "prior/requests": self.requests,
             "prior/latency_mean_s": float(np.mean(latencies)),
+            "prior/latency_p50_s": float(np.percentile(latencies, 50)),
+            "prior/latency_p95_s": float(np.percentile(latencies, 95)),
             "prior/latency_max_s": float(np.max(latencies)),
             "prior/retries": self.retries,
             "prior/timeouts": self.timeouts,
             "prior/fallbacks": self.fallbacks,
             "prior/parse_rate": 1.0 - self.unparsed / n,
+            "prior/staleness_mean": float(np.mean(staleness)),
+            "prior/staleness_max": float(np.max(staleness)),
+            "prior/outdated": self.outdated,
         }
 
 
 class RobustPrior:
     """Asks an engine up to ``attempts`` times; when all fail, every valid action is made alike.
 
+    An answer that comes from parameters more than ``max_staleness`` updates behind the learner's is asked for again.
+    While the engine takes over new parameters nobody asks; who asked before is waited for.
+
     Args:
         engine: what is asked.
         attempts: tries a batch.
         backoff_s: seconds before the second try, doubled for each further one.
-        timeout_s: seconds a try may take for the whole batch.
+        timeout_s: seconds a try may take for the whole batch; starting the engine does not count.
+        sync_every: LLM updates between two takeovers of the parameters; an exclusive engine has one after every update.
+        max_staleness: at least ``sync_every - 1``.
+        learner_version: how many updates the learner has made.
+        timeline: takes note of takeovers.
     """
 
-    def __init__(self, engine: PriorEngine, *, attempts: int, backoff_s: float, timeout_s: float) -> None:
+    def __init__(
+        self,
+        engine: PriorEngine,
+        *,
+        attempts: int,
+        backoff_s: float,
+        timeout_s: float,
+        sync_every: int = 1,
+        max_staleness: int = 1,
+        learner_version: Callable[[], int] | None = None,
+        timeline: Timeline | None = None,
+    ) -> None:
+        assert max_staleness >= sync_every - 1
         self.engine = engine
         self.attempts = attempts
         self.backoff_s = backoff_s
         self.timeout_s = timeout_s
+        self.sync_every = sync_every
+        self.max_staleness = max_staleness
+        self.learner_version = learner_version or (lambda: engine.version)
+        self.timeline = timeline or Timeline()
         self.statistics = PriorStatistics()
+        self._gate = Gate()
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """One prior per request, in order. Never raises for what an engine does wrong."""
+        """One prior per request, in order. An engine's errors are retried and then answered for with a uniform prior.
+
+        Raises:
+            EngineFailed: the engine is lost.
+        """
+        while True:
+            async with self._gate.together():
+                priors = await self._ask(requests)
+            staleness = [self.learner_version() - prior.version for prior in priors]
+            if max(staleness, default=0) <= self.max_staleness:
+                self.statistics.staleness += staleness
+                return priors
+            self.statistics.outdated += len(requests)
+            await asyncio.sleep(0)  # let the learner's side reach the gate
+
+    async def learn(self, update: Callable[[], Awaitable[int]]) -> None:
+        """Run an update of the LLM and let the engine take over its result when that is due.
+
+        Args:
+            update: one learning step; returns the learner's version afterwards.
+        """
+        if self.engine.exclusive:
+            async with self._gate.alone():
+                await self.engine.suspend()
+                await self._take_over(await update())
+            return
+        version = await update()
+        if version - self.engine.version >= self.sync_every:
+            async with self._gate.alone():
+                await self._take_over(version)
+
+    async def _take_over(self, version: int) -> None:
+        with self.timeline.span("sync"):
+            await self.engine.sync_weights(version)
+
+    async def _ask(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         stats = self.statistics
         stats.requests += len(requests)
         for attempt in range(1, self.attempts + 1):
+            await self.engine.ready()
             started = time.perf_counter()
             try:
                 priors = await asyncio.wait_for(self.engine.priors(requests), self.timeout_s)
                 self._check(requests, priors)
+            except EngineFailed:
+                raise
             except TimeoutError:
                 stats.timeouts += 1
                 problem = f"took longer than prior.timeout_s={self.timeout_s:g}"
@@ -93,7 +165,7 @@ class RobustPrior:
             if not np.isfinite(prior.logprobs).all():
                 raise ValueError("prior with log-probabilities that are not finite")
 
-    def take_statistics(self) -> PriorStatistics:
-        """The statistics since the last call."""
+    def take_statistics(self) -> dict[str, float]:
+        """Metrics of this wrapper and of the engine since the last call."""
         taken, self.statistics = self.statistics, PriorStatistics()
-        return taken
+        return {**taken.scalars(), **self.engine.take_statistics()}

@@ -1,0 +1,82 @@
+"""What keeps the parts of the loop apart: a thread that owns something, a gate, and tasks that fail together."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Coroutine
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, ParamSpec, TypeVar
+
+from priorzero.timeline import Timeline
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class OwnerThread:
+    """The only thread that touches something, such as the world model. Calls run one at a time, in their order.
+
+    The loop goes on meanwhile. A cancelled call that has begun is still run to its end.
+
+    Args:
+        name: of the thread.
+        timeline: takes note of what runs.
+    """
+
+    def __init__(self, name: str, timeline: Timeline) -> None:
+        self._executor = ThreadPoolExecutor(max_workers=1, thread_name_prefix=name)
+        self._timeline = timeline
+
+    async def run(self, span: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """``function(*args, **kwargs)`` in the thread, in the timeline as ``span``."""
+        work = functools.partial(self._timed, span, function, *args, **kwargs)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def _timed(self, span: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        with self._timeline.span(span):
+            return function(*args, **kwargs)
+
+    def close(self) -> None:
+        """Wait for what has begun; drop what has not."""
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class Gate:
+    """Many may pass together, or one alone. Who wants to be alone goes before those who come later."""
+
+    def __init__(self) -> None:
+        self._inside = 0
+        self._alone = asyncio.Lock()  # held by whoever is alone or waits for the others to leave
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    @asynccontextmanager
+    async def together(self) -> AsyncIterator[None]:
+        async with self._alone:
+            self._inside += 1
+            self._empty.clear()
+        try:
+            yield
+        finally:
+            self._inside -= 1
+            if not self._inside:
+                self._empty.set()
+
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        async with self._alone:
+            await self._empty.wait()
+            yield
+
+
+async def gather_or_cancel(*work: Coroutine[Any, Any, T]) -> list[T]:
+    """Like :func:`asyncio.gather`, but when one fails the others are cancelled and have ended before it is raised."""
+    tasks = [asyncio.ensure_future(w) for w in work]
+    try:
+        return list(await asyncio.gather(*tasks))
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
