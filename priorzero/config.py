@@ -143,7 +143,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "parity_tolerance": Option(
             0.0,
-            "nats a token that vLLM and the training copy may differ by; 0: 0.01 for float32, 0.5 for bfloat16",
+            "nats a token that vLLM and the training copy may differ by; 0: 0.0002 for float32, 0.3 for bfloat16",
             at_least(0),
         ),
         "gpu_memory_utilization": Option(0.3, "share of the GPU's memory that vLLM takes", between(0.01, 1)),
