@@ -88,8 +88,7 @@ class Collector:
     async def _play(self, group: Sequence[int], num_steps: int, collected: Collected) -> None:
         """Play the games of one group until all groups together have taken ``num_steps`` steps."""
         while collected.env_steps < num_steps:
-            with self._player.timeline.span("games"):
-                await asyncio.gather(*(self._begin(e) for e in group if self._lanes[e] is None))
+            await asyncio.gather(*(self._begin(e) for e in group if self._lanes[e] is None))
             lanes = [lane for e in group if (lane := self._lanes[e]) is not None]
             decisions = await self._player.decide(lanes, explore=True)
             with self._player.timeline.span("games"):
@@ -107,13 +106,14 @@ class Collector:
                     self._record(e, decision, state, reward, collected)
 
     async def _begin(self, e: int) -> None:
-        try:
-            state = await self._workers[e].reset()
-        except GameWorkerError as error:  # once more with a fresh process; a second failure ends the run
-            self.num_game_failures += 1
-            logger.warning(f"game {e} could not begin ({error}); trying once more with a fresh process")
-            await self._workers[e].restart()
-            state = await self._workers[e].reset()
+        with self._player.timeline.span("games"):
+            try:
+                state = await self._workers[e].reset()
+            except GameWorkerError as error:  # once more with a fresh process; a second failure ends the run
+                self.num_game_failures += 1
+                logger.warning(f"game {e} could not begin ({error}); trying once more with a fresh process")
+                await self._workers[e].restart()
+                state = await self._workers[e].reset()
         self._lanes[e] = self._player.new_lane(state, self._rngs[e])
         self._episode_numbers[e] = self._next_episode
         self._next_episode += 1

@@ -12,10 +12,10 @@ import pytest
 import torch
 from conftest import make_settings, make_tiny_llm
 
-from priorzero.engines import RobustPrior, TransformersEngine
+from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine
 from priorzero.policy import prompt_style
 from priorzero.prompts import render_prompt
-from priorzero.types import ActionPrior, GameState, PriorRequest
+from priorzero.types import ActionPrior, EngineFailed, GameState, PriorRequest
 
 STATE = GameState(
     "West of House\nYou are standing in an open field west of a white house. There is a small mailbox here.",
@@ -28,12 +28,14 @@ STATE = GameState(
 
 def make_engine(llm, **changes):
     prior = {"mode": "score", **changes.pop("prior", {})}
-    style = prompt_style(make_settings({"prior": prior}))
-    return TransformersEngine(llm, style=style, **changes)
+    engine_changes = {key: changes.pop(key) for key in ("rows_per_forward", "cache_size") if key in changes}
+    return TransformersEngine(
+        PriorMaker(llm, prompt_style(make_settings({"prior": prior})), **changes), **engine_changes
+    )
 
 
 def request(engine, state=STATE):
-    prompt = render_prompt(state, [], style=engine.style, tokenizer=engine.llm.tokenizer).text
+    prompt = render_prompt(state, [], style=engine.maker.style, tokenizer=engine.maker.llm.tokenizer).text
     return PriorRequest(prompt, state.valid_actions)
 
 
@@ -89,9 +91,9 @@ def test_the_same_question_is_computed_once_until_the_parameters_change(smollm2)
     engine = make_engine(make_tiny_llm(smollm2.tokenizer))
     asked = request(engine)
     first = ask(engine, asked, asked)[0]
-    assert engine.cache_hits == 1
+    assert engine.take_statistics()["prior/remembered"] == 0.5
     with torch.no_grad():
-        for p in engine.llm.model.parameters():
+        for p in engine.maker.llm.model.parameters():
             p += 0.3 * torch.randn_like(p)
     assert ask(engine, asked)[0].logprobs.tolist() == first.logprobs.tolist()  # not told of it yet
     asyncio.run(engine.sync_weights(1))
@@ -115,10 +117,16 @@ def test_ranking_pads_on_the_left(smollm2):
     assert together[0].completion == alone.completion
 
 
-def test_what_does_not_fit_into_the_model_is_refused(smollm2):
-    engine = make_engine(make_tiny_llm(smollm2.tokenizer))  # 1024 positions
-    with pytest.raises(ValueError, match="tokens do not fit into a model of 1024 positions"):
-        ask(engine, PriorRequest("word " * 1100, ("go",)))
+@pytest.mark.parametrize("mode", ["score", "rank"])
+def test_a_prompt_that_does_not_fit_into_the_model_costs_only_its_own_prior(smollm2, mode):
+    engine = make_engine(make_tiny_llm(smollm2.tokenizer), prior={"mode": mode}, generate_max_len=8)  # 1024 positions
+    good, too_long = request(engine), PriorRequest("word " * 1100, ("go", "stay"))
+    answers = ask(engine, good, too_long, good)
+    assert [a.source for a in answers] == [mode, "uniform", mode]
+    assert np.exp(answers[1].logprobs) == pytest.approx([0.5, 0.5])
+    statistics = engine.take_statistics()
+    assert statistics["prior/too_long"] == 1 and statistics["prior/tokens_per_s"] > 0
+    assert engine.take_statistics()["prior/too_long"] == 0
 
 
 def test_a_cancelled_question_lets_go_of_the_model(smollm2):
@@ -143,10 +151,10 @@ def test_what_was_computed_before_the_time_ran_out_is_not_lost(smollm2, monkeypa
     many = [PriorRequest(f"prompt {n}", ("go north", "go south")) for n in range(6)]
     score, computed = engine._score, []
 
-    def slow(chunk, stop):
+    def slow(chunk, rows, stop):
         computed.extend(chunk)
         time.sleep(0.1)
-        return score(chunk, stop)
+        return score(chunk, rows, stop)
 
     monkeypatch.setattr(engine, "_score", slow)
     prior = RobustPrior(engine, attempts=10, backoff_s=0, timeout_s=0.35)
@@ -159,9 +167,12 @@ class Failing:
     """Fails as told: one entry an attempt, an exception to raise, seconds to hang, or an answer."""
 
     version = 5
+    exclusive = False
 
     def __init__(self, *behaviour):
         self.behaviour, self.calls = list(behaviour), 0
+
+    async def ready(self): ...
 
     async def priors(self, requests):
         self.calls += 1
@@ -172,7 +183,12 @@ class Failing:
             await asyncio.sleep(what)
         return what
 
+    async def suspend(self): ...
+
     async def sync_weights(self, version): ...
+
+    def take_statistics(self):
+        return {"prior/own": 1.0}
 
     async def close(self): ...
 
@@ -196,9 +212,10 @@ def test_a_failure_is_tried_again(bad):
     engine = Failing(bad, bad, GOOD)
     prior, answers = robust(engine)
     assert answers == GOOD and engine.calls == 3
-    stats = prior.take_statistics()
-    assert (stats.retries, stats.fallbacks, stats.timeouts) == (2, 0, 2 if bad == 5.0 else 0)
-    assert prior.take_statistics().requests == 0
+    scalars = prior.take_statistics()
+    assert (scalars["prior/retries"], scalars["prior/fallbacks"]) == (2, 0)
+    assert scalars["prior/timeouts"] == (2 if bad == 5.0 else 0) and scalars["prior/own"] == 1
+    assert prior.take_statistics()["prior/requests"] == 0
 
 
 @pytest.mark.parametrize("bad", [RuntimeError("boom"), 5.0, BAD[2]], ids=["raises", "hangs", "nan"])
@@ -207,5 +224,109 @@ def test_when_all_fail_every_action_is_alike_and_it_is_counted(bad):
     prior, answers = robust(engine)
     assert [a.source for a in answers] == ["uniform", "uniform"] and answers[0].version == 5
     assert np.exp(answers[1].logprobs) == pytest.approx([1 / 3] * 3)
-    scalars = prior.take_statistics().scalars()
+    scalars = prior.take_statistics()
     assert (scalars["prior/fallbacks"], scalars["prior/retries"]) == (2, 2)
+
+
+def test_an_engine_that_is_lost_is_not_papered_over():
+    engine = Failing(GOOD)
+
+    async def lost():
+        raise EngineFailed("gone for good")
+
+    engine.ready = lost
+    with pytest.raises(EngineFailed, match="gone for good"):
+        robust(engine)
+
+
+class Versioned:
+    """Answers after a moment with the version it served when it was asked; takes a moment to take a new one over."""
+
+    def __init__(self, *, exclusive):
+        self.version, self.exclusive, self.log, self.asked = 0, exclusive, [], 0
+
+    async def ready(self): ...
+
+    async def priors(self, requests):
+        self.asked += 1
+        self.log.append("ask")
+        version = self.version
+        await asyncio.sleep(0.02)
+        self.log.append("answer")
+        return [ActionPrior(np.zeros(1, np.float32), "score", version) for _ in requests]
+
+    async def suspend(self):
+        self.log.append("suspend")
+
+    async def sync_weights(self, version):
+        self.log.append("sync")
+        await asyncio.sleep(0.02)
+        self.version = version
+        self.log.append("synced")
+
+    def take_statistics(self):
+        return {}
+
+
+ONE = [PriorRequest("p", ("a",))]
+
+
+def run_beside(*, exclusive, updates=4, **changes):
+    """Ask all the time while an LLM is updated several times."""
+    engine, learner = Versioned(exclusive=exclusive), [0]
+    prior = RobustPrior(engine, attempts=1, backoff_s=0, timeout_s=1, learner_version=lambda: learner[0], **changes)
+    used = []
+
+    async def ask_on(stop):
+        while not stop.is_set():
+            (answer,) = await prior.priors(ONE)
+            used.append(learner[0] - answer.version)
+
+    async def update():
+        engine.log.append("update")
+        await asyncio.sleep(0.03)
+        learner[0] += 1
+        engine.log.append("updated")
+        return learner[0]
+
+    async def run():
+        stop = asyncio.Event()
+        asking = asyncio.gather(ask_on(stop), ask_on(stop))
+        for _ in range(updates):
+            await prior.learn(update)
+        stop.set()
+        await asking
+
+    asyncio.run(run())
+    return engine, prior, used
+
+
+@pytest.mark.parametrize("exclusive", [False, True])
+def test_nobody_asks_while_parameters_are_taken_over(exclusive):
+    engine, _, used = run_beside(exclusive=exclusive)
+    inside = 0
+    changing = False
+    for event in engine.log:
+        inside += {"ask": 1, "answer": -1}.get(event, 0)
+        if event in ("suspend", "sync"):
+            changing = True
+        assert not (changing and inside), engine.log
+        if event == "synced":
+            changing = False
+    assert engine.log.count("synced") == 4 and engine.version == 4 and len(used) > 4
+    during_updates = "update,ask" in ",".join(engine.log) or "ask,update" in ",".join(engine.log)
+    assert during_updates == (not exclusive)
+    assert engine.log.count("suspend") == (4 if exclusive else 0)
+
+
+@pytest.mark.parametrize(("sync_every", "max_staleness"), [(1, 0), (1, 1), (2, 1), (3, 4)])
+def test_no_prior_is_staler_than_allowed(sync_every, max_staleness):
+    engine, prior, used = run_beside(exclusive=False, updates=6, sync_every=sync_every, max_staleness=max_staleness)
+    assert max(used) <= max_staleness
+    assert engine.log.count("synced") == 6 // sync_every
+    scalars = prior.take_statistics()
+    assert scalars["prior/staleness_max"] == max(used) and scalars["prior/staleness_mean"] == pytest.approx(
+        np.mean(used)
+    )
+    if max_staleness == 0:
+        assert scalars["prior/outdated"] > 0  # some answers were too old and were asked for again

@@ -164,15 +164,14 @@ class VLLMEngine:
         assert self._published is not None
         work = asyncio.ensure_future(asyncio.to_thread(self._start_process, self._first_model()))
         try:
-            self._engine = await asyncio.shield(work)
+            await asyncio.shield(work)
             self._alive = True
             if self._uses_lora:
                 await self._load(self._published)
         except asyncio.CancelledError:  # no process may be left behind: wait for it, then end it
             await asyncio.wait([work])
-            if work.exception() is None:
-                self._engine = work.result()
-                await self._shut_down()
+            work.exception()  # taken note of: the run ends anyway
+            await self._shut_down()
             raise
         except Exception as error:
             raise EngineFailed(
@@ -186,12 +185,13 @@ class VLLMEngine:
         folder = self._published.folder
         return self.model if folder is None or self._uses_lora else str(folder)
 
-    def _start_process(self, model: str) -> Any:
+    def _start_process(self, model: str) -> None:
         with self._environment():
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            return AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_arguments(model)))
+            # Not returned, since the thread would hold on to its latest result.
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**self._engine_arguments(model)))
 
     def _engine_arguments(self, model: str) -> dict[str, Any]:
         arguments: dict[str, Any] = {
@@ -263,7 +263,7 @@ class VLLMEngine:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
             self._engine = None
-            gc.collect()  # its cycles would otherwise be taken apart at exit, when the modules that __del__ needs are gone
+            gc.collect()  # else its cycles are taken apart at exit, when the modules that __del__ needs are gone
 
     async def close(self) -> None:
         self.memory.clear()

@@ -1,0 +1,302 @@
+"""The vLLM engine, for real: one engine and SmolLM2 for most of the tests, which build on one another in file order."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import time
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from conftest import make_settings
+
+from priorzero.engines import RobustPrior, TransformersEngine
+from priorzero.envs import make_game, resolve_game
+from priorzero.losses import sft_loss
+from priorzero.models import load_language_model
+from priorzero.policy import prompt_style
+from priorzero.prompts import render_prompt
+from priorzero.train import make_engine, run_training
+from priorzero.types import EngineFailed, HistoryStep, PriorRequest, UserError
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Unclosed context <zmq:ResourceWarning"),  # vLLM's, when it has crashed
+]
+
+SETTINGS = {"prior": {"engine": "vllm"}, "llm": {"generate_max_len": 24}, "vllm": {"cpu_kv_cache_gib": 0.5}}
+
+
+def vllm_processes():
+    """Our descendants, but for Python's own helper."""
+    return [
+        p
+        for p in psutil.Process().children(recursive=True)
+        if p.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(p.cmdline())
+    ]
+
+
+@pytest.fixture(scope="module")
+def runner():
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def llm():
+    """A copy of its own, since these tests train it."""
+    return load_language_model(make_settings().llm, device=torch.device("cpu"))
+
+
+@pytest.fixture(scope="module")
+def engine(runner, llm, tmp_path_factory):
+    before = {p.pid for p in vllm_processes()}
+    made = make_engine(make_settings(SETTINGS), llm=llm, log_file=tmp_path_factory.mktemp("log") / "vllm.log")
+    runner.run(made.ready())
+    yield made
+    runner.run(made.close())
+    left = [p for p in vllm_processes() if p.pid not in before]
+    assert not left, left
+    assert not made._scratch.exists()
+
+
+@pytest.fixture(scope="module")
+def requests(llm):
+    """Questions about 20 states of a real game, played along its walkthrough and then at random."""
+    settings = make_settings(SETTINGS)
+    game = make_game(
+        resolve_game("textworld:simple?seed=7"),
+        seed=0,
+        max_episode_steps=100,
+        look_and_inventory=True,
+        drop_inert_commands=True,
+    )
+    rng, history, asked = np.random.default_rng(0), [], []
+    state = game.reset()
+    while len(asked) < 20:
+        prompt = render_prompt(state, history, style=prompt_style(settings), tokenizer=llm.tokenizer)
+        asked.append(PriorRequest(prompt.text, state.valid_actions))
+        action = state.valid_actions[rng.integers(len(state.valid_actions))]
+        following, reward = game.step(action)
+        history.append(HistoryStep(state.raw_obs_text, action, reward))
+        if following.done:
+            following, history = game.reset(), []
+        state = following
+    game.close()
+    assert len({r.prompt for r in asked}) == 20
+    return asked
+
+
+def in_process(engine, requests):
+    """The training copy's own answers."""
+    return asyncio.run(TransformersEngine(engine.maker).priors(requests))
+
+
+def largest_difference(one, other):
+    return max(float(np.abs(a.logprobs - b.logprobs).max()) for a, b in zip(one, other, strict=True))
+
+
+def test_scores_agree_with_the_in_process_engine_on_twenty_states(runner, engine, requests):
+    answers = runner.run(engine.priors(requests))
+    assert {(a.source, a.version) for a in answers} == {("score", 0)}
+    assert largest_difference(answers, in_process(engine, requests)) < 1e-3
+    statistics = engine.take_statistics()
+    assert statistics["prior/prefix_cache_hit_rate"] > 0.7  # the prompt is computed once for all of its commands
+    assert statistics["prior/tokens_per_s"] > 0 and statistics["prior/queue_max_s"] >= 0
+    assert statistics["prior/parity"] < 2e-4 and statistics["prior/remembered"] == 0
+
+
+def test_what_was_answered_is_remembered(runner, engine, requests):
+    runner.run(engine.priors(requests[:3]))
+    statistics = engine.take_statistics()
+    assert statistics["prior/remembered"] == 1 and statistics["prior/tokens_per_s"] == 0
+
+
+def test_log_probabilities_that_the_cache_would_hide_are_computed(runner, engine):
+    """The second of two questions finds the blocks of the first one's command, which hold no log-probabilities."""
+    command = "take the long golden key from the wooden chest and put it on the table " * 4  # several blocks
+    question = PriorRequest("You are in a room. What now?", (command + "now", "wait"))
+    first = runner.run(engine.priors([question]))
+    engine.memory.clear()
+    engine.take_statistics()
+    again = runner.run(engine.priors([question]))
+    assert engine.take_statistics()["prior/rescored"] == 1
+    assert largest_difference(first, again) < 1e-4
+    assert largest_difference(again, in_process(engine, [question])) < 1e-3
+
+
+def test_a_prompt_that_does_not_fit_costs_only_its_own_prior(runner, engine, requests):
+    too_long = PriorRequest("word " * 5000, ("go", "stay"))
+    answers = runner.run(engine.priors([requests[0], too_long]))
+    assert [a.source for a in answers] == ["score", "uniform"]
+    assert engine.take_statistics()["prior/too_long"] == 1
+
+
+def test_rankings_are_the_greedy_text_of_the_model(runner, engine, requests, llm, monkeypatch):
+    import dataclasses
+
+    style = prompt_style(make_settings(SETTINGS, {"prior": {"mode": "rank"}}))
+    monkeypatch.setattr(engine, "maker", dataclasses.replace(engine.maker, style=style))
+    asked = [PriorRequest(r.prompt.replace("Answer with", "Write"), r.valid_actions) for r in requests[:4]]
+    answers = runner.run(engine.priors(asked))
+    for answer, other in zip(answers, in_process(engine, asked), strict=True):
+        assert answer.source == "rank" and answer.completion == other.completion
+        assert answer.logprobs == pytest.approx(other.logprobs)
+
+
+def test_running_out_of_time_aborts_and_the_next_question_is_answered(runner, engine, requests):
+    engine.memory.clear()
+    prior = RobustPrior(engine, attempts=2, backoff_s=0.01, timeout_s=0.05)
+    answers = runner.run(prior.priors(requests))
+    assert {a.source for a in answers} == {"uniform"}
+    statistics = prior.take_statistics()
+    assert statistics["prior/timeouts"] == 2 and statistics["prior/aborted"] > 10
+    assert engine._engine.get_num_unfinished_requests() == 0
+    patient = RobustPrior(engine, attempts=1, backoff_s=0, timeout_s=60)
+    answers = runner.run(patient.priors(requests[:2]))
+    assert largest_difference(answers, in_process(engine, requests[:2])) < 1e-3
+
+
+def train_a_step(llm, request, *, learning_rate=1e-4):
+    """A real optimiser step towards the last command of a question."""
+    optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=learning_rate)
+    tokens, mask = llm.token_logprobs([llm.row(request.prompt, request.valid_actions, end_of_turn=True)])
+    target = torch.zeros(len(request.valid_actions))
+    target[-1] = 1.0
+    loss, num_tokens = sft_loss(tokens, mask, target)
+    (loss / num_tokens).backward()
+    optimizer.step()
+
+
+def test_after_an_optimiser_step_priors_come_from_the_new_parameters(runner, engine, requests, llm):
+    requests = requests[:5]
+    before = runner.run(engine.priors(requests))
+    train_a_step(llm, requests[0])
+    runner.run(engine.sync_weights(1))
+    answers = runner.run(engine.priors(requests))
+    assert {a.version for a in answers} == {1} and engine.version == 1
+    assert largest_difference(answers, before) > 0.05
+    assert largest_difference(answers, in_process(engine, requests)) < 1e-3
+    assert answers[0].logprobs[-1] > before[0].logprobs[-1]  # it has learned what it was taught
+    statistics = engine.take_statistics()
+    assert statistics["prior/parity"] < 2e-4 < statistics["prior/parity_moved"] and statistics["prior/sync_s"] > 0
+    # One copy on disk, for a restart; older ones are gone.
+    assert [p.name for p in engine._scratch.iterdir() if p.is_dir()] == ["version-1"]
+
+
+@pytest.mark.parametrize("learning_rate", [1e-6, 1e-3], ids=["a small update", "a large one"])
+def test_parameters_that_did_not_arrive_are_noticed(runner, engine, requests, llm, monkeypatch, learning_rate):
+    version = engine._published.version + 1
+
+    async def lost(published): ...
+
+    train_a_step(llm, requests[1], learning_rate=learning_rate)
+    with monkeypatch.context() as patched:
+        patched.setattr(engine, "_load", lost)
+        with pytest.raises(EngineFailed, match=f"version {version} of the LLM but still computes with"):
+            runner.run(engine.sync_weights(version))
+    runner.run(engine.sync_weights(version + 1))  # arrives
+
+
+def test_a_part_that_did_not_arrive_is_noticed(runner, engine, llm, monkeypatch):
+    """What vLLM itself forgets: its packed copy of an output layer that shares its weights with the embedding."""
+    rpc = engine._engine.collective_rpc
+
+    async def without_repacking(method, **kwargs):
+        if method != "repack_output_layers":
+            await rpc(method, **kwargs)
+
+    with torch.no_grad():
+        embedding = llm.model.get_input_embeddings().weight
+        embedding += 0.02 * embedding.std() * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
+    with monkeypatch.context() as patched:
+        patched.setattr(engine._engine, "collective_rpc", without_repacking)
+        with pytest.raises(EngineFailed, match=r"more than 0\.0002|still computes"):
+            runner.run(engine.sync_weights(8))
+    runner.run(engine.sync_weights(9))
+
+
+def test_a_killed_engine_starts_again_with_the_current_parameters(runner, engine, requests):
+    requests = requests[:8]
+    engine.memory.clear()
+    prior = RobustPrior(engine, attempts=3, backoff_s=0.1, timeout_s=60)
+
+    async def ask_and_kill():
+        asking = asyncio.ensure_future(prior.priors(requests))
+        await asyncio.sleep(0.3)
+        assert not asking.done()
+        core = next(p for p in vllm_processes() if "EngineCore" in " ".join(p.cmdline()))
+        core.send_signal(signal.SIGKILL)
+        return await asking
+
+    answers = runner.run(ask_and_kill())
+    assert {(a.source, a.version) for a in answers} == {("score", 9)}
+    assert largest_difference(answers, in_process(engine, requests)) < 1e-3
+    statistics = prior.take_statistics()
+    assert statistics["prior/retries"] == 1 and statistics["prior/engine_restarts"] == 1
+    assert statistics["prior/fallbacks"] == 0
+
+    # The second time it is given up, with a reason.
+    for process in vllm_processes():
+        process.send_signal(signal.SIGKILL)
+    engine.memory.clear()
+    with pytest.raises(EngineFailed, match=r"crashed again after 1 restart.*vllm\.log"):
+        runner.run(prior.priors(requests))
+
+
+SMALL = {
+    "run": {"max_iter": 3, "checkpoint_every": 0},
+    "env": {"max_episode_steps": 6, "collector_env_num": 4, "evaluator_env_num": 1},
+    "search": {"num_simulations": 4},
+    "train": {"collect_env_steps": 12, "batch_size": 8, "update_per_collect": 2},
+    "llm": {"batch_size": 2, "micro_batch_size": 1, "use_lora": True},
+    "replay": {"segment_length": 20},
+    "eval": {"modes": ["world_model_with_prior"]},
+}
+
+
+def test_a_whole_run_with_adapters_goes_on_when_its_engine_is_killed(tmp_path, monkeypatch):
+    """Overlapped; the worker of vLLM is killed when the first update of the LLM has been taken over."""
+    from priorzero.engines.vllm import VLLMEngine
+
+    sync = VLLMEngine.sync_weights
+
+    async def sync_then_kill(self, version):
+        await sync(self, version)
+        if version == 1:
+            assert self._parity["prior/parity_moved"] > 0
+            worker = next(p for p in vllm_processes() if "Worker" in " ".join(p.cmdline()))
+            worker.send_signal(signal.SIGKILL)
+            while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
+                time.sleep(0.01)
+
+    monkeypatch.setattr(VLLMEngine, "sync_weights", sync_then_kill)
+    threads = torch.get_num_threads()
+    try:
+        summary = run_training(make_settings(SETTINGS, SMALL, {"run": {"output_dir": str(tmp_path)}}))
+    finally:
+        torch.set_num_threads(threads)
+    assert not vllm_processes()
+    metrics = summary.metrics
+    assert summary.rows["LLM updates"] >= 2 and summary.rows["environment steps"] >= 36
+    assert metrics["prior/engine_restarts"] == 1 and metrics["prior/fallbacks"] == 0
+    assert metrics["prior/parity"] < 2e-4 and metrics["prior/staleness_max"] <= 1
+    assert metrics["time/overlap_share"] > 0 and metrics["time/LLM_prior_s"] > 0
+    log = (summary.folder / "log" / "run.log").read_text()
+    assert "vLLM has crashed; starting it again" in log and "vLLM serves LLM version 2" in log
+    assert (summary.folder / "log" / "vllm.log").stat().st_size > 1000
+    assert (summary.folder / "trace.json").stat().st_size > 1000
+
+
+def test_an_engine_that_cannot_start_ends_in_a_message(tmp_path):
+    before = os.environ.get("VLLM_LOGGING_CONFIG_PATH")
+    settings = make_settings(
+        SETTINGS, SMALL, {"vllm": {"max_model_len": 100_000}, "run": {"output_dir": str(tmp_path)}}
+    )
+    with pytest.raises(UserError, match=r"the LLM engine cannot go on: vLLM did not start .*--engine transformers"):
+        run_training(settings)
+    assert not vllm_processes() and os.environ.get("VLLM_LOGGING_CONFIG_PATH") == before
