@@ -189,7 +189,8 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
             timeline.write_trace(folder / "trace.json")
     except (asyncio.CancelledError, GameWorkerError, EngineFailed):
         await _stop_learning(agent, learning)  # it ends its step first
-        logger.warning(f"interrupted; what was learned so far is in {_save(folder, agent, settings, counters)}")
+        if counters["train_iter"]:
+            logger.warning(f"interrupted; what was learned so far is in {_save(folder, agent, settings, counters)}")
         raise
     finally:
         await _stop_learning(agent, learning)
@@ -273,7 +274,11 @@ def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.S
 
 
 def make_engine(settings: Any, *, llm: LanguageModel, log_file: Path) -> PriorEngine:
-    """The prior engine that ``prior.engine`` names (not ``auto``); it has yet to be started."""
+    """The prior engine that ``prior.engine`` names (not ``auto``); it has yet to be started.
+
+    Raises:
+        UserError: settings of vLLM that this model or machine does not take.
+    """
     maker = PriorMaker(
         llm,
         prompt_style(settings),
@@ -284,11 +289,20 @@ def make_engine(settings: Any, *, llm: LanguageModel, log_file: Path) -> PriorEn
     if settings.prior.engine == "transformers":
         return TransformersEngine(maker, rows_per_forward=1 if llm.device.type == "cpu" else 16)
     longest = max(4096, 2 * (settings.llm.prompt_max_len + settings.llm.generate_max_len))
+    if llm.max_length is not None:
+        longest = min(longest, llm.max_length)
+        if settings.vllm.max_model_len > llm.max_length:
+            raise UserError(
+                f"vllm.max_model_len={settings.vllm.max_model_len} is more than the {llm.max_length} tokens that "
+                "the model takes; leave it at 0"
+            )
+    if settings.vllm.sleep and llm.device.type == "cpu":
+        raise UserError("vllm.sleep=True frees a GPU's memory, and this run is on a CPU; leave it out")
     return VLLMEngine(
         maker,
         model=resolve_model(settings.llm.path, setting="llm.path"),
         cfg=settings.vllm,
-        max_model_len=settings.vllm.max_model_len or min(longest, llm.max_length or longest),
+        max_model_len=settings.vllm.max_model_len or longest,
         log_file=log_file,
     )
 

@@ -293,10 +293,25 @@ def test_a_whole_run_with_adapters_goes_on_when_its_engine_is_killed(tmp_path, m
 
 
 def test_an_engine_that_cannot_start_ends_in_a_message(tmp_path):
-    before = os.environ.get("VLLM_LOGGING_CONFIG_PATH")
+    before = dict(os.environ)
     settings = make_settings(
-        SETTINGS, SMALL, {"vllm": {"max_model_len": 100_000}, "run": {"output_dir": str(tmp_path)}}
+        SETTINGS, SMALL, {"vllm": {"cpu_kv_cache_gib": 900.0}, "run": {"output_dir": str(tmp_path)}}
     )
-    with pytest.raises(UserError, match=r"the LLM engine cannot go on: vLLM did not start .*--engine transformers"):
+    message = (
+        r"the LLM engine cannot go on: vLLM did not start .*lower vllm\.cpu_kv_cache_gib=900; --engine transformers"
+    )
+    with pytest.raises(UserError, match=message):
         run_training(settings)
-    assert not vllm_processes() and os.environ.get("VLLM_LOGGING_CONFIG_PATH") == before
+    assert not vllm_processes() and "VLLM_LOGGING_CONFIG_PATH" not in before.keys() | os.environ.keys()
+    (folder,) = tmp_path.iterdir()
+    assert "Available memory" in (folder / "log" / "vllm.log").read_text()
+
+
+@pytest.mark.parametrize(
+    ("vllm", "message"),
+    [({"max_model_len": 100_000}, "more than the 8192 tokens"), ({"sleep": True}, "frees a GPU's memory")],
+)
+def test_settings_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, vllm, message):
+    with pytest.raises(UserError, match=message):
+        run_training(make_settings(SETTINGS, SMALL, {"vllm": vllm, "run": {"output_dir": str(tmp_path)}}))
+    assert not list(tmp_path.iterdir())

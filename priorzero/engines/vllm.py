@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,8 @@ from priorzero.types import ActionPrior, EngineFailed, PriorRequest, PromptTooLo
 # Mean absolute difference, in nats, that is allowed between the log-probability of a token in vLLM and in the training
 # copy. Rounding gives a tenth to a half of it; parameters that are not the learner's give more (docs/ENGINES.md).
 PARITY_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.3}
+
+PACKAGE = Path(__file__).parent.parent
 
 PARITY_MESSAGES = [
     {"role": "system", "content": "You are an expert player of text adventure games."},
@@ -174,10 +177,11 @@ class VLLMEngine:
             await self._shut_down()
             raise
         except Exception as error:
+            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            memory = "cpu_kv_cache_gib" if self.maker.llm.device.type == "cpu" else "gpu_memory_utilization"
             raise EngineFailed(
-                f"vLLM did not start ({type(error).__name__}: {error}); the cause is in {self.log_file}. If memory is "
-                f"short, lower vllm.gpu_memory_utilization={self.cfg.gpu_memory_utilization:g}; "
-                "--engine transformers does without vLLM"
+                f"vLLM did not start ({said}); the cause is in {self.log_file}. If memory is short, lower "
+                f"vllm.{memory}={self.cfg[memory]:g}; --engine transformers does without vLLM"
             ) from error
 
     def _first_model(self) -> str:
@@ -228,7 +232,7 @@ class VLLMEngine:
 
     @contextmanager
     def _environment(self) -> Iterator[None]:
-        """Variables that vLLM and its processes read while they start: their log, their cores, no reports home."""
+        """What vLLM and its processes see while they start: where to log, which cores to take, not to report home."""
         config = {
             "version": 1,
             "disable_existing_loggers": False,
@@ -246,12 +250,21 @@ class VLLMEngine:
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads may hang
             "VLLM_CPU_NUM_OF_RESERVED_CPU": str(cores_for_training()),
             "PYTHONWARNINGS": "ignore",
+            # Its workers import CPUReload, also when this package is not installed.
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         }
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
+        # Spawned processes would import the user's script again, and with it LightZero and flask, on whose proxies vLLM
+        # stumbles when it looks through all modules. They need nothing of it.
+        main = sys.modules["__main__"]
+        file, main.__spec__, spec = vars(main).pop("__file__", None), None, main.__spec__
         try:
             yield
         finally:
+            main.__spec__ = spec
+            if file is not None:
+                main.__file__ = file
             for name, value in before.items():
                 if value is None:
                     os.environ.pop(name, None)

