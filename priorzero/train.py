@@ -83,10 +83,9 @@ def choose_engine(engine: str, *, device: torch.device) -> str:
     """
     chosen = engine if engine != "auto" else "vllm" if device.type == "cuda" else "transformers"
     if chosen == "vllm" and importlib.util.find_spec("vllm") is None:
-        extra = "gpu" if device.type == "cuda" else "test"
+        how = "pip install --no-deps -r requirements/gpu.txt" if device.type == "cuda" else "scripts/set_up.sh test"
         raise UserError(
-            f"prior.engine={engine}: vLLM is not installed; type scripts/set_up.sh {extra}, "
-            "or --engine transformers to do without it"
+            f"prior.engine={engine}: vLLM is not installed; type {how}, or --engine transformers to do without it"
         )
     return chosen
 

@@ -196,3 +196,11 @@ def test_what_the_presets_say():
     assert not config.get_config_pure_unizero()[0].policy.prior.enabled
     assert not config.get_config_llm_only_sft()[0].policy.llm.enable_rft
     assert config.get_config_with_lora()[0].policy.llm.use_lora
+
+
+def test_staleness_and_takeovers_must_fit_together():
+    resolve_settings({"vllm": {"sync_every": 3, "max_staleness": 2}})
+    with pytest.raises(UserError, match=r"vllm\.max_staleness=1 must be at least 2: with vllm\.sync_every=3"):
+        resolve_settings({"vllm": {"sync_every": 3}})
+    with pytest.raises(UserError, match=r"vllm\.sleep=True leaves nobody to ask .*train\.overlap=off"):
+        resolve_settings({"vllm": {"sleep": True}, "train": {"overlap": "on"}})

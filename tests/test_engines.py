@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import make_settings, make_tiny_llm
 
-from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine
+from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine
 from priorzero.policy import prompt_style
 from priorzero.prompts import render_prompt
 from priorzero.types import ActionPrior, EngineFailed, GameState, PriorRequest
@@ -330,3 +330,49 @@ def test_no_prior_is_staler_than_allowed(sync_every, max_staleness):
     )
     if max_staleness == 0:
         assert scalars["prior/outdated"] > 0  # some answers were too old and were asked for again
+
+
+@pytest.mark.slow
+def test_on_a_shared_gpu_vllm_sleeps_while_the_llm_learns(smollm2, tmp_path):
+    """The order of calls, on a double: sleep mode needs a GPU."""
+    settings = make_settings({"prior": {"engine": "vllm"}, "vllm": {"sleep": True}})
+    maker = PriorMaker(make_tiny_llm(smollm2.tokenizer), prompt_style(settings))
+    engine = VLLMEngine(maker, model="base", cfg=settings.vllm, max_model_len=512, log_file=tmp_path / "vllm.log")
+    calls = []
+
+    class Double:
+        def __getattr__(self, name):
+            async def call(*args, **kwargs):
+                calls.append((name, *args, *kwargs.values()))
+                return True
+
+            return call
+
+        def shutdown(self):
+            calls.append(("shutdown",))
+
+    async def same_as_the_training_copy(row):
+        return engine._published.reference
+
+    engine._engine, engine._alive = Double(), True
+    engine._row_logprobs = same_as_the_training_copy
+    prior = RobustPrior(engine, attempts=1, backoff_s=0, timeout_s=1)
+
+    async def update():
+        calls.append(("update",))
+        for p in maker.llm.trainable_parameters():
+            p.data += 0.01
+        return 1
+
+    async def run():
+        await prior.learn(update)
+        await engine.close()
+
+    asyncio.run(run())
+    names = [call if call[0] == "wake_up" else call[0] for call in calls]
+    assert names == [
+        "sleep", "update", ("wake_up", ["weights"]), "collective_rpc", "collective_rpc", ("wake_up", ["kv_cache"]),
+        "reset_prefix_cache", "shutdown",
+    ]  # fmt: skip
+    assert calls[0] == ("sleep", 2) and calls[3][:2] == ("collective_rpc", "reload_weights")
+    assert engine.version == 1 and not engine._scratch.exists()

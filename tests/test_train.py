@@ -18,7 +18,7 @@ from priorzero.config import read_config_file, resolve_settings
 from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint
 from priorzero.models import load_language_model
 from priorzero.policy import PriorZeroPolicy
-from priorzero.train import run_training
+from priorzero.train import choose_engine, run_training
 from priorzero.types import UserError
 from priorzero.vocabulary import make_action_indexer
 
@@ -164,7 +164,8 @@ def test_one_seed_one_run(tmp_path):
 
     def figures(name):
         plain = {"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}, "run": {"exp_name": name}}
-        return train(tmp_path, plain).metrics
+        metrics = train(tmp_path, plain).metrics
+        return {tag: value for tag, value in metrics.items() if not tag.startswith("time/")}
 
     first, again = figures("a"), figures("b")
     assert first == again and len(first) > 20
@@ -218,3 +219,31 @@ def test_fingerprints_see_a_change_anywhere():
     assert count_moved(before, fingerprint(tensors)) == 0
     swapped = {"w": tensors["w"].flip(0), "v": tensors["v"]}
     assert count_moved(before, fingerprint(swapped)) == 1
+
+
+def test_the_engine_that_is_used(monkeypatch):
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    found = {"vllm": object()}
+    monkeypatch.setattr("importlib.util.find_spec", found.get)
+    assert choose_engine("auto", device=cpu) == "transformers" and choose_engine("auto", device=gpu) == "vllm"
+    assert choose_engine("vllm", device=cpu) == "vllm" and choose_engine("transformers", device=gpu) == "transformers"
+    found.clear()
+    assert choose_engine("auto", device=cpu) == "transformers"
+    with pytest.raises(UserError, match=r"prior\.engine=auto: vLLM is not installed; type pip .*gpu\.txt, or --engine"):
+        choose_engine("auto", device=gpu)
+    with pytest.raises(UserError, match=r"type scripts/set_up\.sh test"):
+        choose_engine("vllm", device=cpu)
+
+
+@pytest.mark.slow
+def test_overlap_without_an_llm_learns_as_often(tmp_path):
+    """The same updates, though collection goes on beside them; the timeline shows it."""
+    plain = {"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}}
+    more = {"run": {"max_iter": 8}, "env": {"collector_env_num": 4}}
+    apart = train(tmp_path, plain, more)
+    together = train(tmp_path, plain, more, {"train": {"overlap": "on"}})
+    assert together.rows["world-model updates"] == apart.rows["world-model updates"] == 16
+    assert together.rows["world model tensors moved"] == apart.rows["world model tensors moved"]
+    assert apart.metrics["time/overlap_share"] < 0.01 < together.metrics["time/overlap_share"]
+    saved = json.loads((together.folder / "checkpoints" / "iteration_8" / "counters.json").read_text())
+    assert saved["train_iter"] == 16

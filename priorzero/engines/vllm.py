@@ -137,7 +137,8 @@ class VLLMEngine:
         self._noise = 0.0
         self._served: list[np.ndarray] = []
         self._published: _Published | None = None
-        self._scratch = Path(tempfile.mkdtemp(prefix="priorzero-vllm-"))
+        self._scratch_owner = tempfile.TemporaryDirectory(prefix="priorzero-vllm-")  # removed at exit at the latest
+        self._scratch = Path(self._scratch_owner.name)
 
     # ---- life ----
 
@@ -282,7 +283,7 @@ class VLLMEngine:
         self.memory.clear()
         async with self._starting:
             await self._shut_down()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._scratch_owner.cleanup()
 
     # ---- answering ----
 
