@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -290,6 +293,29 @@ def test_a_whole_run_with_adapters_goes_on_when_its_engine_is_killed(tmp_path, m
     assert "vLLM has crashed; starting it again" in log and "vLLM serves LLM version 2" in log
     assert (summary.folder / "log" / "vllm.log").stat().st_size > 1000
     assert (summary.folder / "trace.json").stat().st_size > 1000
+
+
+def test_nothing_outlives_a_killed_owner(tmp_path):
+    """Neither vLLM's processes, which would hold a GPU's memory for ever, nor the folder with the parameters."""
+    command = [sys.executable, "-m", "priorzero.entry", "--quick_test", "--engine", "vllm"]
+    with subprocess.Popen(
+        [*command, "--set", f"run.output_dir={tmp_path}", "--set", "vllm.cpu_kv_cache_gib=0.5"],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if "vLLM serves LLM version 0" in line:
+                break
+        descendants = psutil.Process(process.pid).children(recursive=True)
+        assert sum("VLLM" in " ".join(p.cmdline()) for p in descendants) == 2
+        assert list(tmp_path.glob("priorzero-vllm-*"))
+        process.kill()
+        psutil.wait_procs(descendants, timeout=30)
+    assert not [p for p in descendants if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not list(tmp_path.glob("priorzero-vllm-*"))
 
 
 def test_an_engine_that_cannot_start_ends_in_a_message(tmp_path):

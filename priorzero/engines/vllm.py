@@ -27,7 +27,7 @@ from loguru import logger
 from priorzero.completions import PromptRow
 from priorzero.concurrency import gather_or_cancel
 from priorzero.engines.answers import AnswerMemory, PriorMaker
-from priorzero.engines.vllm_worker import CPUReload
+from priorzero.engines.vllm_worker import OWNER_VARIABLE, WorkerExtension
 from priorzero.types import ActionPrior, EngineFailed, PriorRequest, PromptTooLong
 
 # Mean absolute difference, in nats, that is allowed between the log-probability of a token in vLLM and in the training
@@ -210,6 +210,7 @@ class VLLMEngine:
             "enable_sleep_mode": self.cfg.sleep,
             "generation_config": "vllm",  # none of the model's own sampling defaults
             "use_tqdm_on_load": False,
+            "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
             "seed": 0,
         }
         if self.maker.llm.device.type == "cpu":
@@ -218,7 +219,6 @@ class VLLMEngine:
                 "kv_cache_memory_bytes": int(self.cfg.cpu_kv_cache_gib * 2**30),
                 "enforce_eager": True,
                 "block_size": 32,
-                "worker_extension_cls": f"{CPUReload.__module__}.{CPUReload.__qualname__}",
             }
         if self._uses_lora:
             adapter = next(iter(self.maker.llm.model.peft_config.values()))
@@ -251,7 +251,8 @@ class VLLMEngine:
             "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads may hang
             "VLLM_CPU_NUM_OF_RESERVED_CPU": str(cores_for_training()),
             "PYTHONWARNINGS": "ignore",
-            # Its workers import CPUReload, also when this package is not installed.
+            OWNER_VARIABLE: f"{os.getpid()} {self._scratch}",
+            # Its workers import WorkerExtension, also when this package is not installed.
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         }
         before = {name: os.environ.get(name) for name in variables}

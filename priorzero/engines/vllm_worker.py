@@ -1,12 +1,20 @@
-"""What runs inside vLLM's worker processes."""
+"""What runs inside vLLM's worker processes; imported there by ``worker_extension_cls``."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
+import shutil
+import signal
+import threading
 from typing import Any
 
+OWNER_VARIABLE = "PRIORZERO_VLLM_OWNER"  # "PID FOLDER" of the process that started vLLM, and its temporary folder
 
-class CPUReload:
-    """Mixed into vLLM's CPU workers by ``worker_extension_cls``."""
+
+class WorkerExtension:
+    """Mixed into vLLM's workers."""
 
     model_runner: Any
 
@@ -23,3 +31,22 @@ class CPUReload:
                 module.quant_method.process_weights_after_loading(module)
                 packed += 1
         return packed
+
+
+def end_with_owner(pid: int, folder: str) -> None:
+    """Wait for a process to end, however it does, and then end vLLM and remove the folder.
+
+    vLLM's processes outlive a killed owner and would hold its GPU memory for ever.
+    """
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        select.select([os.pidfd_open(pid)], [], [])
+    shutil.rmtree(folder, ignore_errors=True)
+    parent = os.getppid()  # vLLM's engine, or none if the worker runs within it
+    if parent not in (1, pid):
+        os.kill(parent, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if OWNER_VARIABLE in os.environ:
+    _pid, _, _folder = os.environ[OWNER_VARIABLE].partition(" ")
+    threading.Thread(target=end_with_owner, args=(int(_pid), _folder), daemon=True).start()
