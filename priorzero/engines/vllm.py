@@ -162,14 +162,17 @@ class VLLMEngine:
                 self._published = await self._publish(self.version)
             started = time.perf_counter()
             await self._launch()
-            await self._check_parity(self._published, before=None, seconds=time.perf_counter() - started)
+            try:
+                await self._check_parity(self._published, before=None, seconds=time.perf_counter() - started)
+            except _Died as error:
+                raise EngineFailed(f"vLLM crashed while it started; its log is {self.log_file}") from error
+            self._alive = True  # not before: nobody may ask until it is known what answers
 
     async def _launch(self) -> None:
         assert self._published is not None
         work = asyncio.ensure_future(asyncio.to_thread(self._start_process, self._first_model()))
         try:
             await asyncio.shield(work)
-            self._alive = True
             if self._uses_lora:
                 await self._load(self._published)
         except asyncio.CancelledError:  # no process may be left behind: wait for it, then end it
@@ -354,7 +357,7 @@ class VLLMEngine:
         )
         # Log-probabilities of tokens whose predecessor was read from the cache were not computed (an earlier question
         # had the same prompt and began with the same command): ask without the cache.
-        if read_cache and output.num_cached_tokens > len(prompt_ids) - 1:
+        if read_cache and (output.num_cached_tokens or 0) > len(prompt_ids) - 1:
             self._statistics.rescored += 1
             return await self._logprobs(prompt_ids, completion, read_cache=False)
         positions, n = output.prompt_logprobs, len(completion)
