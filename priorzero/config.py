@@ -137,7 +137,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "timeout_s": Option(30.0, "seconds a try may take for the whole batch", above(0)),
     },
     "vllm": {
-        "sync_every": Option(1, "LLM updates between two takeovers of the learner's parameters by vLLM", at_least(1)),
+        "sync_every": Option(
+            1, "LLM updates between two takeovers of the learner's parameters by vLLM (1 with sleep)", at_least(1)
+        ),
         "max_staleness": Option(
             1, "LLM updates that a prior may lag behind when it is used; older ones are asked for again", at_least(0)
         ),
@@ -206,7 +208,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "auto",
             "collect (in two groups of games) while both models learn; auto: with vllm only. Overlapped runs do not "
             "repeat themselves exactly",
-            one_of("auto", "on", "off"),
+            one_of("auto", "always", "never"),  # not on and off, which YAML takes for true and false
         ),
         "target_update_theta": Option(0.05, "share of the model that flows into its target an update", between(0, 1)),
     },
@@ -380,8 +382,13 @@ def _cross_checks(s: EasyDict) -> list[str]:
             f"vllm.max_staleness={s.vllm.max_staleness} must be at least {s.vllm.sync_every - 1}: with "
             f"vllm.sync_every={s.vllm.sync_every} priors are that old before parameters are taken over"
         )
-    if s.vllm.sleep and s.train.overlap == "on":
-        errors.append("vllm.sleep=True leaves nobody to ask while the LLM learns; use train.overlap=off")
+    if s.vllm.sleep and s.train.overlap == "always":
+        errors.append("vllm.sleep=True leaves nobody to ask while the LLM learns; use train.overlap=never")
+    if 0 < s.vllm.max_model_len < llm.prompt_max_len + llm.generate_max_len:
+        errors.append(
+            f"vllm.max_model_len={s.vllm.max_model_len} must be at least llm.prompt_max_len + llm.generate_max_len = "
+            f"{llm.prompt_max_len + llm.generate_max_len}, or 0"
+        )
     if s.replay.buffer_size < s.train.batch_size + s.replay.segment_length:
         errors.append(
             f"replay.buffer_size={s.replay.buffer_size} must be at least train.batch_size + replay.segment_length = "

@@ -157,8 +157,7 @@ class Player:
                     "they are; prior/over_length_prompts counts them"
                 )
             requests = [PriorRequest(p.text, s.valid_actions) for p, s in zip(rendered, states, strict=True)]
-            with self.timeline.span("LLM prior"):
-                prompts, priors = list(rendered), list(await self.prior.priors(requests))
+            prompts, priors = list(rendered), list(await self.prior.priors(requests))
         results: Sequence[SearchResult | None] = [None] * len(lanes)
         if use_search:
             roots = [self._root(*parts, explore=explore) for parts in zip(lanes, indices, priors, strict=True)]

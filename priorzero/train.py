@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import importlib.util
 import os
 import random
@@ -59,6 +60,7 @@ def run_training(settings: Any) -> RunSummary:
     Raises:
         UserError: something a person can put right; before anything was written where possible.
     """
+    settings = copy.deepcopy(settings)  # the caller's stay as they are
     game = resolve_game(settings.run.env_id)
     device = choose_device(settings.run.device)
     if settings.prior.enabled:
@@ -114,7 +116,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     started = time.monotonic()
     run = settings.run
     with_vllm = settings.prior.enabled and settings.prior.engine == "vllm"
-    overlap = settings.train.overlap == "on" or (
+    overlap = settings.train.overlap == "always" or (
         settings.train.overlap == "auto" and with_vllm and not settings.vllm.sleep
     )
     if run.num_threads:
@@ -184,8 +186,6 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
                 saved = _save(folder, agent, settings, counters)
 
         progress.end()
-        if run.trace_iterations:
-            timeline.write_trace(folder / "trace.json")
     except (asyncio.CancelledError, GameWorkerError, EngineFailed):
         await _stop_learning(agent, learning)  # it ends its step first
         if counters["train_iter"]:
@@ -197,6 +197,8 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         if agent.engine is not None:
             await agent.engine.close()
         writer.close()
+        if run.trace_iterations:
+            timeline.write_trace(folder / "trace.json")
 
     moved = {name: (before[name], prints) for name, prints in _fingerprints(policy).items()}
     rows = {
@@ -303,6 +305,7 @@ def make_engine(settings: Any, *, llm: LanguageModel, log_file: Path) -> PriorEn
         cfg=settings.vllm,
         max_model_len=settings.vllm.max_model_len or longest,
         log_file=log_file,
+        trust_remote_code=settings.llm.trust_remote_code,
     )
 
 

@@ -121,7 +121,7 @@ def build(*, num_games=3, groups=1, length=7, fail_at=(), **changes):
         policy=PriorZeroPolicy(settings, feature_size=FEATURES, device="cpu", llm=None),
         encoder=RoomEncoder(),
         indexer=ActionVocabulary(512),
-        prior=RobustPrior(LastActionEngine(), attempts=1, backoff_s=0, timeout_s=5),
+        prior=RobustPrior(LastActionEngine(), attempts=1, backoff_s=0, timeout_s=5, timeline=timeline),
         style=prompt_style(settings),
         tokenizer=WhitespaceTokenizer(),
         world_model_thread=OwnerThread("world-model", timeline),

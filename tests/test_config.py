@@ -202,5 +202,15 @@ def test_staleness_and_takeovers_must_fit_together():
     resolve_settings({"vllm": {"sync_every": 3, "max_staleness": 2}})
     with pytest.raises(UserError, match=r"vllm\.max_staleness=1 must be at least 2: with vllm\.sync_every=3"):
         resolve_settings({"vllm": {"sync_every": 3}})
-    with pytest.raises(UserError, match=r"vllm\.sleep=True leaves nobody to ask .*train\.overlap=off"):
-        resolve_settings({"vllm": {"sleep": True}, "train": {"overlap": "on"}})
+    with pytest.raises(UserError, match=r"vllm\.sleep=True leaves nobody to ask .*train\.overlap=never"):
+        resolve_settings({"vllm": {"sleep": True}, "train": {"overlap": "always"}})
+
+
+def test_overlap_can_be_typed():
+    for value in ("auto", "always", "never"):
+        assert resolve_settings(parse_assignments([f"train.overlap={value}"])).train.overlap == value
+
+
+def test_vllm_must_take_the_prompts():
+    with pytest.raises(UserError, match=r"vllm\.max_model_len=500 must be at least .* = 2304, or 0"):
+        resolve_settings({"vllm": {"max_model_len": 500}})

@@ -341,6 +341,8 @@ def test_on_a_shared_gpu_vllm_sleeps_while_the_llm_learns(smollm2, tmp_path):
     calls = []
 
     class Double:
+        errored = False
+
         def __getattr__(self, name):
             async def call(*args, **kwargs):
                 calls.append((name, *args, *kwargs.values()))
@@ -376,3 +378,36 @@ def test_on_a_shared_gpu_vllm_sleeps_while_the_llm_learns(smollm2, tmp_path):
     ]  # fmt: skip
     assert calls[0] == ("sleep", 2) and calls[3][:2] == ("collective_rpc", "reload_weights")
     assert engine.version == 1 and not engine._scratch.exists()
+
+
+def test_rankings_are_the_models_own_text(smollm2):
+    """Some models come with a repetition penalty for chats; vLLM is told to leave it out, and so is transformers."""
+    llm = make_tiny_llm(smollm2.tokenizer)
+    asked = PriorRequest("look look look look look", ("look", "wait"))
+    plain = ask(make_engine(llm, prior={"mode": "rank"}, generate_max_len=12), asked)[0].completion
+    llm.model.generation_config.repetition_penalty = 5.0
+    assert ask(make_engine(llm, prior={"mode": "rank"}, generate_max_len=12), asked)[0].completion == plain
+
+
+def test_after_a_failed_takeover_whoever_asks_is_told():
+    engine, learner = Versioned(exclusive=False), [0]
+    prior = RobustPrior(
+        engine, attempts=1, backoff_s=0, timeout_s=1, max_staleness=0, learner_version=lambda: learner[0]
+    )
+
+    async def fails(version):
+        raise EngineFailed("not taken over")
+
+    async def update():
+        learner[0] += 1
+        return learner[0]
+
+    async def run():
+        engine.sync_weights = fails
+        with pytest.raises(EngineFailed):
+            await prior.learn(update)
+        async with asyncio.timeout(1):
+            await prior.priors(ONE)
+
+    with pytest.raises(EngineFailed, match="not taken over"):
+        asyncio.run(run())

@@ -83,6 +83,7 @@ class AnswerMemory:
         self.asked = 0
         self.known = 0
         self.too_long = 0
+        self._told_of_length = False
 
     def look_up(self, requests: Iterable[PriorRequest]) -> tuple[dict[PriorRequest, ActionPrior], list[PriorRequest]]:
         """The answers that are known, and the questions that are new, each once."""
@@ -105,10 +106,12 @@ class AnswerMemory:
     def uniform(self, request: PriorRequest, reason: Exception, *, version: int) -> ActionPrior:
         """The answer to a prompt that does not fit into the model; counted, and logged the first time."""
         self.too_long += 1
-        if self.too_long == 1:
+        if not self._told_of_length:
+            self._told_of_length = True
             logger.warning(
                 f"a prompt is too long for the model ({reason}); its search goes on with a uniform prior. "
-                "prior/too_long counts them; a smaller llm.observation_chars or --set llm.list_commands=false helps"
+                "prior/too_long counts them; a smaller llm.observation_chars, --set llm.list_commands=false or, with "
+                "vLLM, a larger vllm.max_model_len helps"
             )
         return uniform_prior(len(request.valid_actions), version=version)
 

@@ -140,6 +140,7 @@ class TransformersEngine:
                 attention_mask=torch.tensor(attention_mask, device=llm.device),
                 max_new_tokens=self.maker.generate_max_len,
                 do_sample=False,
+                repetition_penalty=1.0,  # some models come with another; the prior is what the model itself says
                 pad_token_id=pad_id,
                 stopping_criteria=[StopWhenCancelled()],
             )

@@ -64,7 +64,7 @@ class RobustPrior:
         sync_every: LLM updates between two takeovers of the parameters; an exclusive engine has one after every update.
         max_staleness: at least ``sync_every - 1``.
         learner_version: how many updates the learner has made.
-        timeline: takes note of takeovers.
+        timeline: takes note of questions and takeovers, without the time that they wait for one another.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class RobustPrior:
         self.timeline = timeline or Timeline()
         self.statistics = PriorStatistics()
         self._gate = Gate()
+        self._lost: EngineFailed | None = None  # why a takeover failed; whoever asks is told
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         """One prior per request, in order. An engine's errors are retried and then answered for with a uniform prior.
@@ -98,6 +99,8 @@ class RobustPrior:
             EngineFailed: the engine is lost.
         """
         while True:
+            if self._lost is not None:
+                raise self._lost
             async with self._gate.together():
                 priors = await self._ask(requests)
             staleness = [self.learner_version() - prior.version for prior in priors]
@@ -125,7 +128,11 @@ class RobustPrior:
 
     async def _take_over(self, version: int) -> None:
         with self.timeline.span("sync"):
-            await self.engine.sync_weights(version)
+            try:
+                await self.engine.sync_weights(version)
+            except EngineFailed as error:
+                self._lost = error
+                raise
 
     async def _ask(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         stats = self.statistics
@@ -134,7 +141,8 @@ class RobustPrior:
             await self.engine.ready()
             started = time.perf_counter()
             try:
-                priors = await asyncio.wait_for(self.engine.priors(requests), self.timeout_s)
+                with self.timeline.span("LLM prior"):
+                    priors = await asyncio.wait_for(self.engine.priors(requests), self.timeout_s)
                 self._check(requests, priors)
             except EngineFailed:
                 raise

@@ -10,11 +10,12 @@ import gc
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,6 +100,7 @@ class VLLMEngine:
         cfg: the ``vllm`` group of the settings.
         max_model_len: tokens of the longest sequence.
         log_file: where vLLM's own log goes.
+        trust_remote_code: as for the training copy.
         cache_size: answers kept for questions that come again under the same parameters.
     """
 
@@ -110,6 +112,7 @@ class VLLMEngine:
         cfg: Any,
         max_model_len: int,
         log_file: Path,
+        trust_remote_code: bool = False,
         cache_size: int = 4096,
     ) -> None:
         self.version = 0
@@ -118,6 +121,7 @@ class VLLMEngine:
         self.cfg = cfg
         self.max_model_len = max_model_len
         self.log_file = log_file
+        self.trust_remote_code = trust_remote_code
         self.exclusive = cfg.sleep
         self.memory = AnswerMemory(cache_size)
         self.restarts = 0
@@ -128,6 +132,7 @@ class VLLMEngine:
         self._alive = False
         self._crashed = False
         self._asleep = False
+        self._log_start = 0
         self._starting = asyncio.Lock()
         self._ids = itertools.count()
         self._calls = 0
@@ -153,7 +158,8 @@ class VLLMEngine:
                 await self._shut_down()
                 if self.restarts >= self.cfg.restarts:
                     raise EngineFailed(
-                        f"vLLM crashed again after {self.restarts} restart(s); its log is {self.log_file}"
+                        f"vLLM crashed, and has been restarted {self.restarts} times already (vllm.restarts="
+                        f"{self.cfg.restarts}); its log is {self.log_file}"
                     )
                 self._crashed = False
                 self.restarts += 1
@@ -163,9 +169,10 @@ class VLLMEngine:
             started = time.perf_counter()
             await self._launch()
             try:
-                await self._check_parity(self._published, before=None, seconds=time.perf_counter() - started)
-            except _Died as error:
-                raise EngineFailed(f"vLLM crashed while it started; its log is {self.log_file}") from error
+                async with asyncio.timeout(self.cfg.sync_timeout_s):
+                    await self._check_parity(self._published, before=None, seconds=time.perf_counter() - started)
+            except (_Died, TimeoutError) as error:
+                raise EngineFailed(f"vLLM started but does not answer; its log is {self.log_file}") from error
             self._alive = True  # not before: nobody may ask until it is known what answers
 
     async def _launch(self) -> None:
@@ -174,19 +181,25 @@ class VLLMEngine:
         try:
             await asyncio.shield(work)
             if self._uses_lora:
-                await self._load(self._published)
+                async with asyncio.timeout(self.cfg.sync_timeout_s):
+                    await self._while_alive(self._load(self._published))
         except asyncio.CancelledError:  # no process may be left behind: wait for it, then end it
             await asyncio.wait([work])
             work.exception()  # taken note of: the run ends anyway
             await self._shut_down()
             raise
         except Exception as error:
-            said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             memory = "cpu_kv_cache_gib" if self.maker.llm.device.type == "cpu" else "gpu_memory_utilization"
             raise EngineFailed(
-                f"vLLM did not start ({said}); the cause is in {self.log_file}. If memory is short, lower "
+                f"vLLM did not start: {self._cause(error)}. Its log is {self.log_file}; what it takes of the memory is "
                 f"vllm.{memory}={self.cfg[memory]:g}; --engine transformers does without vLLM"
             ) from error
+
+    def _cause(self, error: Exception) -> str:
+        """What went wrong, in a line: the first error in vLLM's log after its start, for it is rarely passed on."""
+        text = self.log_file.read_text(encoding="utf-8", errors="replace") if self.log_file.is_file() else ""
+        said = re.findall(r"^(?:[\w.]*Error|Exception): .+", text[self._log_start :], flags=re.MULTILINE)
+        return " ".join((said[0] if said else f"{type(error).__name__}: {error}").split())[:400]
 
     def _first_model(self) -> str:
         assert self._published is not None
@@ -194,6 +207,7 @@ class VLLMEngine:
         return self.model if folder is None or self._uses_lora else str(folder)
 
     def _start_process(self, model: str) -> None:
+        self._log_start = self.log_file.stat().st_size if self.log_file.is_file() else 0
         with self._environment():
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
@@ -214,6 +228,7 @@ class VLLMEngine:
             "generation_config": "vllm",  # none of the model's own sampling defaults
             "use_tqdm_on_load": False,
             "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+            "trust_remote_code": self.trust_remote_code,
             "seed": 0,
         }
         if self.maker.llm.device.type == "cpu":
@@ -258,6 +273,8 @@ class VLLMEngine:
             # Its workers import WorkerExtension, also when this package is not installed.
             "PYTHONPATH": os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")])),
         }
+        if len(str(self._scratch)) < 60:  # the path of a socket may have 107 characters
+            variables["VLLM_RPC_BASE_PATH"] = str(self._scratch)
         before = {name: os.environ.get(name) for name in variables}
         os.environ.update(variables)
         # Spawned processes would import the user's script again, and with it LightZero and flask, on whose proxies vLLM
@@ -427,31 +444,61 @@ class VLLMEngine:
 
     async def suspend(self) -> None:
         """Free the GPU: adapters keep the base model in the host's memory, full parameters are dropped."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         if self._alive and not self._asleep:
-            await self._engine.sleep(level=1 if self._uses_lora else 2)
-            self._asleep = True
+            try:
+                async with asyncio.timeout(self.cfg.sync_timeout_s):
+                    await self._while_alive(self._engine.sleep(level=1 if self._uses_lora else 2))
+                self._asleep = True
+            except (EngineDeadError, _Died, TimeoutError):  # starts again when parameters are taken over
+                self._alive, self._crashed = False, True
 
     async def sync_weights(self, version: int) -> None:
         """As the protocol says. A crash on the way costs a restart, which begins with the new parameters."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         started = time.perf_counter()
-        before, self._published = self._published, await self._publish(version)
+        try:
+            before, self._published = self._published, await self._publish(version)
+        except OSError as error:
+            raise EngineFailed(
+                f"the LLM's parameters could not be written for vLLM ({error}); TMPDIR names another place"
+            ) from error
         self.memory.clear()
         if self._alive:
             try:
                 async with asyncio.timeout(self.cfg.sync_timeout_s):
-                    await self._load(self._published)
+                    await self._while_alive(self._load(self._published))
                     await self._check_parity(self._published, before=before, seconds=time.perf_counter() - started)
             except (EngineDeadError, _Died):
                 self._alive, self._crashed = False, True
             except TimeoutError:
                 logger.warning(f"vLLM took longer than vllm.sync_timeout_s={self.cfg.sync_timeout_s:g}; it is ended")
                 self._alive, self._crashed = False, True
+            except EngineFailed:
+                raise
+            except Exception as error:  # vLLM passes on whatever went wrong in its worker
+                said = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                raise EngineFailed(
+                    f"vLLM could not take over version {version} of the LLM ({said}); its log is {self.log_file}"
+                ) from error
         self._asleep = False
         await self.ready()
         if before is not None and before.folder not in (None, self._published.folder):
             shutil.rmtree(before.folder)
+
+    async def _while_alive(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something that vLLM would not answer for if it died: it fails requests then, but not its other calls."""
+        task = asyncio.ensure_future(work)
+        try:
+            while not task.done():
+                await asyncio.wait([task], timeout=0.5)
+                if not task.done() and self._engine.errored:
+                    raise _Died("vLLM has died")
+            await task
+        finally:
+            task.cancel()
 
     async def _load(self, published: _Published) -> None:
         engine = self._engine
@@ -478,7 +525,13 @@ class VLLMEngine:
         return LoRARequest(f"version-{version}", version + 1, str(self._published.folder))
 
     async def _publish(self, version: int) -> _Published:
-        return await asyncio.to_thread(self._write_parameters, version)
+        work = asyncio.ensure_future(asyncio.to_thread(self._write_parameters, version))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:  # the folder must not be removed while it is written to
+            await asyncio.wait([work])
+            work.exception()  # taken note of: the run ends anyway
+            raise
 
     @torch.inference_mode()
     def _write_parameters(self, version: int) -> _Published:
@@ -514,7 +567,8 @@ class VLLMEngine:
         Raises:
             EngineFailed: they differ by more than rounding, or vLLM is nearer to the parameters it had before.
         """
-        served = await self._row_logprobs(self._parity_row())
+        with self._busy():
+            served = await self._row_logprobs(self._parity_row())
         parity = _distance(served, published.reference)
         self._parity = {"prior/parity": parity, "prior/sync_s": seconds}
         told = (
@@ -522,7 +576,6 @@ class VLLMEngine:
             f"(at most {self._tolerance:g} allowed)"
         )
         if before is None:
-            self._noise = parity
             logger.info(told)
         else:
             moved = _distance(before.reference, published.reference)
@@ -544,6 +597,7 @@ class VLLMEngine:
             )
         self.version = published.version
         self._served = served
+        self._noise = max(self._noise, parity)
 
 
 def _distance(one: Sequence[np.ndarray], other: Sequence[np.ndarray]) -> float:

@@ -33,20 +33,37 @@ class WorkerExtension:
         return packed
 
 
-def end_with_owner(pid: int, folder: str) -> None:
-    """Wait for a process to end, however it does, and then end vLLM and remove the folder.
+def end_with_owner(owner: int | None, engine: int | None, folder: str) -> None:
+    """Wait for the owner to end, however it does, and then end vLLM and remove the folder.
 
     vLLM's processes outlive a killed owner and would hold its GPU memory for ever.
+
+    Args:
+        owner: file descriptor of the process that started vLLM; None if it has ended already.
+        engine: likewise of the process of vLLM's engine, taken while the owner lived (a process whose parent has ended
+            gets another one, which is none of our business); None if this is it.
+        folder: the owner's temporary folder.
     """
-    with contextlib.suppress(ProcessLookupError):  # it has ended already
-        select.select([os.pidfd_open(pid)], [], [])
+    if owner is not None:
+        select.select([owner], [], [])
     shutil.rmtree(folder, ignore_errors=True)
-    parent = os.getppid()  # vLLM's engine, or none if the worker runs within it
-    if parent not in (1, pid):
-        os.kill(parent, signal.SIGKILL)
+    if engine is not None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(engine, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+def watch_owner(pid: int, folder: str) -> None:
+    """Start :func:`end_with_owner` in a thread."""
+    try:
+        owner = os.pidfd_open(pid)
+    except ProcessLookupError:
+        owner = None
+    parent = os.getppid()  # vLLM's engine or, if the worker runs within it, the owner
+    engine = os.pidfd_open(parent) if owner is not None and parent != pid else None
+    threading.Thread(target=end_with_owner, args=(owner, engine, folder), daemon=True).start()
 
 
 if OWNER_VARIABLE in os.environ:
     _pid, _, _folder = os.environ[OWNER_VARIABLE].partition(" ")
-    threading.Thread(target=end_with_owner, args=(int(_pid), _folder), daemon=True).start()
+    watch_owner(int(_pid), _folder)
