@@ -132,6 +132,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "floor": Option(
             0.02, "share of uniform probability mixed in, so that the search can still explore", between(0, 1)
         ),
+        "prompt_cache_tokens": Option(
+            8192,
+            "score, in process on a CPU: tokens of earlier prompts whose keys and values are kept (46 kB each for "
+            "SmolLM2-135M)",
+            at_least(0),
+        ),
         "attempts": Option(3, "tries before a uniform prior stands in", at_least(1)),
         "backoff_s": Option(0.5, "seconds before the second try, doubled for each further one", at_least(0)),
         "timeout_s": Option(30.0, "seconds a try may take for the whole batch", above(0)),
@@ -165,7 +171,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "auto", "type to compute in; auto: float32 on CPU, bfloat16 on GPU", one_of("auto", "float32", "bfloat16")
         ),
         "trust_remote_code": Option(False, "run code that comes with a hub model"),
-        "history_length": Option(5, "past decisions in the prompt", at_least(0)),
+        "history_length": Option(
+            5, "past decisions in the prompt, at most; when there are more, the older half goes", at_least(0)
+        ),
         "history_chars": Option(
             300, "characters of each past observation in the prompt; 0: the commands alone", at_least(0)
         ),

@@ -163,11 +163,20 @@ class LanguageModel:
         if self.max_length is not None and length > self.max_length:
             raise PromptTooLong(f"{length} tokens do not fit into a model of {self.max_length} positions")
 
-    def token_logprobs(self, rows: Sequence[PromptRow]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token log-probabilities ``[R, T]`` of all completions of ``rows``, and their ``completion_mask``."""
-        batch = pack(rows, dtype=self.compute_dtype, device=self.device)
+    def token_logprobs(self, rows: Sequence[PromptRow], *, past: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities of the tokens of all completions.
+
+        Args:
+            rows: prompts and their completions.
+            past: transformers' ``Cache`` with the beginning of the prompt, for a single row; it is filled further.
+
+        Returns:
+            Token log-probabilities ``[R, T]`` and their ``completion_mask``.
+        """
+        num_cached = past.get_seq_length() if past is not None else 0
+        batch = pack(rows, dtype=self.compute_dtype, device=self.device, num_cached=num_cached)
         with self.autocast():
-            return completion_logprobs(self.model, batch), batch.completion_mask
+            return completion_logprobs(self.model, batch, past=past), batch.completion_mask
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """All parameters, or the adapters' if there are any."""

@@ -43,7 +43,7 @@ class PromptStyle:
     Attributes:
         mode: ``"score"`` asks for one command, ``"rank"`` for a list.
         use_cot: ask for a thought before the list.
-        history_length: past decisions shown, the latest ones.
+        history_length: past decisions shown, at most; when there are more, the older half goes.
         max_tokens: length limit; the oldest history is dropped first.
         history_chars: characters of each past observation that are shown; 0 shows past commands only.
         observation_chars: characters of the current observation that are shown; 0 shows all.
@@ -62,17 +62,20 @@ class PromptStyle:
 def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> Prompt:
     """Render the question about one state. The same arguments give the same text.
 
-    The parts that stay the same from one step to the next come first (task, then history from old to new), so that an
-    engine can reuse what it computed for them.
+    A prompt goes on where the one before it ended, so that an engine can reuse what it computed for that: first comes
+    what never changes, then a transcript that only grows, with the current observation written as it will stand in the
+    history later; what belongs to this state alone comes last. The transcript is cut in large steps, because each cut
+    makes the next prompt new from there on.
 
     Args:
         state: the state to decide in; its ``valid_actions`` must not be empty.
-        history: earlier decisions of the episode, oldest first; the last ``history_length`` are shown.
+        history: earlier decisions of the episode, oldest first; at most the last ``history_length`` are shown.
         style: what goes in.
         tokenizer: gives the chat template and counts tokens.
     """
-    shown = list(history[-style.history_length :]) if style.history_length else []
-    for dropped in range(len(shown) + 1):
+    shown = list(history[first_shown(len(history), style.history_length) :])
+    chunk = _chunk(style.history_length)
+    for dropped in [*range(0, len(shown), chunk), len(shown)]:
         messages = build_messages(state, shown[dropped:], style=style)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -81,16 +84,24 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
     return Prompt(text, dropped_history=len(shown), over_length=True)
 
 
+def first_shown(num_past: int, history_length: int) -> int:
+    """Of ``num_past`` decisions the first to show; it moves on by half of ``history_length``, rounded up, at a time."""
+    too_many = max(0, num_past - history_length)
+    chunk = _chunk(history_length)
+    return min(num_past, -(-too_many // chunk) * chunk)
+
+
+def _chunk(history_length: int) -> int:
+    return max(1, (history_length + 1) // 2)
+
+
 def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle) -> list[dict[str, str]]:
     """The prompt as chat messages, before the model's own template."""
-    parts = []
-    if state.goal:
-        parts.append(f"Goal: {_one_line(state.goal)}")
-    if history:
-        shown = "\n".join(_past(step, goal=state.goal, chars=style.history_chars) for step in history)
-        parts.append(f"What happened so far:\n{shown}")
-    now = _clip(_without_goal(state.raw_obs_text, state.goal), style.observation_chars)
-    parts.append(f"Now (score {state.score:g} of {state.max_score:g}, move {state.moves}):\n{now}")
+    lines = [_past(step, goal=state.goal, chars=style.history_chars) for step in history]
+    now = _clip(_one_line(_without_goal(state.raw_obs_text, state.goal)), style.observation_chars)
+    parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
+    parts.append("\n".join(["The game so far:", *lines, now]))
+    parts.append(f"Score: {state.score:g} of {state.max_score:g}.")
     if style.list_commands or style.mode == "rank":
         parts.append("Possible commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
     if style.mode == "score":

@@ -288,7 +288,9 @@ def make_engine(settings: Any, *, llm: LanguageModel, log_file: Path) -> PriorEn
         generate_max_len=settings.llm.generate_max_len,
     )
     if settings.prior.engine == "transformers":
-        return TransformersEngine(maker, rows_per_forward=1 if llm.device.type == "cpu" else 16)
+        if llm.device.type == "cpu":  # a row alone keeps a CPU busy, and can go on where an earlier prompt ended
+            return TransformersEngine(maker, rows_per_forward=1, prompt_cache_tokens=settings.prior.prompt_cache_tokens)
+        return TransformersEngine(maker, rows_per_forward=16)
     longest = max(4096, 2 * (settings.llm.prompt_max_len + settings.llm.generate_max_len))
     if llm.max_length is not None:
         longest = min(longest, llm.max_length)

@@ -132,6 +132,7 @@ def main() -> int:
 
         def ask(which):
             which.memory.clear()
+            local.prompts.clear()
             return runner.run(which.priors(requests))
 
         def vllm_cold():

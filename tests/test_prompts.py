@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from priorzero.prompts import PromptStyle, answer_text, build_messages, learning_context, render_prompt
+from priorzero.prompts import PromptStyle, answer_text, build_messages, first_shown, learning_context, render_prompt
 from priorzero.types import GameState, HistoryStep
 
 STATE = GameState(
@@ -33,9 +35,9 @@ def test_everything_is_there_in_an_order_that_grows_at_its_end():
         "Room number 3\n> command 3 (reward +3)",
         "Room number 4\n> command 4 (reward +4)",
         "Room number 5\n> command 5 (reward +5)",
-        "score 10 of 350, move 4",
-        "A window is slightly ajar.",
+        "Behind House A window is slightly ajar.",
         "You are carrying a leaflet.",
+        "Score: 10 of 350.",
         "- open window\n- go north",
     ]
     places = [text.index(part) for part in wanted]
@@ -64,24 +66,45 @@ def test_history_is_limited_to_its_length(smollm2):
         style = dataclasses.replace(STYLE, history_length=n)
         return render_prompt(STATE, HISTORY, style=style, tokenizer=smollm2.tokenizer).text
 
-    assert "command 3" in text(3) and "command 2" not in text(3)
+    assert "command 4" in text(3) and "command 1" not in text(3)
     assert "> command" not in text(0)
     assert "command 0" in text(20)
 
 
+@given(num_past=st.integers(0, 60), history_length=st.integers(0, 12))
+def test_the_history_is_cut_in_large_steps(num_past, history_length):
+    first = first_shown(num_past, history_length)
+    assert 0 <= num_past - first <= history_length
+    if num_past > history_length:
+        assert num_past - first >= history_length // 2  # never forgets more than half, rounded up
+    later = [first_shown(num_past + n, history_length) for n in range(max(1, (history_length + 1) // 2))]
+    assert len(set(later)) <= 2  # within half a history it moves on once at most
+
+
+def test_a_prompt_goes_on_where_the_one_before_ended():
+    """Up to the observation of that moment and its command, nothing changes."""
+    states = [dataclasses.replace(STATE, feedback=f"Room number {t}. " + "word " * 20, score=t) for t in range(5)]
+    history = [HistoryStep(s.raw_obs_text, "go north", 1.0) for s in states]
+    for t in range(4):
+        before, after = (user(states[n], history[:n]) for n in (t, t + 1))
+        end = before.index(f"\nRoom number {t}") + len(f"\nRoom number {t}. ")
+        end = before.index("leaflet.\n", end) + len("leaflet.\n")
+        assert before[:end] == after[:end]
+
+
 def test_too_long_prompts_lose_the_oldest_history_first(smollm2):
     def rendered(limit):
-        style = dataclasses.replace(STYLE, max_tokens=limit)
+        style = dataclasses.replace(STYLE, max_tokens=limit, history_length=6)
         return render_prompt(STATE, HISTORY, style=style, tokenizer=smollm2.tokenizer)
 
     whole = rendered(2000)
     assert whole.dropped_history == 0
     length = len(smollm2.tokenizer(whole.text)["input_ids"])
     shorter = rendered(length - 1)
-    assert shorter.dropped_history == 1 and "command 3" not in shorter.text and "command 4" in shorter.text
+    assert shorter.dropped_history == 3 and "command 2" not in shorter.text and "command 3" in shorter.text
     assert len(smollm2.tokenizer(shorter.text)["input_ids"]) <= length - 1
     nothing = rendered(64)
-    assert nothing.dropped_history == 3 and nothing.over_length
+    assert nothing.dropped_history == 6 and nothing.over_length
     for kept in ("window is slightly ajar", "- go north", "What is the next command?"):
         assert kept in nothing.text
 

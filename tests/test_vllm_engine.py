@@ -82,7 +82,8 @@ def requests(llm):
     state = game.reset()
     while len(asked) < 20:
         prompt = render_prompt(state, history, style=prompt_style(settings), tokenizer=llm.tokenizer)
-        asked.append(PriorRequest(prompt.text, state.valid_actions))
+        if all(prompt.text != other.prompt for other in asked):
+            asked.append(PriorRequest(prompt.text, state.valid_actions))
         action = state.valid_actions[rng.integers(len(state.valid_actions))]
         following, reward = game.step(action)
         history.append(HistoryStep(state.raw_obs_text, action, reward))
@@ -90,7 +91,6 @@ def requests(llm):
             following, history = game.reset(), []
         state = following
     game.close()
-    assert len({r.prompt for r in asked}) == 20
     return asked
 
 

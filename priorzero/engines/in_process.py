@@ -12,6 +12,7 @@ import torch
 
 from priorzero.completions import PromptRow
 from priorzero.engines.answers import AnswerMemory, PriorMaker
+from priorzero.engines.prompt_cache import PromptCache
 from priorzero.types import ActionPrior, PriorRequest, PromptTooLong
 
 
@@ -22,23 +23,34 @@ class _Cancelled(Exception):
 class TransformersEngine:
     """Implements :class:`~priorzero.types.PriorEngine` with a transformers model in this process.
 
-    The model is shared with the learner: ``sync_weights`` has nothing to copy, and answers that were kept from earlier
-    parameters are thrown away. ``priors`` runs in a thread, one call at a time; a cancelled call stops at its next
+    The model is shared with the learner: ``sync_weights`` has nothing to copy, and what was kept from earlier
+    parameters is thrown away. ``priors`` runs in a thread, one call at a time; a cancelled call stops at its next
     forward pass and does not return before its thread has let go of the model.
 
     Args:
         maker: puts the questions.
         rows_per_forward: questions computed at once.
         cache_size: answers kept for questions that come again under the same parameters.
+        prompt_cache_tokens: tokens of earlier prompts whose keys and values are kept, so that ``score`` computes only
+            what is new in a prompt. Takes one row per forward pass; 0 keeps none.
+
+    Raises:
+        ValueError: prompts are to be kept and several rows computed at once.
     """
 
     exclusive = True
 
-    def __init__(self, maker: PriorMaker, *, rows_per_forward: int = 4, cache_size: int = 4096) -> None:
+    def __init__(
+        self, maker: PriorMaker, *, rows_per_forward: int = 4, cache_size: int = 4096, prompt_cache_tokens: int = 0
+    ) -> None:
+        if prompt_cache_tokens and rows_per_forward != 1:
+            raise ValueError(f"prompt_cache_tokens={prompt_cache_tokens} takes rows_per_forward=1")
         self.version = 0
         self.maker = maker
         self.rows_per_forward = rows_per_forward
         self.memory = AnswerMemory(cache_size)
+        self.keeps_prompts = prompt_cache_tokens > 0
+        self.prompts = PromptCache(prompt_cache_tokens)
         self._one_at_a_time = asyncio.Lock()
         self._tokens = 0
         self._seconds = 0.0
@@ -49,14 +61,20 @@ class TransformersEngine:
 
     async def sync_weights(self, version: int) -> None:
         self.memory.clear()
+        self.prompts.clear()
         self.version = version
 
     async def close(self) -> None:
         self.memory.clear()
+        self.prompts.clear()
 
     def take_statistics(self) -> dict[str, float]:
         """As the protocol says; ``prior/tokens_per_s`` counts the tokens that went through the model."""
-        taken = {**self.memory.take_statistics(), "prior/tokens_per_s": self._tokens / (self._seconds or 1.0)}
+        taken = {
+            **self.memory.take_statistics(),
+            "prior/tokens_per_s": self._tokens / (self._seconds or 1.0),
+            "prior/prefix_cache_hit_rate": self.prompts.take_hit_rate(),
+        }
         self._tokens, self._seconds = 0, 0.0
         return taken
 
@@ -106,8 +124,12 @@ class TransformersEngine:
     def _score(
         self, requests: Sequence[PriorRequest], rows: Sequence[PromptRow], stop: threading.Event
     ) -> list[ActionPrior]:
-        token_logprobs, completion_mask = self.maker.llm.token_logprobs(rows)  # (R, T)
-        self._tokens += sum(len(row.prompt_ids) for row in rows) + int(completion_mask.sum())
+        past = self.prompts.begin(rows[0].prompt_ids) if self.keeps_prompts else None
+        known = past.get_seq_length() if past is not None else 0
+        token_logprobs, completion_mask = self.maker.llm.token_logprobs(rows, past=past)  # (R, T)
+        if past is not None:
+            self.prompts.keep(rows[0].prompt_ids, past)
+        self._tokens += sum(len(row.prompt_ids) for row in rows) - known + int(completion_mask.sum())
         all_logprobs = token_logprobs.cpu().numpy()
         lengths = completion_mask.sum(dim=1).tolist()
         priors, start = [], 0

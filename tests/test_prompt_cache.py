@@ -1,0 +1,146 @@
+"""Prompts that go on where earlier ones ended: the same log-probabilities, less to compute, never another version's."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import make_settings, make_tiny_llm
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from priorzero.completions import PromptRow, pack
+from priorzero.engines import PriorMaker, TransformersEngine
+from priorzero.engines.prompt_cache import PromptCache
+from priorzero.policy import prompt_style
+from priorzero.prompts import render_prompt
+from priorzero.types import GameState, HistoryStep, PriorRequest
+
+ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # three tokens only, so that beginnings meet
+
+
+@pytest.fixture(scope="module")
+def llm(smollm2):
+    return make_tiny_llm(smollm2.tokenizer)
+
+
+def score(llm, row, cache):
+    past = cache.begin(row.prompt_ids)
+    with torch.inference_mode():
+        logprobs, _ = llm.token_logprobs([row], past=past)
+    cache.keep(row.prompt_ids, past)
+    return logprobs
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompts=st.lists(ids, min_size=1, max_size=6),
+    completions=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=4),
+    max_tokens=st.integers(0, 30),
+)
+def test_any_prompts_in_any_order_score_as_without_a_cache(llm, prompts, completions, max_tokens):
+    cache = PromptCache(max_tokens)
+    for prompt in prompts:
+        row = PromptRow(prompt, completions)
+        with torch.inference_mode():
+            want, _ = llm.token_logprobs([row])
+        torch.testing.assert_close(score(llm, row, cache), want, atol=1e-4, rtol=0)
+        assert cache.num_tokens == sum(map(len, cache._prompts)) <= max_tokens
+
+
+def test_only_what_is_new_is_computed(llm):
+    cache = PromptCache(100)
+    fed = []
+    hook = llm.model.register_forward_pre_hook(
+        lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    for prompt in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 9], [8, 8]):
+        score(llm, PromptRow(prompt, [[5, 6], [5, 7]]), cache)
+    hook.remove()
+    # Every time one column for the "5" that both completions begin with; of a known prompt its last token only.
+    assert fed == [6 + 1, 1 + 1, 2 + 1, 1 + 1, 2 + 1]
+    assert cache.take_hit_rate() == pytest.approx((0 + 5 + 6 + 2 + 0) / (6 + 6 + 8 + 3 + 2))
+    assert cache.take_hit_rate() == 0
+
+
+def test_the_prompt_used_longest_ago_goes_first(llm):
+    cache = PromptCache(9)
+    for prompt in ([1, 1, 1], [2, 2, 2], [3, 3, 3], [1, 1, 1], [4, 4, 4]):
+        score(llm, PromptRow(prompt, [[5]]), cache)
+    assert [cache.begin(p).get_seq_length() for p in ([1] * 4, [2] * 4, [3] * 4, [4] * 4)] == [3, 0, 3, 3]
+    score(llm, PromptRow([7] * 10, [[5]]), cache)  # longer than everything that may be kept: drives nothing out
+    assert cache.num_tokens == 9
+
+
+def test_what_is_kept_does_not_hold_on_to_what_came_behind_the_prompt(llm):
+    cache = PromptCache(100)
+    score(llm, PromptRow([1, 2, 3], [[5] * 50]), cache)
+    [layers] = cache._prompts.values()
+    assert {t.untyped_storage().nbytes() for layer in layers for t in layer} == {3 * 2 * 8 * 4}  # tokens, heads, size
+
+
+def test_a_single_row_with_something_left_to_compute():
+    row = PromptRow([1, 2, 3], [[4]])
+    with pytest.raises(ValueError, match="num_cached=3"):
+        pack([row], dtype=torch.float32, device="cpu", num_cached=3)
+    with pytest.raises(ValueError, match="num_cached=1"):
+        pack([row, row], dtype=torch.float32, device="cpu", num_cached=1)
+
+
+def make_engine(llm, *, tokens):
+    maker = PriorMaker(llm, prompt_style(make_settings()))
+    return TransformersEngine(maker, rows_per_forward=1, prompt_cache_tokens=tokens)
+
+
+def episode(llm, *, steps):
+    """Questions along an episode, as the quick test asks them."""
+    style = dataclasses.replace(prompt_style(make_settings()), history_length=6, history_chars=200)
+    history, asked = [], []
+    for t in range(steps):
+        state = GameState(f"Room {t * 7 % 5}. There is a lamp here.", ("go north", "take lamp"), float(t), 10.0, t)
+        prompt = render_prompt(state, history, style=style, tokenizer=llm.tokenizer)
+        asked.append(PriorRequest(prompt.text, state.valid_actions))
+        history.append(HistoryStep(state.raw_obs_text, state.valid_actions[t % 2], float(t % 3 == 0)))
+    return asked
+
+
+def test_along_an_episode_most_of_each_prompt_is_known(smollm2):
+    with_cache, without = make_engine(smollm2, tokens=4096), make_engine(smollm2, tokens=0)
+    for question in episode(smollm2, steps=6):
+        got, want = (asyncio.run(engine.priors([question]))[0] for engine in (with_cache, without))
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    assert with_cache.take_statistics()["prior/prefix_cache_hit_rate"] > 0.5  # short prompts, the first is new
+    assert without.take_statistics()["prior/prefix_cache_hit_rate"] == 0
+
+
+def test_no_answer_comes_from_another_version_of_the_parameters(smollm2):
+    llm = make_tiny_llm(smollm2.tokenizer)
+    engine = make_engine(llm, tokens=4096)
+    first, second = episode(llm, steps=2)
+    asyncio.run(engine.priors([first]))
+    with torch.no_grad():
+        for p in llm.model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    asyncio.run(engine.sync_weights(1))
+    assert engine.prompts.num_tokens == 0
+    got = asyncio.run(engine.priors([second]))[0]
+    want = asyncio.run(make_engine(llm, tokens=0).priors([second]))[0]
+    assert got.version == 1 and got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    # The check can fail: keys and values of the earlier parameters would have given something else.
+    engine.prompts.clear()
+    asyncio.run(engine.priors([first]))
+    with torch.no_grad():
+        for p in llm.model.parameters():
+            p += 0.3 * torch.randn_like(p)
+    engine.memory.clear()
+    stale = asyncio.run(engine.priors([second]))[0]
+    fresh = asyncio.run(make_engine(llm, tokens=0).priors([second]))[0]
+    assert np.abs(stale.logprobs - fresh.logprobs).max() > 1e-3
+
+
+def test_prompts_are_kept_for_single_rows_only(llm):
+    with pytest.raises(ValueError, match="rows_per_forward=1"):
+        TransformersEngine(PriorMaker(llm, prompt_style(make_settings())), rows_per_forward=4, prompt_cache_tokens=10)
