@@ -172,10 +172,10 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "trust_remote_code": Option(False, "run code that comes with a hub model"),
         "history_length": Option(
-            5, "past decisions in the prompt, at most; when there are more, the older half goes", at_least(0)
+            10, "past decisions in the prompt, at most; when there are more, the older half goes", at_least(0)
         ),
         "history_chars": Option(
-            300, "characters of each past observation in the prompt; 0: the commands alone", at_least(0)
+            300, "characters of each past answer of the game in the prompt; 0: the commands alone", at_least(0)
         ),
         "observation_chars": Option(0, "characters of the current observation in the prompt; 0: all", at_least(0)),
         "list_commands": Option(True, "list the valid commands in the prompt (rank always does)"),

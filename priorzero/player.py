@@ -45,7 +45,7 @@ class Lane:
         self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
     ) -> None:
         """Take note of what an action led to."""
-        self.history.append(HistoryStep(self.state.raw_obs_text, action_text, reward))
+        self.history.append(HistoryStep(self.state.feedback, action_text, reward))
         self.actions.append(action_index)
         self.features.append(features)
         self.total_reward += reward

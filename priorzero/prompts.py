@@ -45,7 +45,7 @@ class PromptStyle:
         use_cot: ask for a thought before the list.
         history_length: past decisions shown, at most; when there are more, the older half goes.
         max_tokens: length limit; the oldest history is dropped first.
-        history_chars: characters of each past observation that are shown; 0 shows past commands only.
+        history_chars: characters of each past answer of the game that are shown; 0 shows past commands only.
         observation_chars: characters of the current observation that are shown; 0 shows all.
         list_commands: list the valid commands (``rank`` always does).
     """
@@ -117,7 +117,7 @@ def _past(step: HistoryStep, *, goal: str, chars: int) -> str:
     command = f"> {step.action}{earned}"
     if chars == 0:
         return command
-    return f"{_clip(_one_line(_without_goal(step.observation, goal)), chars)}\n{command}"
+    return f"{_clip(_one_line(_without_goal(step.feedback, goal)), chars)}\n{command}"
 
 
 def _without_goal(text: str, goal: str) -> str:

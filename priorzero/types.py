@@ -88,9 +88,9 @@ class TextGame(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HistoryStep:
-    """One past decision as the prompt shows it: what was seen, what was done, what it earned."""
+    """One past decision as the prompt shows it: what the game had said, what was done, what it earned."""
 
-    observation: str
+    feedback: str
     action: str
     reward: float
 

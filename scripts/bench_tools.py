@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 RESULTS = Path(__file__).parent.parent / "bench_results"
 
 
@@ -47,6 +49,22 @@ def seconds(function: Callable[[], Any], *, repeats: int = 3) -> tuple[float, An
         result = function()
         times.append(time.perf_counter() - started)
     return min(times), result
+
+
+def matmul_rate(size: int = 1536) -> float:
+    """Floating point operations a second of one large float32 matrix product on all of torch's threads."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    spent, _ = seconds(lambda: a @ b, repeats=5)
+    return 2 * size**3 / spent
+
+
+def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
+    """Name and figures of each row; all rows have the same figures."""
+    width = max(len(title), *(len(name) for name in rows))
+    print(f"\n{title:{width}}  " + "  ".join(f"{key:>14}" for key in next(iter(rows.values()))))
+    for name, figures in rows.items():
+        print(f"{name:{width}}  " + "  ".join(f"{value:14.4g}" for value in figures.values()))
+    print()
 
 
 def report(name: str, rows: list[Row], **details: Any) -> int:

@@ -68,8 +68,10 @@ def test_only_what_is_new_is_computed(llm):
 
 def test_the_prompt_used_longest_ago_goes_first(llm):
     cache = PromptCache(9)
-    for prompt in ([1, 1, 1], [2, 2, 2], [3, 3, 3], [1, 1, 1], [4, 4, 4]):
+    for prompt in ([1, 1, 1], [2, 2, 2], [3, 3, 3]):
         score(llm, PromptRow(prompt, [[5]]), cache)
+    cache.begin([1, 1, 1, 6])
+    score(llm, PromptRow([4, 4, 4], [[5]]), cache)
     assert [cache.begin(p).get_seq_length() for p in ([1] * 4, [2] * 4, [3] * 4, [4] * 4)] == [3, 0, 3, 3]
     score(llm, PromptRow([7] * 10, [[5]]), cache)  # longer than everything that may be kept: drives nothing out
     assert cache.num_tokens == 9
@@ -103,7 +105,7 @@ def episode(llm, *, steps):
         state = GameState(f"Room {t * 7 % 5}. There is a lamp here.", ("go north", "take lamp"), float(t), 10.0, t)
         prompt = render_prompt(state, history, style=style, tokenizer=llm.tokenizer)
         asked.append(PriorRequest(prompt.text, state.valid_actions))
-        history.append(HistoryStep(state.raw_obs_text, state.valid_actions[t % 2], float(t % 3 == 0)))
+        history.append(HistoryStep(state.feedback, state.valid_actions[t % 2], float(t % 3 == 0)))
     return asked
 
 

@@ -86,7 +86,7 @@ def requests(llm):
             asked.append(PriorRequest(prompt.text, state.valid_actions))
         action = state.valid_actions[rng.integers(len(state.valid_actions))]
         following, reward = game.step(action)
-        history.append(HistoryStep(state.raw_obs_text, action, reward))
+        history.append(HistoryStep(state.feedback, action, reward))
         if following.done:
             following, history = game.reset(), []
         state = following
