@@ -5,8 +5,8 @@
 Language model: one learning step (forward, backward, AdamW) of SmolLM2-135M in float32 on the visits of two states,
 with a prompt of 300 tokens and the top 8 of its actions each (`llm.sft_top_actions`), or 16. Ours packs a state's
 actions behind one copy of its prompt; the plain way repeats the prompt for every action, in as many rows at a time as
-ours has states (`llm.micro_batch_size`, 2 as in the quick test), so that both hold about as many tokens. Equal means the
-losses within 1e-5 relative, and the difference of the gradients of all parameters within 1e-5 of the gradient's norm.
+ours has states (`llm.micro_batch_size`, 2 as in the quick test), so that both hold about as many tokens. Equal means
+the losses within 1e-5 relative, and the gradients of all parameters within 1e-5 of the whole gradient's norm.
 
 World model: one learning step of UniZero, 32 sequences of 10 steps, embed 256, 2 layers, 256 actions, without dropout.
 Ours reads stored features of the frozen encoder (all-MiniLM-L6-v2, 22M), as the default settings make them: feedback,
