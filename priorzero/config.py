@@ -109,7 +109,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "temperature": Option(1.0, "temperature of the visit counts when an action is drawn", above(0)),
         "tree": Option(
             "python",
-            "LightZero's tree: python is reproducible, cpp is faster and breaks ties by the clock",
+            "python: reproducible; cpp: LightZero's, a little faster, breaks ties by the clock",
             one_of("python", "cpp"),
         ),
     },

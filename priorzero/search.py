@@ -1,6 +1,6 @@
 """MCTS over UniZero's world model, starting from root logits that the language model had a say in.
 
-The model, its losses and the tree are LightZero's. Three things about its inference are done differently here:
+The model and its losses are LightZero's, and so are the tree's rules. Three things are done differently here:
 
 * LightZero keeps key-value caches that are looked up by a hash of the latent state and the place in the batch; they
   outlive learning steps and episodes, and padding to a longer neighbour changes attention and positions. Here every
@@ -9,7 +9,7 @@ The model, its losses and the tree are LightZero's. Three things about its infer
   neighbours and nothing has to be reset.
 * Below the root LightZero expands all A actions; here only those that have been given out by the vocabulary.
 * LightZero's C++ tree breaks ties with a clock. Its Python tree draws them from ``random``, which is seeded here root
-  by root, so that the same parameters give the same search.
+  by root, so that the same parameters give the same search; :mod:`priorzero.tree` computes the same much faster.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from priorzero import tree as python_tree
 from priorzero.lightzero import quiet
 from priorzero.priors import mix_root_logits
 from priorzero.types import UserError
 
 with quiet():
     from lzero.mcts.ctree.ctree_muzero import mz_tree
-    from lzero.mcts.ptree import MinMaxStatsList, ptree_mz
+    from lzero.mcts.ptree import MinMaxStatsList
 
 
 @dataclass(frozen=True)
@@ -156,7 +157,7 @@ def search(inference: WorldModelInference, roots: Sequence[Root], *, cfg: Any, n
         cfg: settings with the fields of the ``search`` group and ``combine``, ``alpha`` and ``floor`` of ``prior``.
         num_actions: indices below this may be taken below the root.
     """
-    tree: Any = ptree_mz if cfg.tree == "python" else mz_tree
+    tree: Any = python_tree if cfg.tree == "python" else mz_tree
     new_results = tree.SearchResults if cfg.tree == "python" else tree.ResultsWrapper
     new_statistics = MinMaxStatsList if cfg.tree == "python" else tree.MinMaxStatsList
     contexts = [[tokens] for tokens in inference.root_contexts(roots)]  # per root, by node number

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import pickle
+import tracemalloc
 from types import SimpleNamespace
 
 import numpy as np
@@ -11,10 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from priorzero.buffer import PriorZeroGameBuffer
+from priorzero.config import default_settings
 from priorzero.demo import COMMANDS, FEATURE_SIZE, demo_config, demo_episode, demo_record, demo_segments
-from priorzero.lightzero import quiet
+from priorzero.lightzero import quiet, unizero_config
 from priorzero.segment import PriorZeroGameSegment, SegmentWriter
-from priorzero.types import UserError
+from priorzero.types import ActionPrior, GameState, StepRecord, UserError
 
 with quiet():
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
@@ -270,3 +274,55 @@ def test_segment_needs_no_more_than_its_records():
     segment = PriorZeroGameSegment([demo_record(0, done=True)], [], final_features=np.ones(6), config=demo_config())
     assert len(segment) == 1 and len(segment.obs_segment) == 2
     assert segment.records[0].action_text == COMMANDS[0]
+
+
+def realistic_record(step, *, episode, done):
+    """A decision as large as the default settings make it: no text and no array is shared with any other decision."""
+    name = f"{episode}-{step}"
+    state = GameState(
+        feedback=f"Taken, number {name}. " + "The grue looks at you. " * 17,  # 400 characters
+        valid_actions=tuple(f"put sword {name}-{k} into the old brown sack" for k in range(20)),
+        score=float(step),
+        max_score=350.0,
+        moves=step,
+        look=f"Room {name}: " + "a dusty place full of things. " * 10,
+        inventory=f"You carry {name}: " + "a lamp, a rope, " * 9,
+    )
+    return StepRecord(
+        state=pickle.loads(pickle.dumps(state)),  # as it comes from the game's process: every string is a new one
+        features=np.stack([np.full(3 * 384 + 2, step)]).astype(np.float32)[0],
+        action_indices=np.arange(20) + step,
+        prompt=f"Decision {name}. " + "x" * 3000,
+        prior=ActionPrior(np.full(20, -3.0, dtype=np.float32), "score", step),
+        visit_counts=np.full(20, 5),
+        root_value=step / 7,
+        predicted_value=step / 9,
+        chosen=step % 20,
+        reward=step / 3,
+        done=done,
+        episode=episode,
+        step=step,
+    )
+
+
+@pytest.mark.slow
+def test_ten_thousand_decisions_take_less_than_200_mb():
+    """numpy and Python's own objects alike: tracemalloc sees both."""
+    config = unizero_config(default_settings(), feature_size=3 * 384 + 2, device="cpu")
+    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(0))
+    final = np.zeros(3 * 384 + 2, dtype=np.float32)
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for episode in range(102):  # more than fit: what is evicted must be gone
+            writer = SegmentWriter(config)
+            for step in range(100):
+                record = realistic_record(step, episode=episode, done=step == 99)
+                buffer.push(writer.add(record, next_features=final))
+        del writer, record
+        gc.collect()
+        held, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert buffer.get_num_of_transitions() == 10_000 and buffer.num_evicted == 200
+    assert held < 200e6, f"{held / 1e6:.0f} MB"

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parent.parent / "priorzero"
 
 FLOORS = [
     {"types"},
-    {"timeline", "config", "priors", "losses", "completions", "metrics", "vocabulary"},
+    {"timeline", "config", "priors", "losses", "completions", "metrics", "vocabulary", "tree"},
     {"envs", "models", "lightzero", "prompts", "concurrency"},
     {"engines", "text_encoder", "segment"},
     {"llm_learner", "buffer", "search"},

@@ -11,8 +11,12 @@ from easydict import EasyDict
 
 from priorzero.config import resolve_settings
 from priorzero.demo import FEATURE_SIZE
+from priorzero.lightzero import quiet
 from priorzero.policy import PriorZeroPolicy
 from priorzero.search import Root
+
+with quiet():
+    from lzero.mcts.ptree import ptree_mz
 
 NUM_ACTIONS = 12
 
@@ -234,3 +238,21 @@ def test_the_search_finds_a_reward_behind_a_step(tree):
     results = search(Model(), [make_root(legal=(0, 1, 2)), make_root(legal=(2, 1))], cfg=cfg, num_actions=3)
     assert results[0].visit_counts.argmax() == 1 and results[1].visit_counts.argmax() == 1
     assert results[0].visit_counts.sum() == 40 and results[0].root_value > 2
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_tree_is_lightzeros_digit_for_digit(monkeypatch, ties):
+    policy = make_policy(num_simulations=40)
+    if ties:
+        with torch.no_grad():
+            for head in ("head_policy", "head_value", "head_rewards"):
+                last = getattr(policy._model.world_model, head).head_module[-1]
+                last.weight.zero_()
+                last.bias.zero_()
+    roots = [make_root(s, length=1 + s % 4, legal=range(11 - s, -1, -1), noise=s % 2 == 0) for s in range(10)]
+    ours = policy.search(roots, num_actions=NUM_ACTIONS)
+    monkeypatch.setattr("priorzero.search.python_tree", ptree_mz)
+    for a, b in zip(ours, policy.search(roots, num_actions=NUM_ACTIONS), strict=True):
+        assert a.visit_counts.tolist() == b.visit_counts.tolist()
+        assert a.root_value == b.root_value
+    assert len({tuple(r.visit_counts) for r in ours}) > 1
