@@ -387,7 +387,7 @@ def test_off(open_game, path, monkeypatch):
 
 
 def test_not_for_another_story(open_game, monkeypatch):
-    monkeypatch.setattr(jericho_game, "_digest", lambda state: b"the same state")
+    monkeypatch.setattr(jericho_game, "state_digest", lambda state: b"the same state")
     zork1 = open_game().reset().valid_actions
     game = open_game("detective.z5")
     calls = asked(game)
@@ -399,7 +399,7 @@ def test_not_for_another_story(open_game, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "target", ["jericho.__version__", "spacy.__version__", "priorzero.envs.jericho_game.ALGORITHM_VERSION"]
+    "target", ["jericho.__version__", "spacy.__version__", "priorzero.envs.frotz.ALGORITHM_VERSION"]
 )
 def test_not_for_another_version(open_game, monkeypatch, target):
     open_game().reset()
@@ -481,7 +481,7 @@ def test_worker_processes_share_the_file(open_game, path):
 
 
 def test_nothing_is_opened_on_import(path):
-    code = "import sys, priorzero.envs.jericho_game; print('jericho' in sys.modules)"
+    code = "import sys, priorzero.envs.jericho_game; print('spacy' in sys.modules)"
     environment = {**os.environ, action_cache.CACHE_VARIABLE: str(path), "PYTHONPATH": os.pathsep.join(sys.path)}
     answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert answer.stdout == "False\n"
