@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+os.environ["PRIORZERO_ACTION_CACHE"] = "off"  # no test may find what another one, or a run, has left
 
 from typing import Any
 

@@ -7,7 +7,8 @@ import sys
 import pytest
 from game_files import story
 
-from priorzero.envs.jericho_game import FALLBACK_ACTIONS, JerichoGame, _digest
+from priorzero.envs.frotz import state_digest
+from priorzero.envs.jericho_game import FALLBACK_ACTIONS, JerichoGame
 from priorzero.types import GameState, UserError
 
 TO_THE_HOUSE = ["s", "e", "open window", "w", "w", "take lamp", "take sword"]
@@ -143,19 +144,19 @@ def test_key_of_a_state():
     game = open_game(look_and_inventory=False)
     game.reset()
     ram, stack, program_counter, stack_pointer, *rest = game._env.get_state()
-    key = _digest((ram, stack, program_counter, stack_pointer, *rest))
+    key = state_digest((ram, stack, program_counter, stack_pointer, *rest))
 
     def changed(array, index):
         other = array.copy()
         other[index] += 1
         return other
 
-    assert _digest((changed(ram, 100), stack, program_counter, stack_pointer, *rest)) != key
-    assert _digest((ram, changed(stack, -1), program_counter, stack_pointer, *rest)) != key
-    assert _digest((ram, stack, program_counter + 1, stack_pointer, *rest)) != key
+    assert state_digest((changed(ram, 100), stack, program_counter, stack_pointer, *rest)) != key
+    assert state_digest((ram, changed(stack, -1), program_counter, stack_pointer, *rest)) != key
+    assert state_digest((ram, stack, program_counter + 1, stack_pointer, *rest)) != key
     random_numbers = rest.index(next(value for value in rest if isinstance(value, tuple)))
     rest[random_numbers] = (7, 0, 0)
-    assert _digest((ram, stack, program_counter, stack_pointer, *rest)) != key
+    assert state_digest((ram, stack, program_counter, stack_pointer, *rest)) != key
 
 
 def test_memory_is_bounded(monkeypatch):

