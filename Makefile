@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quick-test test unit lint format lock clean
+.PHONY: help quick-test test unit bench lint format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -30,6 +30,13 @@ test:  ## set up everything and run the whole test suite
 unit:  ## run the fast tests only
 	@scripts/set_up.sh test
 	@$(PYTEST) -m "not slow and not vllm" $(ARGS)
+
+# In turn, on an otherwise idle machine; all of them, also after one has found results that differ.
+bench:  ## measure what docs/PERFORMANCE.md states (up to 20 minutes); fails if results differ
+	@scripts/set_up.sh test
+	@failed=0; for name in env search learner prior loop; do \
+		echo "== bench_$$name"; $(PYTHON) scripts/bench_$$name.py || failed=1; \
+	done; echo "bench: results in bench_results/"; exit $$failed
 
 lint:  ## ruff over everything, mypy over priorzero/
 	@scripts/set_up.sh test

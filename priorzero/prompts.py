@@ -10,7 +10,9 @@ from priorzero.priors import ANSWER_HEADING
 from priorzero.types import GameState, HistoryStep
 
 SYSTEM = "You are an expert player of text adventure games. You choose commands that raise the score."
-ASK_ONE = "What is the next command? Answer with the command and nothing else."
+# Said here rather than at the end, where every prompt would have to be computed anew for it.
+ANSWER_WITH_ONE = " Answer with the next command and nothing else."
+ASK_ONE = "Next command?"
 ASK_RANKING = (
     "Rank the {count} best commands for this moment, best first, one a line, numbered, each exactly as it is listed. "
     "Write nothing else."
@@ -109,7 +111,8 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
     else:
         ask = ASK_RANKING_COT if style.use_cot else ASK_RANKING
         parts.append(ask.format(count=min(5, len(state.valid_actions))))
-    return [{"role": "system", "content": SYSTEM}, {"role": "user", "content": "\n\n".join(parts)}]
+    system = SYSTEM + (ANSWER_WITH_ONE if style.mode == "score" else "")
+    return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
 def _past(step: HistoryStep, *, goal: str, chars: int) -> str:

@@ -1,13 +1,13 @@
-"""What a prior costs in this process, against sending the whole prompt again for every action. Takes some four minutes.
+"""What a prior costs in this process, against sending the whole prompt again for every action. Takes some six minutes.
 
-    python scripts/bench_prior.py            # --every 1: ten minutes
+    python scripts/bench_prior.py            # --every 1: a quarter of an hour
 
 SmolLM2-135M in float32 on all cores. Equal means log-probabilities of every token within 1e-4. The episode is one of
-TextWorld's, played at random, with the prompt that the defaults make (ten past decisions, all commands listed); its
-states have 9 valid actions on average and are given more from a list until they have 16. The plain way takes half a
-minute a step: it is run on every fifth step and its time scaled by the tokens of the others (``--every 1`` runs it on
-all). The floor is what the tokens that must be computed would take if every matrix product ran as fast as one large
-one alone.
+TextWorld's, played at random, with the prompt that the defaults make (five past decisions), and with twenty past
+decisions (about 600 tokens); its states have 9 valid actions on average and are given more from a list until they have
+16. The plain way takes half a minute a step: it is run on every fifth step and its time scaled by the tokens of the
+others (``--every 1`` runs it on all). The floor is what the tokens that must be computed would take if every matrix
+product ran as fast as one large one alone.
 """
 
 from __future__ import annotations
@@ -150,12 +150,19 @@ def main() -> int:
     flops_a_token = 2 * sum(p.numel() for p in llm.model.parameters())
     rate = matmul_rate()
     rows, floors = [], {}
+    long = prompt_style(resolve_settings({"llm": {"history_length": 20}}))
     for name, requests, goal, every in (
         ("one decision, 600 tokens, 16 actions", [question(llm, tokens=600, actions=16)], 12, 1),
         (
-            f"{args.steps}-step episode, 16 actions",
-            episode(llm, steps=args.steps, style=defaults, actions=16),
+            f"{args.steps}-step episode, 16 actions, 20 past decisions",
+            episode(llm, steps=args.steps, style=long, actions=16),
             30,
+            args.every,
+        ),
+        (
+            f"{args.steps}-step episode, 16 actions, default history",
+            episode(llm, steps=args.steps, style=defaults, actions=16),
+            None,
             args.every,
         ),
     ):
