@@ -91,6 +91,8 @@ class Collector:
             await asyncio.gather(*(self._begin(e) for e in group if self._lanes[e] is None))
             lanes = [lane for e in group if (lane := self._lanes[e]) is not None]
             decisions = await self._player.decide(lanes, explore=True)
+            if self.env_steps == collected.env_steps == 0:
+                logger.debug("the first commands are given")
             with self._player.timeline.span("games"):
                 outcomes = await asyncio.gather(
                     *(self._workers[e].step(d.action_text) for e, d in zip(group, decisions, strict=True)),

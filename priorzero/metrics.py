@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -74,6 +75,12 @@ def open_logs(folder: Path, *, terminal: TextIO | None = None) -> None:
 
 def _has_topic(topic: str, record: Any) -> bool:
     return record["extra"].get("topic") == topic
+
+
+def peak_memory_mb() -> float:
+    """The most main memory that this process has held so far, in MB (10^6 bytes)."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
+    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
 
 
 class Progress:

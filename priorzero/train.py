@@ -27,7 +27,7 @@ from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine, VLLME
 from priorzero.envs import GameSpec, make_worker, resolve_game
 from priorzero.evaluator import Evaluation, Evaluator
 from priorzero.lightzero import unizero_config
-from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint, open_logs, table
+from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint, open_logs, peak_memory_mb, table
 from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model
 from priorzero.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
@@ -207,6 +207,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         **{f"{name} tensors moved": f"{count_moved(a, b)} of {len(a)}" for name, (a, b) in moved.items()},
         **{f"evaluation, {mode}": _describe(evaluation) for mode, evaluation in evaluations.items()},
         "time of the iterations": timeline.total.describe(),
+        "peak memory": f"{peak_memory_mb():.0f} MB in this process",
         "wall time": f"{time.monotonic() - started:.0f} s",
         "checkpoint": saved,
         "charts": f"tensorboard --logdir {run.output_dir}",
@@ -463,7 +464,7 @@ def _tell(
         writer.write(prior_scalars, step=iteration)
         logger.bind(topic="prior").info(f"iteration {iteration}: {_short(prior_scalars)}")
     shares = agent.timeline.take()
-    writer.write(shares.scalars(), step=iteration)
+    writer.write({**shares.scalars(), "memory/peak_mb": peak_memory_mb()}, step=iteration)
     logger.debug(f"iteration {iteration}, {shares.wall:.1f} s: {shares.describe()}")
     _log_segments(collected, iteration)
     progress.show(

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path(__file__).parent.parent / "bench_results"
 
 
@@ -53,6 +51,8 @@ def seconds(function: Callable[[], Any], *, repeats: int = 3) -> tuple[float, An
 
 def matmul_rate(size: int = 1536) -> float:
     """Floating point operations a second of one large float32 matrix product on all of torch's threads."""
+    import torch  # late: the benchmark of the games does without
+
     a, b = torch.randn(size, size), torch.randn(size, size)
     spent, _ = seconds(lambda: a @ b, repeats=5)
     return 2 * size**3 / spent

@@ -110,7 +110,7 @@ class AnswerMemory:
             self._told_of_length = True
             logger.warning(
                 f"a prompt is too long for the model ({reason}); its search goes on with a uniform prior. "
-                "prior/too_long counts them; a smaller llm.observation_chars, --set llm.list_commands=false or, with "
+                "prior/too_long counts them; a smaller llm.history_length or llm.observation_chars or, with "
                 "vLLM, a larger vllm.max_model_len helps"
             )
         return uniform_prior(len(request.valid_actions), version=version)
