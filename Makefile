@@ -35,7 +35,8 @@ unit:  ## run the fast tests only
 bench:  ## measure what docs/PERFORMANCE.md states (up to 20 minutes); fails if results differ
 	@scripts/set_up.sh test
 	@failed=0; for name in env search learner prior loop; do \
-		echo "== bench_$$name"; $(PYTHON) scripts/bench_$$name.py || failed=1; \
+		echo "== bench_$$name"; $(PYTHON) scripts/bench_$$name.py; status=$$?; \
+		case $$status in 0) ;; 2) echo "left out: see above" ;; *) failed=1 ;; esac; \
 	done; echo "bench: results in bench_results/"; exit $$failed
 
 lint:  ## ruff over everything, mypy over priorzero/

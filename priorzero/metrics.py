@@ -79,8 +79,7 @@ def _has_topic(topic: str, record: Any) -> bool:
 
 def peak_memory_mb() -> float:
     """The most main memory that this process has held so far, in MB (10^6 bytes)."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # KiB on Linux, bytes on macOS
-    return peak * (1 if sys.platform == "darwin" else 1024) / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
 
 
 class Progress:

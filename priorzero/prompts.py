@@ -65,9 +65,10 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
     """Render the question about one state. The same arguments give the same text.
 
     A prompt goes on where the one before it ended, so that an engine can reuse what it computed for that: first comes
-    what never changes, then a transcript that only grows, with the current observation written as it will stand in the
-    history later; what belongs to this state alone comes last. The transcript is cut in large steps, because each cut
-    makes the next prompt new from there on.
+    what never changes, then a transcript that only grows. It ends with the game's last answer, of which the first
+    ``history_chars`` characters will stand in the next prompt as well; what belongs to this state alone (room,
+    inventory, score, commands) comes last. The transcript is cut in large steps, because each cut makes the next prompt
+    new from there on; with a ``history_length`` of 1 or 2 that is every step.
 
     Args:
         state: the state to decide in; its ``valid_actions`` must not be empty.
@@ -102,7 +103,7 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
     lines = [_past(step, goal=state.goal, chars=style.history_chars) for step in history]
     now = _clip(_one_line(_without_goal(state.raw_obs_text, state.goal)), style.observation_chars)
     parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
-    parts.append("\n".join(["The game so far:", *lines, now]))
+    parts.append("\n".join(["The game so far:", *lines, *([now] if now else [])]))
     parts.append(f"Score: {state.score:g} of {state.max_score:g}.")
     if style.list_commands or style.mode == "rank":
         parts.append("Possible commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
@@ -120,7 +121,8 @@ def _past(step: HistoryStep, *, goal: str, chars: int) -> str:
     command = f"> {step.action}{earned}"
     if chars == 0:
         return command
-    return f"{_clip(_one_line(_without_goal(step.feedback, goal)), chars)}\n{command}"
+    said = _clip(_one_line(_without_goal(step.feedback, goal)), chars)
+    return f"{said}\n{command}" if said else command
 
 
 def _without_goal(text: str, goal: str) -> str:

@@ -122,7 +122,9 @@ def batch_traverse(
         # LightZero's ties: the first of the best, and what comes after it and is as good but for 1e-6.
         ties = [best, *(best + 1 + np.flatnonzero(scores[best + 1 :] >= scores[best] - 1e-6)).tolist()]
         place = random.choice(ties)
-        node = parent.children.setdefault(place, Node(place=place))
+        if place not in parent.children:
+            parent.children[place] = Node(place=place)
+        node = parent.children[place]
         path.append(node)
     results.path = path
     action = place if parent.actions is None else parent.actions[place]

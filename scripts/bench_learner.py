@@ -18,7 +18,8 @@ to 512. Equal means that a second world model of ours, with the plain one's para
 layer behind the first token's output, where ours has two layers behind the mean), gives the same losses and gradient
 norm, within 1e-4 relative, from features that were encoded once, one text at a time.
 
-The second row adds to our side what it pays elsewhere: encoding the texts of new states.
+The plain step is run once and is its policy's first; ours is the best of several. The second row adds to our side what
+it pays elsewhere: encoding the texts of new states.
 
 What grows: seconds of our learning step with the number of actions, and with the depth of the world model.
 """

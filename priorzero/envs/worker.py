@@ -83,7 +83,7 @@ class GameWorker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,  # frotz prints warnings
-                # A game needs one core; numerical libraries would start a thread for each.
+                # Games gain nothing from the threads that numerical libraries start for each core.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # Ctrl-C in the terminal does not reach it
             )
