@@ -126,7 +126,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     # Every random number comes from the one seed, in streams that cannot disturb one another.
     *global_seeds, buffer_seed, collector_seed = np.random.SeedSequence(run.seed).spawn(5)
     _seed_globals(global_seeds)
-    agent = _make_agent(settings, device=device, buffer_seed=buffer_seed, folder=folder)
+    agent, workers = await _load(settings, game=game, device=device, buffer_seed=buffer_seed, folder=folder)
     policy, buffer, timeline = agent.policy, agent.buffer, agent.timeline
 
     # ---- from here on there are files ----
@@ -134,6 +134,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         (folder / "log").mkdir(parents=True)
         (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
     except OSError as error:
+        await asyncio.gather(*(worker.close() for worker in workers))
         raise UserError(f"run.output_dir={run.output_dir}: cannot be written ({error}); give another folder") from error
     open_logs(folder / "log")
     logger.info(f"{game.name}, seed {run.seed}, on {device}; everything about this run is in {folder}")
@@ -141,7 +142,6 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
     writer = MetricsWriter(folder)
     progress = Progress(max_iter=run.max_iter, max_env_step=run.max_env_step, every=run.log_every)
-    workers = _make_workers(settings, game, count=settings.env.collector_env_num, first_seed=run.seed)
     eval_workers = _make_workers(settings, game, count=settings.env.evaluator_env_num, first_seed=run.seed + 10_000)
     collector = Collector(
         workers, player=agent.player, config=agent.config, seed=collector_seed, groups=2 if overlap else 1
@@ -222,6 +222,25 @@ def _seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
     random.seed(numbers[0])
     np.random.seed(numbers[1])
     torch.manual_seed(numbers[2])
+
+
+async def _load(
+    settings: Any, *, game: GameSpec, device: torch.device, buffer_seed: np.random.SeedSequence, folder: Path
+) -> tuple[_Agent, list[Any]]:
+    """Both models, and the games to collect from, which load in their processes while the models load in this one."""
+    workers = _make_workers(settings, game, count=settings.env.collector_env_num, first_seed=settings.run.seed)
+    starting = asyncio.gather(*(worker.start() for worker in workers), return_exceptions=True)
+    await asyncio.sleep(0)  # now every process has been started
+    try:
+        agent = _make_agent(settings, device=device, buffer_seed=buffer_seed, folder=folder)
+        for outcome in await starting:
+            if isinstance(outcome, UserError):  # after any other failure the collector tries once more
+                raise outcome
+    except BaseException:
+        starting.cancel()
+        await asyncio.gather(*(worker.close() for worker in workers))
+        raise
+    return agent, workers
 
 
 def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.SeedSequence, folder: Path) -> _Agent:
@@ -430,7 +449,7 @@ def _save(folder: Path, agent: _Agent, settings: Any, counters: dict[str, int]) 
     )
 
 
-def _fingerprints(policy: PriorZeroPolicy) -> dict[str, dict[str, float]]:
+def _fingerprints(policy: PriorZeroPolicy) -> dict[str, dict[str, int]]:
     """Of everything that learns; buffers such as running means do not count."""
     prints = {"world model": fingerprint(dict(policy.trained_world_model_parameters()))}
     if policy.llm_learner is not None:

@@ -28,10 +28,15 @@ PARTS = (
     ("log-probabilities, losses", r"^(completion_logprobs|sft_loss|rft_loss|compute_loss\w*) \("),
 )
 
+# Threads that wait for one another, which py-spy takes for running ones now and then; they do not count.
+WAITING = r"\((threading|selectors|queue|concurrent/futures/thread|multiprocessing/connection)\.py"
+
 
 def part_of(stack: str) -> str:
     """What a stack of py-spy's (frames from the outermost on, with semicolons between them) was busy with."""
     frames = [re.sub(r"\((\S*/site-packages/|\S*/(?=priorzero/))", "(", frame) for frame in stack.split(";")]
+    if re.search(WAITING, frames[-1]):
+        return "waiting"
     for name, pattern in PARTS:
         if any(re.search(pattern, frame) for frame in frames):
             return name
@@ -71,6 +76,7 @@ def main() -> int:
         for line in samples.read_text().splitlines():
             stack, _, count = line.rpartition(" ")
             counts[part_of(stack)] += int(count)
+    counts.pop("waiting", None)
     total = counts.total()
     shares = {name: count / total for name, count in counts.most_common()}
     for name, share in shares.items():

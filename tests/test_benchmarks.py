@@ -13,9 +13,14 @@ from conftest import make_tiny_llm
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
 import bench_learner
+import bench_loop
+import bench_prior
 import bench_search
 import bench_tools
+import profile_quick_test
 from bench_tools import Row
+
+from priorzero.completions import PromptRow
 
 
 def test_one_row_an_action_is_the_same_learning_step(smollm2):
@@ -52,3 +57,41 @@ def test_the_exit_code_says_whether_results_agree(tmp_path, monkeypatch, equal, 
     monkeypatch.setattr(bench_tools, "RESULTS", tmp_path)
     assert bench_tools.report("x", [Row("a", 1.0, 4.0, 3, equal), Row("b", 1.0, 1.0, None, True)]) == code
     assert '"ratio": 4.0' in (tmp_path / "x.json").read_text()
+
+
+def test_tokens_that_must_be_computed():
+    first = PromptRow([1, 2, 3, 4], [[5, 6], [5, 7, 8]])  # its tree: 5, and 7 behind it
+    assert bench_prior.tokens_computed([first]) == 4 + 2
+    assert bench_prior.tokens_computed([first, first]) == 6 + 1 + 2  # the last token of a known prompt is asked again
+    longer = PromptRow([1, 2, 3, 9, 9], [[5]])
+    assert bench_prior.tokens_computed([first, longer]) == 6 + 2
+    assert bench_prior.tokens_computed([longer, first]) == 5 + 1 + 2
+
+
+def test_collections_that_differ_are_noticed():
+    def noted(*, prompt="p", command="go", reward=0.0, prior=(0.0, -1.0), visits=(3, 2)):
+        return prompt, command, reward, np.array(prior), np.array(visits)
+
+    ours = [noted(), noted(reward=1.0)]
+    assert bench_loop.equal(ours, [noted(prior=(1e-5, -1.0)), noted(reward=1.0)])
+    assert not bench_loop.equal(ours, ours[:1])
+    for change in ({"prompt": "q"}, {"command": "up"}, {"reward": 2.0}, {"prior": (1e-3, -1.0)}, {"visits": (2, 3)}):
+        assert not bench_loop.equal(ours, [noted(**change), noted(reward=1.0)])
+
+
+@pytest.mark.parametrize(
+    ("stack", "part"),
+    [
+        ("run (threading.py:1);search (priorzero/search.py:9);batch_traverse (priorzero/tree.py:99)", "search tree"),
+        ("learn (priorzero/llm_learner.py:1);backward (torch/_tensor.py:600)", "backward and optimiser"),
+        ("_score (priorzero/engines/in_process.py:1);forward (/x/site-packages/torch/nn/modules/linear.py:1)",
+         "model forward"),
+        ("_score (priorzero/engines/in_process.py:1);pack (/y/priorzero/completions.py:72)",
+         "other: pack (priorzero/completions.py)"),
+        ("_worker (concurrent/futures/thread.py:81)", "waiting"),
+        ("run_training (priorzero/train.py:9);_run_once (asyncio/base_events.py:1);select (selectors.py:2)", "waiting"),
+        ("sample (priorzero/buffer.py:3);choice (numpy/random.py:4)", "other: sample (priorzero/buffer.py)"),
+    ],
+)  # fmt: skip
+def test_what_a_sample_was_busy_with(stack, part):
+    assert profile_quick_test.part_of(stack) == part
