@@ -238,6 +238,7 @@ async def _load(
                 raise outcome
     except BaseException:
         starting.cancel()
+        await asyncio.gather(starting, return_exceptions=True)  # taken note of: what counts is what is raised here
         await asyncio.gather(*(worker.close() for worker in workers))
         raise
     return agent, workers
