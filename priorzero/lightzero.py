@@ -94,6 +94,7 @@ def unizero_config(settings: Any, *, feature_size: int, device: str) -> EasyDict
         pb_c_init=search.pb_c_init,
         discount_factor=search.discount_factor,
         td_steps=train.td_steps,
+        reward_scale=train.reward_scale,
         num_unroll_steps=wm.num_unroll_steps,
         game_segment_length=replay.segment_length,
         batch_size=train.batch_size,

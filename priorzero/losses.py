@@ -33,19 +33,65 @@ def sft_loss(token_logprobs: Tensor, completion_mask: Tensor, target_probs: Tens
     return loss_sum, (target_probs[:, None] * mask).sum()
 
 
-def rft_loss(token_logprobs: Tensor, completion_mask: Tensor, advantages: Tensor) -> tuple[Tensor, Tensor]:
-    r"""REINFORCE (Williams 1992) on what was done: :math:`-\sum_r A_r \sum_t \log p(y_{r,t} \mid x_r, y_{r,<t})`.
+# Log-ratios beyond this are as good as infinite; the exponential of more would be so in fact.
+LOG_RATIO_LIMIT = 10.0
+
+
+def rft_loss(
+    token_logprobs: Tensor,
+    completion_mask: Tensor,
+    advantages: Tensor,
+    *,
+    rollout_logprobs: Tensor | None = None,
+    clip: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    r"""Policy gradient on what was done.
+
+    Without ``clip`` it is REINFORCE (Williams 1992), :math:`-\sum_r A_r \sum_t \log p(y_{r,t} \mid x_r, y_{r,<t})`.
+    With it, PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with one ratio a completion, the geometric mean over
+    its tokens (GSPO, Zheng et al. 2025, eq. 7): :math:`-\sum_r T_r \min(\rho_r A_r,
+    \mathrm{clip}(\rho_r, 1-\epsilon, 1+\epsilon) A_r)`. At :math:`\rho = 1` both have the same gradient.
 
     Args:
         token_logprobs: ``[R, T]`` of the completions that were played.
         completion_mask: ``[R, T]``, True where a completion has a token.
         advantages: ``[R]``, constants.
+        rollout_logprobs: ``[R]``, of the whole completions when they were played; needed with ``clip``.
+        clip: :math:`\epsilon`; 0 for REINFORCE.
 
     Returns:
         The summed loss and the number of tokens in it.
     """
     mask = completion_mask.to(token_logprobs.dtype)
-    return -(advantages.detach()[:, None] * token_logprobs * mask).sum(), mask.sum()
+    advantages = advantages.detach()
+    if clip == 0.0:
+        return -(advantages[:, None] * token_logprobs * mask).sum(), mask.sum()
+    assert rollout_logprobs is not None
+    lengths = mask.sum(dim=1)
+    log_ratio = ((token_logprobs * mask).sum(dim=1) - rollout_logprobs.detach()) / lengths
+    ratio = log_ratio.clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp()
+    surrogate = torch.minimum(ratio * advantages, ratio.clamp(1.0 - clip, 1.0 + clip) * advantages)
+    return -(lengths * surrogate).sum(), mask.sum()
+
+
+def kl_loss(token_logprobs: Tensor, reference_logprobs: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
+    r"""How far the model has moved from its reference on some tokens: :math:`\sum e^{d} - d - 1` with
+    :math:`d = \log p_\mathrm{ref} - \log p` (Schulman, "Approximating KL divergence", 2020, estimator k3).
+
+    It is never negative. Tokens that the model itself has drawn make it an unbiased estimate of the KL divergence;
+    those of a command that the search has chosen make it a penalty on moving where the agent acts.
+
+    Args:
+        token_logprobs: ``[R, T]``.
+        reference_logprobs: ``[R, T]``, constants.
+        completion_mask: ``[R, T]``, True where a completion has a token.
+
+    Returns:
+        The summed loss and the number of tokens in it.
+    """
+    mask = completion_mask.to(token_logprobs.dtype)
+    difference = (reference_logprobs.detach() - token_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return ((difference.exp() - difference - 1.0) * mask).sum(), mask.sum()
 
 
 def returns_to_go(

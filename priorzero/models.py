@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import importlib.metadata
 import importlib.util
 import os
@@ -126,12 +128,14 @@ class LanguageModel:
     """A causal language model with its tokenizer, as the prior engine and the learner share it.
 
     The parameters are float32 throughout: an update of 1e-6 would be lost in the rounding of bfloat16.
-    ``compute_dtype`` is what the forward pass runs in.
+    ``compute_dtype`` is what the forward pass runs in. ``reference`` is a copy that stays as it was loaded, where one
+    is needed; a model with adapters is its own, without them.
     """
 
     model: Any
     tokenizer: Any
     compute_dtype: torch.dtype
+    reference: Any = None
 
     @property
     def device(self) -> torch.device:
@@ -178,6 +182,14 @@ class LanguageModel:
         with self.autocast():
             return completion_logprobs(self.model, batch, past=past), batch.completion_mask
 
+    @torch.no_grad()
+    def reference_logprobs(self, rows: Sequence[PromptRow]) -> torch.Tensor:
+        """What :meth:`token_logprobs` was before any update, ``[R, T]``, without gradient."""
+        batch = pack(rows, dtype=self.compute_dtype, device=self.device)
+        without_adapters = contextlib.nullcontext() if self.reference is not None else self.model.disable_adapter()
+        with self.autocast(), without_adapters:
+            return completion_logprobs(self.reference or self.model, batch)
+
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """All parameters, or the adapters' if there are any."""
         return [p for p in self.model.parameters() if p.requires_grad]
@@ -213,11 +225,14 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise UserError(f"llm.path={cfg.path}: the tokenizer has no chat template; give an instruction-tuned model")
     model.to(device).eval()
+    reference = None
     if cfg.use_lora:
         model = _with_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha)
+    elif cfg.kl_weight > 0:
+        reference = copy.deepcopy(model).requires_grad_(False)
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     compute_dtype = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
-    return LanguageModel(model, tokenizer, compute_dtype)
+    return LanguageModel(model, tokenizer, compute_dtype, reference)
 
 
 def _with_lora(model: Any, *, r: int, alpha: int) -> Any:

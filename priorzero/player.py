@@ -134,10 +134,10 @@ class Player:
 
         Args:
             lanes: none of them at the end of an episode.
-            explore: add noise and draw from the visits (collection); otherwise take the best (evaluation), which
-                depends on the parameters and the lane's past alone.
+            explore: add noise to the search and draw from its visits (collection), or draw from the prior where there
+                is no search; otherwise take the best, which depends on the parameters and the lane's past alone.
             use_prior: let the LLM take part, if there is one.
-            use_search: search; otherwise the prior alone decides.
+            use_search: search; otherwise the prior alone decides, and without one all valid actions are alike.
         """
         states = [
             dataclasses.replace(lane.state, valid_actions=self.indexer.keep(lane.state.valid_actions)) for lane in lanes
@@ -165,7 +165,9 @@ class Player:
                 "search", self.policy.search, roots, num_actions=self.indexer.num_used
             )
         return [
-            Decision(state, index, prompt, prior, result, self._choose(lane, prior, result, explore=explore))
+            Decision(
+                state, index, prompt, prior, result, self._choose(lane, len(index), prior, result, explore=explore)
+            )
             for lane, state, index, prompt, prior, result in zip(
                 lanes, states, indices, prompts, priors, results, strict=True
             )
@@ -186,10 +188,12 @@ class Player:
             seed=seed,
         )
 
-    def _choose(self, lane: Lane, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool) -> int:
+    def _choose(
+        self, lane: Lane, num_actions: int, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool
+    ) -> int:
         if result is None:
-            assert prior is not None
-            return int(prior.logprobs.argmax())
+            probs = np.exp(prior.logprobs.astype(np.float64)) if prior is not None else np.ones(num_actions)
+            return int(lane.rng.choice(num_actions, p=probs / probs.sum())) if explore else int(probs.argmax())
         if not explore:
             return int(result.visit_counts.argmax())
         shares = result.visit_counts / result.visit_counts.max()  # at most one: a small temperature cannot overflow

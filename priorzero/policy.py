@@ -33,6 +33,9 @@ def prompt_style(settings: Any) -> PromptStyle:
         history_chars=settings.llm.history_chars,
         observation_chars=settings.llm.observation_chars,
         list_commands=settings.llm.list_commands,
+        layout=settings.llm.prompt_layout,
+        history=settings.llm.history,
+        show_observation=settings.llm.show_observation,
     )
 
 
@@ -62,8 +65,13 @@ class PriorZeroPolicy(UniZeroPolicy):
         self.llm_learner = LLMLearner(llm, settings.llm, style=prompt_style(settings)) if llm is not None else None
         self.llm_batch_size = settings.llm.batch_size
         self.llm_version = 0
+        self.features_are_fitted = not settings.encoder.standardise
         self._is_weights: torch.Tensor | None = None
         self._value_logits: torch.Tensor | None = None
+        for encoder in self._encoders():
+            encoder.register_buffer("feature_mean", torch.zeros(feature_size, device=device))
+            encoder.register_buffer("feature_deviation", torch.ones(feature_size, device=device))
+            encoder.register_forward_pre_hook(_standardise)
         for name in ("head_observations", "head_rewards", "head_policy", "head_value"):
             getattr(self._model.world_model, name).register_forward_hook(self._weigh_gradient)
         self._model.world_model.head_value.register_forward_hook(self._remember_values)
@@ -78,6 +86,24 @@ class PriorZeroPolicy(UniZeroPolicy):
     def _remember_values(self, module: Any, inputs: Any, output: torch.Tensor) -> None:
         if self._is_weights is not None:
             self._value_logits = output.detach()
+
+    def fit_features(self, features: np.ndarray) -> None:
+        """From now on shift and scale each feature by its mean and deviation over ``features``, ``[n, F]``.
+
+        Features that did not vary are only shifted. Replay holds them as they are; the models, and their checkpoints,
+        hold the shift and the scale.
+        """
+        deviation = features.std(axis=0)
+        deviation[deviation < 1e-4] = 1.0
+        for encoder in self._encoders():
+            encoder.feature_mean.copy_(torch.as_tensor(features.mean(axis=0)))
+            encoder.feature_deviation.copy_(torch.as_tensor(deviation))
+        self.features_are_fitted = True
+
+    def _encoders(self) -> list[Any]:
+        """What observations enter the world model and its target through."""
+        models = (self._uncompiled(self._model), self._uncompiled(self._target_model._model))
+        return [model.world_model.tokenizer.encoder for model in models]
 
     def search(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
         """MCTS from some roots; the result of one does not depend on the others.
@@ -129,8 +155,10 @@ class PriorZeroPolicy(UniZeroPolicy):
         except (AssertionError, ValueError) as error:  # what LightZero raises for a loss that is NaN or infinite
             if "NaN" not in str(error) and "Inf" not in str(error):
                 raise
+            terms = {name: value for name, value in self.intermediate_losses.items() if name.startswith("loss_")}
+            culprits = [name for name, value in terms.items() if not torch.isfinite(torch.as_tensor(value)).all()]
             raise UserError(
-                f"the world model's loss is not finite in update {train_iter} ({str(error).splitlines()[0][:80]}); "
+                f"the world model's loss is not finite in update {train_iter}: {', '.join(culprits) or 'their sum'}; "
                 f"lower train.learning_rate={self._cfg.learning_rate:g} or "
                 f"train.grad_clip={self._cfg.grad_clip_value:g}"
             ) from error
@@ -173,6 +201,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         return {
             "train/llm_sft_loss": result["sft_loss"],
             "train/llm_rft_loss": result["rft_loss"],
+            "train/llm_kl_loss": result["kl_loss"],
             "train/llm_loss": result["loss"],
             "train/llm_grad_norm": result["grad_norm"],
             "train/llm_samples_skipped": float(skipped),
@@ -200,5 +229,9 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._uncompiled(self._target_model._model).load_state_dict(state)  # inside DI-engine's momentum wrapper
 
     @staticmethod
-    def _uncompiled(model: Any) -> torch.nn.Module:
+    def _uncompiled(model: Any) -> Any:
         return getattr(model, "_orig_mod", model)
+
+
+def _standardise(encoder: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:
+    return (inputs[0] - encoder.feature_mean) / encoder.feature_deviation

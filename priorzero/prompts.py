@@ -23,6 +23,14 @@ ASK_RANKING_COT = (
 )
 
 
+# The walkthrough layout: a small model goes on with a list more sensibly than it answers a question, and an example
+# shows it what such a list looks like.
+SYSTEM_WALKTHROUGH = "You play text adventure games. Write the commands that reach the goal, one a line."
+EXAMPLE_GOAL = "Goal: Make sure the wooden chest is ajar, then pick up the lamp from the chest, go north and put the lamp on the "
+    "table."
+EXAMPLE_COMMANDS = "open wooden chest\ntake lamp from wooden chest\ngo north\nput lamp on table"
+
+
 @dataclass(frozen=True)
 class Prompt:
     """A rendered prompt.
@@ -48,8 +56,12 @@ class PromptStyle:
         history_length: past decisions shown, at most; when there are more, the older half goes.
         max_tokens: length limit; the oldest history is dropped first.
         history_chars: characters of each past answer of the game that are shown; 0 shows past commands only.
-        observation_chars: characters of the current observation that are shown; 0 shows all.
+        observation_chars: characters of what the game shows now; 0 shows all.
         list_commands: list the valid commands (``rank`` always does).
+        layout: ``"transcript"`` asks a question about the game so far; ``"walkthrough"`` (``score`` only) has the LLM
+            go on with a list of commands that it has begun.
+        history: ``"all"`` past decisions, or only the ``"rewarded"`` ones.
+        show_observation: show what the game shows now; games that state no goal show it in any case.
     """
 
     mode: str
@@ -59,6 +71,14 @@ class PromptStyle:
     history_chars: int
     observation_chars: int
     list_commands: bool
+    layout: str = "transcript"
+    history: str = "all"
+    show_observation: bool = True
+
+    @property
+    def ends_turn(self) -> bool:
+        """Whether an answer ends the LLM's turn; otherwise it ends a line."""
+        return self.mode == "score" and self.layout == "transcript"
 
 
 def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> Prompt:
@@ -76,11 +96,15 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
         style: what goes in.
         tokenizer: gives the chat template and counts tokens.
     """
+    if style.history == "rewarded":
+        history = [step for step in history if step.reward > 0]
     shown = list(history[first_shown(len(history), style.history_length) :])
     chunk = _chunk(style.history_length)
     for dropped in [*range(0, len(shown), chunk), len(shown)]:
         messages = build_messages(state, shown[dropped:], style=style)
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        if style.layout == "walkthrough":
+            text += "".join(f"{step.action}\n" for step in shown[dropped:])
         length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if length <= style.max_tokens:
             return Prompt(text, dropped_history=dropped)
@@ -99,9 +123,14 @@ def _chunk(history_length: int) -> int:
 
 
 def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle) -> list[dict[str, str]]:
-    """The prompt as chat messages, before the model's own template."""
+    """The prompt as chat messages, before the model's own template.
+
+    In the walkthrough layout the commands of ``history`` are no message: they follow as the beginning of the answer.
+    """
+    if style.layout == "walkthrough":
+        return _walkthrough_messages(state, style=style)
     lines = [_past(step, goal=state.goal, chars=style.history_chars) for step in history]
-    now = _clip(_one_line(_without_goal(state.raw_obs_text, state.goal)), style.observation_chars)
+    now = _now(state, style=style)
     parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
     parts.append("\n".join(["The game so far:", *lines, *([now] if now else [])]))
     parts.append(f"Score: {state.score:g} of {state.max_score:g}.")
@@ -114,6 +143,25 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
         parts.append(ask.format(count=min(5, len(state.valid_actions))))
     system = SYSTEM + (ANSWER_WITH_ONE if style.mode == "score" else "")
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
+
+
+def _walkthrough_messages(state: GameState, *, style: PromptStyle) -> list[dict[str, str]]:
+    parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
+    now = _now(state, style=style)
+    if style.list_commands:
+        parts.append("Possible commands: " + ", ".join(state.valid_actions))
+    return [
+        {"role": "system", "content": SYSTEM_WALKTHROUGH},
+        {"role": "user", "content": EXAMPLE_GOAL},
+        {"role": "assistant", "content": EXAMPLE_COMMANDS},
+        {"role": "user", "content": "\n".join([*parts, *([now] if now else [])]) or "Go on."},
+    ]
+
+
+def _now(state: GameState, *, style: PromptStyle) -> str:
+    if state.goal and not style.show_observation:
+        return ""
+    return _clip(_one_line(_without_goal(state.raw_obs_text, state.goal)), style.observation_chars)
 
 
 def _past(step: HistoryStep, *, goal: str, chars: int) -> str:
@@ -154,4 +202,6 @@ def learning_context(prompt: str, completion: str | None, *, style: PromptStyle)
 
 def answer_text(action: str, *, style: PromptStyle) -> str:
     """How an answer that puts ``action`` first begins; in ``score`` mode that is the whole answer."""
-    return action if style.mode == "score" else f"1. {action}\n"
+    if style.mode == "rank":
+        return f"1. {action}\n"
+    return action if style.layout == "transcript" else f"{action}\n"

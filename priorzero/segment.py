@@ -24,11 +24,13 @@ class PriorZeroGameSegment(GameSegment):
 
     Attributes (beside LightZero's):
         records: the ``n`` step records that can be sampled.
-        returns: discounted sum of rewards from each of them on, ``[n]``, to the end of the padding and bootstrapped
-            with the searched value there if the episode goes on.
+        returns: discounted sum of scaled rewards from each of them on, ``[n]``, to the end of the padding and
+            bootstrapped with the searched value there if the episode goes on.
 
-    An episode that is cut (by the move limit, or because its game failed) counts as ended for the value targets:
-    LightZero takes what lies beyond the last stored decision as worth nothing.
+    Where the game itself ended the episode, one more step follows in the arrays: from the last state to itself, without
+    reward and without a policy target. It teaches the world model that nothing is to be had there; else a search takes
+    a lost game to be worth as much as the state before. An episode that is cut (by the move limit, or because its game
+    failed) has no such step, but LightZero takes what lies beyond its last decision as worth nothing.
     """
 
     def __init__(
@@ -37,6 +39,7 @@ class PriorZeroGameSegment(GameSegment):
         padding: Sequence[StepRecord],
         *,
         final_features: np.ndarray | None,
+        is_over: bool,
         config: Any,
     ) -> None:
         """
@@ -45,6 +48,7 @@ class PriorZeroGameSegment(GameSegment):
             padding: the decisions right after them in the same episode.
             final_features: features of the last state of the episode if it ended with the last of these decisions,
                 else None.
+            is_over: that state is the game's own end.
             config: LightZero's policy configuration.
         """
         super().__init__(action_space=None, game_segment_length=config.game_segment_length, config=config)
@@ -54,9 +58,12 @@ class PriorZeroGameSegment(GameSegment):
         features = [step.features for step in steps]
         if final_features is not None:
             features.append(final_features)
+        self.num_steps = len(steps)
+        self.is_over = is_over
         self.obs_segment = np.stack(features)
         self.action_segment = np.array([step.action_index for step in steps], dtype=np.int64)
-        self.reward_segment = np.array([step.reward for step in steps], dtype=np.float32)
+        points = np.array([step.reward + step.novelty_bonus for step in steps], dtype=np.float32)
+        self.reward_segment = points * np.float32(config.reward_scale)
         self.root_value_segment = np.array([step.root_value for step in steps], dtype=np.float32)
         self.child_visit_segment = np.zeros((len(steps), size), dtype=np.float32)
         self.action_mask_segment = np.zeros((len(steps), size), dtype=np.int8)
@@ -71,6 +78,15 @@ class PriorZeroGameSegment(GameSegment):
             last, rewards = steps[-1].root_value, self.reward_segment[:-1]
             returns = np.append(returns_to_go(rewards, discount=config.discount_factor, bootstrap_value=last), last)
         self.returns = returns[: len(records)]
+        if is_over:
+            self._stay()
+
+    def _stay(self) -> None:
+        """One more step, from the last state to itself."""
+        last = {"action": self.action_segment[-1], "to_play": -1, "timestep": self.timestep_segment[-1] + 1}
+        for name in ("action", "reward", "root_value", "child_visit", "action_mask", "to_play", "timestep"):
+            array = getattr(self, f"{name}_segment")
+            setattr(self, f"{name}_segment", np.append(array, np.full_like(array[-1:], last.get(name, 0)), axis=0))
 
 
 class SegmentWriter:
@@ -91,32 +107,44 @@ class SegmentWriter:
         """Decisions that are not in a segment yet."""
         return len(self._pending)
 
-    def add(self, record: StepRecord, *, next_features: np.ndarray) -> list[PriorZeroGameSegment]:
+    def add(
+        self, record: StepRecord, *, next_features: np.ndarray, truncated: bool = False
+    ) -> list[PriorZeroGameSegment]:
         """Take the next decision; return the segments that are complete now.
 
         Args:
             record: the decision.
             next_features: features of the state after it, ``[F]``; used if the episode ends here.
+            truncated: the move limit ends the episode, not the game.
         """
         self._pending.append(record)
         if not record.done:
             if len(self._pending) < self._length + self._padding:
                 return []
-            return [self._cut(final_features=None)]
-        return self.flush(final_features=next_features)
+            return [self._cut(final_features=None, is_over=False)]
+        return self.flush(final_features=next_features, is_over=not truncated)
 
-    def flush(self, *, final_features: np.ndarray) -> list[PriorZeroGameSegment]:
-        """Cut all that is pending; ``final_features`` are those of the last state that was seen, ``[F]``."""
+    def flush(self, *, final_features: np.ndarray, is_over: bool = False) -> list[PriorZeroGameSegment]:
+        """Cut all that is pending.
+
+        Args:
+            final_features: those of the last state that was seen, ``[F]``.
+            is_over: that state is the game's own end.
+        """
         segments = []
         while self._pending:
-            segments.append(self._cut(final_features=final_features))
+            segments.append(self._cut(final_features=final_features, is_over=is_over))
         return segments
 
-    def _cut(self, *, final_features: np.ndarray | None) -> PriorZeroGameSegment:
+    def _cut(self, *, final_features: np.ndarray | None, is_over: bool) -> PriorZeroGameSegment:
         records = self._pending[: self._length]
         padding = self._pending[self._length : self._length + self._padding]
         reaches_the_end = len(records) + len(padding) == len(self._pending)
         self._pending = self._pending[self._length :]
         return PriorZeroGameSegment(
-            records, padding, final_features=final_features if reaches_the_end else None, config=self._config
+            records,
+            padding,
+            final_features=final_features if reaches_the_end else None,
+            is_over=is_over and reaches_the_end,
+            config=self._config,
         )

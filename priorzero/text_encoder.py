@@ -13,15 +13,17 @@ from priorzero.types import GameState, UserError
 
 
 class TextEncoder:
-    """A pretrained sentence encoder with mean pooling (Reimers & Gurevych 2019), kept as it was pretrained.
+    """A pretrained sentence encoder, kept as it was pretrained.
 
     Each text's embedding has unit length and is then multiplied by ``sqrt(D)``, which gives its entries a variance of
-    about one. What a state says apart (feedback, room, inventory) is encoded apart.
+    about one.
 
     Args:
         path: ``package:NAME``, a folder, or a hub id.
         device: where it runs.
         cache_size: texts whose features are kept.
+        pooling: ``"mean"`` over the tokens (Reimers & Gurevych 2019), or ``"cls"``: the first token.
+        parts: ``"apart"`` encodes feedback, room and inventory each by itself, ``"together"`` as one text.
         with_look: whether states carry room and inventory (decides ``F``).
         max_moves: scale of the move counter among the features.
 
@@ -30,7 +32,15 @@ class TextEncoder:
     """
 
     def __init__(
-        self, path: str, *, device: torch.device | str = "cpu", cache_size: int, with_look: bool, max_moves: int
+        self,
+        path: str,
+        *,
+        device: torch.device | str = "cpu",
+        pooling: str = "mean",
+        parts: str = "apart",
+        cache_size: int,
+        with_look: bool,
+        max_moves: int,
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
 
@@ -44,6 +54,8 @@ class TextEncoder:
         self._model.requires_grad_(False)
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
         self._cache_size = cache_size
+        self._pooling = pooling
+        self._parts = parts
         self._with_look = with_look
         self._max_moves = max_moves
         self.embedding_size = int(self._model.config.hidden_size)
@@ -51,7 +63,7 @@ class TextEncoder:
     @property
     def feature_size(self) -> int:
         """``F``."""
-        return self.embedding_size * (3 if self._with_look else 1) + 2
+        return self.embedding_size * (3 if self._with_look and self._parts == "apart" else 1) + 2
 
     def features(self, states: Sequence[GameState]) -> np.ndarray:
         """Features of some states, ``[n, F]`` float32: embeddings, share of the points, share of the moves."""
@@ -66,7 +78,8 @@ class TextEncoder:
         return np.stack(rows).astype(np.float32)
 
     def _texts(self, state: GameState) -> list[str]:
-        return [state.feedback, state.look, state.inventory] if self._with_look else [state.feedback]
+        texts = [state.feedback, state.look, state.inventory] if self._with_look else [state.feedback]
+        return texts if self._parts == "apart" else ["\n".join(texts)]
 
     def _counters(self, state: GameState) -> np.ndarray:
         points = state.score / state.max_score if state.max_score else state.score / 100.0
@@ -82,5 +95,8 @@ class TextEncoder:
             # with them, now and then, a search.
             inputs = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
             hidden = self._model(**inputs.to(self._model.device)).last_hidden_state[0]  # (T, D)
-            unit = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0) * self.embedding_size**0.5
+            unit = (
+                torch.nn.functional.normalize((hidden.mean(dim=0) if self._pooling == "mean" else hidden[0]), dim=0)
+                * self.embedding_size**0.5
+            )
             self._cache[text] = unit.cpu().numpy()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import dataclasses
 import importlib.util
+import json
 import os
 import random
 import re
@@ -24,8 +26,8 @@ from priorzero.collector import Collected, Collector
 from priorzero.concurrency import OwnerThread
 from priorzero.config import differences, dump_settings
 from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine, cores_for_training
-from priorzero.envs import GameSpec, make_worker, resolve_game
-from priorzero.evaluator import Evaluation, Evaluator
+from priorzero.envs import GameSpec, make_worker, resolve_games
+from priorzero.evaluator import Evaluation, Evaluator, together
 from priorzero.lightzero import unizero_config
 from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint, open_logs, peak_memory_mb, table
 from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model
@@ -61,13 +63,14 @@ def run_training(settings: Any) -> RunSummary:
         UserError: something a person can put right; before anything was written where possible.
     """
     settings = copy.deepcopy(settings)  # the caller's stay as they are
-    game = resolve_game(settings.run.env_id)
+    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+    _check_games(settings, games=games, unseen=unseen)
     device = choose_device(settings.run.device)
     if settings.prior.enabled:
         settings.prior.engine = choose_engine(settings.prior.engine, device=device)
-    folder = _new_run_folder(settings, game)
+    folder = _new_run_folder(settings, games)
     try:
-        return asyncio.run(_train(settings, game=game, device=device, folder=folder))
+        return asyncio.run(_train(settings, games=games, unseen=unseen, device=device, folder=folder))
     except GameWorkerError as error:
         raise UserError(
             f"the game cannot go on: {error}. If it needs more time, --set env.step_timeout_s="
@@ -75,6 +78,20 @@ def run_training(settings: Any) -> RunSummary:
         ) from error
     except EngineFailed as error:
         raise UserError(f"the LLM engine cannot go on: {error}. The run's files are in {folder}") from error
+
+
+def _check_games(settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
+    if not games:
+        raise UserError("run.env_id is empty; name a game, such as zork1.z5 or textworld:simple?seed=7")
+    if settings.env.collector_env_num % len(games):
+        raise UserError(
+            f"env.collector_env_num={settings.env.collector_env_num} must be a multiple of the {len(games)} games of "
+            f"run.env_id; type --set env.collector_env_num={len(games)}"
+        )
+    both = {game.md5 for game in games} & {game.md5 for game in unseen}
+    if both:
+        names = ", ".join(game.env_id for game in unseen if game.md5 in both)
+        raise UserError(f"eval.unseen: {names} is trained on (run.env_id); name other games")
 
 
 def choose_engine(engine: str, *, device: torch.device) -> str:
@@ -112,7 +129,9 @@ class _Agent:
     llm_thread: OwnerThread
 
 
-async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder: Path) -> RunSummary:
+async def _train(
+    settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec], device: torch.device, folder: Path
+) -> RunSummary:
     started = time.monotonic()
     run = settings.run
     with_vllm = settings.prior.enabled and settings.prior.engine == "vllm"
@@ -126,30 +145,26 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
     # Every random number comes from the one seed, in streams that cannot disturb one another.
     *global_seeds, buffer_seed, collector_seed = np.random.SeedSequence(run.seed).spawn(5)
     _seed_globals(global_seeds)
-    agent, workers = await _load(settings, game=game, device=device, buffer_seed=buffer_seed, folder=folder)
+    agent, workers = await _load(settings, games=games, device=device, buffer_seed=buffer_seed, folder=folder)
     policy, buffer, timeline = agent.policy, agent.buffer, agent.timeline
-
-    # ---- from here on there are files ----
     try:
-        (folder / "log").mkdir(parents=True)
-        (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
-    except OSError as error:
+        _begin_files(settings, folder)  # from here on there are files
+    except UserError:
         await asyncio.gather(*(worker.close() for worker in workers))
-        raise UserError(f"run.output_dir={run.output_dir}: cannot be written ({error}); give another folder") from error
-    open_logs(folder / "log")
-    logger.info(f"{game.name}, seed {run.seed}, on {device}; everything about this run is in {folder}")
+        raise
+    names = ", ".join(game.name for game in games)
+    logger.info(f"{names}, seed {run.seed}, on {device}; everything about this run is in {folder}")
     changed = [f"{group}.{key}={value}" for group, keys in differences(settings).items() for key, value in keys.items()]
     logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
-    writer = MetricsWriter(folder)
-    progress = Progress(max_iter=run.max_iter, max_env_step=run.max_env_step, every=run.log_every)
-    eval_workers = _make_workers(settings, game, count=settings.env.evaluator_env_num, first_seed=run.seed + 10_000)
+    teller = _Teller(folder, settings, agent)
     collector = Collector(
         workers, player=agent.player, config=agent.config, seed=collector_seed, groups=2 if overlap else 1
     )
-    evaluator = Evaluator(eval_workers, player=agent.player, episodes=settings.eval.episodes)
+    evaluators = _Evaluators(settings, games=games, unseen=unseen, player=agent.player)
     before = _fingerprints(policy)
     evaluations: dict[str, Evaluation] = {}
     counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0}
+    saved: Path | str = "none (nothing was trained)"
     learning: asyncio.Task[None] | None = None
 
     try:
@@ -166,7 +181,7 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
             # ---- learn: both models from one sample, then the prior from the new parameters ----
             learning = None
             if buffer.get_num_of_transitions() >= settings.train.batch_size:
-                learning = asyncio.create_task(_learn(agent, settings, counters, writer))
+                learning = asyncio.create_task(_learn(agent, settings, counters, teller.writer))
             counters["iteration"] += 1
             counters["env_step"] = collector.env_steps
             last = counters["iteration"] == run.max_iter or counters["env_step"] >= run.max_env_step
@@ -176,16 +191,16 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
                 await learning  # otherwise it goes on while the next decisions are made
 
             # ---- tell, evaluate, save ----
-            _tell(counters, collected, agent=agent, collector=collector, writer=writer, progress=progress)
+            teller.tell(counters, collected, collector)
             if evaluates:
-                evaluations = await _evaluate(
-                    evaluator, settings, writer, prior=agent.prior, env_step=collector.env_steps
-                )
+                evaluations = await _evaluate(evaluators, teller, prior=agent.prior, env_step=collector.env_steps)
                 timeline.skip()
             if saves:
                 saved = _save(folder, agent, settings, counters)
 
-        progress.end()
+        if run.max_env_step == 0:
+            evaluations = await _evaluate(evaluators, teller, prior=agent.prior, env_step=0)
+        teller.progress.end()
     except (asyncio.CancelledError, GameWorkerError, EngineFailed):
         await _stop_learning(agent, learning)  # it ends its step first
         if counters["train_iter"]:
@@ -193,16 +208,16 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         raise
     finally:
         await _stop_learning(agent, learning)
-        await asyncio.gather(*(worker.close() for worker in [*workers, *eval_workers]))
+        await asyncio.gather(*(worker.close() for worker in [*workers, *evaluators.workers]))
         if agent.engine is not None:
             await agent.engine.close()
-        writer.close()
+        teller.writer.close()
         if run.trace_iterations:
             timeline.write_trace(folder / "trace.json")
 
     moved = {name: (before[name], prints) for name, prints in _fingerprints(policy).items()}
     rows = {
-        "game": game.name,
+        "game": names,
         **_count_rows(settings, counters, collector, with_llm=agent.llm is not None),
         **{f"{name} tensors moved": f"{count_moved(a, b)} of {len(a)}" for name, (a, b) in moved.items()},
         **{f"evaluation, {mode}": _describe(evaluation) for mode, evaluation in evaluations.items()},
@@ -213,7 +228,17 @@ async def _train(settings: Any, *, game: GameSpec, device: torch.device, folder:
         "charts": f"tensorboard --logdir {run.output_dir}",
     }
     logger.info("done:\n" + table(rows))
-    return RunSummary(folder, rows, dict(writer.last), evaluations)
+    return RunSummary(folder, rows, dict(teller.writer.last), evaluations)
+
+
+def _begin_files(settings: Any, folder: Path) -> None:
+    try:
+        (folder / "log").mkdir(parents=True)
+        (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+    except OSError as error:
+        where = settings.run.output_dir
+        raise UserError(f"run.output_dir={where}: cannot be written ({error}); give another folder") from error
+    open_logs(folder / "log")
 
 
 def _seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
@@ -225,10 +250,15 @@ def _seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
 
 
 async def _load(
-    settings: Any, *, game: GameSpec, device: torch.device, buffer_seed: np.random.SeedSequence, folder: Path
+    settings: Any,
+    *,
+    games: Sequence[GameSpec],
+    device: torch.device,
+    buffer_seed: np.random.SeedSequence,
+    folder: Path,
 ) -> tuple[_Agent, list[Any]]:
     """Both models, and the games to collect from, which load in their processes while the models load in this one."""
-    workers = _make_workers(settings, game, count=settings.env.collector_env_num, first_seed=settings.run.seed)
+    workers = _make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
     starting = asyncio.gather(*(worker.start() for worker in workers), return_exceptions=True)
     await asyncio.sleep(0)  # now every process has been started
     try:
@@ -250,6 +280,8 @@ def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.S
     encoder = TextEncoder(
         settings.encoder.path,
         device=device,
+        pooling=settings.encoder.pooling,
+        parts=settings.encoder.parts,
         cache_size=settings.encoder.cache_size,
         with_look=settings.env.look_and_inventory,
         max_moves=settings.env.max_episode_steps,
@@ -333,12 +365,15 @@ def make_engine(settings: Any, *, llm: LanguageModel, log_file: Path) -> PriorEn
 
 
 async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer: MetricsWriter) -> None:
-    """An iteration's updates. The world model learns in each of them; in the last, the LLM learns from the same sample.
+    """An iteration's updates: the world model's, then, when it is its turn, the LLM's.
+
+    The LLM's first update learns from the sample of the world model's last, each further one from a draw of its own.
 
     Between two updates searches may take their turn. The engine takes over the LLM's new parameters as soon as nobody
     waits for an answer.
     """
-    llm_has_its_turn = agent.prior is not None and counters["iteration"] % settings.llm.update_every == 0
+    llm_learns = agent.prior is not None and (settings.llm.enable_sft or settings.llm.enable_rft)
+    llm_has_its_turn = llm_learns and counters["iteration"] % settings.llm.update_every == 0
     learned: dict[str, float] = {}
     batch: list[Any] = []
     for _ in range(settings.train.update_per_collect):
@@ -353,7 +388,13 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
         assert agent.prior is not None
 
         async def update_llm() -> int:
-            learned.update(await agent.llm_thread.run("LLM update", agent.policy.learn_llm, batch[2]))
+            drawn = batch[2]
+            for n in range(settings.llm.updates_per_turn):
+                if n > 0:
+                    drawn = await agent.world_model_thread.run(
+                        "replay", lambda: agent.buffer.sample(settings.train.batch_size, agent.policy)[2]
+                    )
+                learned.update(await agent.llm_thread.run("LLM update", agent.policy.learn_llm, drawn))
             counters["llm_version"] = agent.policy.llm_version
             return agent.policy.llm_version
 
@@ -363,6 +404,8 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
 
 
 def _update_world_model(agent: _Agent, batch_size: int, train_iter: int) -> tuple[list[Any], dict[str, float]]:
+    if not agent.policy.features_are_fitted:
+        agent.policy.fit_features(agent.buffer.features())
     batch = agent.buffer.sample(batch_size, agent.policy)
     metrics = agent.policy.learn_world_model(batch, train_iter=train_iter)
     agent.buffer.update_priority(batch, metrics.pop("priorities"))
@@ -380,7 +423,7 @@ async def _stop_learning(agent: _Agent, learning: asyncio.Task[None] | None) -> 
     agent.llm_thread.close()
 
 
-def _new_run_folder(settings: Any, game: GameSpec) -> Path:
+def _new_run_folder(settings: Any, games: Sequence[GameSpec]) -> Path:
     """The run's folder, not made yet. A name that was given must be new; a made-up one is."""
     root, name = Path(settings.run.output_dir), settings.run.exp_name
     if name:
@@ -394,7 +437,8 @@ def _new_run_folder(settings: Any, game: GameSpec) -> Path:
                 "give another name, or none to get a new one"
             )
     else:
-        stem = f"{game.name}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+        several = f"_and_{len(games) - 1}_more" if len(games) > 1 else ""
+        stem = f"{games[0].name}{several}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
         names = [stem, *(f"{stem}_{n}" for n in range(2, 100))]
         name = next(n for n in names if not (root / n).exists())
     existing = next(p for p in (root, *root.absolute().parents) if p.exists())
@@ -403,11 +447,12 @@ def _new_run_folder(settings: Any, game: GameSpec) -> Path:
     return root / name
 
 
-def _make_workers(settings: Any, game: GameSpec, *, count: int, first_seed: int) -> list[Any]:
+def _make_workers(settings: Any, games: Sequence[GameSpec], *, count: int, first_seed: int) -> list[Any]:
+    """``count`` workers in all, for the games in turn."""
     env = settings.env
     return [
         make_worker(
-            game,
+            games[e % len(games)],
             seed=first_seed + e,
             max_episode_steps=env.max_episode_steps,
             look_and_inventory=env.look_and_inventory,
@@ -418,26 +463,58 @@ def _make_workers(settings: Any, game: GameSpec, *, count: int, first_seed: int)
     ]
 
 
+class _Evaluators:
+    """An evaluator for each game that is trained on and for each that is not.
+
+    Attributes:
+        seen: of the games of ``run.env_id``.
+        unseen: of the games of ``eval.unseen``.
+        workers: of all of them.
+    """
+
+    def __init__(self, settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec], player: Player) -> None:
+        self.modes = settings.eval.modes
+        self.workers: list[Any] = []
+        first_seed = settings.run.seed + 10_000
+
+        def evaluators(chosen: Sequence[GameSpec]) -> list[Evaluator]:
+            made = []
+            for game in chosen:
+                workers = _make_workers(settings, [game], count=settings.env.evaluator_env_num, first_seed=first_seed)
+                self.workers += workers
+                made.append(
+                    Evaluator(game.name, workers, player=player, episodes=settings.eval.episodes, seed=first_seed)
+                )
+            return made
+
+        self.seen, self.unseen = evaluators(games), evaluators(unseen)
+
+
 async def _evaluate(
-    evaluator: Evaluator, settings: Any, writer: MetricsWriter, *, prior: RobustPrior | None, env_step: int
+    evaluators: _Evaluators, teller: _Teller, *, prior: RobustPrior | None, env_step: int
 ) -> dict[str, Evaluation]:
-    """Every mode; the first played of world model with prior, world model, prior is the run's own figure."""
-    evaluations = {mode: await evaluator.evaluate(mode) for mode in settings.eval.modes}
-    for mode, evaluation in evaluations.items():
+    """Every mode on every game; unseen games' are called ``unseen_MODE``.
+
+    The first played of world model with prior, world model, prior is the run's own figure.
+    """
+    evaluations = {}
+    for prefix, chosen in (("", evaluators.seen), ("unseen_", evaluators.unseen)):
+        for mode in evaluators.modes if chosen else ():
+            of_games = {evaluator.game: await evaluator.evaluate(mode) for evaluator in chosen}
+            teller.keep_evaluations(of_games, env_step=env_step, unseen=bool(prefix))
+            evaluations[prefix + mode] = together(list(of_games.values()))
+    scalars = {}
+    for name, evaluation in evaluations.items():
         logger.info(
-            f"evaluation at {env_step} env steps, {mode}: scores {evaluation.scores} of {evaluation.max_score:g}"
+            f"evaluation at {env_step} env steps, {name}: scores {evaluation.scores} of {evaluation.max_score:g}"
         )
-        writer.write(
-            {
-                f"evaluator_step/{mode}_reward_mean": evaluation.mean_return,
-                f"evaluator_step/{mode}_score_mean": evaluation.mean_score,
-            },
-            step=env_step,
-        )
-    main = next(m for m in ("world_model_with_prior", "world_model", "prior") if m in evaluations)
-    writer.write({"evaluator_step/reward_mean": evaluations[main].mean_return}, step=env_step)
+        scalars[f"evaluator_step/{name}_reward_mean"] = evaluation.mean_return
+        scalars[f"evaluator_step/{name}_score_mean"] = evaluation.mean_score
+    main = next(m for m in ("world_model_with_prior", "world_model", *evaluations) if m in evaluations)
+    scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
     if prior is not None:
-        writer.write({"evaluator_step/prior_fallbacks": prior.take_statistics()["prior/fallbacks"]}, step=env_step)
+        scalars["evaluator_step/prior_fallbacks"] = prior.take_statistics()["prior/fallbacks"]
+    teller.writer.write(scalars, step=env_step)
     return evaluations
 
 
@@ -467,32 +544,52 @@ def _buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
     }
 
 
-def _tell(
-    counters: dict[str, int],
-    collected: Collected,
-    *,
-    agent: _Agent,
-    collector: Collector,
-    writer: MetricsWriter,
-    progress: Progress,
-) -> None:
-    iteration = counters["iteration"]
-    writer.write(collector.scalars(collected), step=iteration)
-    writer.write(_buffer_scalars(agent.buffer), step=iteration)
-    if agent.prior is not None:
-        prior_scalars = agent.prior.take_statistics()
-        writer.write(prior_scalars, step=iteration)
-        logger.bind(topic="prior").info(f"iteration {iteration}: {_short(prior_scalars)}")
-    shares = agent.timeline.take()
-    writer.write({**shares.scalars(), "memory/peak_mb": peak_memory_mb()}, step=iteration)
-    logger.debug(f"iteration {iteration}, {shares.wall:.1f} s: {shares.describe()}")
-    _log_segments(collected, iteration)
-    progress.show(
-        iteration=iteration,
-        env_step=counters["env_step"],
-        episode_return=writer.last.get("collector_iter/reward_mean"),
-        loss=writer.last.get("train/total_loss"),
-    )
+class _Teller:
+    """Writes what happens: scalars, log lines, ``episodes.jsonl`` and ``evaluations.jsonl``."""
+
+    def __init__(self, folder: Path, settings: Any, agent: _Agent) -> None:
+        run = settings.run
+        self.folder = folder
+        self.agent = agent
+        self.writer = MetricsWriter(folder)
+        self.progress = Progress(max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every)
+        self._started = time.monotonic()
+
+    def tell(self, counters: dict[str, int], collected: Collected, collector: Collector) -> None:
+        """What an iteration brought."""
+        iteration, writer, agent = counters["iteration"], self.writer, self.agent
+        writer.write(collector.scalars(collected), step=iteration)
+        writer.write(_buffer_scalars(agent.buffer), step=iteration)
+        if agent.prior is not None:
+            prior_scalars = agent.prior.take_statistics()
+            writer.write(prior_scalars, step=iteration)
+            logger.bind(topic="prior").info(f"iteration {iteration}: {_short(prior_scalars)}")
+        shares = agent.timeline.take()
+        writer.write({**shares.scalars(), "memory/peak_mb": peak_memory_mb()}, step=iteration)
+        logger.debug(f"iteration {iteration}, {shares.wall:.1f} s: {shares.describe()}")
+        _log_segments(collected, iteration)
+        self._append("episodes.jsonl", [dataclasses.asdict(episode) for episode in collected.episodes])
+        self.progress.show(
+            iteration=iteration,
+            env_step=counters["env_step"],
+            episode_return=writer.last.get("collector_iter/reward_mean"),
+            loss=writer.last.get("train/total_loss"),
+        )
+
+    def keep_evaluations(self, of_games: dict[str, Evaluation], *, env_step: int, unseen: bool) -> None:
+        """One mode's evaluations, by game."""
+        self._append(
+            "evaluations.jsonl",
+            [
+                {"env_step": env_step, "game": game, "unseen": unseen, **dataclasses.asdict(evaluation)}
+                for game, evaluation in of_games.items()
+            ],
+        )
+
+    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
+        seconds = round(time.monotonic() - self._started, 1)
+        with (self.folder / name).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
 
 
 def _log_segments(collected: Collected, iteration: int) -> None:

@@ -113,6 +113,7 @@ class ActionPrior:
         version: how many LLM updates the parameters that made this prior had seen.
         completion: what the LLM wrote (``rank`` only).
         parsed: False if nothing usable could be read from the completion.
+        rollout_logprobs: log-probability of each action's text, summed over its tokens, ``[K]`` (``score`` only).
     """
 
     logprobs: np.ndarray
@@ -120,6 +121,7 @@ class ActionPrior:
     version: int
     completion: str | None = None
     parsed: bool = True
+    rollout_logprobs: np.ndarray | None = None
 
 
 class PriorEngine(Protocol):
@@ -185,6 +187,7 @@ class StepRecord:
         predicted_value: the network's value of the root before the search.
         chosen: position in ``state.valid_actions`` of the action that was played.
         reward: points that the action earned.
+        novelty_bonus: what the new state is worth for being new, in points (0 unless ``train.novelty_bonus`` is set).
         done: the episode ended with this action.
         episode: number of the episode this decision belongs to, unique within a run.
         step: index of the decision within its episode, from 0.
@@ -203,6 +206,7 @@ class StepRecord:
     done: bool
     episode: int
     step: int
+    novelty_bonus: float = 0.0
 
     @property
     def action_text(self) -> str:

@@ -36,7 +36,7 @@ class PriorMaker:
     generate_max_len: int = 128
 
     def row(self, request: PriorRequest) -> PromptRow:
-        """``score``: token ids of the prompt and of each valid action, closed by the end-of-turn token.
+        """``score``: token ids of the prompt and of each valid action with the token that ends it.
 
         Raises:
             PromptTooLong: they do not fit into the model.
@@ -44,7 +44,7 @@ class PriorMaker:
         if not request.valid_actions:
             raise ValueError("a prior needs at least one valid action")
         answers = [answer_text(action, style=self.style) for action in request.valid_actions]
-        return self.llm.row(request.prompt, answers, end_of_turn=True)
+        return self.llm.row(request.prompt, answers, end_of_turn=self.style.ends_turn)
 
     def prompt_ids(self, request: PriorRequest) -> list[int]:
         """``rank``: token ids of the prompt.
@@ -58,9 +58,13 @@ class PriorMaker:
 
     def from_logprobs(self, logprobs: Sequence[np.ndarray], *, version: int) -> ActionPrior:
         """``score``: the prior from the token log-probabilities of each action."""
-        scores = [tokens.mean() if self.normalise == "mean" else tokens.sum() for tokens in logprobs]
+        sums = np.array([tokens.sum() for tokens in logprobs], dtype=np.float32)
+        scores = sums / [len(tokens) for tokens in logprobs] if self.normalise == "mean" else sums
         return ActionPrior(
-            logprobs=prior_from_scores(np.array(scores), temperature=self.temperature), source="score", version=version
+            logprobs=prior_from_scores(scores, temperature=self.temperature),
+            source="score",
+            version=version,
+            rollout_logprobs=sums,
         )
 
     def from_text(self, text: str, request: PriorRequest, *, version: int) -> ActionPrior:

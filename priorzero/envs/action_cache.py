@@ -45,6 +45,12 @@ def cache_file() -> Path | None:
         return None
 
 
+# What a file that is damaged, locked, unwritable or on a full disk raises. ValueError: what SQLite says of a damaged
+# file
+# need not be UTF-8.
+_CANNOT_BE_USED = (sqlite3.Error, OSError, ValueError)
+
+
 class ActionCache:
     """One sqlite3 file, shared by any number of processes, each with an object of its own.
 
@@ -79,7 +85,7 @@ class ActionCache:
             if connection is None:
                 return None
             row = connection.execute("SELECT value FROM valid_actions WHERE key = ?", (key,)).fetchone()
-        except Exception as error:  # with a damaged file, not only sqlite3's own: its messages need not be UTF-8
+        except _CANNOT_BE_USED as error:
             self._give_up(error)
             return None
         if row is None:
@@ -108,7 +114,7 @@ class ActionCache:
                     "DELETE FROM valid_actions WHERE number <= (SELECT MAX(number) FROM valid_actions) - ?",
                     (self._max_rows,),
                 )
-        except Exception as error:
+        except _CANNOT_BE_USED as error:
             self._give_up(error)
 
     def close(self) -> None:

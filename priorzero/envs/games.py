@@ -82,6 +82,21 @@ def resolve_game(env_id: str) -> GameSpec:
     return _jericho_spec(env_id, path)
 
 
+def resolve_games(env_ids: str) -> list[GameSpec]:
+    """What :func:`resolve_game` finds for each of some names separated by commas; none for an empty text.
+
+    Raises:
+        UserError: as :func:`resolve_game`, and for a game that is named twice.
+    """
+    if Path(env_ids).is_file():  # a path may hold a comma
+        return [resolve_game(env_ids)]
+    games = [resolve_game(env_id.strip()) for env_id in env_ids.split(",")] if env_ids.strip() else []
+    for n, game in enumerate(games):
+        if game.md5 in {other.md5 for other in games[:n]}:
+            raise UserError(f"The game {game.env_id!r} is named twice in {env_ids!r}. Name it once.")
+    return games
+
+
 def make_game(
     spec: GameSpec, *, seed: int, max_episode_steps: int, look_and_inventory: bool, drop_inert_commands: bool
 ) -> TextGame:
