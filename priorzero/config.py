@@ -186,7 +186,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "trust_remote_code": Option(False, "run code that comes with a hub model"),
         "prompt_layout": Option(
             "transcript",
-            "transcript: a question about the game so far; walkthrough: the goal, then a list of commands to go on with",
+            "transcript: a question about the game so far; walkthrough: the goal, then a list of commands to continue",
             one_of("transcript", "walkthrough"),
         ),
         "history": Option(

@@ -26,8 +26,10 @@ ASK_RANKING_COT = (
 # The walkthrough layout: a small model goes on with a list more sensibly than it answers a question, and an example
 # shows it what such a list looks like.
 SYSTEM_WALKTHROUGH = "You play text adventure games. Write the commands that reach the goal, one a line."
-EXAMPLE_GOAL = "Goal: Make sure the wooden chest is ajar, then pick up the lamp from the chest, go north and put the lamp on the "
+EXAMPLE_GOAL = (
+    "Goal: Make sure the wooden chest is ajar, then pick up the lamp from the chest, go north and put the lamp on the "
     "table."
+)
 EXAMPLE_COMMANDS = "open wooden chest\ntake lamp from wooden chest\ngo north\nput lamp on table"
 
 
