@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help quick-test test unit bench lint format lock clean
+.PHONY: help quick-test test unit learn-check bench lint format lock clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
@@ -30,6 +30,10 @@ test:  ## set up everything and run the whole test suite
 unit:  ## run the fast tests only
 	@scripts/set_up.sh test
 	@$(PYTEST) -m "not slow and not vllm" $(ARGS)
+
+learn-check:  ## see that search, prior, SFT and RFT each do what makes the agent better (below 5 minutes)
+	@scripts/set_up.sh test
+	@$(PYTEST) -m learn tests/test_learning.py --durations=0 $(ARGS)
 
 # In turn, on an otherwise idle machine; all of them, also after one has found results that differ.
 bench:  ## measure what docs/PERFORMANCE.md states (up to 20 minutes); fails if results differ

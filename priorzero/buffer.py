@@ -42,6 +42,7 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
 
     ``sample`` returns ``[current_batch, target_batch, game_segments]``: LightZero's two lists and a
     :class:`SampledSegments` from the very same draw. Mended here, each with a test: sampling never lands in padding;
+    all that is known of a sequence is learned from;
     priorities are proportional and come back through :meth:`update_priority`; evicting a segment drops as many
     look-ups as it brought; visit targets are read by position.
 
@@ -95,6 +96,10 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
             raise ValueError(f"{batch_size} sequences asked for, {self.get_num_of_transitions()} decisions stored")
         current_batch, target_batch = super().sample(batch_size, policy)
         assert self._sampled is not None
+        # LightZero's mask stops where the segment does; the targets in the padding behind it are as good.
+        steps = np.arange(current_batch[3].shape[1])
+        known = [len(s) - t for s, t in zip(self._sampled.segments, self._sampled.positions, strict=True)]
+        current_batch[3] = (steps < np.minimum(known, self._cfg.num_unroll_steps)[:, None]).astype(np.float64)
         return [current_batch, target_batch, self._sampled]
 
     def features(self) -> np.ndarray:

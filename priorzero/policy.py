@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -155,10 +156,9 @@ class PriorZeroPolicy(UniZeroPolicy):
         except (AssertionError, ValueError) as error:  # what LightZero raises for a loss that is NaN or infinite
             if "NaN" not in str(error) and "Inf" not in str(error):
                 raise
-            terms = {name: value for name, value in self.intermediate_losses.items() if name.startswith("loss_")}
-            culprits = [name for name, value in terms.items() if not torch.isfinite(torch.as_tensor(value)).all()]
+            named = re.search(r"element '(\w+)'", str(error))  # what LightZero calls the head whose loss it is
             raise UserError(
-                f"the world model's loss is not finite in update {train_iter}: {', '.join(culprits) or 'their sum'}; "
+                f"the world model's {named.group(1) if named else 'total'} loss is not finite in update {train_iter}; "
                 f"lower train.learning_rate={self._cfg.learning_rate:g} or "
                 f"train.grad_clip={self._cfg.grad_clip_value:g}"
             ) from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import pickle
 import tracemalloc
@@ -87,10 +88,12 @@ def test_each_decision_is_in_one_segment_and_all_arrays_agree_with_it(length, se
             segment.timestep_segment,
         )
         assert {len(a) for a in arrays} == {len(segment)}
-        assert len(segment) == min(segment_length + config.num_unroll_steps + config.td_steps, length - first)
-        sees_the_end = first + len(segment) == length and number >= num_cut_before_the_end
-        assert len(segment.obs_segment) == len(segment) + sees_the_end
-        for t in range(len(segment)):
+        steps = min(segment_length + config.num_unroll_steps + config.td_steps, length - first)
+        sees_the_end = first + steps == length and number >= num_cut_before_the_end
+        assert segment.num_steps == steps and segment.is_over == (sees_the_end and ends)
+        assert len(segment) == steps + segment.is_over  # where the game is over, one more step stays there
+        assert len(segment.obs_segment) == steps + sees_the_end
+        for t in range(steps):
             record = records[first + t]
             assert segment.obs_segment[t] == pytest.approx(record.features)
             assert segment.action_segment[t] == record.action_index
@@ -99,6 +102,43 @@ def test_each_decision_is_in_one_segment_and_all_arrays_agree_with_it(length, se
             assert segment.child_visit_segment[t].sum() == pytest.approx(1)
             assert segment.child_visit_segment[t, record.action_indices] == pytest.approx(record.visit_probs())
             assert np.flatnonzero(segment.action_mask_segment[t]).tolist() == sorted(record.action_indices)
+
+
+def test_an_end_by_the_game_is_worth_nothing_and_an_end_by_the_move_limit_teaches_no_such_thing():
+    """With a target model that takes every state to be worth 10."""
+    config = demo_config()
+    g, targets = config.discount_factor, {}
+    for truncated in (False, True):
+        buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(0))
+        writer = SegmentWriter(config)
+        for record, next_features in demo_episode(length=4):  # rewards 0, 1, 2, 3
+            buffer.push(writer.add(record, next_features=next_features, truncated=truncated))
+        current, (rewards, values, policies), sampled = sample(buffer, config, size=4, value=10.0)
+        row = sampled.positions.tolist().index(1)
+        targets[truncated] = rewards[row].ravel(), values[row].ravel(), current[3][row], policies[row].sum(axis=-1)
+        observations = current[0].reshape(4, -1, FEATURE_SIZE)
+        assert observations[row, :5, 0].tolist() == [1, 2, 3, 4, 4]
+    rewards, values, mask, policies = targets[False]
+    assert rewards == pytest.approx([1, 2, 3, 0, 0])
+    # Two steps of reward, then the target model's value, but for the end.
+    assert values == pytest.approx([1 + 2 * g + 10 * g**2, 2 + 3 * g, 3, 0, 0], abs=1e-3)
+    assert mask.tolist() == [1, 1, 1, 1, 0]  # the last state is learned from, without a policy
+    assert policies == pytest.approx([1, 1, 1, 0, 0])
+    rewards, values, mask, policies = targets[True]
+    assert rewards == pytest.approx([1, 2, 3, 0, 0])
+    assert values == pytest.approx([1 + 2 * g + 10 * g**2, 2 + 3 * g, 3, 0, 0], abs=1e-3)
+    assert mask.tolist() == [1, 1, 1, 0, 0]
+
+
+def test_the_world_model_learns_from_scaled_points_and_the_bonus():
+    config = demo_config()
+    config.reward_scale = 2.0
+    records = [dataclasses.replace(demo_record(t, done=t == 2), novelty_bonus=0.25) for t in range(3)]
+    segment = PriorZeroGameSegment(records, [], final_features=np.ones(6), is_over=True, config=config)
+    assert segment.reward_segment == pytest.approx([0.5, 2.5, 4.5, 0.0])
+    assert segment.returns == pytest.approx(
+        [0.5 + config.discount_factor * (2.5 + config.discount_factor * 4.5), 2.5 + config.discount_factor * 4.5, 4.5]
+    )
 
 
 def test_returns_reach_through_the_padding_and_bootstrap_where_the_episode_goes_on():
@@ -271,7 +311,9 @@ def test_asking_for_more_than_there_is():
 
 
 def test_segment_needs_no_more_than_its_records():
-    segment = PriorZeroGameSegment([demo_record(0, done=True)], [], final_features=np.ones(6), config=demo_config())
+    segment = PriorZeroGameSegment(
+        [demo_record(0, done=True)], [], final_features=np.ones(6), is_over=False, config=demo_config()
+    )
     assert len(segment) == 1 and len(segment.obs_segment) == 2
     assert segment.records[0].action_text == COMMANDS[0]
 

@@ -270,7 +270,7 @@ def test_evaluation_repeats_itself(mode):
 
     def evaluate():
         games = [CountingGame(g, length=5 + g) for g in range(2)]
-        return asyncio.run(Evaluator(games, player=player, episodes=2).evaluate(mode))
+        return asyncio.run(Evaluator("counting", games, player=player, episodes=2, seed=0).evaluate(mode))
 
     engine = player.prior.engine
     known = player.indexer.state_dict()
@@ -293,8 +293,61 @@ def test_an_evaluation_that_cannot_finish_says_so():
     _, _, player = build()
     broken = CountingGame(1, fail_at=range(100))
     with pytest.raises(GameWorkerError):
-        asyncio.run(Evaluator([broken], player=player, episodes=2).evaluate("prior"))
+        asyncio.run(Evaluator("counting", [broken], player=player, episodes=2, seed=0).evaluate("prior"))
     once = CountingGame(1, fail_at=(3,))
     assert (
-        len(asyncio.run(Evaluator([once, CountingGame(2)], player=player, episodes=3).evaluate("prior")).returns) == 3
+        len(
+            asyncio.run(
+                Evaluator("counting", [once, CountingGame(2)], player=player, episodes=3, seed=0).evaluate("prior")
+            ).returns
+        )
+        == 3
     )
+
+
+def commands_played(mode, *, seed, episodes=40):
+    """Which of the two commands of the first room each episode began with."""
+    _, _, player = build()
+    game = CountingGame(0, length=3)
+    first = []
+
+    async def step(action, own=game.step):
+        if game.moves == 0:
+            first.append(int(action.split()[2]))
+        return await own(action)
+
+    game.step = step
+    asyncio.run(Evaluator("counting", [game], player=player, episodes=episodes, seed=seed).evaluate(mode))
+    return first
+
+
+def test_random_play_knows_no_prior_and_a_sampled_prior_follows_its_probabilities():
+    """Room 1 has three actions, and the engine gives the last one 0.9."""
+    prior, random_play = commands_played("prior_sampled", seed=0), commands_played("random", seed=0)
+    assert prior.count(2) >= 30 and len(set(prior)) > 1
+    assert random_play.count(2) <= 22 and set(random_play) == {0, 1, 2}
+    assert commands_played("prior_sampled", seed=0) == prior  # the same seed plays the same episodes
+    assert commands_played("prior_sampled", seed=1) != prior
+    assert set(commands_played("prior", seed=0)) == {2}
+
+
+def test_a_state_seen_before_is_worth_less_novelty():
+    collector, _, _ = build(num_games=1, length=2, train={"novelty_bonus": 0.5})
+    collected = collect(collector, 40)
+    bonuses, seen = [r.novelty_bonus for s in collected.segments for r in s.records], {}
+    assert bonuses[0] == 0.5
+    records = [r for s in collected.segments for r in s.records]
+    for record in records:  # the room that a decision leads to follows from its room and action
+        room = (3 * int(record.state.score) + record.chosen + 1) % 97
+        seen[room] = seen.get(room, 0) + 1
+        assert record.novelty_bonus == pytest.approx(0.5 / seen[room] ** 0.5)
+    assert max(seen.values()) > 1
+    quiet, _, _ = build(num_games=1, length=2)
+    assert {r.novelty_bonus for s in collect(quiet, 10).segments for r in s.records} == {0.0}
+
+
+def test_an_episode_tells_when_it_ended():
+    collector, _, _ = build(num_games=2, length=3)
+    first, second = collect(collector, 6).episodes
+    assert (first.env_step, second.env_step, first.steps) == (5, 6, 3)
+    assert first.score > 0 and first.total_reward > 0 and not first.won

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -9,15 +10,17 @@ import pytest
 import torch
 from conftest import make_settings, make_tiny_llm
 
+from priorzero.completions import PromptRow
 from priorzero.llm_learner import LLMLearner, choose_answers
+from priorzero.losses import kl_loss
 from priorzero.policy import prompt_style
-from priorzero.types import ActionPrior, GameState, StepRecord
+from priorzero.types import ActionPrior, GameState, StepRecord, UserError
 
 ACTIONS = ("open mailbox", "go north", "eat the old brown sack", "wait")
 
 
-def record(step=0, *, visits=(6, 3, 1, 0), chosen=0, prompt="Where to?", completion=None, predicted=0.0):
-    prior = ActionPrior(np.log(np.full(4, 0.25)), "score", 0, completion)
+def record(step=0, *, visits=(6, 3, 1, 0), chosen=0, prompt="Where to?", completion=None, predicted=0.0, rollout=None):
+    prior = ActionPrior(np.log(np.full(4, 0.25)), "score", 0, completion, rollout_logprobs=rollout)
     return StepRecord(
         state=GameState("West of House", ACTIONS, 0.0, 10.0, step),
         features=np.zeros(3),
@@ -119,6 +122,54 @@ def test_learning_raises_what_it_should(smollm2, disabled):
     for _ in range(5):
         made.learn(samples)
     assert gap() > before + 0.1
+
+
+def test_clipping_needs_to_know_what_was_said_when_it_was_played(smollm2):
+    made = learner(smollm2, rft_clip=0.2)
+    known = record(1, rollout=np.array([-4.0, -8.0, -20.0, -2.0]), chosen=2)
+    samples, skipped = made.samples([record(0), known], np.array([0.0, 1.0]))
+    assert skipped == 1 and [s.rollout_logprob for s in samples] == [-20.0]
+
+
+def test_what_has_moved_out_of_the_clip_moves_no_further(smollm2):
+    """The played command is already far likelier than when it was played, so its gain pulls no longer."""
+    made = learner(smollm2, rft_clip=0.2, enable_sft=False)
+    samples, _ = made.samples([record(t, rollout=np.full(4, -500.0)) for t in range(2)], np.array([1.0, 0.0]))
+    gaining = [s for s in samples if s.advantage > 0]
+    before = parameters(made)
+    made.learn(gaining)
+    assert torch.equal(parameters(made), before)
+    made.learn([dataclasses.replace(s, rollout_logprob=0.0) for s in gaining])
+    assert not torch.equal(parameters(made), before)
+
+
+def test_the_kl_penalty_is_nothing_at_first_and_holds_the_model_back(smollm2):
+    moved = {}
+    for kl_weight in (0.0, 100.0):
+        made = learner(smollm2, kl_weight=kl_weight, learning_rate=1e-3)
+        made.llm = dataclasses.replace(made.llm, reference=copy.deepcopy(made.llm.model))
+        samples, _ = made.samples(RECORDS, RETURNS)
+        first = made.learn(samples)
+        assert first["kl_loss"] == pytest.approx(0.0, abs=1e-6)
+        for _ in range(10):
+            last = made.learn(samples)
+        with torch.no_grad():
+            rows = [PromptRow(s.row.prompt_ids, [s.row.completions[s.played]]) for s in samples]
+            now, mask = made.llm.token_logprobs(rows)
+            moved[kl_weight] = kl_loss(now, made.llm.reference_logprobs(rows), mask)[0].item()
+        assert (last["kl_loss"] > 0) == (kl_weight > 0)
+    assert moved[100.0] < 0.2 * moved[0.0]
+
+
+def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(smollm2):
+    made = learner(smollm2)
+    samples, _ = made.samples(RECORDS, RETURNS)
+    before = parameters(made)
+    with pytest.raises(UserError, match=r"rft_loss is nan.*llm\.learning_rate"):
+        made.learn([dataclasses.replace(samples[0], advantage=float("nan")), *samples[1:]])
+    with pytest.raises(UserError, match="sft_loss is nan"):
+        made.learn([dataclasses.replace(s, target_probs=np.full_like(s.target_probs, np.nan)) for s in samples])
+    assert torch.equal(parameters(made), before)
 
 
 def test_decisions_without_prompt_teach_nothing_and_are_counted(smollm2):

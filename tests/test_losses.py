@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.losses import gradient_norm, normalised_advantages, returns_to_go, rft_loss, sft_loss
+from priorzero.losses import gradient_norm, kl_loss, normalised_advantages, returns_to_go, rft_loss, sft_loss
 
 LOG2, LOG4, LOG10 = math.log(0.5), math.log(0.25), math.log(0.1)
 
@@ -32,6 +32,54 @@ def test_rft_loss_by_hand():
     assert tokens.item() == 3
     loss_sum.backward()
     assert torch.equal(logprobs.grad, torch.tensor([[-2.0, -2.0], [1.0, 0.0]]))
+
+
+def test_clipped_rft_loss_by_hand():
+    # Two tokens each; ratios are geometric means: log-ratio (sum - rollout) / 2.
+    logprobs = torch.tensor([[LOG2, LOG2], [LOG2, LOG2], [LOG2, LOG2], [LOG2, LOG2]], requires_grad=True)
+    mask = torch.ones(4, 2, dtype=torch.bool)
+    ratios = torch.tensor([1.1, 1.5, 1.5, 0.5])
+    rollout = 2 * LOG2 - 2 * ratios.log()
+    loss_sum, tokens = rft_loss(logprobs, mask, torch.tensor([1.0, 1.0, -1.0, 1.0]), rollout_logprobs=rollout, clip=0.2)
+    # Within the clip: 1.1. Above it with a gain: 1.2, no gradient. With a loss: -1.5. Below it with a gain: 0.5.
+    assert loss_sum.item() == pytest.approx(-2 * (1.1 + 1.2 - 1.5 + 0.5), rel=1e-5)
+    assert tokens.item() == 8
+    loss_sum.backward()
+    assert torch.allclose(logprobs.grad[:, 0], torch.tensor([-1.1, 0.0, 1.5, -0.5]), atol=1e-5)
+
+
+def test_clipping_is_reinforce_where_nothing_has_moved():
+    logprobs = torch.tensor([[LOG2, LOG4], [LOG10, 0.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    advantages = torch.tensor([2.0, -1.0])
+    gradients = []
+    for options in ({}, {"rollout_logprobs": torch.tensor([LOG2 + LOG4, LOG10]), "clip": 0.2}):
+        logprobs.grad = None
+        rft_loss(logprobs, mask, advantages, **options)[0].backward()
+        gradients.append(logprobs.grad.clone())
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+def test_huge_log_ratios_stay_finite():
+    logprobs = torch.tensor([[-1.0], [-5000.0]], requires_grad=True)
+    mask = torch.ones(2, 1, dtype=torch.bool)
+    other = torch.tensor([-5000.0, -1.0])
+    rft_sum, _ = rft_loss(logprobs, mask, torch.tensor([-1.0, -1.0]), rollout_logprobs=other, clip=0.2)
+    kl_sum, _ = kl_loss(logprobs, other[:, None], mask)
+    (rft_sum + kl_sum).backward()
+    assert torch.isfinite(rft_sum) and torch.isfinite(kl_sum) and torch.isfinite(logprobs.grad).all()
+
+
+def test_kl_loss_by_hand():
+    logprobs = torch.tensor([[LOG2, LOG4], [LOG10, 7.0]], requires_grad=True)
+    mask = torch.tensor([[True, True], [True, False]])
+    reference = torch.tensor([[LOG2, LOG2], [LOG2, 0.0]])
+    kl_sum, tokens = kl_loss(logprobs, reference, mask)
+    # d = 0, log 2, log 5: e^d - d - 1.
+    assert kl_sum.item() == pytest.approx((2 - math.log(2) - 1) + (5 - math.log(5) - 1), rel=1e-5)
+    assert tokens.item() == 3
+    kl_sum.backward()
+    assert torch.allclose(logprobs.grad, torch.tensor([[0.0, -1.0], [-4.0, 0.0]]), atol=1e-5)
 
 
 def test_masked_tokens_have_no_say():

@@ -108,7 +108,7 @@ def test_parameters_that_are_not_finite_end_in_a_message():
     batch = buffer.sample(8, policy)
     with torch.no_grad():
         policy._model.world_model.head_value.head_module[-1].bias.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"update 3 .*lower train\.learning_rate"):
+    with pytest.raises(UserError, match=r"value loss .* update 3; lower train\.learning_rate"):
         policy.learn_world_model(batch, train_iter=3)
     root = Root(np.zeros((1, FEATURE_SIZE), np.float32), np.zeros(0, np.int64), np.arange(3))
     with pytest.raises(UserError, match=r"not finite; lower train\.learning_rate"):
@@ -139,3 +139,25 @@ def test_state_goes_out_and_in():
     assert not torch.equal(world_model(other), world_model(policy))
     other.load_world_model_state(state)
     assert torch.equal(world_model(other), world_model(policy))
+
+
+def test_standardised_features_enter_the_model_and_its_target():
+    policy, buffer = setup()
+    features = buffer.features()
+    assert len(features) == 31 and not policy.features_are_fitted
+    features[:, 2] = 7.0  # does not vary: shifted only
+    plain, _ = setup()
+    policy.fit_features(features)
+    mean, deviation = features.mean(axis=0), features.std(axis=0)
+    deviation[2] = 1.0
+    policy._model.eval(), plain._model.eval()
+    with torch.no_grad():
+        got = policy.inference.encode(features[:5])
+        want = plain.inference.encode((features[:5] - mean) / deviation)
+        assert torch.allclose(got, want, atol=1e-5)
+        assert not torch.allclose(got, plain.inference.encode(features[:5]), atol=1e-3)
+    for encoder in policy._encoders():
+        assert encoder.feature_mean.tolist() == pytest.approx(mean.tolist())
+    again, _ = setup(seed=1)
+    again.load_world_model_state(policy.world_model_state())
+    assert all(torch.equal(e.feature_deviation, policy._encoders()[0].feature_deviation) for e in again._encoders())

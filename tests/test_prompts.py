@@ -134,3 +134,41 @@ def test_answers():
     assert answer_text("go north", style=STYLE) == "go north"
     assert answer_text("go north", style=dataclasses.replace(STYLE, mode="rank")) == "1. go north\n"
     assert learning_context("P", "whatever", style=STYLE) == "P"
+
+
+WALKTHROUGH = dataclasses.replace(STYLE, layout="walkthrough", history="rewarded", list_commands=False)
+
+
+class TagTokenizer:
+    def apply_chat_template(self, messages, **_):
+        return "".join(f"[{m['role']}] {m['content']}\n" for m in messages) + "[assistant] "
+
+    def __call__(self, text, **_):
+        return {"input_ids": text.split()}
+
+
+def test_a_walkthrough_goes_on_with_the_commands_that_earned_something():
+    history = [HistoryStep("x", "open box", 1.0), HistoryStep("y", "wait", 0.0), HistoryStep("z", "take lamp", 2.0)]
+    text = render_prompt(STATE, history, style=WALKTHROUGH, tokenizer=TagTokenizer()).text
+    assert text.endswith("[assistant] open box\ntake lamp\n") and "wait" not in text
+    assert "[user] Goal: Find the twenty treasures.\nBehind House" in text
+    everything = dataclasses.replace(WALKTHROUGH, history="all")
+    text = render_prompt(STATE, history, style=everything, tokenizer=TagTokenizer()).text
+    assert text.endswith("open box\nwait\ntake lamp\n")
+    # A prompt goes on where the one before it ended.
+    before = render_prompt(STATE, history[:-1], style=everything, tokenizer=TagTokenizer()).text
+    assert text == before + "take lamp\n"
+
+
+def test_the_observation_can_be_left_out_where_there_is_a_goal():
+    blind = dataclasses.replace(WALKTHROUGH, show_observation=False)
+    assert "Behind House" not in render_prompt(STATE, [], style=blind, tokenizer=TagTokenizer()).text
+    aimless = dataclasses.replace(STATE, goal="")
+    assert "[user] Behind House" in render_prompt(aimless, [], style=blind, tokenizer=TagTokenizer()).text
+    assert "Behind House" not in user(show_observation=False)
+
+
+def test_answers_end_a_line_in_a_walkthrough_and_a_turn_in_a_transcript():
+    assert answer_text("go north", style=WALKTHROUGH) == "go north\n" and not WALKTHROUGH.ends_turn
+    assert answer_text("go north", style=STYLE) == "go north" and STYLE.ends_turn
+    assert not dataclasses.replace(STYLE, mode="rank").ends_turn

@@ -79,3 +79,17 @@ def test_a_game_without_a_maximum_score_and_empty_text(encoder):
 def test_an_encoder_that_is_not_there():
     with pytest.raises(UserError, match=r"encoder.path=./nowhere"):
         TextEncoder("./nowhere", cache_size=1, with_look=False, max_moves=1)
+
+
+def test_other_poolings_and_one_text():
+    from transformers import AutoModel, AutoTokenizer
+
+    folder = resolve_model(PATH, setting="encoder.path")
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
+    made = TextEncoder(PATH, pooling="cls", parts="together", cache_size=9, with_look=True, max_moves=50)
+    features = made.features([KITCHEN])[0]
+    assert features.shape == (made.feature_size,) == (384 + 2,)
+    with torch.no_grad():
+        text = f"{KITCHEN.feedback}\n{KITCHEN.look}\n{KITCHEN.inventory}"
+        first = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0].numpy()
+    assert features[:384] == pytest.approx(first / np.linalg.norm(first) * np.sqrt(384), abs=1e-4)
