@@ -41,7 +41,7 @@ def choose_answers(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarr
 
     Args:
         record: the decision.
-        top: at most this many of the visited actions, the most visited ones.
+        top: at most this many of the visited actions, the most visited ones; 0 leaves the played one alone.
 
     Returns:
         Positions in the valid actions, the played one always among them, and their shares of the visits: renormalised
@@ -50,7 +50,7 @@ def choose_answers(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarr
     counts = record.visit_counts
     order = np.argsort(-counts, kind="stable")[:top]
     positions = [int(k) for k in order if counts[k] > 0]
-    probs = counts[positions] / counts[positions].sum()
+    probs = counts[positions] / max(1, counts[positions].sum())
     if record.chosen not in positions:
         positions.append(record.chosen)
         probs = np.append(probs, 0.0)
@@ -92,7 +92,7 @@ class LLMLearner:
             rollout = record.prior.rollout_logprobs if record.prior is not None else None
             if context is None or (rollout is None and self._clips):
                 continue
-            positions, probs = choose_answers(record, top=self.cfg.sft_top_actions)
+            positions, probs = choose_answers(record, top=self.cfg.sft_top_actions if self.cfg.enable_sft else 0)
             answers = [answer_text(record.state.valid_actions[k], style=self.style) for k in positions]
             try:
                 row = self.llm.row(context, answers, end_of_turn=self.style.ends_turn)
@@ -133,7 +133,7 @@ class LLMLearner:
         # Totals first: every micro-batch is divided by the tokens of the whole batch.
         played_tokens = sum(len(s.row.completions[s.played]) for s in samples)
         tokens = {
-            "sft_loss": sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples),
+            "sft_loss": max(1.0, sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples)),
             "rft_loss": played_tokens,
             "kl_loss": played_tokens,
         }

@@ -38,7 +38,7 @@ def test_later_layers_win():
 
 def test_layers_leave_the_defaults_alone():
     resolve_settings({"eval": {"modes": ["prior"]}}).eval.modes.append("x")
-    assert OPTIONS["eval"]["modes"].default == list(config.EVAL_MODES)
+    assert OPTIONS["eval"]["modes"].default == ["world_model", "world_model_with_prior", "prior"]
 
 
 @pytest.mark.parametrize(
@@ -61,6 +61,8 @@ def test_layers_leave_the_defaults_alone():
         ("world_model.num_unroll_steps=2", ["must be at least 4"]),
         ("replay.buffer_size=100", ["must be at least train.batch_size + replay.segment_length = 264"]),
         ("eval.modes=everything", ["may hold only world_model, world_model_with_prior, prior"]),
+        ("llm.rft_clip=0.2 prior.mode=rank", ["llm.rft_clip=0.2 needs prior.mode=score"]),
+        ("llm.prompt_layout=walkthrough prior.mode=rank", ["needs prior.mode=score: it asks for no ranking"]),
         ("prior.enabled=false", ["add --set eval.modes=world_model"]),
         ("llm.batch_size=128", ["llm.batch_size=128 must be at most train.batch_size=64"]),
         ("llm.path=[1]", ["must be text"]),
@@ -70,7 +72,7 @@ def test_layers_leave_the_defaults_alone():
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_with_what_to_do(assignment, words):
-    text = message(parse_assignments([assignment]))
+    text = message(parse_assignments(assignment.split(" ")))
     for word in words:
         assert word in text
 

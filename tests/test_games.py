@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from priorzero.envs import textworld_files
-from priorzero.envs.games import resolve_game, supported_games
+from priorzero.envs.games import resolve_game, resolve_games, supported_games
 from priorzero.envs.textworld_files import CHALLENGES, get_or_make, parse_request
 from priorzero.types import UserError
 
@@ -305,3 +305,11 @@ def test_importing_is_cheap():
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []
+
+
+def test_several_games_by_name():
+    first, second = "textworld:simple?seed=7", "textworld:coin-collector?level=1&seed=2"
+    assert [game.env_id for game in resolve_games(f"{first}, {second}")] == [first, second]
+    assert resolve_games("") == []
+    with pytest.raises(UserError, match="is named twice"):
+        resolve_games(f"{first},{first}&goal=detailed")

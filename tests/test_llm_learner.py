@@ -112,10 +112,11 @@ def test_learning_raises_what_it_should(smollm2, disabled):
     made = learner(smollm2, **{disabled: False})
     good, bad = record(visits=(9, 1, 0, 0), chosen=0), record(visits=(9, 1, 0, 0), chosen=1)
     samples, _ = made.samples([good, bad], np.array([1.0, -1.0]))
+    both = learner(smollm2).samples([good], np.array([1.0]))[0][0].row  # without SFT a row holds what was played
 
     def gap():
         with torch.no_grad():
-            logprobs, _ = made.llm.token_logprobs([samples[0].row])
+            logprobs, _ = made.llm.token_logprobs([both])
         return (logprobs[0].sum() - logprobs[1].sum()).item()
 
     before = gap()
@@ -139,7 +140,9 @@ def test_what_has_moved_out_of_the_clip_moves_no_further(smollm2):
     before = parameters(made)
     made.learn(gaining)
     assert torch.equal(parameters(made), before)
-    made.learn([dataclasses.replace(s, rollout_logprob=0.0) for s in gaining])
+    with torch.no_grad():
+        now = made.llm.token_logprobs([s.row for s in gaining])[0].sum(dim=1).tolist()
+    made.learn([dataclasses.replace(s, rollout_logprob=said) for s, said in zip(gaining, now, strict=True)])
     assert not torch.equal(parameters(made), before)
 
 

@@ -249,3 +249,54 @@ def test_overlap_without_an_llm_learns_as_often(tmp_path):
     assert (apart.folder / "trace.json").stat().st_size > 1000
     saved = json.loads((together.folder / "checkpoints" / "iteration_8" / "counters.json").read_text())
     assert saved["train_iter"] == 16
+
+
+@pytest.mark.slow
+def test_several_games_are_trained_on_and_others_evaluated_on(tmp_path):
+    summary = train(
+        tmp_path,
+        {
+            "run": {"env_id": "textworld:coin-collector?level=1&seed=1,textworld:coin-collector?level=1&seed=2"},
+            "prior": {"enabled": False},
+            "eval": {"modes": ["world_model", "random"], "unseen": "textworld:coin-collector?level=1&seed=3"},
+        },
+    )
+    assert summary.folder.name.startswith("textworld-coin-collector-seed1_and_1_more_seed0_")
+    assert set(summary.evaluations) == {"world_model", "random", "unseen_world_model", "unseen_random"}
+    assert len(summary.evaluations["random"].scores) == 2 * len(summary.evaluations["unseen_random"].scores) == 2
+    lines = [json.loads(line) for line in (summary.folder / "evaluations.jsonl").read_text().splitlines()]
+    assert [(line["game"], line["mode"], line["unseen"]) for line in lines] == [
+        (f"textworld-coin-collector-seed{n}", mode, n == 3)
+        for games in ((1, 2), (3,))
+        for mode in ("world_model", "random")
+        for n in games
+    ]
+    assert {line["env_step"] for line in lines} == {48}
+    episodes = [json.loads(line) for line in (summary.folder / "episodes.jsonl").read_text().splitlines()]
+    assert len(episodes) == summary.rows["episodes finished"] > 0
+    assert [e["env_step"] for e in episodes] == sorted(e["env_step"] for e in episodes)
+    assert read_events(summary.folder)["evaluator_step/unseen_random_score_mean"]
+
+
+@pytest.mark.slow
+def test_no_environment_steps_only_evaluate(tmp_path):
+    summary = train(tmp_path, {"run": {"max_env_step": 0}, "prior": {"enabled": False}, "eval": {"modes": ["random"]}})
+    assert summary.rows["environment steps"] == 0 and list(summary.evaluations) == ["random"]
+    assert not (summary.folder / "checkpoints").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"run": {"env_id": ""}}, "run.env_id is empty"),
+        (
+            {"run": {"env_id": "textworld:simple?seed=7,textworld:simple?seed=1,textworld:coin-collector"}},
+            "env.collector_env_num=2 must be a multiple of the 3 games",
+        ),
+        ({"eval": {"unseen": "textworld:simple?seed=7"}}, "textworld:simple[?]seed=7 is trained on"),
+    ],
+)
+def test_games_that_do_not_fit_are_refused(tmp_path, changes, words):
+    with pytest.raises(UserError, match=words):
+        train(tmp_path, changes)
+    assert not list(tmp_path.iterdir())
