@@ -90,7 +90,7 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
 
         Raises:
             ValueError: fewer decisions are stored than asked for.
-            UserError: no two decisions of one segment are stored.
+            UserError: no stored decision is followed by another one or by the game's end.
         """
         if batch_size > self.get_num_of_transitions():
             raise ValueError(f"{batch_size} sequences asked for, {self.get_num_of_transitions()} decisions stored")
@@ -118,8 +118,8 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
                 break
         else:
             raise UserError(
-                "no stored decision is followed by another one of its segment, and the world model learns from pairs; "
-                "raise env.max_episode_steps or replay.segment_length"
+                "no stored decision is followed by another one or by the game's end, and the world model learns from "
+                "pairs; raise env.max_episode_steps"
             )
         # Schaul et al. 2016, eq. 1 and section 3.4: P(i) = p_i^alpha / sum, w_i = (N P(i))^-beta / max w.
         is_weights = (len(probs) * probs[index]) ** -self._beta
@@ -144,9 +144,9 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         return context
 
     def _has_a_successor(self, index: np.ndarray) -> bool:
-        """Whether any of these decisions is not the last of its segment: LightZero divides by the number of pairs."""
+        """Whether a step is known after any of these decisions: LightZero divides by the number of pairs."""
         where = [self.game_segment_game_pos_look_up[i] for i in index]
-        return any(t + 1 < len(self.game_segment_buffer[number - self.base_idx].records) for number, t in where)
+        return any(t + 1 < len(self.game_segment_buffer[number - self.base_idx]) for number, t in where)
 
     def update_priority(self, train_data: list[Any], batch_priorities: np.ndarray) -> None:
         """Give the sampled decisions new priorities.

@@ -285,12 +285,23 @@ def test_priorities_of_evicted_decisions_are_passed_over():
 
 def test_a_draw_holds_a_pair_of_decisions_since_lightzero_divides_by_their_number():
     config = demo_config(segment_length=4, batch_size=2)
-    buffer = filled(config, [1] * 30 + [2])
+
+    def cut_by_the_move_limit(lengths):
+        buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(0))
+        for episode, length in enumerate(lengths):
+            writer = SegmentWriter(config)
+            for record, features in demo_episode(length=length, episode=episode):
+                buffer.push(writer.add(record, next_features=features, truncated=True))
+        return buffer
+
+    buffer = cut_by_the_move_limit([1] * 30 + [2])
     for _ in range(30):
         _, _, drawn = sample(buffer, config)
         assert any(len(s.records) == 2 and t == 0 for s, t in zip(drawn.segments, drawn.positions, strict=True))
     with pytest.raises(UserError, match=r"env\.max_episode_steps"):
-        sample(filled(config, [1] * 30), config)
+        sample(cut_by_the_move_limit([1] * 30), config)
+    current, _, _ = sample(filled(config, [1] * 30), config)  # a game's own end follows: that is a pair
+    assert current[3][:, 1].tolist() == [1.0, 1.0]
 
 
 def test_a_cut_episode_keeps_a_return_for_every_decision():

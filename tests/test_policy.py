@@ -161,3 +161,13 @@ def test_standardised_features_enter_the_model_and_its_target():
     again, _ = setup(seed=1)
     again.load_world_model_state(policy.world_model_state())
     assert all(torch.equal(e.feature_deviation, policy._encoders()[0].feature_deviation) for e in again._encoders())
+
+
+def test_games_of_one_command_can_be_learned_from():
+    policy, buffer = setup()
+    buffer.push(demo_segments(policy._cfg, lengths=[1] * 300))  # more than the buffer keeps of the others
+    buffer.game_pos_priorities[:31] = 1e-300
+    batch = buffer.sample(8, policy)
+    assert {len(segment.records) for segment in batch[2].segments} == {1}
+    metrics = policy.learn_world_model(batch, train_iter=0)
+    assert np.isfinite(metrics["train/wm_total_loss"]) and metrics["train/wm_total_loss"] > 0
