@@ -11,6 +11,7 @@ from priorzero import config
 from priorzero.config import (
     OPTIONS,
     PRESETS,
+    differences,
     dump_settings,
     from_ding_config,
     parse_assignments,
@@ -142,7 +143,16 @@ def test_yaml_cannot_run_code(tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_files_in_configs_are_the_presets(preset):
     assert (yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()) or {}) == PRESETS[preset]
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == set(PRESETS)
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PRESETS, "learning_textworld"}
+
+
+def test_the_settings_of_the_learning_benchmark_hold_differences_only():
+    layer = read_config_file(str(CONFIGS / "learning_textworld.yaml"))
+    settings = resolve_settings(layer)
+    assert differences(settings) == {
+        **layer,
+        "llm": {**layer["llm"], "gradient_accumulation_steps": 4},
+    }
 
 
 @pytest.mark.parametrize("preset", PRESETS)
