@@ -206,6 +206,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "list_commands": Option(False, "list the valid commands in the prompt (rank always does)"),
         "prompt_max_len": Option(2048, "tokens of prompt; the oldest history is dropped first", at_least(64)),
         "generate_max_len": Option(256, "tokens the LLM may write (rank)", at_least(8)),
+        "objective": Option(
+            "tokens",
+            "what the losses are over: tokens of the commands' texts, or the prior over the valid actions itself",
+            one_of("tokens", "actions"),
+        ),
         "enable_sft": Option(True, "fine-tune on the search's visit counts"),
         "enable_rft": Option(True, "fine-tune on rewards (REINFORCE)"),
         "llm_loss_weight": Option(0.5, "weight of the SFT loss", at_least(0)),
@@ -413,6 +418,8 @@ def _cross_checks(s: EasyDict) -> list[str]:
         )
     if llm.prompt_layout == "walkthrough" and s.prior.mode == "rank":
         errors.append("llm.prompt_layout=walkthrough needs prior.mode=score: it asks for no ranking")
+    if llm.objective == "actions" and s.prior.mode == "rank":
+        errors.append("llm.objective=actions needs prior.mode=score: a list gives no distribution to learn")
     if llm.rft_clip > 0 and s.prior.mode == "rank":
         errors.append(f"llm.rft_clip={llm.rft_clip:g} needs prior.mode=score: a list tells nothing of probabilities")
     if s.prior.use_cot and s.prior.mode == "score":

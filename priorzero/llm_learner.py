@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from priorzero.completions import PromptRow
-from priorzero.losses import gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
+from priorzero.losses import action_logprobs, gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
 from priorzero.models import LanguageModel
 from priorzero.prompts import PromptStyle, answer_text, learning_context
 from priorzero.types import StepRecord, UserError
@@ -26,7 +26,8 @@ class LLMSample:
         target_probs: share of the visits of each answer's action, ``[C]``, sums to one.
         played: index of the answer whose action was played.
         advantage: of the played action.
-        rollout_logprob: of the whole played answer when it was played; NaN if not known (``rank``).
+        rollout_logprob: of the played answer when it was played, of its text or among the valid actions as the
+            objective wants it; NaN if not known (``rank``).
     """
 
     row: PromptRow
@@ -64,12 +65,18 @@ class LLMLearner:
         llm: the language model, shared with the prior engine.
         cfg: the ``llm`` group of the settings.
         style: how answers are written.
+        normalise: as the prior is made (``objective="actions"``): mean or sum of token log-probabilities.
+        temperature: likewise.
     """
 
-    def __init__(self, llm: LanguageModel, cfg: Any, *, style: PromptStyle) -> None:
+    def __init__(
+        self, llm: LanguageModel, cfg: Any, *, style: PromptStyle, normalise: str = "mean", temperature: float = 1.0
+    ) -> None:
         self.llm = llm
         self.cfg = cfg
         self.style = style
+        self.normalise = normalise
+        self.temperature = temperature
         self._clips = cfg.enable_rft and cfg.rft_clip > 0
         # No weight decay: a batch that teaches nothing must move nothing.
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
@@ -89,10 +96,13 @@ class LLMLearner:
         for record, value in zip(records, returns, strict=True):
             completion = record.prior.completion if record.prior is not None else None
             context = learning_context(record.prompt, completion, style=self.style) if record.prompt else None
-            rollout = record.prior.rollout_logprobs if record.prior is not None else None
+            rollout = self._rollout_logprobs(record)
             if context is None or (rollout is None and self._clips):
                 continue
-            positions, probs = choose_answers(record, top=self.cfg.sft_top_actions if self.cfg.enable_sft else 0)
+            if self.cfg.objective == "actions":
+                positions, probs = list(range(len(record.visit_counts))), record.visit_probs()
+            else:
+                positions, probs = choose_answers(record, top=self.cfg.sft_top_actions if self.cfg.enable_sft else 0)
             answers = [answer_text(record.state.valid_actions[k], style=self.style) for k in positions]
             try:
                 row = self.llm.row(context, answers, end_of_turn=self.style.ends_turn)
@@ -111,11 +121,37 @@ class LLMLearner:
         ]
         return samples, len(records) - len(samples)
 
+    def _rollout_logprobs(self, record: StepRecord) -> np.ndarray | None:
+        prior = record.prior
+        if prior is None or prior.source != "score":
+            return None
+        return prior.logprobs if self.cfg.objective == "actions" else prior.rollout_logprobs
+
+    def _units(self, samples: Sequence[LLMSample], logprobs: torch.Tensor, mask: torch.Tensor) -> Any:
+        """What the losses are made of: tokens as they are, or one unit an action, its share among the valid ones."""
+        if self.cfg.objective == "tokens":
+            return logprobs, mask
+        shares = action_logprobs(
+            logprobs,
+            mask,
+            [len(s.row.completions) for s in samples],
+            normalise=self.normalise,
+            temperature=self.temperature,
+        )
+        return shares[:, None], torch.ones_like(mask[:, :1])
+
+    def _num_units(self, samples: Sequence[LLMSample]) -> tuple[float, float]:
+        """Units in the SFT loss, each answer's counted by its share of the visits, and units of what was played."""
+        if self.cfg.objective == "actions":
+            return float(len(samples)), float(len(samples))
+        visited = sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples)
+        return max(1.0, visited), float(sum(len(s.row.completions[s.played]) for s in samples))
+
     def learn(self, samples: Sequence[LLMSample]) -> dict[str, float]:
         """One optimiser step on at least one sample.
 
-        The losses are means over tokens; ``llm_loss_weight``, ``rft_loss_weight`` and ``kl_weight`` scale their
-        gradients.
+        The losses are means over tokens, or over decisions (``objective="actions"``); ``llm_loss_weight``,
+        ``rft_loss_weight`` and ``kl_weight`` scale their gradients.
 
         Returns:
             ``sft_loss``, ``rft_loss`` and ``kl_loss`` (unweighted; the last is 0 where ``kl_weight`` is), ``loss``
@@ -130,18 +166,15 @@ class LLMLearner:
             "rft_loss": cfg.rft_loss_weight if cfg.enable_rft else 0.0,
             "kl_loss": cfg.kl_weight,
         }
-        # Totals first: every micro-batch is divided by the tokens of the whole batch.
-        played_tokens = sum(len(s.row.completions[s.played]) for s in samples)
-        tokens = {
-            "sft_loss": max(1.0, sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples)),
-            "rft_loss": played_tokens,
-            "kl_loss": played_tokens,
-        }
-        totals = dict.fromkeys(tokens, 0.0)
+        # Totals first: every micro-batch is divided by the units of the whole batch.
+        sft_units, played_units = self._num_units(samples)
+        units = {"sft_loss": sft_units, "rft_loss": played_units, "kl_loss": played_units}
+        totals = dict.fromkeys(units, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(samples), cfg.micro_batch_size):
             micro = samples[start : start + cfg.micro_batch_size]
-            logprobs, mask = self.llm.token_logprobs([s.row for s in micro])  # (R, T)
+            token_logprobs, completion_mask = self.llm.token_logprobs([s.row for s in micro])  # (R, T)
+            logprobs, mask = self._units(micro, token_logprobs, completion_mask)  # (R, T) or (R, 1)
             target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro]).to(logprobs.device)  # (R,)
             sums = {"sft_loss": sft_loss(logprobs, mask, target_probs)[0]}
             firsts = np.cumsum([0, *(len(s.row.completions) for s in micro[:-1])])
@@ -152,21 +185,20 @@ class LLMLearner:
                 logprobs[played], mask[played], advantages, rollout_logprobs=rollout, clip=cfg.rft_clip
             )
             if cfg.kl_weight > 0:
-                reference = self.llm.reference_logprobs(_played_only(micro))
-                sums["kl_loss"], _ = kl_loss(
-                    logprobs[played, : reference.shape[1]], reference, mask[played, : reference.shape[1]]
-                )
+                reference = self.llm.reference_logprobs([s.row for s in micro])
+                reference, _ = self._units(micro, reference, completion_mask)
+                sums["kl_loss"], _ = kl_loss(logprobs[played], reference[played], mask[played])
             for name, value in sums.items():
                 totals[name] += value.item()
                 if not math.isfinite(totals[name]):
                     self._give_up(f"{name} is {totals[name]}")
-            sum(loss_weights[name] * value / tokens[name] for name, value in sums.items()).backward()
+            sum(loss_weights[name] * value / units[name] for name, value in sums.items()).backward()
         norm = gradient_norm(self.llm.trainable_parameters(), max_norm=cfg.grad_clip)
         if not math.isfinite(norm):
             self._give_up(f"the norm of the gradient is {norm}")
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        losses = {name: total / tokens[name] for name, total in totals.items()}
+        losses = {name: total / units[name] for name, total in totals.items()}
         return {**losses, "loss": sum(loss_weights[name] * losses[name] for name in losses), "grad_norm": norm}
 
     def _give_up(self, problem: str) -> None:
@@ -175,7 +207,3 @@ class LLMLearner:
             f"the LLM's {problem} in an update, which was not applied; lower llm.learning_rate="
             f"{self.cfg.learning_rate:g} or llm.grad_clip={self.cfg.grad_clip:g}"
         )
-
-
-def _played_only(samples: Sequence[LLMSample]) -> list[PromptRow]:
-    return [PromptRow(s.row.prompt_ids, [s.row.completions[s.played]]) for s in samples]

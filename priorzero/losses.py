@@ -74,6 +74,31 @@ def rft_loss(
     return -(lengths * surrogate).sum(), mask.sum()
 
 
+def action_logprobs(
+    token_logprobs: Tensor, completion_mask: Tensor, sizes: Sequence[int], *, normalise: str, temperature: float
+) -> Tensor:
+    r"""What the prior makes of the completions: a log-distribution over those of each prompt.
+
+    :math:`\log \mathrm{softmax}_k(s_k / \tau)` with :math:`s_k` the mean or the sum of a completion's token
+    log-probabilities, as :func:`priorzero.priors.prior_from_scores` has it.
+
+    Args:
+        token_logprobs: ``[R, T]``, the completions of all prompts one after another.
+        completion_mask: ``[R, T]``, True where a completion has a token.
+        sizes: completions of each prompt; they sum to R.
+        normalise: ``"mean"`` or ``"sum"``.
+        temperature: :math:`\tau`.
+
+    Returns:
+        ``[R]`` float32.
+    """
+    mask = completion_mask.to(token_logprobs.dtype)
+    scores = (token_logprobs * mask).sum(dim=1)  # (R,)
+    if normalise == "mean":
+        scores = scores / mask.sum(dim=1)
+    return torch.cat([torch.log_softmax(of_one / temperature, dim=0) for of_one in scores.split(list(sizes))])
+
+
 def kl_loss(token_logprobs: Tensor, reference_logprobs: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
     r"""How far the model has moved from its reference on some tokens: :math:`\sum e^{d} - d - 1` with
     :math:`d = \log p_\mathrm{ref} - \log p` (Schulman, "Approximating KL divergence", 2020, estimator k3).

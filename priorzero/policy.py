@@ -63,7 +63,15 @@ class PriorZeroPolicy(UniZeroPolicy):
             }
         )
         self.inference = WorldModelInference(self._model, to_scalar=self.inverse_scalar_transform_handle)
-        self.llm_learner = LLMLearner(llm, settings.llm, style=prompt_style(settings)) if llm is not None else None
+        self.llm_learner: LLMLearner | None = None
+        if llm is not None:
+            self.llm_learner = LLMLearner(
+                llm,
+                settings.llm,
+                style=prompt_style(settings),
+                normalise=settings.prior.normalise,
+                temperature=settings.prior.temperature,
+            )
         self.llm_batch_size = settings.llm.batch_size
         self.llm_version = 0
         self.features_are_fitted = not settings.encoder.standardise

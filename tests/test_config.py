@@ -63,6 +63,7 @@ def test_layers_leave_the_defaults_alone():
         ("replay.buffer_size=100", ["must be at least train.batch_size + replay.segment_length = 264"]),
         ("eval.modes=everything", ["may hold only world_model, world_model_with_prior, prior"]),
         ("llm.rft_clip=0.2 prior.mode=rank", ["llm.rft_clip=0.2 needs prior.mode=score"]),
+        ("llm.objective=actions prior.mode=rank", ["llm.objective=actions needs prior.mode=score"]),
         ("llm.prompt_layout=walkthrough prior.mode=rank", ["needs prior.mode=score: it asks for no ranking"]),
         ("prior.enabled=false", ["add --set eval.modes=world_model"]),
         ("llm.batch_size=128", ["llm.batch_size=128 must be at most train.batch_size=64"]),

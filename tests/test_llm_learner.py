@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import dataclasses
 
@@ -11,10 +12,11 @@ import torch
 from conftest import make_settings, make_tiny_llm
 
 from priorzero.completions import PromptRow
+from priorzero.engines import PriorMaker, TransformersEngine
 from priorzero.llm_learner import LLMLearner, choose_answers
 from priorzero.losses import kl_loss
 from priorzero.policy import prompt_style
-from priorzero.types import ActionPrior, GameState, StepRecord, UserError
+from priorzero.types import ActionPrior, GameState, PriorRequest, StepRecord, UserError
 
 ACTIONS = ("open mailbox", "go north", "eat the old brown sack", "wait")
 
@@ -60,8 +62,8 @@ def test_top_answers_are_renormalised_and_hold_the_played_one():
     assert positions == [2] and probs == pytest.approx([1.0])
 
 
-def gradient_of_one_step(smollm2, micro_batch_size):
-    made = learner(smollm2, micro_batch_size=micro_batch_size)
+def gradient_of_one_step(smollm2, micro_batch_size, **llm):
+    made = learner(smollm2, micro_batch_size=micro_batch_size, **llm)
     gradients = {}
     for name, p in made.llm.model.named_parameters():
         p.register_post_accumulate_grad_hook(lambda p, name=name: gradients.__setitem__(name, p.grad.clone()))
@@ -71,11 +73,12 @@ def gradient_of_one_step(smollm2, micro_batch_size):
     return torch.cat([gradients[name].ravel() for name in sorted(gradients)]), losses
 
 
-def test_micro_batches_of_1_2_and_8_give_one_gradient(smollm2):
-    whole, whole_losses = gradient_of_one_step(smollm2, 8)
+@pytest.mark.parametrize("objective", ["tokens", "actions"])
+def test_micro_batches_of_1_2_and_8_give_one_gradient(smollm2, objective):
+    whole, whole_losses = gradient_of_one_step(smollm2, 8, objective=objective)
     assert whole.norm() > 1e-3
     for size in (1, 2, 4):
-        cut, losses = gradient_of_one_step(smollm2, size)
+        cut, losses = gradient_of_one_step(smollm2, size, objective=objective)
         assert (cut - whole).norm() / whole.norm() < 1e-5, size
         assert losses == pytest.approx(whole_losses, rel=1e-4), size
 
@@ -123,6 +126,39 @@ def test_learning_raises_what_it_should(smollm2, disabled):
     for _ in range(5):
         made.learn(samples)
     assert gap() > before + 0.1
+
+
+def test_the_objective_over_actions_is_the_cross_entropy_of_the_prior(smollm2):
+    """Against the prior that the engine makes of the same question."""
+    made = learner(smollm2, objective="actions", enable_rft=False)
+    samples, _ = made.samples(RECORDS, RETURNS)
+    maker = PriorMaker(made.llm, made.style)
+    engine = TransformersEngine(maker, rows_per_forward=1)
+    priors = asyncio.run(engine.priors([PriorRequest(r.prompt, r.state.valid_actions) for r in RECORDS]))
+    want = -np.mean([r.visit_probs() @ prior.logprobs for r, prior in zip(RECORDS, priors, strict=True)])
+    losses = made.learn(samples)
+    assert losses["sft_loss"] == pytest.approx(want, rel=1e-4)
+    for _ in range(20):
+        losses = made.learn(samples)
+    entropy = -np.mean([(p := r.visit_probs())[p > 0] @ np.log(p[p > 0]) for r in RECORDS])
+    assert entropy - 1e-4 <= losses["sft_loss"] < entropy + 0.5 * (want - entropy)
+
+
+def test_the_ratio_over_actions_is_that_of_the_prior(smollm2):
+    """Equal to the stored prior means a ratio of one: clipped and plain give one gradient."""
+    norms = []
+    for clip in (0.0, 0.2):
+        made = learner(smollm2, objective="actions", enable_sft=False, rft_clip=clip)
+        engine = TransformersEngine(PriorMaker(made.llm, made.style), rows_per_forward=1)
+        priors = asyncio.run(engine.priors([PriorRequest(r.prompt, r.state.valid_actions) for r in RECORDS]))
+        records = [dataclasses.replace(r, prior=prior) for r, prior in zip(RECORDS, priors, strict=True)]
+        samples, skipped = made.samples(records, RETURNS)
+        assert skipped == 0
+        result = made.learn(samples)
+        norms.append(result["grad_norm"])
+        if clip:  # advantages are centred, so a ratio of one everywhere gives zero
+            assert result["rft_loss"] == pytest.approx(0.0, abs=1e-4)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-3) and norms[0] > 1e-3
 
 
 def test_clipping_needs_to_know_what_was_said_when_it_was_played(smollm2):

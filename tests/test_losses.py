@@ -8,7 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.losses import gradient_norm, kl_loss, normalised_advantages, returns_to_go, rft_loss, sft_loss
+from priorzero.losses import (
+    action_logprobs,
+    gradient_norm,
+    kl_loss,
+    normalised_advantages,
+    returns_to_go,
+    rft_loss,
+    sft_loss,
+)
 
 LOG2, LOG4, LOG10 = math.log(0.5), math.log(0.25), math.log(0.1)
 
@@ -68,6 +76,16 @@ def test_huge_log_ratios_stay_finite():
     kl_sum, _ = kl_loss(logprobs, other[:, None], mask)
     (rft_sum + kl_sum).backward()
     assert torch.isfinite(rft_sum) and torch.isfinite(kl_sum) and torch.isfinite(logprobs.grad).all()
+
+
+def test_action_logprobs_by_hand():
+    # Prompt 1: texts of 1/2 and of 1/4 * 1/4; prompt 2: one text alone.
+    logprobs = torch.tensor([[LOG2, 9.0], [LOG4, LOG4], [LOG10, 9.0]])
+    mask = torch.tensor([[True, False], [True, True], [True, False]])
+    by_mean = action_logprobs(logprobs, mask, [2, 1], normalise="mean", temperature=1.0)
+    assert by_mean.exp().tolist() == pytest.approx([2 / 3, 1 / 3, 1.0])  # 1/2 to 1/4
+    by_sum = action_logprobs(logprobs, mask, [2, 1], normalise="sum", temperature=0.5)
+    assert by_sum.exp().tolist() == pytest.approx([64 / 65, 1 / 65, 1.0])  # (1/2)^2 to (1/16)^2
 
 
 def test_kl_loss_by_hand():
