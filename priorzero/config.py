@@ -207,9 +207,10 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "prompt_max_len": Option(2048, "tokens of prompt; the oldest history is dropped first", at_least(64)),
         "generate_max_len": Option(256, "tokens the LLM may write (rank)", at_least(8)),
         "objective": Option(
-            "tokens",
-            "what the losses are over: tokens of the commands' texts, or the prior over the valid actions itself",
-            one_of("tokens", "actions"),
+            "auto",
+            "what the LLM's losses are over: tokens of the commands' texts, or the prior over the valid actions; "
+            "auto: actions with score, tokens with rank",
+            one_of("auto", "tokens", "actions"),
         ),
         "enable_sft": Option(True, "fine-tune on the search's visit counts"),
         "enable_rft": Option(True, "fine-tune on rewards (REINFORCE)"),
@@ -220,7 +221,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             0.0, "0: plain REINFORCE; else PPO's clipped ratio to the prior that was searched from", between(0, 0.9)
         ),
         "kl_weight": Option(0.0, "weight of the KL penalty towards the LLM as it was loaded (0: none)", at_least(0)),
-        "sft_top_actions": Option(8, "SFT: at most this many of a state's most visited actions", at_least(1)),
+        "sft_top_actions": Option(8, "SFT on tokens: at most this many of a state's most visited actions", at_least(1)),
         "learning_rate": Option(1e-6, "AdamW learning rate", above(0)),
         "grad_clip": Option(1.0, "largest gradient norm", above(0)),
         "batch_size": Option(32, "decisions an optimiser step learns from", at_least(1)),

@@ -77,6 +77,8 @@ class LLMLearner:
         self.style = style
         self.normalise = normalise
         self.temperature = temperature
+        auto = "actions" if style.mode == "score" else "tokens"
+        self.objective = auto if cfg.objective == "auto" else cfg.objective
         self._clips = cfg.enable_rft and cfg.rft_clip > 0
         # No weight decay: a batch that teaches nothing must move nothing.
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
@@ -99,7 +101,7 @@ class LLMLearner:
             rollout = self._rollout_logprobs(record)
             if context is None or (rollout is None and self._clips):
                 continue
-            if self.cfg.objective == "actions":
+            if self.objective == "actions":
                 positions, probs = list(range(len(record.visit_counts))), record.visit_probs()
             else:
                 positions, probs = choose_answers(record, top=self.cfg.sft_top_actions if self.cfg.enable_sft else 0)
@@ -125,11 +127,11 @@ class LLMLearner:
         prior = record.prior
         if prior is None or prior.source != "score":
             return None
-        return prior.logprobs if self.cfg.objective == "actions" else prior.rollout_logprobs
+        return prior.logprobs if self.objective == "actions" else prior.rollout_logprobs
 
     def _units(self, samples: Sequence[LLMSample], logprobs: torch.Tensor, mask: torch.Tensor) -> Any:
         """What the losses are made of: tokens as they are, or one unit an action, its share among the valid ones."""
-        if self.cfg.objective == "tokens":
+        if self.objective == "tokens":
             return logprobs, mask
         shares = action_logprobs(
             logprobs,
@@ -142,7 +144,7 @@ class LLMLearner:
 
     def _num_units(self, samples: Sequence[LLMSample]) -> tuple[float, float]:
         """Units in the SFT loss, each answer's counted by its share of the visits, and units of what was played."""
-        if self.cfg.objective == "actions":
+        if self.objective == "actions":
             return float(len(samples)), float(len(samples))
         visited = sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples)
         return max(1.0, visited), float(sum(len(s.row.completions[s.played]) for s in samples))

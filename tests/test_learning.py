@@ -32,7 +32,7 @@ WALKTHROUGH = (
 SETTINGS = make_settings(
     {
         "llm": {
-            "prompt_layout": "walkthrough", "show_observation": False, "history_length": 20, "learning_rate": 1e-4,
+            "prompt_layout": "walkthrough", "show_observation": False, "history_length": 20, "learning_rate": 1e-5,
             "batch_size": 8, "micro_batch_size": 4,
         }
     }
@@ -165,14 +165,9 @@ def test_sft_makes_the_llm_say_what_the_search_visits(llm):
             counts[question.right] += 12
             records.append(decision(question, prior, chosen=int(rng.integers(len(counts))), visit_counts=counts))
         made.learn(made.samples(records, np.zeros(len(records)))[0])
-    after = priors(llm, questions)
-    said, says = (
-        np.array([answer.rollout_logprobs[q.right] for q, answer in zip(questions, answers, strict=True)])
-        for answers in (before, after)
-    )
-    print("log-probability of the right command:", said.round(2), says.round(2))
-    print("its probability among the valid ones:", right_probs(questions, before), right_probs(questions, after))
-    assert (says > said).all() and says.mean() > said.mean() + 1.0
+    was, becomes = right_probs(questions, before), right_probs(questions, priors(llm, questions))
+    print("probability of the right command:", was.round(2), becomes.round(2))
+    assert becomes.mean() > was.mean() + 0.2
 
 
 def test_rft_makes_the_llm_say_what_is_rewarded(llm):

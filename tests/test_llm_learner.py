@@ -41,7 +41,7 @@ def record(step=0, *, visits=(6, 3, 1, 0), chosen=0, prompt="Where to?", complet
 
 
 def learner(smollm2, *, seed=0, **llm):
-    settings = make_settings({"llm": {"learning_rate": 1e-2, "grad_clip": 1e9, **llm}})
+    settings = make_settings({"llm": {"learning_rate": 1e-2, "grad_clip": 1e9, "objective": "tokens", **llm}})
     return LLMLearner(make_tiny_llm(smollm2.tokenizer, seed=seed), settings.llm, style=prompt_style(settings))
 
 
@@ -159,6 +159,12 @@ def test_the_ratio_over_actions_is_that_of_the_prior(smollm2):
         if clip:  # advantages are centred, so a ratio of one everywhere gives zero
             assert result["rft_loss"] == pytest.approx(0.0, abs=1e-4)
     assert norms[1] == pytest.approx(norms[0], rel=1e-3) and norms[0] > 1e-3
+
+
+def test_scores_are_learned_as_actions_and_lists_as_tokens(smollm2):
+    assert learner(smollm2, objective="auto").objective == "actions"
+    settings = make_settings({"prior": {"mode": "rank"}})
+    assert LLMLearner(smollm2, settings.llm, style=prompt_style(settings)).objective == "tokens"
 
 
 def test_clipping_needs_to_know_what_was_said_when_it_was_played(smollm2):
