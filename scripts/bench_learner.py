@@ -71,7 +71,7 @@ STOCK_LOSSES = (
 
 def make_learner(llm: LanguageModel, *, top: int) -> tuple[LLMLearner, list[torch.Tensor]]:
     """A learner whose steps cost what they cost and leave the parameters alone; the list holds the last gradient."""
-    layer = {"llm": {"enable_rft": False, "sft_top_actions": top, "grad_clip": 1e9}}
+    layer = {"llm": {"objective": "tokens", "enable_rft": False, "sft_top_actions": top, "grad_clip": 1e9}}
     settings = resolve_settings(PRESETS["quick_test"], layer)
     learner = LLMLearner(llm, settings.llm, style=prompt_style(settings))
     learner.optimizer.param_groups[0]["lr"] = 0.0
