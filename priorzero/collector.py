@@ -88,7 +88,7 @@ class Collector:
         self.num_episodes = 0
         self.num_game_failures = 0
         self.recent_returns: deque[float] = deque(maxlen=20)
-        self._seen: Counter[tuple[str, ...]] = Counter()
+        self._seen: Counter[tuple[str, float]] = Counter()
 
     async def collect(self, num_steps: int) -> Collected:
         """Take at least ``num_steps`` environment steps, all games together."""
@@ -146,7 +146,7 @@ class Collector:
             predicted_value=decision.result.predicted_value,
             chosen=decision.chosen,
             reward=reward,
-            novelty_bonus=self._novelty_bonus(state),
+            shaping=self._shaping(lane, state),
             done=state.done,
             episode=self._episode_numbers[e],
             step=len(lane.history),
@@ -176,12 +176,16 @@ class Collector:
             self.num_episodes += 1
             self._lanes[e] = None
 
-    def _novelty_bonus(self, state: GameState) -> float:
-        """``train.novelty_bonus / sqrt(N)`` in the N-th visit of a state (Bellemare et al. 2016, section 5, with true
-        counts); states are told apart by room and inventory, where these are observed, else by the last answer."""
-        world = (state.look, state.inventory) if state.look or state.inventory else (state.feedback,)
-        self._seen[world] += 1
-        return self._player.settings.train.novelty_bonus / math.sqrt(self._seen[world])
+    def _shaping(self, lane: Lane, state: GameState) -> float:
+        """``-train.loss_penalty`` for an end that is no win. ``train.novelty_bonus / sqrt(N)`` for the first visit of a
+        room with a score in an episode, the N-th in the run (Bellemare et al. 2016, section 5, with true counts)."""
+        if state.done and not state.truncated:  # what looking around shows now is an epitaph, not a room
+            return 0.0 if state.won else -self._player.settings.train.loss_penalty
+        if state.standing in lane.visited:
+            return 0.0
+        lane.visited.add(state.standing)
+        self._seen[state.standing] += 1
+        return self._player.settings.train.novelty_bonus / math.sqrt(self._seen[state.standing])
 
     def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:
         collected.visit_entropies.append(entropy(record.visit_probs()))

@@ -113,6 +113,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "policy_entropy_weight": Option(0.0, "weight of the policy's entropy bonus", at_least(0)),
     },
     "search": {
+        "value_delta": Option(0.01, "values that differ by less are not stretched to fill [0, 1]", above(0)),
         "num_simulations": Option(25, "simulations a decision", at_least(1)),
         "root_dirichlet_alpha": Option(0.3, "concentration of the root's exploration noise", above(0)),
         "root_noise_weight": Option(0.25, "share of noise in the root's prior while collecting", between(0, 1)),
@@ -191,8 +192,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "history": Option(
             "all",
-            "which past decisions the prompt shows: all, or those that earned a reward (this tells the LLM of rewards)",
-            one_of("all", "rewarded"),
+            "which past decisions the prompt shows: all; direct: the way here without its loops; rewarded: those that "
+            "earned a reward",
+            one_of("all", "direct", "rewarded"),
         ),
         "show_observation": Option(True, "show what the game shows now; false: only in games that state no goal"),
         "history_length": Option(
@@ -245,8 +247,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "collect_env_steps": Option(20, "environment steps collected in an iteration, all games together", at_least(1)),
         "update_per_collect": Option(10, "world-model updates an iteration", at_least(1)),
         "novelty_bonus": Option(
-            0.0, "points for a room and inventory never seen; falls with the root of the visits", at_least(0)
+            0.0,
+            "points for a room not yet seen with this score; falls with the root of the visits",
+            at_least(0),
         ),
+        "loss_penalty": Option(0.0, "points taken from a command that loses the game", at_least(0)),
         "reward_scale": Option(1.0, "points are multiplied by this before the world model learns from them", above(0)),
         "td_steps": Option(5, "steps of reward before the value target bootstraps", at_least(1)),
         "learning_rate": Option(1e-4, "world model: AdamW learning rate", above(0)),

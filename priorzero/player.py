@@ -31,6 +31,7 @@ class Lane:
         features: features of the latest observations, this one last.
         actions: indices of the actions between them.
         history: all earlier decisions of the episode.
+        visited: :attr:`GameState.standing` of the states seen in the episode.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 
@@ -39,13 +40,14 @@ class Lane:
     actions: deque[int]
     rng: np.random.Generator
     history: list[HistoryStep] = field(default_factory=list)
+    visited: set[tuple[str, float]] = field(default_factory=set)
     total_reward: float = 0.0
 
     def advance(
         self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
     ) -> None:
         """Take note of what an action led to."""
-        self.history.append(HistoryStep(self.state.feedback, action_text, reward))
+        self.history.append(HistoryStep(self.state.feedback, action_text, reward, self.state.place))
         self.actions.append(action_index)
         self.features.append(features)
         self.total_reward += reward
@@ -120,7 +122,9 @@ class Player:
         """A lane at the beginning of an episode."""
         observations = self.settings.world_model.context_length // 2
         features = deque([self.features(state)], maxlen=observations)
-        return Lane(state=state, features=features, actions=deque(maxlen=observations - 1), rng=rng)
+        return Lane(
+            state=state, features=features, actions=deque(maxlen=observations - 1), rng=rng, visited={state.standing}
+        )
 
     def features(self, state: GameState) -> np.ndarray:
         """The frozen encoder's features of a state, ``[F]``."""

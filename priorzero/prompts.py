@@ -62,7 +62,7 @@ class PromptStyle:
         list_commands: list the valid commands (``rank`` always does).
         layout: ``"transcript"`` asks a question about the game so far; ``"walkthrough"`` (``score`` only) has the LLM
             go on with a list of commands that it has begun.
-        history: ``"all"`` past decisions, or only the ``"rewarded"`` ones.
+        history: ``"all"`` past decisions, the ``"direct"`` way here (:func:`without_loops`), or the ``"rewarded"`` ones.
         show_observation: show what the game shows now; games that state no goal show it in any case.
     """
 
@@ -100,6 +100,8 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
     """
     if style.history == "rewarded":
         history = [step for step in history if step.reward > 0]
+    elif style.history == "direct":
+        history = without_loops(history, now=state)
     shown = list(history[first_shown(len(history), style.history_length) :])
     chunk = _chunk(style.history_length)
     for dropped in [*range(0, len(shown), chunk), len(shown)]:
@@ -111,6 +113,27 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
         if length <= style.max_tokens:
             return Prompt(text, dropped_history=dropped)
     return Prompt(text, dropped_history=len(shown), over_length=True)
+
+
+def without_loops(history: Sequence[HistoryStep], *, now: GameState) -> list[HistoryStep]:
+    """Past decisions less those that led back to a place, with nothing earned since it was left.
+
+    What remains visits each place once, between rewards: what a walkthrough would say of the way to here, and the same
+    whatever was tried in vain.
+    """
+    way: list[HistoryStep] = []
+    since: dict[tuple[str, ...], int] = {}  # place -> how many of way were taken before it, since the last reward
+    for step, earned in zip([*history, None], [0.0, *(step.reward for step in history)], strict=True):
+        if earned:
+            since = {}
+        place = now.place if step is None else step.place
+        if place in since:
+            del way[since[place] :]
+            since = {other: count for other, count in since.items() if count <= len(way)}
+        since[place] = len(way)
+        if step is not None:
+            way.append(step)
+    return way
 
 
 def first_shown(num_past: int, history_length: int) -> int:

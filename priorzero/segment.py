@@ -62,7 +62,7 @@ class PriorZeroGameSegment(GameSegment):
         self.is_over = is_over
         self.obs_segment = np.stack(features)
         self.action_segment = np.array([step.action_index for step in steps], dtype=np.int64)
-        points = np.array([step.reward + step.novelty_bonus for step in steps], dtype=np.float32)
+        points = np.array([step.reward + step.shaping for step in steps], dtype=np.float32)
         self.reward_segment = points * np.float32(config.reward_scale)
         self.root_value_segment = np.array([step.root_value for step in steps], dtype=np.float32)
         self.child_visit_segment = np.zeros((len(steps), size), dtype=np.float32)

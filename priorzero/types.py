@@ -65,6 +65,17 @@ class GameState:
     actions_are_fallback: bool = False
 
     @property
+    def place(self) -> tuple[str, ...]:
+        """What tells states of the world apart: room and inventory where these are observed, else the last answer."""
+        return (self.look, self.inventory) if self.look or self.inventory else (self.feedback,)
+
+    @property
+    def standing(self) -> tuple[str, float]:
+        """How far the player has come: where (the first line of the room description, which names the room; of the last
+        answer where rooms are not observed) and with how many points."""
+        return (self.look or self.feedback).strip().split("\n", 1)[0], self.score
+
+    @property
     def raw_obs_text(self) -> str:
         """Feedback, then the room and the inventory where they were asked for and say something new."""
         parts = [self.feedback.strip()]
@@ -88,11 +99,19 @@ class TextGame(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HistoryStep:
-    """One past decision as the prompt shows it: what the game had said, what was done, what it earned."""
+    """One past decision as the prompt shows it.
+
+    Attributes:
+        feedback: what the game had said.
+        action: what was done.
+        reward: what it earned.
+        place: :attr:`GameState.place` of the state it was done in.
+    """
 
     feedback: str
     action: str
     reward: float
+    place: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +206,7 @@ class StepRecord:
         predicted_value: the network's value of the root before the search.
         chosen: position in ``state.valid_actions`` of the action that was played.
         reward: points that the action earned.
-        novelty_bonus: what the new state is worth for being new, in points (0 unless ``train.novelty_bonus`` is set).
+        shaping: what the world model's reward has on top, in points: ``train.novelty_bonus``, ``train.loss_penalty``.
         done: the episode ended with this action.
         episode: number of the episode this decision belongs to, unique within a run.
         step: index of the decision within its episode, from 0.
@@ -206,7 +225,7 @@ class StepRecord:
     done: bool
     episode: int
     step: int
-    novelty_bonus: float = 0.0
+    shaping: float = 0.0
 
     @property
     def action_text(self) -> str:

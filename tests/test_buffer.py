@@ -133,7 +133,7 @@ def test_an_end_by_the_game_is_worth_nothing_and_an_end_by_the_move_limit_teache
 def test_the_world_model_learns_from_scaled_points_and_the_bonus():
     config = demo_config()
     config.reward_scale = 2.0
-    records = [dataclasses.replace(demo_record(t, done=t == 2), novelty_bonus=0.25) for t in range(3)]
+    records = [dataclasses.replace(demo_record(t, done=t == 2), shaping=0.25) for t in range(3)]
     segment = PriorZeroGameSegment(records, [], final_features=np.ones(6), is_over=True, config=config)
     assert segment.reward_segment == pytest.approx([0.5, 2.5, 4.5, 0.0])
     assert segment.returns == pytest.approx(

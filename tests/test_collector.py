@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 
 import numpy as np
@@ -331,19 +332,33 @@ def test_random_play_knows_no_prior_and_a_sampled_prior_follows_its_probabilitie
     assert set(commands_played("prior", seed=0)) == {2}
 
 
-def test_a_state_seen_before_is_worth_less_novelty():
-    collector, _, _ = build(num_games=1, length=2, train={"novelty_bonus": 0.5})
-    collected = collect(collector, 40)
-    bonuses, seen = [r.novelty_bonus for s in collected.segments for r in s.records], {}
-    assert bonuses[0] == 0.5
-    records = [r for s in collected.segments for r in s.records]
+def test_a_room_is_new_once_an_episode_and_less_so_in_later_ones():
+    collector, _, _ = build(num_games=1, length=4, train={"novelty_bonus": 0.5, "loss_penalty": 2.0})
+    records = [r for s in collect(collector, 60).segments for r in s.records]
+    seen, visited = {}, set()
     for record in records:  # the room that a decision leads to follows from its room and action
         room = (3 * int(record.state.score) + record.chosen + 1) % 97
-        seen[room] = seen.get(room, 0) + 1
-        assert record.novelty_bonus == pytest.approx(0.5 / seen[room] ** 0.5)
-    assert max(seen.values()) > 1
+        if record.step == 0:
+            visited = {int(record.state.score)}
+        if record.done:  # this game knows no win
+            assert record.shaping == -2.0
+        elif room in visited:
+            assert record.shaping == 0.0
+        else:
+            seen[room] = seen.get(room, 0) + 1
+            assert record.shaping == pytest.approx(0.5 / seen[room] ** 0.5)
+        visited.add(room)
+    assert records[0].shaping == 0.5 and max(seen.values()) > 1
     quiet, _, _ = build(num_games=1, length=2)
-    assert {r.novelty_bonus for s in collect(quiet, 10).segments for r in s.records} == {0.0}
+    assert {r.shaping for s in collect(quiet, 10).segments for r in s.records} == {0.0}
+
+
+@pytest.mark.parametrize(("end", "shaping"), [({"won": True}, 0.0), ({"truncated": True}, 0.5), ({}, -2.0)])
+def test_only_a_lost_game_is_punished(end, shaping):
+    collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "loss_penalty": 2.0})
+    lane = collector._player.new_lane(state_of(0, 1, moves=0, length=9), np.random.default_rng(0))
+    state = dataclasses.replace(state_of(0, 2, moves=9, length=9), **end)
+    assert collector._shaping(lane, state) == shaping
 
 
 def test_an_episode_tells_when_it_ended():

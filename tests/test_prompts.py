@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from priorzero.prompts import PromptStyle, answer_text, build_messages, first_shown, learning_context, render_prompt
+from priorzero.prompts import (
+    PromptStyle,
+    answer_text,
+    build_messages,
+    first_shown,
+    learning_context,
+    render_prompt,
+    without_loops,
+)
 from priorzero.types import GameState, HistoryStep
 
 STATE = GameState(
@@ -155,9 +163,51 @@ def test_a_walkthrough_goes_on_with_the_commands_that_earned_something():
     everything = dataclasses.replace(WALKTHROUGH, history="all")
     text = render_prompt(STATE, history, style=everything, tokenizer=TagTokenizer()).text
     assert text.endswith("open box\nwait\ntake lamp\n")
+    round_trip = [HistoryStep("x", "go west", 0.0, STATE.place), HistoryStep("y", "go east", 0.0, ("", "elsewhere"))]
+    direct = dataclasses.replace(WALKTHROUGH, history="direct")
+    assert render_prompt(STATE, round_trip, style=direct, tokenizer=TagTokenizer()).text.endswith("[assistant] ")
     # A prompt goes on where the one before it ended.
     before = render_prompt(STATE, history[:-1], style=everything, tokenizer=TagTokenizer()).text
     assert text == before + "take lamp\n"
+
+
+def way(places, rewards=None):
+    """Decisions taken in ``places``, named by their number."""
+    rewards = rewards or [0.0] * len(places)
+    return [HistoryStep("", str(t), reward, (p,)) for t, (p, reward) in enumerate(zip(places, rewards, strict=True))]
+
+
+def direct(history, now):
+    return "".join(
+        step.action for step in without_loops(history, now=dataclasses.replace(STATE, feedback=now, inventory=""))
+    )
+
+
+def test_the_direct_way_has_no_loops():
+    assert direct(way("abc"), "d") == "012"
+    assert direct(way("abcb"), "d") == "03"  # from b to c and back: 1 and 2 were in vain
+    assert direct(way("abc"), "a") == ""
+    assert direct(way("aab"), "b") == "1"
+    assert direct(way("abca"), "b") == "3"  # a loop within a loop
+    assert direct(way("abab", [0, 1, 0, 0]), "c") == "0123"  # b to a earned something: it is another a
+
+
+@given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=12), st.sampled_from("abcd"))
+def test_the_direct_way_keeps_what_earned_and_is_shorter_only_by_loops(steps, now):
+    history = [HistoryStep("", str(t), float(earned), (place,)) for t, (place, earned) in enumerate(steps)]
+    state = dataclasses.replace(STATE, feedback=now, look="", inventory="")
+    kept = without_loops(history, now=state)
+    assert kept == [step for step in history if step in kept]
+    assert [s for s in kept if s.reward] == [s for s in history if s.reward]
+    stretches, places = [], []
+    for step in kept:
+        places.append(step.place)
+        if step.reward:
+            stretches.append(places)
+            places = []
+    for stretch in [*stretches, [*places, state.place]]:
+        assert len(set(stretch)) == len(stretch)
+    assert without_loops(kept, now=state) == kept
 
 
 def test_the_observation_can_be_left_out_where_there_is_a_goal():
