@@ -62,7 +62,7 @@ class PromptStyle:
         list_commands: list the valid commands (``rank`` always does).
         layout: ``"transcript"`` asks a question about the game so far; ``"walkthrough"`` (``score`` only) has the LLM
             go on with a list of commands that it has begun.
-        history: ``"all"`` past decisions, the ``"direct"`` way here (:func:`without_loops`), or the ``"rewarded"`` ones.
+        history: ``"all"`` past decisions, the ``"direct"`` way (:func:`without_loops`), or what was ``"rewarded"``.
         show_observation: show what the game shows now; games that state no goal show it in any case.
     """
 
