@@ -88,7 +88,7 @@ class Collector:
         self.num_episodes = 0
         self.num_game_failures = 0
         self.recent_returns: deque[float] = deque(maxlen=20)
-        self._seen: Counter[tuple[str, float]] = Counter()
+        self._tried: Counter[tuple[str, float, str]] = Counter()
 
     async def collect(self, num_steps: int) -> Collected:
         """Take at least ``num_steps`` environment steps, all games together."""
@@ -146,7 +146,7 @@ class Collector:
             predicted_value=decision.result.predicted_value,
             chosen=decision.chosen,
             reward=reward,
-            shaping=self._shaping(lane, state),
+            shaping=self._shaping(decision.state, decision.action_text, state),
             done=state.done,
             episode=self._episode_numbers[e],
             step=len(lane.history),
@@ -176,16 +176,14 @@ class Collector:
             self.num_episodes += 1
             self._lanes[e] = None
 
-    def _shaping(self, lane: Lane, state: GameState) -> float:
-        """``-train.loss_penalty`` for an end that is no win. ``train.novelty_bonus / sqrt(N)`` for the first visit of a
-        room with a score in an episode, the N-th in the run (Bellemare et al. 2016, section 5, with true counts)."""
-        if state.done and not state.truncated:  # what looking around shows now is an epitaph, not a room
-            return 0.0 if state.won else -self._player.settings.train.loss_penalty
-        if state.standing in lane.visited:
-            return 0.0
-        lane.visited.add(state.standing)
-        self._seen[state.standing] += 1
-        return self._player.settings.train.novelty_bonus / math.sqrt(self._seen[state.standing])
+    def _shaping(self, before: GameState, action: str, after: GameState) -> float:
+        """``train.novelty_bonus / sqrt(N)`` for the N-th time in the run that a command is given in a room with a score
+        (MBIE-EB: Strehl & Littman 2008, section 3.2), less ``train.loss_penalty`` for an end that is no win."""
+        tried = (*before.standing, action)
+        self._tried[tried] += 1
+        train = self._player.settings.train
+        lost = after.done and not (after.won or after.truncated)
+        return train.novelty_bonus / math.sqrt(self._tried[tried]) - (train.loss_penalty if lost else 0.0)
 
     def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:
         collected.visit_entropies.append(entropy(record.visit_probs()))
@@ -210,7 +208,7 @@ class Collector:
         scalars = {
             "collector_iter/visit_entropy_mean": float(np.mean(collected.visit_entropies or [0.0])),
             "collector_iter/env_steps": float(self.env_steps),
-            "collector_iter/states_seen": float(len(self._seen)),
+            "collector_iter/commands_tried": float(len(self._tried)),
             "collector_iter/game_failures": float(self.num_game_failures),
             "collector_iter/action_overflows": float(self._player.indexer.num_overflows),
             "collector_iter/actions_known": float(self._player.indexer.num_used),

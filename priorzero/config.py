@@ -113,7 +113,6 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "policy_entropy_weight": Option(0.0, "weight of the policy's entropy bonus", at_least(0)),
     },
     "search": {
-        "value_delta": Option(0.01, "values that differ by less are not stretched to fill [0, 1]", above(0)),
         "num_simulations": Option(25, "simulations a decision", at_least(1)),
         "root_dirichlet_alpha": Option(0.3, "concentration of the root's exploration noise", above(0)),
         "root_noise_weight": Option(0.25, "share of noise in the root's prior while collecting", between(0, 1)),
@@ -248,7 +247,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "update_per_collect": Option(10, "world-model updates an iteration", at_least(1)),
         "novelty_bonus": Option(
             0.0,
-            "points for a room not yet seen with this score; falls with the root of the visits",
+            "points for a command not yet given in this room with this score; falls with the root of the times it was",
             at_least(0),
         ),
         "loss_penalty": Option(0.0, "points taken from a command that loses the game", at_least(0)),

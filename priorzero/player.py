@@ -31,7 +31,6 @@ class Lane:
         features: features of the latest observations, this one last.
         actions: indices of the actions between them.
         history: all earlier decisions of the episode.
-        visited: :attr:`GameState.standing` of the states seen in the episode.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 
@@ -40,7 +39,6 @@ class Lane:
     actions: deque[int]
     rng: np.random.Generator
     history: list[HistoryStep] = field(default_factory=list)
-    visited: set[tuple[str, float]] = field(default_factory=set)
     total_reward: float = 0.0
 
     def advance(
@@ -122,9 +120,7 @@ class Player:
         """A lane at the beginning of an episode."""
         observations = self.settings.world_model.context_length // 2
         features = deque([self.features(state)], maxlen=observations)
-        return Lane(
-            state=state, features=features, actions=deque(maxlen=observations - 1), rng=rng, visited={state.standing}
-        )
+        return Lane(state=state, features=features, actions=deque(maxlen=observations - 1), rng=rng)
 
     def features(self, state: GameState) -> np.ndarray:
         """The frozen encoder's features of a state, ``[F]``."""

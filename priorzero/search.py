@@ -177,7 +177,7 @@ def search(inference: WorldModelInference, roots: Sequence[Root], *, cfg: Any, n
         else:
             node.prepare(cfg.root_noise_weight, [root.noise.tolist()], [0.0], [full.tolist()], [-1])
         stats = new_statistics(1)
-        stats.set_delta(cfg.value_delta)
+        stats.set_delta(0.01)  # LightZero's value_delta_max: smaller ranges of values are not stretched
         trees.append(node)
         statistics.append(stats)
         starts.append(root_logits)

@@ -11,6 +11,9 @@ import torch
 from priorzero.models import quiet_transformers, resolve_model
 from priorzero.types import GameState, UserError
 
+# Among a thousand entries of embeddings two numbers drown, and with them what tells one more point from one less.
+COUNTER_COPIES = 64
+
 
 class TextEncoder:
     """A pretrained sentence encoder, kept as it was pretrained.
@@ -63,10 +66,10 @@ class TextEncoder:
     @property
     def feature_size(self) -> int:
         """``F``."""
-        return self.embedding_size * (3 if self._with_look and self._parts == "apart" else 1) + 2
+        return self.embedding_size * (3 if self._with_look and self._parts == "apart" else 1) + 2 * COUNTER_COPIES
 
     def features(self, states: Sequence[GameState]) -> np.ndarray:
-        """Features of some states, ``[n, F]`` float32: embeddings, share of the points, share of the moves."""
+        """Features of some states, ``[n, F]`` float32: embeddings; ``COUNTER_COPIES`` times share of points, of moves."""
         parts = [self._texts(state) for state in states]
         self._encode_missing(sorted({text for texts in parts for text in texts}))
         rows = [
@@ -83,7 +86,7 @@ class TextEncoder:
 
     def _counters(self, state: GameState) -> np.ndarray:
         points = state.score / state.max_score if state.max_score else state.score / 100.0
-        return np.array([points, state.moves / self._max_moves])
+        return np.repeat([points, state.moves / self._max_moves], COUNTER_COPIES)
 
     @torch.inference_mode()
     def _encode_missing(self, texts: list[str]) -> None:

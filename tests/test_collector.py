@@ -332,33 +332,25 @@ def test_random_play_knows_no_prior_and_a_sampled_prior_follows_its_probabilitie
     assert set(commands_played("prior", seed=0)) == {2}
 
 
-def test_a_room_is_new_once_an_episode_and_less_so_in_later_ones():
+def test_a_command_given_before_is_worth_less():
     collector, _, _ = build(num_games=1, length=4, train={"novelty_bonus": 0.5, "loss_penalty": 2.0})
-    records = [r for s in collect(collector, 60).segments for r in s.records]
-    seen, visited = {}, set()
-    for record in records:  # the room that a decision leads to follows from its room and action
-        room = (3 * int(record.state.score) + record.chosen + 1) % 97
-        if record.step == 0:
-            visited = {int(record.state.score)}
-        if record.done:  # this game knows no win
-            assert record.shaping == -2.0
-        elif room in visited:
-            assert record.shaping == 0.0
-        else:
-            seen[room] = seen.get(room, 0) + 1
-            assert record.shaping == pytest.approx(0.5 / seen[room] ** 0.5)
-        visited.add(room)
-    assert records[0].shaping == 0.5 and max(seen.values()) > 1
+    records, tried = [r for s in collect(collector, 60).segments for r in s.records], {}
+    for record in records:  # this game says in which room one is, and knows no win
+        command = record.state.score, record.action_text
+        tried[command] = tried.get(command, 0) + 1
+        assert record.shaping == pytest.approx(0.5 / tried[command] ** 0.5 - (2.0 if record.done else 0.0))
+    assert records[0].shaping == 0.5 and max(tried.values()) > 1
     quiet, _, _ = build(num_games=1, length=2)
     assert {r.shaping for s in collect(quiet, 10).segments for r in s.records} == {0.0}
 
 
-@pytest.mark.parametrize(("end", "shaping"), [({"won": True}, 0.0), ({"truncated": True}, 0.5), ({}, -2.0)])
+@pytest.mark.parametrize(("end", "shaping"), [({"won": True}, 0.5), ({"truncated": True}, 0.5), ({}, -1.5)])
 def test_only_a_lost_game_is_punished(end, shaping):
     collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "loss_penalty": 2.0})
-    lane = collector._player.new_lane(state_of(0, 1, moves=0, length=9), np.random.default_rng(0))
-    state = dataclasses.replace(state_of(0, 2, moves=9, length=9), **end)
-    assert collector._shaping(lane, state) == shaping
+    before, after = state_of(0, 1, moves=8, length=9), state_of(0, 2, moves=9, length=9)
+    assert collector._shaping(before, "act 1 0", dataclasses.replace(after, **end)) == shaping
+    assert collector._shaping(before, "act 1 1", before) == 0.5
+    assert collector._shaping(dataclasses.replace(before, score=7.0), "act 1 1", before) == 0.5
 
 
 def test_an_episode_tells_when_it_ended():

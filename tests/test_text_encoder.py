@@ -32,14 +32,14 @@ def test_features_are_the_pretrained_encoders(encoder):
     folder = resolve_model(PATH, setting="encoder.path")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     features = encoder.features([KITCHEN])[0]
-    assert features.shape == (encoder.feature_size,) == (3 * 384 + 2,)
+    assert features.shape == (encoder.feature_size,) == (3 * 384 + 128,)
     for part, text in enumerate((KITCHEN.feedback, KITCHEN.look, KITCHEN.inventory)):
         with torch.no_grad():
             hidden = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0].numpy()
         mean = hidden.mean(axis=0)
         want = mean / np.linalg.norm(mean) * np.sqrt(384)
         assert features[384 * part : 384 * (part + 1)] == pytest.approx(want, abs=1e-4)
-    assert features[-2:] == pytest.approx([10 / 40, 5 / 50])
+    assert features[-128:] == pytest.approx([10 / 40] * 64 + [5 / 50] * 64)
 
 
 def test_similar_texts_are_near_one_another(encoder):
@@ -52,14 +52,14 @@ def test_features_do_not_depend_on_the_batch():
     want = alone.features([KITCHEN])[0]
     got = together.features([CELLAR, KITCHEN, dataclasses.replace(KITCHEN, feedback="word " * 400)])[1]
     assert np.array_equal(want, got)
-    assert alone.feature_size == 386
+    assert alone.feature_size == 384 + 128
 
 
 def test_a_text_is_encoded_once(encoder, monkeypatch):
     first = encoder.features([KITCHEN])[0]
     monkeypatch.setattr(encoder, "_model", None)  # a call would fail
     again, later = encoder.features([KITCHEN, dataclasses.replace(KITCHEN, moves=6)])
-    assert np.array_equal(again, first) and np.array_equal(later[:-1], first[:-1]) and later[-1] > first[-1]
+    assert np.array_equal(again, first) and np.array_equal(later[:-64], first[:-64]) and later[-1] > first[-1]
 
 
 def test_the_cache_is_bounded_and_still_right():
@@ -73,7 +73,7 @@ def test_the_cache_is_bounded_and_still_right():
 
 def test_a_game_without_a_maximum_score_and_empty_text(encoder):
     features = encoder.features([GameState("", ("wait",), -5.0, 0.0, 0)])[0]
-    assert np.isfinite(features).all() and features[-2] == pytest.approx(-0.05)
+    assert np.isfinite(features).all() and features[-128:-64] == pytest.approx(-0.05)
 
 
 def test_an_encoder_that_is_not_there():
@@ -88,7 +88,7 @@ def test_other_poolings_and_one_text():
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     made = TextEncoder(PATH, pooling="cls", parts="together", cache_size=9, with_look=True, max_moves=50)
     features = made.features([KITCHEN])[0]
-    assert features.shape == (made.feature_size,) == (384 + 2,)
+    assert features.shape == (made.feature_size,) == (384 + 128,)
     with torch.no_grad():
         text = f"{KITCHEN.feedback}\n{KITCHEN.look}\n{KITCHEN.inventory}"
         first = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0].numpy()
