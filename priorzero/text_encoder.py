@@ -69,7 +69,7 @@ class TextEncoder:
         return self.embedding_size * (3 if self._with_look and self._parts == "apart" else 1) + 2 * COUNTER_COPIES
 
     def features(self, states: Sequence[GameState]) -> np.ndarray:
-        """Features of some states, ``[n, F]`` float32: embeddings; ``COUNTER_COPIES`` times share of points, of moves."""
+        """Features of some states, ``[n, F]`` float32: embeddings, share of points, share of moves."""
         parts = [self._texts(state) for state in states]
         self._encode_missing(sorted({text for texts in parts for text in texts}))
         rows = [
