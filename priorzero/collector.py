@@ -128,7 +128,9 @@ class Collector:
                 logger.warning(f"game {e} could not begin ({error}); trying once more with a fresh process")
                 await self._workers[e].restart()
                 state = await self._workers[e].reset()
-        self._lanes[e] = self._player.new_lane(state, self._rngs[e])
+        lane = self._player.new_lane(state, self._rngs[e])
+        lane.tried = self._tried
+        self._lanes[e] = lane
         self._episode_numbers[e] = self._next_episode
         self._next_episode += 1
 

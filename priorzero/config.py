@@ -116,6 +116,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "num_simulations": Option(25, "simulations a decision", at_least(1)),
         "root_dirichlet_alpha": Option(0.3, "concentration of the root's exploration noise", above(0)),
         "root_noise_weight": Option(0.25, "share of noise in the root's prior while collecting", between(0, 1)),
+        "tries_exponent": Option(
+            0.0,
+            "while collecting, the root's prior of a command that was given N times in this room with this score is "
+            "divided by (1 + N) to this power",
+            at_least(0),
+        ),
         "pb_c_base": Option(19652, "PUCT constant", at_least(1)),
         "pb_c_init": Option(1.25, "PUCT constant", above(0)),
         "discount_factor": Option(0.97, "discount of rewards a step", between(0, 1)),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +31,8 @@ class Lane:
         features: features of the latest observations, this one last.
         actions: indices of the actions between them.
         history: all earlier decisions of the episode.
+        tried: how often each command was given in the run, by room and score (:attr:`GameState.standing`); exploration
+            looks at it.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 
@@ -39,6 +41,7 @@ class Lane:
     actions: deque[int]
     rng: np.random.Generator
     history: list[HistoryStep] = field(default_factory=list)
+    tried: Counter[tuple[str, float, str]] = field(default_factory=Counter)
     total_reward: float = 0.0
 
     def advance(
@@ -160,7 +163,7 @@ class Player:
             prompts, priors = list(rendered), list(await self.prior.priors(requests))
         results: Sequence[SearchResult | None] = [None] * len(lanes)
         if use_search:
-            roots = [self._root(*parts, explore=explore) for parts in zip(lanes, indices, priors, strict=True)]
+            roots = [self._root(*parts, explore=explore) for parts in zip(lanes, states, indices, priors, strict=True)]
             results = await self.world_model_thread.run(
                 "search", self.policy.search, roots, num_actions=self.indexer.num_used
             )
@@ -173,9 +176,12 @@ class Player:
             )
         ]
 
-    def _root(self, lane: Lane, indices: np.ndarray, prior: ActionPrior | None, *, explore: bool) -> Root:
-        noise, seed = None, 0
+    def _root(
+        self, lane: Lane, state: GameState, indices: np.ndarray, prior: ActionPrior | None, *, explore: bool
+    ) -> Root:
+        tries, noise, seed = None, None, 0
         if explore:
+            tries = np.array([lane.tried[(*lane.state.standing, action)] for action in state.valid_actions])
             alpha = self.settings.search.root_dirichlet_alpha
             noise = lane.rng.dirichlet(np.full(len(indices), alpha))
             seed = int(lane.rng.integers(2**31))
@@ -184,6 +190,7 @@ class Player:
             actions=np.array(lane.actions, dtype=np.int64),
             legal=indices,
             prior_logprobs=prior.logprobs if prior is not None else None,
+            tries=tries,
             noise=noise,
             seed=seed,
         )

@@ -42,6 +42,7 @@ class Root:
         actions: the actions between them, ``[n - 1]``.
         legal: indices of the valid actions, ``[K]``.
         prior_logprobs: the LLM's log-distribution over them, ``[K]``; None if it has no say.
+        tries: how often each was given before in such a state, ``[K]``; None for never.
         noise: a draw from the Dirichlet distribution, ``[K]``; None for no exploration noise.
         seed: breaks ties.
     """
@@ -50,6 +51,7 @@ class Root:
     actions: np.ndarray
     legal: np.ndarray
     prior_logprobs: np.ndarray | None = None
+    tries: np.ndarray | None = None
     noise: np.ndarray | None = None
     seed: int = 0
 
@@ -169,6 +171,8 @@ def search(inference: WorldModelInference, roots: Sequence[Root], *, cfg: Any, n
         root_logits = mix_root_logits(
             logits[root.legal], root.prior_logprobs, combine=cfg.combine, alpha=cfg.alpha, floor=cfg.floor
         )
+        if root.tries is not None:
+            root_logits = root_logits - cfg.tries_exponent * np.log1p(root.tries)
         full = np.zeros(num_actions, dtype=np.float32)
         full[root.legal] = root_logits
         node = tree.Roots(1, [root.legal.tolist()])

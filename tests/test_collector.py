@@ -344,6 +344,17 @@ def test_a_command_given_before_is_worth_less():
     assert {r.shaping for s in collect(quiet, 10).segments for r in s.records} == {0.0}
 
 
+def test_exploration_knows_how_often_a_command_was_given():
+    collector, _, _ = build(num_games=2)
+    collect(collector, 20)
+    lane = collector._lanes[0]
+    state, prior = lane.state, None
+    root = collector._player._root(lane, state, np.arange(len(state.valid_actions)), prior, explore=True)
+    assert root.tries.tolist() == [collector._tried[(*state.standing, a)] for a in state.valid_actions]
+    assert root.tries.sum() > 0
+    assert collector._player._root(lane, state, np.arange(len(state.valid_actions)), prior, explore=False).tries is None
+
+
 @pytest.mark.parametrize(("end", "shaping"), [({"won": True}, 0.5), ({"truncated": True}, 0.5), ({}, -1.5)])
 def test_only_a_lost_game_is_punished(end, shaping):
     collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "loss_penalty": 2.0})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import numpy as np
@@ -96,6 +97,17 @@ def test_the_same_parameters_give_the_same_search_whatever_came_between(policy):
     again = policy.search([root], num_actions=NUM_ACTIONS)[0]
     assert_same(first, again)
     assert first.root_value != pytest.approx(other.root_value, abs=1e-3)
+
+
+def test_commands_given_before_are_proposed_less():
+    policy, plain = make_policy(tries_exponent=0.5), make_policy()
+    tries = np.array([99, 0, 3, 0])
+    before = make_root(2, prior=[0.7, 0.1, 0.1, 0.1])
+    root = dataclasses.replace(before, tries=tries)
+    fresh, worn = (policy.search([r], num_actions=NUM_ACTIONS)[0] for r in (before, root))
+    assert worn.root_logits == pytest.approx(fresh.root_logits - np.log([10, 1, 2, 1]), abs=1e-5)
+    assert worn.visit_counts[0] < fresh.visit_counts[0]
+    assert_same(*(plain.search([r], num_actions=NUM_ACTIONS)[0] for r in (before, root)))
 
 
 def test_ties_are_drawn_from_the_roots_own_seed():
