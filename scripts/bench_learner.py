@@ -60,7 +60,7 @@ ROOM = (
 )
 LOSSES = ("wm_total_loss", "wm_latent_loss", "wm_reward_loss", "wm_policy_loss", "wm_value_loss", "wm_grad_norm")
 BATCH = 32
-FEATURE_SIZE = 3 * 384 + 2  # of the default encoder
+FEATURE_SIZE = 3 * 384 + 128  # of the default encoder
 STOCK_LOSSES = (
     "weighted_total_loss", "obs_loss", "reward_loss", "policy_loss", "value_loss", "total_grad_norm_before_clip_wm"
 )  # fmt: skip

@@ -29,7 +29,7 @@ from priorzero.config import PRESETS, resolve_settings
 from priorzero.policy import PriorZeroPolicy
 from priorzero.search import Root, SearchResult, WorldModelInference
 
-FEATURE_SIZE = 3 * 384 + 2  # what the default encoder makes of feedback, room and inventory
+FEATURE_SIZE = 3 * 384 + 128  # what the default encoder makes of feedback, room and inventory
 SIZES = (("quick_test", 100, 12), ("standard", 256, 20))  # preset, actions given out, valid ones
 BATCHES = (1, 4, 16, 64)
 

@@ -343,7 +343,7 @@ def realistic_record(step, *, episode, done):
     )
     return StepRecord(
         state=pickle.loads(pickle.dumps(state)),  # as it comes from the game's process: every string is a new one
-        features=np.stack([np.full(3 * 384 + 2, step)]).astype(np.float32)[0],
+        features=np.stack([np.full(3 * 384 + 128, step)]).astype(np.float32)[0],
         action_indices=np.arange(20) + step,
         prompt=f"Decision {name}. " + "x" * 3000,
         prior=ActionPrior(np.full(20, -3.0, dtype=np.float32), "score", step),
@@ -361,9 +361,9 @@ def realistic_record(step, *, episode, done):
 @pytest.mark.slow
 def test_ten_thousand_decisions_take_less_than_200_mb():
     """numpy and Python's own objects alike: tracemalloc sees both."""
-    config = unizero_config(default_settings(), feature_size=3 * 384 + 2, device="cpu")
+    config = unizero_config(default_settings(), feature_size=3 * 384 + 128, device="cpu")
     buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(0))
-    final = np.zeros(3 * 384 + 2, dtype=np.float32)
+    final = np.zeros(3 * 384 + 128, dtype=np.float32)
     gc.collect()
     tracemalloc.start()
     try:

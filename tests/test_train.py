@@ -96,7 +96,7 @@ def test_a_run_from_end_to_end(tmp_path):
     prints = [fingerprint(dict(llm.model.named_parameters())) for llm in llms]
     assert count_moved(*prints) > 200
     settings = make_settings(SMALL)
-    policy = PriorZeroPolicy(settings, feature_size=384 * 3 + 2, device="cpu", llm=None)
+    policy = PriorZeroPolicy(settings, feature_size=384 * 3 + 128, device="cpu", llm=None)
     before = fingerprint(dict(policy.trained_world_model_parameters()))
     indexer = make_action_indexer("vocabulary", 256)
     load_world_model(last, policy=policy, indexer=indexer)
