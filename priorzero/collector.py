@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ import numpy as np
 from loguru import logger
 
 from priorzero.concurrency import gather_or_cancel
+from priorzero.exploration import CommandMemory
 from priorzero.player import Decision, Lane, Player
 from priorzero.priors import agreement, entropy
 from priorzero.segment import PriorZeroGameSegment, SegmentWriter
@@ -88,7 +89,7 @@ class Collector:
         self.num_episodes = 0
         self.num_game_failures = 0
         self.recent_returns: deque[float] = deque(maxlen=20)
-        self._tried: Counter[tuple[str, float, str]] = Counter()
+        self.memory = CommandMemory(return_first=player.settings.search.return_first)
 
     async def collect(self, num_steps: int) -> Collected:
         """Take at least ``num_steps`` environment steps, all games together."""
@@ -129,7 +130,7 @@ class Collector:
                 await self._workers[e].restart()
                 state = await self._workers[e].reset()
         lane = self._player.new_lane(state, self._rngs[e])
-        lane.tried = self._tried
+        lane.memory = self.memory
         self._lanes[e] = lane
         self._episode_numbers[e] = self._next_episode
         self._next_episode += 1
@@ -161,6 +162,8 @@ class Collector:
             state=state,
             features=features,
         )
+        if reward > 0:
+            self.memory.earned(lane.history, now=state)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
         collected.env_steps += 1
         self._observe(decision, record, collected)
@@ -181,11 +184,10 @@ class Collector:
     def _shaping(self, before: GameState, action: str, after: GameState) -> float:
         """``train.novelty_bonus / sqrt(N)`` for the N-th time in the run that a command is given in a room with a score
         (MBIE-EB: Strehl & Littman 2008, section 3.2), less ``train.loss_penalty`` for an end that is no win."""
-        tried = (*before.standing, action)
-        self._tried[tried] += 1
+        times = self.memory.add(before.standing, action)
         train = self._player.settings.train
         lost = after.done and not (after.won or after.truncated)
-        return train.novelty_bonus / math.sqrt(self._tried[tried]) - (train.loss_penalty if lost else 0.0)
+        return train.novelty_bonus / math.sqrt(times) - (train.loss_penalty if lost else 0.0)
 
     def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:
         collected.visit_entropies.append(entropy(record.visit_probs()))
@@ -210,7 +212,8 @@ class Collector:
         scalars = {
             "collector_iter/visit_entropy_mean": float(np.mean(collected.visit_entropies or [0.0])),
             "collector_iter/env_steps": float(self.env_steps),
-            "collector_iter/commands_tried": float(len(self._tried)),
+            "collector_iter/commands_tried": float(len(self.memory)),
+            "collector_iter/commands_leading_on": float(self.memory.num_leading),
             "collector_iter/game_failures": float(self.num_game_failures),
             "collector_iter/action_overflows": float(self._player.indexer.num_overflows),
             "collector_iter/actions_known": float(self._player.indexer.num_used),

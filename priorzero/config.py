@@ -122,6 +122,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "divided by (1 + N) to this power",
             at_least(0),
         ),
+        "return_first": Option(
+            False,
+            "while collecting, follow commands that led to more points from this room with this score: they do not "
+            "count as tried, and where one is known there is no noise and half the temperature",
+        ),
         "pb_c_base": Option(19652, "PUCT constant", at_least(1)),
         "pb_c_init": Option(1.25, "PUCT constant", above(0)),
         "discount_factor": Option(0.97, "discount of rewards a step", between(0, 1)),

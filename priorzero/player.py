@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +13,7 @@ from loguru import logger
 
 from priorzero.concurrency import OwnerThread
 from priorzero.engines import RobustPrior
+from priorzero.exploration import CommandMemory
 from priorzero.policy import PriorZeroPolicy
 from priorzero.prompts import Prompt, PromptStyle, render_prompt
 from priorzero.search import Root, SearchResult
@@ -20,6 +21,9 @@ from priorzero.text_encoder import TextEncoder
 from priorzero.timeline import Timeline
 from priorzero.types import ActionPrior, GameState, HistoryStep, PriorRequest
 from priorzero.vocabulary import ActionIndexer
+
+# Where the run knows what leads on, actions are drawn with this share of search.temperature (0.5: visits squared).
+KNOWN_WAY_TEMPERATURE = 0.5
 
 
 @dataclass
@@ -31,8 +35,7 @@ class Lane:
         features: features of the latest observations, this one last.
         actions: indices of the actions between them.
         history: all earlier decisions of the episode.
-        tried: how often each command was given in the run, by room and score (:attr:`GameState.standing`); exploration
-            looks at it.
+        memory: of the commands given in the run; exploration looks at it.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 
@@ -41,14 +44,16 @@ class Lane:
     actions: deque[int]
     rng: np.random.Generator
     history: list[HistoryStep] = field(default_factory=list)
-    tried: Counter[tuple[str, float, str]] = field(default_factory=Counter)
+    memory: CommandMemory = field(default_factory=CommandMemory)
     total_reward: float = 0.0
 
     def advance(
         self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
     ) -> None:
         """Take note of what an action led to."""
-        self.history.append(HistoryStep(self.state.feedback, action_text, reward, self.state.place))
+        self.history.append(
+            HistoryStep(self.state.feedback, action_text, reward, self.state.place, self.state.standing)
+        )
         self.actions.append(action_index)
         self.features.append(features)
         self.total_reward += reward
@@ -168,9 +173,7 @@ class Player:
                 "search", self.policy.search, roots, num_actions=self.indexer.num_used
             )
         return [
-            Decision(
-                state, index, prompt, prior, result, self._choose(lane, len(index), prior, result, explore=explore)
-            )
+            Decision(state, index, prompt, prior, result, self._choose(lane, state, prior, result, explore=explore))
             for lane, state, index, prompt, prior, result in zip(
                 lanes, states, indices, prompts, priors, results, strict=True
             )
@@ -181,9 +184,9 @@ class Player:
     ) -> Root:
         tries, noise, seed = None, None, 0
         if explore:
-            tries = np.array([lane.tried[(*lane.state.standing, action)] for action in state.valid_actions])
-            alpha = self.settings.search.root_dirichlet_alpha
-            noise = lane.rng.dirichlet(np.full(len(indices), alpha))
+            tries = lane.memory.tries(state.standing, state.valid_actions)
+            if not lane.memory.knows_the_way(state.standing, state.valid_actions):
+                noise = lane.rng.dirichlet(np.full(len(indices), self.settings.search.root_dirichlet_alpha))
             seed = int(lane.rng.integers(2**31))
         return Root(
             features=np.stack(lane.features),
@@ -196,13 +199,17 @@ class Player:
         )
 
     def _choose(
-        self, lane: Lane, num_actions: int, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool
+        self, lane: Lane, state: GameState, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool
     ) -> int:
         if result is None:
+            num_actions = len(state.valid_actions)
             probs = np.exp(prior.logprobs.astype(np.float64)) if prior is not None else np.ones(num_actions)
             return int(lane.rng.choice(num_actions, p=probs / probs.sum())) if explore else int(probs.argmax())
         if not explore:
             return int(result.visit_counts.argmax())
         shares = result.visit_counts / result.visit_counts.max()  # at most one: a small temperature cannot overflow
-        weights = shares ** (1.0 / self.settings.search.temperature)
+        temperature = self.settings.search.temperature
+        if lane.memory.knows_the_way(state.standing, state.valid_actions):
+            temperature *= KNOWN_WAY_TEMPERATURE
+        weights = shares ** (1.0 / temperature)
         return int(lane.rng.choice(len(weights), p=weights / weights.sum()))

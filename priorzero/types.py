@@ -106,12 +106,14 @@ class HistoryStep:
         action: what was done.
         reward: what it earned.
         place: :attr:`GameState.place` of the state it was done in.
+        standing: its :attr:`GameState.standing`.
     """
 
     feedback: str
     action: str
     reward: float
     place: tuple[str, ...] = ()
+    standing: tuple[str, float] = ("", 0.0)
 
 
 @dataclass(frozen=True, slots=True)

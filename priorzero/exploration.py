@@ -1,0 +1,70 @@
+"""What a run remembers of the commands that were given, for exploration alone."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from priorzero.prompts import without_loops
+from priorzero.types import GameState, HistoryStep
+
+Standing = tuple[str, float]
+
+
+class CommandMemory:
+    """How often each command was given in a room with a score (:attr:`GameState.standing`), and which ones led on.
+
+    With ``return_first`` a command leads on once it was part of the direct way to more points, from the points before.
+    Collection goes back along such commands without detours and explores where none is known, as Go-Explore does
+    (Ecoffet et al. 2021, "First return, then explore"), but with the agent's own search in place of saved states.
+    Evaluation knows nothing of this memory.
+
+    Args:
+        return_first: take note of what led on; otherwise commands are only counted.
+    """
+
+    def __init__(self, *, return_first: bool = False) -> None:
+        self._return_first = return_first
+        self._times: Counter[tuple[str, float, str]] = Counter()
+        self._leading: set[tuple[str, float, str]] = set()
+
+    def __len__(self) -> int:
+        """Different commands in different standings."""
+        return len(self._times)
+
+    @property
+    def num_leading(self) -> int:
+        """Those that led on."""
+        return len(self._leading)
+
+    def add(self, standing: Standing, command: str) -> int:
+        """Count a command; returns how often it was given in this standing by now."""
+        self._times[(*standing, command)] += 1
+        return self._times[(*standing, command)]
+
+    def earned(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
+        """Points were earned by the last decision: what led to them from the points before leads on.
+
+        Args:
+            history: all decisions of the episode, at least one; loops in it lead nowhere and are left out.
+            now: the state after them.
+        """
+        if not self._return_first:
+            return
+        *before, last = without_loops(history, now=now)
+        self._leading.add((*last.standing, last.action))
+        for step in reversed(before):
+            if step.reward > 0:
+                break
+            self._leading.add((*step.standing, step.action))
+
+    def tries(self, standing: Standing, commands: Sequence[str]) -> np.ndarray:
+        """How often each command was given in this standing, in vain: ``[K]``, 0 for those that led on."""
+        keys = [(*standing, command) for command in commands]
+        return np.array([0 if key in self._leading else self._times[key] for key in keys])
+
+    def knows_the_way(self, standing: Standing, commands: Sequence[str]) -> bool:
+        """Whether one of these commands led on from this standing."""
+        return any((*standing, command) in self._leading for command in commands)

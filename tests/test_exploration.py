@@ -1,0 +1,96 @@
+"""The memory of commands: counts, and which commands led on."""
+
+import numpy as np
+import pytest
+from test_collector import build, collect
+
+from priorzero.exploration import CommandMemory
+from priorzero.types import GameState, HistoryStep
+
+
+def walk(*steps):
+    """An episode of ``(place, score, command, reward)``; the room is the place's first letter."""
+    return [HistoryStep("", command, reward, (place,), (place[0], score)) for place, score, command, reward in steps]
+
+
+def at(place, score):
+    return GameState(feedback=place, valid_actions=("wait",), score=score, max_score=9.0, moves=0)
+
+
+KITCHEN = walk(
+    ("a", 0.0, "open", 1.0),
+    ("a1", 1.0, "take", 0.0),
+    ("a2", 1.0, "drop", 0.0),  # back to a1: a loop
+    ("a1", 1.0, "go", 0.0),
+    ("b", 1.0, "put", 1.0),
+)
+
+
+def remembered(history, *, now, return_first=True):
+    memory = CommandMemory(return_first=return_first)
+    for step in history:
+        memory.add(step.standing, step.action)
+    memory.earned(history, now=now)
+    return memory
+
+
+def test_the_direct_way_from_the_last_points_leads_on():
+    memory = remembered(KITCHEN, now=at("b1", 2.0))
+    assert memory.num_leading == 2
+    assert memory.tries(("a", 1.0), ("take", "drop", "go", "wait")).tolist() == [1, 1, 0, 0]
+    assert memory.tries(("b", 1.0), ("put", "go")).tolist() == [0, 0]
+    assert memory.tries(("a", 0.0), ("open",)).tolist() == [1]  # it earned the points before: noted then, not now
+    assert memory.knows_the_way(("a", 1.0), ("go", "wait")) and memory.knows_the_way(("b", 1.0), ("put",))
+    assert not memory.knows_the_way(("a", 1.0), ("take", "drop"))  # the way is known, but cannot be taken
+    assert not memory.knows_the_way(("a", 0.0), ("open",))
+    assert len(memory) == 5
+
+
+def test_counts_go_on_where_a_command_led_on():
+    memory = remembered(KITCHEN, now=at("b1", 2.0))
+    assert memory.add(("a", 1.0), "go") == 2
+    assert memory.tries(("a", 1.0), ("go",)).tolist() == [0]
+
+
+def test_points_lost_on_the_way_do_not_end_it():
+    steps = walk(("a", 5.0, "fall", -1.0), ("b", 4.0, "climb", 0.0), ("c", 4.0, "win", 6.0))
+    memory = remembered(steps, now=at("d", 10.0))
+    assert memory.num_leading == 3 and memory.knows_the_way(("a", 5.0), ("fall",))
+
+
+def test_without_return_first_commands_are_only_counted():
+    memory = remembered(KITCHEN, now=at("b1", 2.0), return_first=False)
+    assert memory.num_leading == 0 and not memory.knows_the_way(("b", 1.0), ("put",))
+    assert memory.tries(("b", 1.0), ("put",)).tolist() == [1]
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_collection_explores_less_where_the_way_is_known(known):
+    collector, _, _ = build(num_games=1, search={"temperature": 1.0, "return_first": True})
+    collect(collector, 4)
+    lane = collector._lanes[0]
+    lane.memory = CommandMemory(return_first=True)
+    state = lane.state
+    if known:
+        lane.memory.earned([HistoryStep("", state.valid_actions[0], 1.0, ("x",), state.standing)], now=state)
+    player, indices = collector._player, np.arange(len(state.valid_actions))
+    root = player._root(lane, state, indices, None, explore=True)
+    assert (root.noise is None) == known
+    visits = np.zeros(len(indices), dtype=np.int64)
+    visits[:2] = 3, 1  # shares 3/4 and 1/4; squared and normalised 9/10 and 1/10
+    result = type("Result", (), {"visit_counts": visits})()
+    chosen = [player._choose(lane, state, None, result, explore=True) for _ in range(4000)]
+    assert np.mean(np.array(chosen) == 0) == pytest.approx(0.9 if known else 0.75, abs=0.03)
+    assert player._choose(lane, state, None, result, explore=False) == 0
+    assert player._root(lane, state, indices, None, explore=False).tries is None
+
+
+def test_a_collector_remembers_what_earned_points():
+    collector, _, _ = build(num_games=2, search={"return_first": True})
+    collected = collect(collector, 40)
+    assert any(record.reward > 0 for segment in collected.segments for record in segment.records)
+    assert 0 < collector.memory.num_leading <= len(collector.memory)
+    assert collector.scalars(collected)["collector_iter/commands_leading_on"] == collector.memory.num_leading
+    plain, _, _ = build(num_games=2)
+    collect(plain, 40)
+    assert plain.memory.num_leading == 0
