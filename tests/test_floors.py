@@ -16,7 +16,7 @@ FLOORS = [
     {"timeline", "config", "priors", "losses", "completions", "metrics", "vocabulary", "tree"},
     {"envs", "models", "lightzero", "prompts", "concurrency"},
     {"engines", "text_encoder", "segment"},
-    {"llm_learner", "buffer", "search"},
+    {"llm_learner", "buffer", "search", "exploration"},
     {"policy"},
     {"player", "demo"},
     {"collector", "evaluator", "checkpoint"},
