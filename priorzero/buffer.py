@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from priorzero.lightzero import quiet
+from priorzero.records import Plain, RecordTable
 from priorzero.segment import PriorZeroGameSegment
 from priorzero.types import StepRecord, UserError
 
@@ -72,6 +74,23 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
             excess += 1
         if excess:
             self._remove(excess)
+
+    def state_dict(self, table: RecordTable) -> Plain:
+        """Everything that the next samples depend on; the step records go into ``table``."""
+        return {
+            "segments": [segment.recipe(table) for segment in self.game_segment_buffer],
+            "priorities": torch.from_numpy(self.game_pos_priorities),
+            "base_idx": self.base_idx,
+            "num_evicted": self.num_evicted,
+            "rng": self._rng.bit_generator.state,
+        }
+
+    def load_state_dict(self, state: Plain, records: Sequence[StepRecord]) -> None:
+        """The inverse of :meth:`state_dict`, into an empty buffer; ``records`` are those of the table, by number."""
+        self.base_idx, self.num_evicted = state["base_idx"], state["num_evicted"]
+        self.push([PriorZeroGameSegment.from_recipe(r, records, config=self._cfg) for r in state["segments"]])
+        self.game_pos_priorities = state["priorities"].numpy().copy()
+        self._rng.bit_generator.state = state["rng"]
 
     def _remove(self, excess_game_segment_index: int) -> None:
         gone = sum(len(segment.records) for segment in self.game_segment_buffer[:excess_game_segment_index])

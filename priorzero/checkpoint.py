@@ -1,52 +1,272 @@
-"""Writing and reading what a run has learned."""
+"""Checkpoints: whole or not there, checked before they are believed, and enough to go on as if nothing had happened."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
+import os
+import re
 import shutil
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from priorzero.config import dump_settings
+from priorzero.config import read_config_file, resolve_settings
 from priorzero.policy import PriorZeroPolicy
 from priorzero.types import UserError
 from priorzero.vocabulary import ActionIndexer
 
+FORMAT = 1
+MANIFEST = "manifest.json"
+PACKAGES = ("priorzero", "torch", "transformers", "LightZero", "numpy")
+NAME = re.compile(r"iteration_(\d+)(?:\+(\d+))?")
 
-def save_checkpoint(
-    folder: Path, *, policy: PriorZeroPolicy, indexer: ActionIndexer, settings: Any, counters: dict[str, int]
-) -> Path:
+# What a resumed run may do otherwise than the run did before; everything else decides what is learned.
+MAY_DIFFER = {
+    "run": {
+        "exp_name", "output_dir", "max_iter", "max_env_step", "device", "num_threads", "log_every", "trace_iterations",
+        "checkpoint_every", "keep_checkpoints",
+    },
+    "env": {"evaluator_env_num", "step_timeout_s"},
+    "encoder": {"cache_size"},
+    "prior": {"engine", "attempts", "backoff_s", "timeout_s", "prompt_cache_tokens"},
+    "llm": {"micro_batch_size", "gradient_accumulation_steps"},
+    "train": {"overlap"},
+    "eval": {"every", "episodes", "modes", "unseen"},
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose files are as they were written.
+
+    Attributes:
+        folder: where it is, ``RUN/checkpoints/iteration_N``.
+        manifest: counters, games, versions, and checksums of the files.
+        settings: what the run was started with.
+        notes: what its user should know, once the log is open.
+    """
+
+    folder: Path
+    manifest: dict[str, Any]
+    settings: Any
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def run_folder(self) -> Path:
+        return self.folder.parent.parent
+
+
+def save_checkpoint(folder: Path, *, write: Callable[[Path], None], about: Mapping[str, Any]) -> Path:
     """Write a checkpoint, aside first and then under its name, so that it is whole or not there.
-
-    It holds ``world_model.pt`` (state dict), ``llm/`` (``save_pretrained``: the model, or its adapters; and the
-    tokenizer), ``actions.json`` (the numbering of the actions), ``config.yaml`` and ``counters.json``.
 
     Args:
         folder: where it goes; must not exist.
-        policy: gives both models.
-        indexer: the numbering of the actions.
-        settings: all settings.
-        counters: iteration, env_step, train_iter, llm_version.
+        write: puts the files into a folder.
+        about: what the manifest says besides versions and checksums.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full; nothing of it is left.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
     try:
-        torch.save(policy.world_model_state(), aside / "world_model.pt")
-        if policy.llm_learner is not None:
-            policy.llm_learner.llm.model.save_pretrained(aside / "llm")
-            policy.llm_learner.llm.tokenizer.save_pretrained(aside / "llm")
-        (aside / "actions.json").write_text(json.dumps(indexer.state_dict(), ensure_ascii=False), encoding="utf-8")
-        (aside / "counters.json").write_text(json.dumps(counters), encoding="utf-8")
-        (aside / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+        write(aside)
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        manifest = {
+            "format": FORMAT,
+            **about,
+            "versions": {name: _version(name) for name in PACKAGES},
+            "files": {str(path.relative_to(aside)): _checksum(path) for path in files},
+        }
+        (aside / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         aside.chmod(0o755)
+        for path in [*aside.rglob("*"), aside]:
+            _sync(path)
         aside.rename(folder)
+        _sync(folder.parent)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
     return folder
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:  # a checkout that was not installed
+        return "not installed"
+
+
+def _checksum(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def saved_checkpoints(run_folder: Path) -> list[Path]:
+    """The checkpoints of a run, the oldest first."""
+    found = []
+    for path in (run_folder / "checkpoints").glob("iteration_*"):
+        match = NAME.fullmatch(path.name)
+        if match and (path / MANIFEST).is_file():
+            found.append((int(match[1]), int(match[2] or 0), path))
+    return [path for _, _, path in sorted(found)]
+
+
+def remove_old_checkpoints(run_folder: Path, *, keep: int) -> None:
+    """Leave the last ``keep`` (at least one); 0 leaves all."""
+    for path in saved_checkpoints(run_folder)[: -keep or None] if keep else ():
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """Check a checkpoint's files against its manifest.
+
+    Raises:
+        ValueError: what is wrong with it.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+        for name, checksum in manifest["files"].items():
+            path = folder / name
+            if not path.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f"its manifest names a file outside of it: {name}")
+            if not path.is_file():
+                raise ValueError(f"{name} is missing")
+            if _checksum(path) != checksum:
+                raise ValueError(f"{name} is not what was written")
+        for name in ("training.pt", "world_model.pt", "actions.json", "config.yaml"):
+            if name not in manifest["files"]:
+                raise ValueError(f"{name} is missing")
+        settings = resolve_settings(read_config_file(folder / "config.yaml"))
+    except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
+    except UserError as error:
+        raise ValueError(str(error)) from error
+    return Checkpoint(folder, manifest, settings)
+
+
+def newest_checkpoint(run_folder: Path) -> Checkpoint:
+    """The newest checkpoint of a run that is sound. Damaged ones behind it are renamed, and named in its notes.
+
+    Raises:
+        UserError: there is none.
+    """
+    found, notes = saved_checkpoints(run_folder), []
+    for folder in reversed(found):
+        try:
+            checkpoint = read_checkpoint(folder)
+        except ValueError as error:
+            notes.append(f"{folder} is damaged ({error}); the one before it is used")
+            continue
+        for damaged in found[found.index(folder) + 1 :]:
+            damaged.rename(damaged.with_name(f"damaged_{damaged.name}"))
+        checkpoint.notes.extend(notes)
+        return checkpoint
+    what = f"all {len(found)} checkpoints are damaged" if found else "it holds no checkpoint"
+    raise UserError(f"--resume {run_folder}: {what}; start a new run instead")
+
+
+def find_checkpoint(where: str, *, output_dir: str, exp_name: str, wanted: Mapping[str, Any]) -> Checkpoint | None:
+    """What ``--resume`` means.
+
+    Args:
+        where: a run's folder, its newest checkpoint's folder, or ``auto``: the run that saved last under
+            ``output_dir``, of those that are named ``exp_name`` if it is given, and fit ``wanted``.
+        output_dir: looked through for ``auto``.
+        exp_name: "" for any.
+        wanted: values of the group ``run`` that were given, such as ``env_id``.
+
+    Returns:
+        None where ``auto`` finds nothing.
+
+    Raises:
+        UserError: no sound checkpoint where one was named.
+    """
+    if where != "auto":
+        folder = Path(where)
+        if folder.parent.name == "checkpoints" and (folder / MANIFEST).is_file():
+            later = saved_checkpoints(folder.parent.parent)
+            if later and later[-1].resolve() != folder.resolve():
+                raise UserError(
+                    f"--resume {where}: the run went on to {later[-1].name}, and what came after would be written "
+                    f"over; type --resume {folder.parent.parent}, or copy the run's folder without the later ones"
+                )
+            folder = folder.parent.parent
+        if not folder.is_dir():
+            raise UserError(f"--resume {where}: there is no such folder; name a run's folder, or auto")
+        return newest_checkpoint(folder)
+    runs = {}
+    for run_folder in [Path(output_dir, exp_name)] if exp_name else Path(output_dir).glob("*"):
+        saved = saved_checkpoints(run_folder)
+        if saved and all(_stored(saved[-1], key) == value for key, value in wanted.items()):
+            runs[run_folder] = (saved[-1] / MANIFEST).stat().st_mtime
+    return newest_checkpoint(max(runs, key=runs.__getitem__)) if runs else None
+
+
+def _stored(checkpoint: Path, key: str) -> Any:
+    try:
+        return read_config_file(checkpoint / "config.yaml")["run"][key]
+    except (UserError, KeyError, TypeError):
+        return None  # damaged: it fits nothing
+
+
+def check_same(checkpoint: Checkpoint, settings: Any, *, games: Sequence[Any]) -> None:
+    """Whether a run with these settings can go on from a checkpoint; packages that have changed are noted.
+
+    Raises:
+        UserError: it lists what differs.
+    """
+    different = [
+        f"{group}.{key} is {settings[group][key]!r}, the checkpoint's is {value!r}"
+        for group, values in checkpoint.settings.items()
+        for key, value in values.items()
+        if settings[group][key] != value and key not in MAY_DIFFER.get(group, ())
+    ]
+    were, are = checkpoint.manifest["games"], {game.name: game.md5 for game in games}
+    if not different and were != are:
+        different.append(f"the game files are {are}, the checkpoint's were {were}")
+    if different:
+        raise UserError(
+            f"{checkpoint.folder}: the run cannot go on from this checkpoint:\n"
+            + "\n".join(f"  - {difference}" for difference in different)
+            + "\nleave these settings out, or start a new run without --resume"
+        )
+    versions = {name: _version(name) for name in PACKAGES}
+    before = checkpoint.manifest["versions"]
+    changed = [f"{name} {before.get(name)} to {now}" for name, now in versions.items() if now != before.get(name)]
+    if changed:
+        listed = ", ".join(changed)
+        checkpoint.notes.append(f"packages have changed since the checkpoint: {listed}; figures may differ slightly")
+
+
+def load_training(checkpoint: Checkpoint, *, policy: PriorZeroPolicy, indexer: ActionIndexer) -> dict[str, Any]:
+    """Bring both models to where they were and return the rest of ``training.pt``.
+
+    Raises:
+        UserError: the checkpoint is of models of other shapes.
+    """
+    load_world_model(checkpoint.folder, policy=policy, indexer=indexer)
+    state: dict[str, Any] = torch.load(checkpoint.folder / "training.pt", map_location="cpu", weights_only=True)
+    if policy.llm_learner is not None:
+        policy.llm_learner.llm.load(checkpoint.folder / "llm")
+    policy.load_training_state(state["policy"])
+    return state
 
 
 def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionIndexer) -> None:

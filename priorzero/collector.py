@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +17,7 @@ from priorzero.concurrency import gather_or_cancel
 from priorzero.exploration import CommandMemory
 from priorzero.player import Decision, Lane, Player
 from priorzero.priors import agreement, entropy
+from priorzero.records import Plain, RecordTable
 from priorzero.segment import PriorZeroGameSegment, SegmentWriter
 from priorzero.types import GameState, GameWorkerError, StepRecord
 
@@ -52,6 +54,20 @@ class Collected:
     dropped_history: int = 0
     over_length_prompts: int = 0
 
+    def state_dict(self, table: RecordTable) -> Plain:
+        """As plain data; the step records go into ``table``."""
+        return {
+            **vars(self),
+            "segments": [segment.recipe(table) for segment in self.segments],
+            "episodes": [dataclasses.astuple(episode) for episode in self.episodes],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Plain, records: Sequence[StepRecord], *, config: Any) -> Collected:
+        """The inverse of :meth:`state_dict`; ``records`` are those of the table, by number."""
+        segments = [PriorZeroGameSegment.from_recipe(recipe, records, config=config) for recipe in state["segments"]]
+        return cls(**{**state, "segments": segments, "episodes": [Episode(*episode) for episode in state["episodes"]]})
+
 
 class Collector:
     """Plays ``collector_env_num`` games side by side, in one group or several.
@@ -79,6 +95,7 @@ class Collector:
     ) -> None:
         self._workers = workers
         self._player = player
+        self._config = config
         self._groups = [range(g, len(workers), groups) for g in range(min(groups, len(workers)))]
         self._rngs = [np.random.default_rng(child) for child in seed.spawn(len(workers))]
         self._writers = [SegmentWriter(config) for _ in workers]
@@ -90,17 +107,89 @@ class Collector:
         self.num_game_failures = 0
         self.recent_returns: deque[float] = deque(maxlen=20)
         self.memory = CommandMemory(return_first=player.settings.search.return_first)
+        self.collected = Collected()  # since the last call of collect() that was not cut short
 
-    async def collect(self, num_steps: int) -> Collected:
-        """Take at least ``num_steps`` environment steps, all games together."""
-        collected = Collected()
-        await gather_or_cancel(*(self._play(group, num_steps, collected) for group in self._groups))
+    async def collect(self, num_steps: int, *, stop: Callable[[], bool] = lambda: False) -> Collected | None:
+        """Take at least ``num_steps`` environment steps, all games together.
+
+        Args:
+            num_steps: counted from the last call that returned something.
+            stop: asked before each decision whether to leave off; what was collected so far is kept for the next call.
+
+        Returns:
+            What was collected, or None after leaving off.
+        """
+        await gather_or_cancel(*(self._play(group, num_steps, stop) for group in self._groups))
+        if self.collected.env_steps < num_steps:
+            return None
+        collected, self.collected = self.collected, Collected()
         self.env_steps += collected.env_steps
         return collected
 
-    async def _play(self, group: Sequence[int], num_steps: int, collected: Collected) -> None:
-        """Play the games of one group until all groups together have taken ``num_steps`` steps."""
-        while collected.env_steps < num_steps:
+    def state_dict(self, table: RecordTable) -> Plain:
+        """Everything that the next decisions depend on, but for both models; the step records go into ``table``."""
+        return {
+            "lanes": [lane and lane.state_dict() for lane in self._lanes],
+            "pending": [writer.state_dict(table) for writer in self._writers],
+            "rngs": [rng.bit_generator.state for rng in self._rngs],
+            "episode_numbers": list(self._episode_numbers),
+            "next_episode": self._next_episode,
+            "env_steps": self.env_steps,
+            "num_episodes": self.num_episodes,
+            "num_game_failures": self.num_game_failures,
+            "recent_returns": list(self.recent_returns),
+            "memory": self.memory.state_dict(),
+            "collected": self.collected.state_dict(table),
+        }
+
+    async def load_state_dict(self, state: Plain, records: Sequence[StepRecord]) -> None:
+        """The inverse of :meth:`state_dict`. The games are played again up to where they were.
+
+        Where a game does not come to the same state again, or fails, its episode is cut there and counted, as when a
+        game fails in play.
+        """
+        for rng, rng_state in zip(self._rngs, state["rngs"], strict=True):
+            rng.bit_generator.state = rng_state
+        for writer, pending in zip(self._writers, state["pending"], strict=True):
+            writer.load_state_dict(pending, records)
+        self._episode_numbers = list(state["episode_numbers"])
+        self._next_episode = state["next_episode"]
+        self.env_steps = state["env_steps"]
+        self.num_episodes = state["num_episodes"]
+        self.num_game_failures = state["num_game_failures"]
+        self.recent_returns.extend(state["recent_returns"])
+        self.memory.load_state_dict(state["memory"])
+        self.collected = Collected.from_state_dict(state["collected"], records, config=self._config)
+        lanes = [(e, lane) for e, lane in enumerate(state["lanes"]) if lane is not None]
+        await asyncio.gather(*(self._play_again(e, lane) for e, lane in lanes))
+
+    async def _play_again(self, e: int, lane_state: Plain) -> None:
+        """Bring a game back to where a lane was."""
+        wanted = GameState(*lane_state["state"])
+        try:
+            state = await self._workers[e].reset()
+            lane = self._new_lane(e, state)
+            lane.load_state_dict(lane_state)
+            for step in lane.history:
+                state, _ = await self._workers[e].step(step.action)
+            if state != wanted:
+                raise GameWorkerError("the same commands do not lead to the same state again")
+            self._lanes[e] = lane
+        except GameWorkerError as error:
+            self.num_game_failures += 1
+            logger.warning(f"game {e} could not be brought back to where it was ({error}); its episode is cut there")
+            final = lane_state["features"][-1].numpy()
+            self.collected.segments += self._writers[e].flush(final_features=final)
+
+    def _new_lane(self, e: int, state: GameState) -> Lane:
+        lane = self._player.new_lane(state, self._rngs[e])
+        lane.memory = self.memory
+        return lane
+
+    async def _play(self, group: Sequence[int], num_steps: int, stop: Callable[[], bool]) -> None:
+        """Play the games of one group until all groups together have taken ``num_steps`` steps, or until ``stop``."""
+        collected = self.collected
+        while collected.env_steps < num_steps and not stop():
             await asyncio.gather(*(self._begin(e) for e in group if self._lanes[e] is None))
             lanes = [lane for e in group if (lane := self._lanes[e]) is not None]
             decisions = await self._player.decide(lanes, explore=True)
@@ -121,6 +210,8 @@ class Collector:
                     self._record(e, decision, state, reward, collected)
 
     async def _begin(self, e: int) -> None:
+        self._episode_numbers[e] = self._next_episode  # before anything is waited for: by the lanes' order
+        self._next_episode += 1
         with self._player.timeline.span("games"):
             try:
                 state = await self._workers[e].reset()
@@ -129,11 +220,7 @@ class Collector:
                 logger.warning(f"game {e} could not begin ({error}); trying once more with a fresh process")
                 await self._workers[e].restart()
                 state = await self._workers[e].reset()
-        lane = self._player.new_lane(state, self._rngs[e])
-        lane.memory = self.memory
-        self._lanes[e] = lane
-        self._episode_numbers[e] = self._next_episode
-        self._next_episode += 1
+        self._lanes[e] = self._new_lane(e, state)
 
     def _record(self, e: int, decision: Decision, state: GameState, reward: float, collected: Collected) -> None:
         lane = self._lanes[e]

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Coroutine
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, ParamSpec, TypeVar
+
+from loguru import logger
 
 from priorzero.timeline import Timeline
 
@@ -69,6 +74,50 @@ class Gate:
         async with self._alone:
             await self._empty.wait()
             yield
+
+
+class StopRequest:
+    """The wish to end a run, by Ctrl-C or SIGTERM. The first is noted; a second one ends the process at once."""
+
+    SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+    def __init__(self) -> None:
+        self._event = asyncio.Event()
+
+    @property
+    def asked(self) -> bool:
+        return self._event.is_set()
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take these signals from now on, and give them back afterwards. Outside the main thread none arrive."""
+        loop = asyncio.get_running_loop()
+        listens = threading.current_thread() is threading.main_thread()
+        for number in self.SIGNALS if listens else ():
+            loop.add_signal_handler(number, self.ask, number.name)
+        try:
+            yield
+        finally:
+            for number in self.SIGNALS if listens else ():
+                loop.remove_signal_handler(number)
+
+    def ask(self, reason: str) -> None:
+        if self.asked:
+            logger.warning(f"{reason} once more: ended at once, nothing is saved")
+            os._exit(130)  # what hangs cannot hold this up; game processes leave when their parent is gone
+        self._event.set()
+        logger.warning(f"{reason}: the step is finished and saved, then the run ends (once more ends it at once)")
+
+    async def before(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """The result of ``work``, or None if the wish came first; ``work`` has then been cancelled and has ended."""
+        task, wish = asyncio.ensure_future(work), asyncio.ensure_future(self._event.wait())
+        try:
+            await asyncio.wait([task, wish], return_when=asyncio.FIRST_COMPLETED)
+            return await task if task.done() else None
+        finally:
+            for each in (task, wish):
+                each.cancel()
+            await asyncio.gather(task, wish, return_exceptions=True)
 
 
 async def gather_or_cancel(*work: Coroutine[Any, Any, T]) -> list[T]:

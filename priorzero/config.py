@@ -73,6 +73,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "log_every": Option(1, "iterations between progress lines", at_least(1)),
         "trace_iterations": Option(3, "the last iterations, drawn into trace.json (for Perfetto)", at_least(0)),
         "checkpoint_every": Option(500, "iterations between checkpoints; 0: only at the end", at_least(0)),
+        "keep_checkpoints": Option(3, "the last checkpoints, which are kept; 0: all of them", at_least(0)),
     },
     "env": {
         "collector_env_num": Option(4, "games played at the same time while collecting", at_least(1)),

@@ -41,6 +41,14 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "vllm", "transformers"),
         help="what runs the language model for the prior (default: vllm on a GPU, transformers on a CPU)",
     )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="DIR|auto",
+        help="go on with a run: its folder, or auto: the one that saved last, of the given --env_id, --seed and "
+        "--exp_name; where there is none yet and a game is given, auto starts a new one",
+    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings, such as those in configs/")
     parser.add_argument(
         "--set",
@@ -54,9 +62,12 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def settings_from(arguments: argparse.Namespace) -> Any:
-    """Flags over file over preset over defaults."""
-    from priorzero.config import PRESETS, parse_assignments, read_config_file, resolve_settings
+Layers = list[dict[str, dict[str, Any]]]
+
+
+def layers_from(arguments: argparse.Namespace) -> tuple[Layers, Layers]:
+    """What the settings are made of: preset and file, and the flags that win over them."""
+    from priorzero.config import PRESETS, parse_assignments, read_config_file
 
     flags = {
         key: value
@@ -65,17 +76,47 @@ def settings_from(arguments: argparse.Namespace) -> Any:
     }
     if flags.get("exp_name") == "":
         raise UserError("--exp_name '' is empty; leave the flag out to get a new name")
-    return resolve_settings(
-        PRESETS["quick_test" if arguments.quick_test else "standard"],
-        read_config_file(arguments.config) if arguments.config is not None else {},
-        parse_assignments(arguments.assignments),
-        {"run": flags},
-        {"prior": {"engine": arguments.engine}} if arguments.engine is not None else {},
-    )
+    base = [PRESETS["quick_test" if arguments.quick_test else "standard"]]
+    if arguments.config is not None:
+        base.append(read_config_file(arguments.config))
+    engine = {"prior": {"engine": arguments.engine}} if arguments.engine is not None else {}
+    return base, [parse_assignments(arguments.assignments), {"run": flags}, engine]
+
+
+def settings_from(arguments: argparse.Namespace) -> Any:
+    """Flags over file over preset over defaults."""
+    from priorzero.config import resolve_settings
+
+    base, flags = layers_from(arguments)
+    return resolve_settings(*base, *flags)
+
+
+def resume_from(arguments: argparse.Namespace) -> tuple[Any, Any]:
+    """The settings and the checkpoint to go on from; None if a new run begins.
+
+    The run has the settings that it had. Those that are given win; where they matter they must be the same, which
+    :func:`priorzero.checkpoint.check_same` sees to.
+    """
+    from priorzero.checkpoint import find_checkpoint  # late: brings in torch and LightZero
+    from priorzero.config import resolve_settings
+
+    settings = settings_from(arguments)
+    _, flags = layers_from(arguments)
+    says_all = arguments.quick_test or arguments.config is not None
+    given = {key for layer in flags for key in layer.get("run", {})}
+    wanted = {key: settings.run[key] for key in ("env_id", "seed") if says_all or key in given}
+    where = settings.run.output_dir
+    checkpoint = find_checkpoint(arguments.resume, output_dir=where, exp_name=settings.run.exp_name, wanted=wanted)
+    if checkpoint is None:
+        if "env_id" not in wanted:
+            raise UserError(f"--resume auto: no run is saved under {where}; name a run's folder, or an --env_id")
+        print(f"--resume auto: nothing is saved under {where} yet; a new run begins", file=sys.stderr)
+        return settings, None
+    return (settings if says_all else resolve_settings(checkpoint.settings, *flags)), checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 something to put right, 130 interrupted."""
+    """Returns the exit code: 0 done, or stopped and saved; 2 something to put right; 130 stopped and not saved."""
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.help_config:
@@ -83,10 +124,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(describe_options())
             return 0
-        settings = settings_from(arguments)
+        settings, checkpoint = settings_from(arguments), None
+        if arguments.resume is not None:
+            settings, checkpoint = resume_from(arguments)
         from priorzero.train import run_training  # late: brings in torch and LightZero
 
-        run_training(settings)
+        run_training(settings, checkpoint=checkpoint)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -38,6 +39,13 @@ class CommandMemory:
     def num_leading(self) -> int:
         """Those that led on."""
         return len(self._leading)
+
+    def state_dict(self) -> dict[str, list[Any]]:
+        return {"times": [(*key, times) for key, times in self._times.items()], "leading": sorted(self._leading)}
+
+    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
+        self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
+        self._leading = {(place, score, command) for place, score, command in state["leading"]}
 
     def add(self, standing: Standing, command: str) -> int:
         """Count a command; returns how often it was given in this standing by now."""

@@ -26,20 +26,36 @@ class MetricsWriter:
     """
 
     def __init__(self, folder: Path) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
 
-        self._writer = SummaryWriter(str(folder))
+        # Not SummaryWriter: its thread writes later (nobody knows how much), and does not outlive a full disk.
+        number = len(self._files(folder))
+        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{number}" if number else "")
+        self._folder = folder
         self.last: dict[str, float] = {}
         self.num_not_finite = 0
 
     def write(self, scalars: Mapping[str, float], *, step: int) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
         for name, value in scalars.items():
             if not math.isfinite(value):
                 self.num_not_finite += 1
                 logger.error(f"{name} is {value} at step {step}")
                 continue
             self.last[name] = float(value)
-            self._writer.add_scalar(name, value, global_step=step)
+            summary = scalar(name, float(value))
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def sizes(self) -> dict[str, int]:
+        """Bytes of each event file of the run."""
+        return {path.name: path.stat().st_size for path in self._files(self._folder)}
+
+    @staticmethod
+    def _files(folder: Path) -> list[Path]:
+        return sorted(folder.glob("events.out.tfevents.*"))
 
     def close(self) -> None:
         self._writer.close()
@@ -90,15 +106,18 @@ class Progress:
         max_iter: iterations in all.
         max_env_step: environment steps in all; the run ends at whichever comes first.
         every: iterations between lines.
+        spent_s: seconds that the run has taken before.
     """
 
-    def __init__(self, *, max_iter: int, max_env_step: int, every: int, terminal: TextIO | None = None) -> None:
+    def __init__(
+        self, *, max_iter: int, max_env_step: int, every: int, spent_s: float = 0.0, terminal: TextIO | None = None
+    ) -> None:
         self._terminal = terminal or sys.stderr
         self._in_place = self._terminal.isatty()
         self._max_iter = max_iter
         self._max_env_step = max_env_step
         self._every = every
-        self._started = time.monotonic()
+        self._started = time.monotonic() - spent_s
 
     def show(self, *, iteration: int, env_step: int, episode_return: float | None, loss: float | None) -> None:
         """

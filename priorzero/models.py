@@ -190,6 +190,32 @@ class LanguageModel:
         with self.autocast(), without_adapters:
             return completion_logprobs(self.reference or self.model, batch)
 
+    def save(self, folder: Path) -> None:
+        """Write the model (or its adapters alone) and the tokenizer, in ``save_pretrained`` form."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+    def load(self, folder: Path) -> None:
+        """Take over the parameters that :meth:`save` wrote; ``reference`` stays.
+
+        Raises:
+            UserError: they are another model's, or not there.
+        """
+        try:
+            if hasattr(self.model, "peft_config"):
+                from peft import load_peft_weights, set_peft_model_state_dict
+
+                weights = load_peft_weights(str(folder), device="cpu")
+                unknown = set_peft_model_state_dict(self.model, weights).unexpected_keys
+                if unknown or len(weights) != len(self.trainable_parameters()):
+                    raise ValueError(f"{len(weights)} adapter tensors for {len(self.trainable_parameters())}")
+            else:
+                other = type(self.model).from_pretrained(folder, dtype=torch.float32)
+                self.model.load_state_dict(other.state_dict())
+        except (OSError, ValueError, RuntimeError) as error:
+            said = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder}: does not fit into the model of llm.path ({said})") from error
+
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """All parameters, or the adapters' if there are any."""
         return [p for p in self.model.parameters() if p.requires_grad]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from loguru import logger
 
 from priorzero.concurrency import OwnerThread
@@ -16,6 +17,7 @@ from priorzero.engines import RobustPrior
 from priorzero.exploration import CommandMemory
 from priorzero.policy import PriorZeroPolicy
 from priorzero.prompts import Prompt, PromptStyle, render_prompt
+from priorzero.records import Plain
 from priorzero.search import Root, SearchResult
 from priorzero.text_encoder import TextEncoder
 from priorzero.timeline import Timeline
@@ -46,6 +48,25 @@ class Lane:
     history: list[HistoryStep] = field(default_factory=list)
     memory: CommandMemory = field(default_factory=CommandMemory)
     total_reward: float = 0.0
+
+    def state_dict(self) -> Plain:
+        """All but ``rng`` and ``memory``, which outlive the lane."""
+        return {
+            "state": dataclasses.astuple(self.state),
+            "features": [torch.from_numpy(features.copy()) for features in self.features],
+            "actions": list(self.actions),
+            "history": [dataclasses.astuple(step) for step in self.history],
+            "total_reward": self.total_reward,
+        }
+
+    def load_state_dict(self, state: Plain) -> None:
+        """The inverse of :meth:`state_dict`, into a lane at the beginning of an episode."""
+        self.state = GameState(*state["state"])
+        self.features.clear()
+        self.features.extend(features.numpy() for features in state["features"])
+        self.actions.extend(state["actions"])
+        self.history = [HistoryStep(*step) for step in state["history"]]
+        self.total_reward = state["total_reward"]
 
     def advance(
         self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray

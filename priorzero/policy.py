@@ -236,6 +236,26 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._uncompiled(self._model).load_state_dict(state)
         self._uncompiled(self._target_model._model).load_state_dict(state)  # inside DI-engine's momentum wrapper
 
+    def training_state(self) -> dict[str, Any]:
+        """What learning goes on from, beside both models' parameters: target, optimisers and counters."""
+        learner = self.llm_learner
+        return {
+            "target": self._uncompiled(self._target_model._model).state_dict(),
+            "optimizer": self._optimizer_world_model.state_dict(),
+            "llm_optimizer": None if learner is None else learner.optimizer.state_dict(),
+            "features_are_fitted": self.features_are_fitted,
+            "llm_version": self.llm_version,
+        }
+
+    def load_training_state(self, state: dict[str, Any]) -> None:
+        """The inverse of :meth:`training_state`; call it after :meth:`load_world_model_state`."""
+        self._uncompiled(self._target_model._model).load_state_dict(state["target"])
+        self._optimizer_world_model.load_state_dict(state["optimizer"])
+        if self.llm_learner is not None:
+            self.llm_learner.optimizer.load_state_dict(state["llm_optimizer"])
+        self.features_are_fitted = state["features_are_fitted"]
+        self.llm_version = state["llm_version"]
+
     @staticmethod
     def _uncompiled(model: Any) -> Any:
         return getattr(model, "_orig_mod", model)

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from priorzero.lightzero import quiet
 from priorzero.losses import returns_to_go
+from priorzero.records import Plain, RecordTable
 from priorzero.types import StepRecord
 
 with quiet():
@@ -24,6 +26,7 @@ class PriorZeroGameSegment(GameSegment):
 
     Attributes (beside LightZero's):
         records: the ``n`` step records that can be sampled.
+        padding: the ``p`` step records behind them.
         returns: discounted sum of scaled rewards from each of them on, ``[n]``, to the end of the padding and
             bootstrapped with the searched value there if the episode goes on.
 
@@ -52,7 +55,7 @@ class PriorZeroGameSegment(GameSegment):
             config: LightZero's policy configuration.
         """
         super().__init__(action_space=None, game_segment_length=config.game_segment_length, config=config)
-        self.records = list(records)
+        self.records, self.padding = list(records), list(padding)
         steps = [*records, *padding]
         size = config.model.action_space_size
         features = [step.features for step in steps]
@@ -81,6 +84,28 @@ class PriorZeroGameSegment(GameSegment):
         if is_over:
             self._stay()
 
+    def recipe(self, table: RecordTable) -> Plain:
+        """What :meth:`from_recipe` makes an equal segment from; the records go into ``table``."""
+        final = self.obs_segment[self.num_steps] if len(self.obs_segment) > self.num_steps else None
+        return {
+            "records": [table.number(record) for record in self.records],
+            "padding": [table.number(record) for record in self.padding],
+            "final_features": None if final is None else torch.from_numpy(final.copy()),
+            "is_over": self.is_over,
+        }
+
+    @classmethod
+    def from_recipe(cls, recipe: Plain, records: Sequence[StepRecord], *, config: Any) -> PriorZeroGameSegment:
+        """The inverse of :meth:`recipe`; ``records`` are those of the table, by number."""
+        final = recipe["final_features"]
+        return cls(
+            [records[n] for n in recipe["records"]],
+            [records[n] for n in recipe["padding"]],
+            final_features=None if final is None else final.numpy(),
+            is_over=recipe["is_over"],
+            config=config,
+        )
+
     def _stay(self) -> None:
         """One more step, from the last state to itself."""
         last = {"action": self.action_segment[-1], "to_play": -1, "timestep": self.timestep_segment[-1] + 1}
@@ -106,6 +131,13 @@ class SegmentWriter:
     def pending(self) -> int:
         """Decisions that are not in a segment yet."""
         return len(self._pending)
+
+    def state_dict(self, table: RecordTable) -> list[int]:
+        """The numbers of the pending decisions, which go into ``table``."""
+        return [table.number(record) for record in self._pending]
+
+    def load_state_dict(self, state: Sequence[int], records: Sequence[StepRecord]) -> None:
+        self._pending = [records[n] for n in state]
 
     def add(
         self, record: StepRecord, *, next_features: np.ndarray, truncated: bool = False

@@ -21,9 +21,9 @@ import torch
 from loguru import logger
 
 from priorzero.buffer import PriorZeroGameBuffer
-from priorzero.checkpoint import save_checkpoint
+from priorzero.checkpoint import Checkpoint, check_same
 from priorzero.collector import Collected, Collector
-from priorzero.concurrency import OwnerThread
+from priorzero.concurrency import OwnerThread, StopRequest
 from priorzero.config import differences, dump_settings
 from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine, cores_for_training
 from priorzero.envs import GameSpec, make_worker, resolve_games
@@ -33,6 +33,8 @@ from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint,
 from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model
 from priorzero.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
+from priorzero.records import Plain
+from priorzero.saving import Saver, claim, cut_files
 from priorzero.text_encoder import TextEncoder
 from priorzero.timeline import Timeline
 from priorzero.types import EngineFailed, GameWorkerError, PriorEngine, UserError
@@ -48,16 +50,24 @@ class RunSummary:
         rows: name to value, as printed at the end.
         metrics: the last value of every metric.
         evaluations: the last evaluation of each mode.
+        stopped: it was asked to end before its time; ``--resume`` goes on with it.
     """
 
     folder: Path
     rows: dict[str, Any]
     metrics: dict[str, float]
     evaluations: dict[str, Evaluation]
+    stopped: bool
 
 
-def run_training(settings: Any) -> RunSummary:
+def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunSummary:
     """Train as ``settings`` (from :func:`priorzero.config.resolve_settings`) say.
+
+    Ctrl-C or SIGTERM ends a run early: it finishes its step, is saved and returns.
+
+    Args:
+        settings: all settings.
+        checkpoint: go on with the run that it is of, in the run's folder.
 
     Raises:
         UserError: something a person can put right; before anything was written where possible.
@@ -68,9 +78,16 @@ def run_training(settings: Any) -> RunSummary:
     device = choose_device(settings.run.device)
     if settings.prior.enabled:
         settings.prior.engine = choose_engine(settings.prior.engine, device=device)
-    folder = _new_run_folder(settings, games)
+    if checkpoint is None:
+        folder = _new_run_folder(settings, games)
+    else:
+        check_same(checkpoint, settings, games=games)
+        folder = checkpoint.run_folder
+        settings.run.output_dir, settings.run.exp_name = str(folder.parent), folder.name
     try:
-        return asyncio.run(_train(settings, games=games, unseen=unseen, device=device, folder=folder))
+        return asyncio.run(
+            _train(settings, games=games, unseen=unseen, device=device, folder=folder, checkpoint=checkpoint)
+        )
     except GameWorkerError as error:
         raise UserError(
             f"the game cannot go on: {error}. If it needs more time, --set env.step_timeout_s="
@@ -130,9 +147,14 @@ class _Agent:
 
 
 async def _train(
-    settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec], device: torch.device, folder: Path
+    settings: Any,
+    *,
+    games: Sequence[GameSpec],
+    unseen: Sequence[GameSpec],
+    device: torch.device,
+    folder: Path,
+    checkpoint: Checkpoint | None,
 ) -> RunSummary:
-    started = time.monotonic()
     run = settings.run
     with_vllm = settings.prior.enabled and settings.prior.engine == "vllm"
     overlap = settings.train.overlap == "always" or (
@@ -148,7 +170,8 @@ async def _train(
     agent, workers = await _load(settings, games=games, device=device, buffer_seed=buffer_seed, folder=folder)
     policy, buffer, timeline = agent.policy, agent.buffer, agent.timeline
     try:
-        _begin_files(settings, folder)  # from here on there are files
+        _begin_files(settings, folder, again=checkpoint is not None)  # from here on there are files
+        lock = claim(folder)
     except UserError:
         await asyncio.gather(*(worker.close() for worker in workers))
         raise
@@ -156,55 +179,81 @@ async def _train(
     logger.info(f"{names}, seed {run.seed}, on {device}; everything about this run is in {folder}")
     changed = [f"{group}.{key}={value}" for group, keys in differences(settings).items() for key, value in keys.items()]
     logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
-    teller = _Teller(folder, settings, agent)
     collector = Collector(
         workers, player=agent.player, config=agent.config, seed=collector_seed, groups=2 if overlap else 1
     )
     evaluators = _Evaluators(settings, games=games, unseen=unseen, player=agent.player)
-    before = _fingerprints(policy)
     evaluations: dict[str, Evaluation] = {}
     counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0}
-    saved: Path | str = "none (nothing was trained)"
+    phase, told, before = "collect", None, _fingerprints(policy)
+    collected = Collected()
     learning: asyncio.Task[None] | None = None
+    saver = Saver(folder, settings, games, policy, buffer, collector, agent.player.indexer, agent.engine)
+    if checkpoint is not None:
+        counters, phase, told, before = await _go_on(saver, checkpoint)
+    teller = _Teller(folder, settings, agent, told=told)
+    stop = StopRequest()
+
+    def finished() -> bool:
+        return counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step
 
     try:
-        if agent.engine is not None:
+        if agent.engine is not None and policy.llm_version:
+            await agent.engine.sync_weights(policy.llm_version)
+        elif agent.engine is not None:
             await agent.engine.ready()
-        timeline.skip()
-        while counters["iteration"] < run.max_iter and counters["env_step"] < run.max_env_step:
-            # ---- collect: the LLM proposes, UniZero searches, the games answer ----
-            collected = await collector.collect(settings.train.collect_env_steps)
-            if learning is not None:
-                await learning
-            buffer.push(collected.segments)
+        with stop.listening():
+            timeline.skip()
+            while not stop.asked and (phase == "evaluate" or not finished()):
+                if phase == "collect":
+                    # ---- collect: the LLM proposes, UniZero searches, the games answer ----
+                    complete = await collector.collect(settings.train.collect_env_steps, stop=lambda: stop.asked)
+                    if learning is not None:
+                        await learning
+                        learning = None
+                    if complete is None:
+                        break
+                    collected = complete
+                    buffer.push(collected.segments)
 
-            # ---- learn: both models from one sample, then the prior from the new parameters ----
-            learning = None
-            if buffer.get_num_of_transitions() >= settings.train.batch_size:
-                learning = asyncio.create_task(_learn(agent, settings, counters, teller.writer))
-            counters["iteration"] += 1
-            counters["env_step"] = collector.env_steps
-            last = counters["iteration"] == run.max_iter or counters["env_step"] >= run.max_env_step
-            evaluates = last or counters["iteration"] % settings.eval.every == 0
-            saves = last or (run.checkpoint_every > 0 and counters["iteration"] % run.checkpoint_every == 0)
-            if learning is not None and (evaluates or saves or not overlap):
-                await learning  # otherwise it goes on while the next decisions are made
+                    # ---- learn: both models from one sample, then the prior from the new parameters ----
+                    phase = "learn"
+                    if buffer.get_num_of_transitions() >= settings.train.batch_size:
+                        learning = asyncio.create_task(_learn(agent, settings, counters, teller.writer))
+                    counters["iteration"] += 1
+                    counters["env_step"] = collector.env_steps
+                evaluates = finished() or counters["iteration"] % settings.eval.every == 0
+                saves = finished() or (run.checkpoint_every > 0 and counters["iteration"] % run.checkpoint_every == 0)
+                if phase == "learn":
+                    if learning is not None and (evaluates or saves or stop.asked or not overlap):
+                        await learning  # otherwise it goes on while the next decisions are made
+                    teller.tell(counters, collected, collector)
 
-            # ---- tell, evaluate, save ----
-            teller.tell(counters, collected, collector)
-            if evaluates:
-                evaluations = await _evaluate(evaluators, teller, prior=agent.prior, env_step=collector.env_steps)
-                timeline.skip()
-            if saves:
-                saved = _save(folder, agent, settings, counters)
-
-        if run.max_env_step == 0:
-            evaluations = await _evaluate(evaluators, teller, prior=agent.prior, env_step=0)
+                # ---- evaluate, save ----
+                phase = "evaluate" if evaluates else "collect"
+                if evaluates:
+                    played = await stop.before(_evaluate(evaluators))
+                    if played is None:
+                        break
+                    evaluations = teller.tell_evaluations(played, env_step=counters["env_step"])
+                    phase = "collect"
+                    timeline.skip()
+                if saves:
+                    await saver.save(counters, phase=phase, told=teller.state_dict(before))
+            if stop.asked and counters["env_step"] + collector.collected.env_steps:
+                await saver.save(counters, phase=phase, told=teller.state_dict(before))
+            if run.max_env_step == 0 and not stop.asked:
+                played = await stop.before(_evaluate(evaluators))
+                evaluations = teller.tell_evaluations(played, env_step=0) if played is not None else {}
         teller.progress.end()
     except (asyncio.CancelledError, GameWorkerError, EngineFailed):
         await _stop_learning(agent, learning)  # it ends its step first
+        if phase == "learn":  # the updates that are missing stay so
+            teller.tell(counters, collected, collector)
+            phase = "collect"
         if counters["train_iter"]:
-            logger.warning(f"interrupted; what was learned so far is in {_save(folder, agent, settings, counters)}")
+            await saver.save(counters, phase=phase, told=teller.state_dict(before))
+            logger.warning(f"interrupted; what was learned so far is in {saver.last}")
         raise
     finally:
         await _stop_learning(agent, learning)
@@ -212,8 +261,11 @@ async def _train(
         if agent.engine is not None:
             await agent.engine.close()
         teller.writer.close()
+        lock.close()
         if run.trace_iterations:
             timeline.write_trace(folder / "trace.json")
+    if saver.failure:
+        raise UserError(f"the run has ended, but {saver.failure}; the last checkpoint is {saver.last or 'none'}")
 
     moved = {name: (before[name], prints) for name, prints in _fingerprints(policy).items()}
     rows = {
@@ -223,17 +275,32 @@ async def _train(
         **{f"evaluation, {mode}": _describe(evaluation) for mode, evaluation in evaluations.items()},
         "time of the iterations": timeline.total.describe(),
         "peak memory": f"{peak_memory_mb():.0f} MB in this process",
-        "wall time": f"{time.monotonic() - started:.0f} s",
-        "checkpoint": saved,
+        "wall time": f"{teller.seconds:.0f} s",
+        "checkpoint": saver.last or "none (nothing was trained)",
         "charts": f"tensorboard --logdir {run.output_dir}",
     }
-    logger.info("done:\n" + table(rows))
-    return RunSummary(folder, rows, dict(teller.writer.last), evaluations)
+    stopped = stop.asked and (phase == "evaluate" or not finished())
+    logger.info(f"{'stopped' if stopped else 'done'}:\n" + table(rows))
+    if stopped and saver.last is not None:
+        logger.info(f"to go on: python -m priorzero.entry --resume {folder}")
+    return RunSummary(folder, rows, dict(teller.writer.last), evaluations, stopped)
 
 
-def _begin_files(settings: Any, folder: Path) -> None:
+async def _go_on(saver: Saver, checkpoint: Checkpoint) -> tuple[dict[str, int], str, Plain, Any]:
+    """Restore a run: its counters, what comes next, what was told, and what its models were to begin with."""
+    for note in checkpoint.notes:
+        logger.warning(note)
+    state = await saver.restore(checkpoint)
+    told = state["told"]
+    cut_files(saver.run_folder, told["sizes"])
+    counted = ", ".join(f"{name} {count}" for name, count in state["counters"].items())
+    logger.info(f"goes on from {checkpoint.folder.name}: {counted}")
+    return state["counters"], state["phase"], told, told["before"]
+
+
+def _begin_files(settings: Any, folder: Path, *, again: bool) -> None:
     try:
-        (folder / "log").mkdir(parents=True)
+        (folder / "log").mkdir(parents=True, exist_ok=again)
         (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
     except OSError as error:
         where = settings.run.output_dir
@@ -490,41 +557,13 @@ class _Evaluators:
         self.seen, self.unseen = evaluators(games), evaluators(unseen)
 
 
-async def _evaluate(
-    evaluators: _Evaluators, teller: _Teller, *, prior: RobustPrior | None, env_step: int
-) -> dict[str, Evaluation]:
-    """Every mode on every game; unseen games' are called ``unseen_MODE``.
-
-    The first played of world model with prior, world model, prior is the run's own figure.
-    """
-    evaluations = {}
-    for prefix, chosen in (("", evaluators.seen), ("unseen_", evaluators.unseen)):
-        for mode in evaluators.modes if chosen else ():
-            of_games = {evaluator.game: await evaluator.evaluate(mode) for evaluator in chosen}
-            teller.keep_evaluations(of_games, env_step=env_step, unseen=bool(prefix))
-            evaluations[prefix + mode] = together(list(of_games.values()))
-    scalars = {}
-    for name, evaluation in evaluations.items():
-        logger.info(
-            f"evaluation at {env_step} env steps, {name}: scores {evaluation.scores} of {evaluation.max_score:g}"
-        )
-        scalars[f"evaluator_step/{name}_reward_mean"] = evaluation.mean_return
-        scalars[f"evaluator_step/{name}_score_mean"] = evaluation.mean_score
-    main = next(m for m in ("world_model_with_prior", "world_model", *evaluations) if m in evaluations)
-    scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
-    if prior is not None:
-        scalars["evaluator_step/prior_fallbacks"] = prior.take_statistics()["prior/fallbacks"]
-    teller.writer.write(scalars, step=env_step)
-    return evaluations
-
-
-def _save(folder: Path, agent: _Agent, settings: Any, counters: dict[str, int]) -> Path:
-    target = folder / "checkpoints" / f"iteration_{counters['iteration']}"
-    if target.exists():  # the last iteration of the loop saved it a moment ago
-        return target
-    return save_checkpoint(
-        target, policy=agent.policy, indexer=agent.player.indexer, settings=settings, counters=counters
-    )
+async def _evaluate(evaluators: _Evaluators) -> dict[tuple[str, bool], dict[str, Evaluation]]:
+    """``(mode, unseen)`` to the evaluation of each game."""
+    return {
+        (mode, unseen): {evaluator.game: await evaluator.evaluate(mode) for evaluator in chosen}
+        for unseen, chosen in ((False, evaluators.seen), (True, evaluators.unseen))
+        for mode in (evaluators.modes if chosen else ())
+    }
 
 
 def _fingerprints(policy: PriorZeroPolicy) -> dict[str, dict[str, int]]:
@@ -547,13 +586,34 @@ def _buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
 class _Teller:
     """Writes what happens: scalars, log lines, ``episodes.jsonl`` and ``evaluations.jsonl``."""
 
-    def __init__(self, folder: Path, settings: Any, agent: _Agent) -> None:
+    def __init__(self, folder: Path, settings: Any, agent: _Agent, *, told: Plain | None) -> None:
+        """``told``: what a run that goes on had told before."""
         run = settings.run
         self.folder = folder
         self.agent = agent
         self.writer = MetricsWriter(folder)
-        self.progress = Progress(max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every)
-        self._started = time.monotonic()
+        spent = 0.0
+        if told is not None:
+            self.writer.last, spent = told["last"], told["seconds"]
+        self.progress = Progress(
+            max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every, spent_s=spent
+        )
+        self._started = time.monotonic() - spent
+
+    @property
+    def seconds(self) -> float:
+        """Of the run so far."""
+        return time.monotonic() - self._started
+
+    def state_dict(self, before: Any) -> Plain:
+        """What was told so far; ``before``: the models' fingerprints when the run began."""
+        lines = {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")}
+        return {
+            "last": dict(self.writer.last),
+            "seconds": self.seconds,
+            "sizes": {**lines, **self.writer.sizes()},
+            "before": before,
+        }
 
     def tell(self, counters: dict[str, int], collected: Collected, collector: Collector) -> None:
         """What an iteration brought."""
@@ -576,18 +636,38 @@ class _Teller:
             loss=writer.last.get("train/total_loss"),
         )
 
-    def keep_evaluations(self, of_games: dict[str, Evaluation], *, env_step: int, unseen: bool) -> None:
-        """One mode's evaluations, by game."""
-        self._append(
-            "evaluations.jsonl",
-            [
-                {"env_step": env_step, "game": game, "unseen": unseen, **dataclasses.asdict(evaluation)}
-                for game, evaluation in of_games.items()
-            ],
-        )
+    def tell_evaluations(
+        self, played: dict[tuple[str, bool], dict[str, Evaluation]], *, env_step: int
+    ) -> dict[str, Evaluation]:
+        """What :func:`_evaluate` returned; gives it back by mode, over all games, unseen ones as ``unseen_MODE``.
+
+        The first played of world model with prior, world model, prior is the run's own figure.
+        """
+        evaluations, scalars = {}, {}
+        for (mode, unseen), of_games in played.items():
+            self._append(
+                "evaluations.jsonl",
+                [
+                    {"env_step": env_step, "game": game, "unseen": unseen, **dataclasses.asdict(evaluation)}
+                    for game, evaluation in of_games.items()
+                ],
+            )
+            name = f"unseen_{mode}" if unseen else mode
+            evaluations[name] = evaluation = together(list(of_games.values()))
+            logger.info(
+                f"evaluation at {env_step} env steps, {name}: scores {evaluation.scores} of {evaluation.max_score:g}"
+            )
+            scalars[f"evaluator_step/{name}_reward_mean"] = evaluation.mean_return
+            scalars[f"evaluator_step/{name}_score_mean"] = evaluation.mean_score
+        main = next(m for m in ("world_model_with_prior", "world_model", *evaluations) if m in evaluations)
+        scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
+        if self.agent.prior is not None:
+            scalars["evaluator_step/prior_fallbacks"] = self.agent.prior.take_statistics()["prior/fallbacks"]
+        self.writer.write(scalars, step=env_step)
+        return evaluations
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        seconds = round(time.monotonic() - self._started, 1)
+        seconds = round(self.seconds, 1)
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
 

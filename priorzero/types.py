@@ -183,6 +183,10 @@ class PriorEngine(Protocol):
         """
         ...
 
+    async def forget(self) -> None:
+        """Drop what is kept of earlier questions: later answers depend on the parameters and the question alone."""
+        ...
+
     def take_statistics(self) -> dict[str, float]:
         """Metrics under ``prior/`` since the last call."""
         ...

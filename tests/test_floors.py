@@ -14,12 +14,13 @@ PACKAGE = Path(__file__).parent.parent / "priorzero"
 FLOORS = [
     {"types"},
     {"timeline", "config", "priors", "losses", "completions", "metrics", "vocabulary", "tree"},
-    {"envs", "models", "lightzero", "prompts", "concurrency"},
+    {"envs", "models", "lightzero", "prompts", "concurrency", "records"},
     {"engines", "text_encoder", "segment"},
     {"llm_learner", "buffer", "search", "exploration"},
     {"policy"},
     {"player", "demo"},
     {"collector", "evaluator", "checkpoint"},
+    {"saving"},
     {"train"},
     {"entry"},
 ]

@@ -60,13 +60,15 @@ class TransformersEngine:
     async def suspend(self) -> None: ...
 
     async def sync_weights(self, version: int) -> None:
-        self.memory.clear()
-        self.prompts.clear()
+        await self.forget()
         self.version = version
 
-    async def close(self) -> None:
+    async def forget(self) -> None:
         self.memory.clear()
         self.prompts.clear()
+
+    async def close(self) -> None:
+        await self.forget()
 
     def take_statistics(self) -> dict[str, float]:
         """As the protocol says; ``prior/tokens_per_s`` counts the tokens of prompts and commands that were computed."""

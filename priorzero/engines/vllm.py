@@ -300,6 +300,10 @@ class VLLMEngine:
             self._engine = None
             gc.collect()  # else its cycles are taken apart at exit, when the modules that __del__ needs are gone
 
+    async def forget(self) -> None:
+        """As the protocol says, but for rounding: vLLM itself keeps what it computed for earlier prompts."""
+        self.memory.clear()
+
     async def close(self) -> None:
         self.memory.clear()
         async with self._starting:

@@ -199,7 +199,8 @@ def make_worker(
 
 def serve(descriptor: str, parent: str) -> None:
     """The worker process: answers requests until the pipe closes. Of an exception it sends back the text only."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's business
+    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, a batch system's notice: the parent's business
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_leave_with_parent, args=(int(parent),), daemon=True).start()
     # spaCy imports torch where it is installed: 3 s and 180 MB for each worker, for nothing.
     sys.modules["torch"] = None  # type: ignore[assignment]

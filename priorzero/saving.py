@@ -1,0 +1,142 @@
+"""Saving a run and going on with it: which parts make up its state, and what happens when they cannot be written."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from loguru import logger
+
+from priorzero.buffer import PriorZeroGameBuffer
+from priorzero.checkpoint import Checkpoint, load_training, remove_old_checkpoints, save_checkpoint
+from priorzero.collector import Collector
+from priorzero.config import dump_settings
+from priorzero.policy import PriorZeroPolicy
+from priorzero.records import Plain, RecordTable, global_random_state, read_records, set_global_random_state
+from priorzero.types import PriorEngine, UserError
+from priorzero.vocabulary import ActionIndexer
+
+
+@dataclass
+class Saver:
+    """Writes checkpoints of a run, and reads one back.
+
+    A checkpoint holds ``world_model.pt`` (state dict), ``llm/`` (``save_pretrained`` form: the model, or its adapters;
+    and the tokenizer), ``actions.json`` (the numbering of the actions), ``config.yaml``, ``training.pt`` (all else that
+    the run's next step depends on, as plain data) and ``manifest.json`` (counters, games, versions, checksums).
+
+    Attributes:
+        run_folder: the run's.
+        settings: all settings.
+        games: what is trained on.
+        keep: the last checkpoints that are kept; 0 keeps all.
+        engine: the LLM's; None without one.
+        last: the last checkpoint of this process.
+        failure: why the last attempt to write one failed; "" if it did not.
+    """
+
+    run_folder: Path
+    settings: Any
+    games: Sequence[Any]
+    policy: PriorZeroPolicy
+    buffer: PriorZeroGameBuffer
+    collector: Collector
+    indexer: ActionIndexer
+    engine: PriorEngine | None
+    last: Path | None = None
+    failure: str = ""
+
+    async def save(self, counters: dict[str, int], *, phase: str, told: Plain) -> None:
+        """Write a checkpoint and remove the oldest. If the disk is full, say so and go on: the last good one stays.
+
+        Args:
+            counters: iteration, env_step, train_iter, llm_version.
+            phase: what comes next: ``"collect"`` or ``"evaluate"``.
+            told: what was told so far, as plain data.
+        """
+        if self.engine is not None:  # a run that goes on from here starts without, and is to do the same
+            await self.engine.forget()
+        begun = self.collector.collected.env_steps
+        name = f"iteration_{counters['iteration']}" + (f"+{begun}" if begun else "")
+        folder = self.run_folder / "checkpoints" / name
+        if folder.exists():  # nothing has happened since
+            self.last, self.failure = folder, ""
+            return
+        about = {
+            "counters": counters,
+            "phase": phase,
+            "begun_env_steps": begun,
+            "games": {game.name: game.md5 for game in self.games},
+        }
+        try:
+            save_checkpoint(folder, write=lambda aside: self._write(aside, counters, phase, told), about=about)
+        except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
+            self.failure = f"{name} could not be written ({' '.join(str(error).split())[:200]})"
+            logger.error(f"checkpoint {self.failure}; the last one stays: {self.last or 'none yet'}")
+            return
+        self.last, self.failure = folder, ""
+        remove_old_checkpoints(self.run_folder, keep=self.settings.run.keep_checkpoints)
+
+    def _write(self, folder: Path, counters: dict[str, int], phase: str, told: Plain) -> None:
+        torch.save(self.policy.world_model_state(), folder / "world_model.pt")
+        if self.policy.llm_learner is not None:
+            self.policy.llm_learner.llm.save(folder / "llm")
+        (folder / "actions.json").write_text(json.dumps(self.indexer.state_dict()), encoding="utf-8")
+        (folder / "config.yaml").write_text(dump_settings(self.settings), encoding="utf-8")
+        table = RecordTable()
+        state = {
+            "counters": dict(counters),
+            "phase": phase,
+            "policy": self.policy.training_state(),
+            "buffer": self.buffer.state_dict(table),
+            "collector": self.collector.state_dict(table),
+            "random": global_random_state(),
+            "told": told,
+        }
+        torch.save({**state, "records": table.state_dict()}, folder / "training.pt")
+
+    async def restore(self, checkpoint: Checkpoint) -> Plain:
+        """Bring models, replay, games and random numbers to where they were; return the rest of the state."""
+        state = load_training(checkpoint, policy=self.policy, indexer=self.indexer)
+        records = read_records(state.pop("records"))
+        self.buffer.load_state_dict(state.pop("buffer"), records)
+        await self.collector.load_state_dict(state.pop("collector"), records)
+        set_global_random_state(state["random"])
+        self.last = checkpoint.folder
+        return state
+
+
+def cut_files(folder: Path, sizes: dict[str, int]) -> None:
+    """Shorten what a run appends to, to what it held when its checkpoint was written; what came later is done again.
+
+    Args:
+        folder: the run's.
+        sizes: bytes of each file; event files that are not among them were begun later.
+    """
+    for path in [*folder.glob("*.jsonl"), *folder.glob("events.out.tfevents.*")]:
+        size = sizes.get(path.name, 0)
+        if size == 0:
+            path.unlink()
+        elif path.stat().st_size > size:
+            with path.open("r+b") as file:
+                file.truncate(size)
+
+
+def claim(folder: Path) -> TextIO:
+    """Keep other processes from writing into a run's folder, for as long as the file is open.
+
+    Raises:
+        UserError: another process has it.
+    """
+    file = (folder / ".lock").open("w", encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"{folder}: another process is running this run; end that one first") from error
+    return file
