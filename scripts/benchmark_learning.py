@@ -275,7 +275,7 @@ def make_line(job: Job, folder: Path) -> dict[str, Any]:
     agents that do not learn have none, and their means and best are over the episodes of ``MODE_OF``.
 
     Raises:
-        RunFailed: no evaluation was made, or no training episode ended.
+        RunFailed: no evaluation was made, no training episode ended, or the run was stopped before its time.
     """
     settings = read_config_file(folder / "config.yaml")
     evaluations = _read_jsonl(folder / "evaluations.jsonl")
@@ -290,6 +290,8 @@ def make_line(job: Job, folder: Path) -> dict[str, Any]:
     if not results or not scores:
         why = "no evaluation was made" if not results else "no episode ended; give more --env_steps"
         raise RunFailed(f"{folder}: {why}")
+    if results[-1]["env_step"] < job.env_steps:
+        raise RunFailed(f"{folder}: it was stopped at {results[-1]['env_step']} of {job.env_steps} env steps")
     wins = [e[3] for e in episodes]
     solved = solved_index(wins)
     settings["run"].pop("output_dir")

@@ -171,6 +171,18 @@ def test_a_run_in_which_no_episode_ends_has_failed(runs, call, monkeypatch, caps
     assert "no episode ended" in capsys.readouterr().err
 
 
+def test_a_run_that_was_stopped_does_not_count(runs, call, monkeypatch, capsys):
+    """A run that is ended by a signal is saved and ends well; its figures are of fewer steps than asked for."""
+    read = bench._read_jsonl
+
+    def stopped(file):
+        return [{**line, "env_step": 30} for line in read(file)] if file.name == "evaluations.jsonl" else read(file)
+
+    monkeypatch.setattr(bench, "_read_jsonl", stopped)
+    assert call("--agents", "unizero") == (1, [])
+    assert "it was stopped at 30 of 40 env steps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
