@@ -69,12 +69,15 @@ class Collected:
         return cls(**{**state, "segments": segments, "episodes": [Episode(*episode) for episode in state["episodes"]]})
 
 
+GIVE_UP_AFTER = 3  # times in a row that a game cannot begin, each time with a second try in a fresh process
+
+
 class Collector:
     """Plays ``collector_env_num`` games side by side, in one group or several.
 
     The games of a group take one decision each at a time, searched together. Groups do not wait for one another: one
     group's games are searched for while the LLM is busy with another's. A game that hangs or crashes loses the decision
-    it was busy with and begins a new episode; both are counted.
+    it was busy with and begins a new episode; both are counted. One that cannot even begin is given up in the end.
 
     Args:
         workers: the games.
@@ -105,6 +108,8 @@ class Collector:
         self.env_steps = 0
         self.num_episodes = 0
         self.num_game_failures = 0
+        self.num_steps_lost = 0  # taken, but their outcome is not known
+        self._vain_begins = [0] * len(workers)
         self.recent_returns: deque[float] = deque(maxlen=20)
         self.memory = CommandMemory(return_first=player.settings.search.return_first)
         self.collected = Collected()  # since the last call of collect() that was not cut short
@@ -137,6 +142,7 @@ class Collector:
             "env_steps": self.env_steps,
             "num_episodes": self.num_episodes,
             "num_game_failures": self.num_game_failures,
+            "num_steps_lost": self.num_steps_lost,
             "recent_returns": list(self.recent_returns),
             "memory": self.memory.state_dict(),
             "collected": self.collected.state_dict(table),
@@ -157,6 +163,7 @@ class Collector:
         self.env_steps = state["env_steps"]
         self.num_episodes = state["num_episodes"]
         self.num_game_failures = state["num_game_failures"]
+        self.num_steps_lost = state["num_steps_lost"]
         self.recent_returns.extend(state["recent_returns"])
         self.memory.load_state_dict(state["memory"])
         self.collected = Collected.from_state_dict(state["collected"], records, config=self._config)
@@ -190,17 +197,22 @@ class Collector:
         """Play the games of one group until all groups together have taken ``num_steps`` steps, or until ``stop``."""
         collected = self.collected
         while collected.env_steps < num_steps and not stop():
-            await asyncio.gather(*(self._begin(e) for e in group if self._lanes[e] is None))
-            lanes = [lane for e in group if (lane := self._lanes[e]) is not None]
+            await asyncio.gather(*(self._begin(e) for e in group if self._lanes[e] is None and not self._given_up(e)))
+            playing = [e for e in group if self._lanes[e] is not None]
+            if all(map(self._given_up, group)):
+                return  # the others go on
+            if not playing:
+                continue
+            lanes = [lane for e in playing if (lane := self._lanes[e]) is not None]
             decisions = await self._player.decide(lanes, explore=True)
             if self.env_steps == collected.env_steps == 0:
                 logger.debug("the first commands are given")
             with self._player.timeline.span("games"):
                 outcomes = await asyncio.gather(
-                    *(self._workers[e].step(d.action_text) for e, d in zip(group, decisions, strict=True)),
+                    *(self._workers[e].step(d.action_text) for e, d in zip(playing, decisions, strict=True)),
                     return_exceptions=True,
                 )
-            for e, decision, outcome in zip(group, decisions, outcomes, strict=True):
+            for e, decision, outcome in zip(playing, decisions, outcomes, strict=True):
                 if isinstance(outcome, GameWorkerError):
                     self._abandon(e, decision, outcome, collected)
                 elif isinstance(outcome, BaseException):
@@ -215,12 +227,31 @@ class Collector:
         with self._player.timeline.span("games"):
             try:
                 state = await self._workers[e].reset()
-            except GameWorkerError as error:  # once more with a fresh process; a second failure ends the run
+            except GameWorkerError as error:
                 self.num_game_failures += 1
                 logger.warning(f"game {e} could not begin ({error}); trying once more with a fresh process")
-                await self._workers[e].restart()
-                state = await self._workers[e].reset()
+                try:
+                    await self._workers[e].restart()
+                    state = await self._workers[e].reset()
+                except GameWorkerError as again:
+                    self._fail_to_begin(e, again)
+                    return
+        self._vain_begins[e] = 0
         self._lanes[e] = self._new_lane(e, state)
+
+    def _given_up(self, e: int) -> bool:
+        return self._vain_begins[e] >= GIVE_UP_AFTER
+
+    def _fail_to_begin(self, e: int, error: GameWorkerError) -> None:
+        """Raises the error if this was the last game left."""
+        self.num_game_failures += 1
+        self._vain_begins[e] += 1
+        if not self._given_up(e):
+            logger.warning(f"game {e} could not begin ({error})")
+            return
+        logger.error(f"game {e} is given up: it could not begin {GIVE_UP_AFTER} times in a row ({error})")
+        if all(map(self._given_up, range(len(self._workers)))):
+            raise error
 
     def _record(self, e: int, decision: Decision, state: GameState, reward: float, collected: Collected) -> None:
         lane = self._lanes[e]
@@ -289,6 +320,7 @@ class Collector:
         lane = self._lanes[e]
         assert lane is not None
         self.num_game_failures += 1
+        self.num_steps_lost += 1
         logger.warning(f"game {e} failed at {decision.action_text!r} ({error}); its episode is cut here")
         collected.segments += self._writers[e].flush(final_features=lane.features[-1])
         collected.env_steps += 1  # spent, though nothing came of it
@@ -302,6 +334,7 @@ class Collector:
             "collector_iter/commands_tried": float(len(self.memory)),
             "collector_iter/commands_leading_on": float(self.memory.num_leading),
             "collector_iter/game_failures": float(self.num_game_failures),
+            "collector_iter/games_given_up": float(sum(map(self._given_up, range(len(self._workers))))),
             "collector_iter/action_overflows": float(self._player.indexer.num_overflows),
             "collector_iter/actions_known": float(self._player.indexer.num_used),
         }

@@ -274,6 +274,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "repeat themselves exactly",
             one_of("auto", "always", "never"),  # not on and off, which YAML takes for true and false
         ),
+        "max_not_finite": Option(
+            3,
+            "updates in a row that are left out because something in them is not finite; then the run ends",
+            at_least(1),
+        ),
         "target_update_theta": Option(0.05, "share of the model that flows into its target an update", between(0, 1)),
     },
     "eval": {

@@ -111,11 +111,16 @@ class Evaluator:
     ) -> tuple[list[Lane], GameWorkerError | None]:
         """One episode a worker; those whose game failed are left out, and the last failure is returned."""
         failure: GameWorkerError | None = None
-        states = await asyncio.gather(*(worker.reset() for worker in workers))
-        playing = [
-            (worker, player.new_lane(state, np.random.default_rng(child)))
-            for worker, state, child in zip(workers, states, seed.spawn(len(workers)), strict=True)
-        ]
+        states = await asyncio.gather(*(worker.reset() for worker in workers), return_exceptions=True)
+        playing = []
+        for worker, state, child in zip(workers, states, seed.spawn(len(workers)), strict=True):
+            if isinstance(state, GameWorkerError):
+                logger.warning(f"an evaluation game could not begin ({state})")
+                failure = state
+            elif isinstance(state, BaseException):
+                raise state
+            else:
+                playing.append((worker, player.new_lane(state, np.random.default_rng(child))))
         finished = []
         while playing:
             decisions = await player.decide([lane for _, lane in playing], **how)

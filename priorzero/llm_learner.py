@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from loguru import logger
 
 from priorzero.completions import PromptRow
 from priorzero.losses import action_logprobs, gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
 from priorzero.models import LanguageModel
 from priorzero.prompts import PromptStyle, answer_text, learning_context
-from priorzero.types import StepRecord, UserError
+from priorzero.types import NotFinite, StepRecord, UserError
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class LLMLearner:
         self.temperature = temperature
         auto = "actions" if style.mode == "score" else "tokens"
         self.objective = auto if cfg.objective == "auto" else cfg.objective
+        self.micro_batch_size = cfg.micro_batch_size
         self._clips = cfg.enable_rft and cfg.rft_clip > 0
         # No weight decay: a batch that teaches nothing must move nothing.
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
@@ -159,9 +161,27 @@ class LLMLearner:
             ``sft_loss``, ``rft_loss`` and ``kl_loss`` (unweighted; the last is 0 where ``kl_weight`` is), ``loss``
             (weighted sum) and ``grad_norm`` (before clipping).
 
+        Where a GPU's memory does not suffice, the micro-batch is halved, once in a run: that changes no gradient.
+
         Raises:
-            UserError: a loss or the gradient is not finite; the parameters are as they were.
+            NotFinite: a loss or the gradient is not finite; the parameters are as they were.
+            UserError: the memory does not suffice for half a micro-batch either.
         """
+        try:
+            return self._step(samples)
+        except torch.OutOfMemoryError as error:
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.micro_batch_size < self.cfg.micro_batch_size or self.micro_batch_size == 1:
+                raise UserError(
+                    f"out of GPU memory in an LLM update with {self.micro_batch_size} decisions at a time; type --set "
+                    "llm.micro_batch_size=1, then --set llm.prompt_max_len=512, then --set llm.use_lora=true"
+                ) from error
+        self.micro_batch_size //= 2
+        torch.cuda.empty_cache()
+        logger.warning(f"out of GPU memory in an LLM update: from now on {self.micro_batch_size} decisions at a time")
+        return self.learn(samples)
+
+    def _step(self, samples: Sequence[LLMSample]) -> dict[str, float]:
         cfg = self.cfg
         loss_weights = {
             "sft_loss": cfg.llm_loss_weight if cfg.enable_sft else 0.0,
@@ -173,8 +193,8 @@ class LLMLearner:
         units = {"sft_loss": sft_units, "rft_loss": played_units, "kl_loss": played_units}
         totals = dict.fromkeys(units, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
-        for start in range(0, len(samples), cfg.micro_batch_size):
-            micro = samples[start : start + cfg.micro_batch_size]
+        for start in range(0, len(samples), self.micro_batch_size):
+            micro = samples[start : start + self.micro_batch_size]
             token_logprobs, completion_mask = self.llm.token_logprobs([s.row for s in micro])  # (R, T)
             logprobs, mask = self._units(micro, token_logprobs, completion_mask)  # (R, T) or (R, 1)
             target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro]).to(logprobs.device)  # (R,)
@@ -205,7 +225,7 @@ class LLMLearner:
 
     def _give_up(self, problem: str) -> None:
         self.optimizer.zero_grad(set_to_none=True)
-        raise UserError(
+        raise NotFinite(
             f"the LLM's {problem} in an update, which was not applied; lower llm.learning_rate="
             f"{self.cfg.learning_rate:g} or llm.grad_clip={self.cfg.grad_clip:g}"
         )

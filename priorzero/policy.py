@@ -17,7 +17,7 @@ from priorzero.llm_learner import LLMLearner
 from priorzero.models import LanguageModel
 from priorzero.prompts import PromptStyle
 from priorzero.search import Root, SearchResult, WorldModelInference, search
-from priorzero.types import UserError
+from priorzero.types import NotFinite
 
 with quiet():
     from ding.utils import POLICY_REGISTRY
@@ -81,6 +81,7 @@ class PriorZeroPolicy(UniZeroPolicy):
             encoder.register_buffer("feature_mean", torch.zeros(feature_size, device=device))
             encoder.register_buffer("feature_deviation", torch.ones(feature_size, device=device))
             encoder.register_forward_pre_hook(_standardise)
+        self._optimizer_world_model.register_step_pre_hook(self._check_gradients)
         for name in ("head_observations", "head_rewards", "head_policy", "head_value"):
             getattr(self._model.world_model, name).register_forward_hook(self._weigh_gradient)
         self._model.world_model.head_value.register_forward_hook(self._remember_values)
@@ -96,12 +97,26 @@ class PriorZeroPolicy(UniZeroPolicy):
         if self._is_weights is not None:
             self._value_logits = output.detach()
 
+    def _check_gradients(self, *_: Any) -> None:
+        wrong = [
+            n for n, p in self.trained_world_model_parameters() if p.grad is not None and not p.grad.isfinite().all()
+        ]
+        if wrong:
+            raise NotFinite(f"the gradient of {wrong[0]} and {len(wrong) - 1} other parameters is not finite")
+
+    def _running_statistics(self) -> list[torch.Tensor]:
+        """What a forward pass alone changes: batch normalisation's means and variances, of the model and its target."""
+        models = (self._uncompiled(self._model), self._uncompiled(self._target_model._model))
+        names = ("running_mean", "running_var", "num_batches_tracked")
+        return [b for model in models for name, b in model.named_buffers() if name.endswith(names)]
+
     def fit_features(self, features: np.ndarray) -> None:
         """From now on shift and scale each feature by its mean and deviation over ``features``, ``[n, F]``.
 
         Features that did not vary are only shifted. Replay holds them as they are; the models, and their checkpoints,
         hold the shift and the scale.
         """
+        features = features[np.isfinite(features).all(axis=1)]
         deviation = features.std(axis=0)
         deviation[deviation < 1e-4] = 1.0
         for encoder in self._encoders():
@@ -155,20 +170,27 @@ class PriorZeroPolicy(UniZeroPolicy):
             Scalars under ``train/``, and ``priorities`` ``[B]``: the absolute error of each sequence's first value.
 
         Raises:
-            UserError: the loss is not finite.
+            NotFinite: what is not, of the sample, the losses and the gradients; nothing has changed.
         """
         current_batch, target_batch = batch[0], batch[1]
+        sampled = {"features": current_batch[0], "rewards": target_batch[0], "value targets": target_batch[1]}
+        for name, values in sampled.items():
+            if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
+                raise NotFinite(f"the world model's {name} are not finite in update {train_iter}")
+        statistics = [(b, b.clone()) for b in self._running_statistics()]
         self._is_weights = torch.as_tensor(current_batch[5], dtype=torch.float32, device=self._cfg.device)
         try:
             log = super()._forward_learn([current_batch, target_batch, train_iter])
-        except (AssertionError, ValueError) as error:  # what LightZero raises for a loss that is NaN or infinite
-            if "NaN" not in str(error) and "Inf" not in str(error):
+        except (AssertionError, ValueError, NotFinite) as error:  # the first two are what LightZero raises for a loss
+            if not isinstance(error, NotFinite) and "NaN" not in str(error) and "Inf" not in str(error):
                 raise
+            for buffer, before in statistics:
+                buffer.copy_(before)
             named = re.search(r"element '(\w+)'", str(error))  # what LightZero calls the head whose loss it is
-            raise UserError(
-                f"the world model's {named.group(1) if named else 'total'} loss is not finite in update {train_iter}; "
-                f"lower train.learning_rate={self._cfg.learning_rate:g} or "
-                f"train.grad_clip={self._cfg.grad_clip_value:g}"
+            loss = f"{named.group(1) if named else 'total'} loss is not finite"
+            raise NotFinite(
+                f"the world model: {error if isinstance(error, NotFinite) else loss} in update {train_iter}; lower "
+                f"train.learning_rate={self._cfg.learning_rate:g} or train.grad_clip={self._cfg.grad_clip_value:g}"
             ) from error
         finally:
             self._is_weights = None

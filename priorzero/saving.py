@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+import numpy as np
 import torch
 from loguru import logger
 
@@ -18,7 +19,7 @@ from priorzero.collector import Collector
 from priorzero.config import dump_settings
 from priorzero.policy import PriorZeroPolicy
 from priorzero.records import Plain, RecordTable, global_random_state, read_records, set_global_random_state
-from priorzero.types import PriorEngine, UserError
+from priorzero.types import NotFinite, PriorEngine, StepRecord, UserError
 from priorzero.vocabulary import ActionIndexer
 
 
@@ -67,6 +68,11 @@ class Saver:
         if folder.exists():  # nothing has happened since
             self.last, self.failure = folder, ""
             return
+        wrong = self._not_finite()
+        if wrong:
+            self.failure = f"{name} was not written: {wrong} is not finite"
+            logger.error(f"checkpoint {self.failure}; the last one stays: {self.last or 'none yet'}")
+            return
         about = {
             "counters": counters,
             "phase": phase,
@@ -81,6 +87,14 @@ class Saver:
             return
         self.last, self.failure = folder, ""
         remove_old_checkpoints(self.run_folder, keep=self.settings.run.keep_checkpoints)
+
+    def _not_finite(self) -> str:
+        """The first parameter that is not finite; "" if all are."""
+        models = {"world model": self.policy.trained_world_model_parameters()}
+        if self.policy.llm_learner is not None:
+            models["LLM"] = list(self.policy.llm_learner.llm.model.named_parameters())
+        wrong = (f"{model}: {name}" for model, own in models.items() for name, p in own if not p.isfinite().all())
+        return next(wrong, "")
 
     def _write(self, folder: Path, counters: dict[str, int], phase: str, told: Plain) -> None:
         torch.save(self.policy.world_model_state(), folder / "world_model.pt")
@@ -109,6 +123,59 @@ class Saver:
         set_global_random_state(state["random"])
         self.last = checkpoint.folder
         return state
+
+
+def plain_batch(batch: Sequence[Any]) -> Plain:
+    """The arrays of LightZero's current and target batch, in their order."""
+    parts = {"current": batch[0], "target": batch[1]}
+    return {name: [torch.as_tensor(np.asarray(array)) for array in part] for name, part in parts.items()}
+
+
+class DroppedUpdates:
+    """Keeps what was to be learned from where an update was not applied, and ends the run after too many in a row.
+
+    Args:
+        folder: the batches go there, in plain data, the first ``KEPT`` of a process.
+        limit: updates in a row, of one model.
+    """
+
+    KEPT = 5
+
+    def __init__(self, folder: Path, *, limit: int) -> None:
+        self._folder = folder
+        self._limit = limit
+        self._in_a_row: dict[str, int] = {}
+        self.total = 0
+
+    def applied(self, model: str) -> None:
+        self._in_a_row[model] = 0
+
+    def dropped(self, model: str, error: NotFinite, *, records: Sequence[StepRecord], arrays: Plain) -> None:
+        """Take note of an update that was not applied.
+
+        Args:
+            model: ``"world model"`` or ``"LLM"``.
+            error: names the culprit.
+            records: the decisions it began from.
+            arrays: what was computed with, if there is more.
+
+        Raises:
+            UserError: it was the last in a row that is allowed.
+        """
+        self.total += 1
+        self._in_a_row[model] = self._in_a_row.get(model, 0) + 1
+        kept = ""
+        if self.total <= self.KEPT:
+            table = RecordTable()
+            for record in records:
+                table.number(record)
+            file = self._folder / f"batch_{self.total}.pt"
+            self._folder.mkdir(exist_ok=True)
+            torch.save({"error": str(error), "records": table.state_dict(), "arrays": arrays}, file)
+            kept = f"; what it was to learn from is in {file}"
+        logger.error(f"update left out: {error}{kept}")
+        if self._in_a_row[model] >= self._limit:
+            raise UserError(f"{self._limit} updates in a row were left out (train.max_not_finite): {error}") from error
 
 
 def cut_files(folder: Path, sizes: dict[str, int]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import errno
 import importlib.util
 import json
 import os
@@ -20,7 +21,7 @@ import numpy as np
 import torch
 from loguru import logger
 
-from priorzero.buffer import PriorZeroGameBuffer
+from priorzero.buffer import PriorZeroGameBuffer, SampledSegments
 from priorzero.checkpoint import Checkpoint, check_same
 from priorzero.collector import Collected, Collector
 from priorzero.concurrency import OwnerThread, StopRequest
@@ -34,10 +35,10 @@ from priorzero.models import LanguageModel, choose_device, load_language_model, 
 from priorzero.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
 from priorzero.records import Plain
-from priorzero.saving import Saver, claim, cut_files
+from priorzero.saving import DroppedUpdates, Saver, claim, cut_files, plain_batch
 from priorzero.text_encoder import TextEncoder
 from priorzero.timeline import Timeline
-from priorzero.types import EngineFailed, GameWorkerError, PriorEngine, UserError
+from priorzero.types import EngineFailed, GameWorkerError, NotFinite, PriorEngine, UserError
 from priorzero.vocabulary import make_action_indexer
 
 
@@ -95,6 +96,12 @@ def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunS
         ) from error
     except EngineFailed as error:
         raise UserError(f"the LLM engine cannot go on: {error}. The run's files are in {folder}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise UserError(
+            f"{folder}: cannot be written to any more ({error}); put that right, then type --resume {folder}"
+        ) from error
 
 
 def _check_games(settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
@@ -144,6 +151,7 @@ class _Agent:
     timeline: Timeline
     world_model_thread: OwnerThread
     llm_thread: OwnerThread
+    dropped: DroppedUpdates
 
 
 async def _train(
@@ -169,29 +177,30 @@ async def _train(
     _seed_globals(global_seeds)
     agent, workers = await _load(settings, games=games, device=device, buffer_seed=buffer_seed, folder=folder)
     policy, buffer, timeline = agent.policy, agent.buffer, agent.timeline
-    try:
-        _begin_files(settings, folder, again=checkpoint is not None)  # from here on there are files
-        lock = claim(folder)
-    except UserError:
-        await asyncio.gather(*(worker.close() for worker in workers))
-        raise
     names = ", ".join(game.name for game in games)
-    logger.info(f"{names}, seed {run.seed}, on {device}; everything about this run is in {folder}")
-    changed = [f"{group}.{key}={value}" for group, keys in differences(settings).items() for key, value in keys.items()]
-    logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
     collector = Collector(
         workers, player=agent.player, config=agent.config, seed=collector_seed, groups=2 if overlap else 1
     )
     evaluators = _Evaluators(settings, games=games, unseen=unseen, player=agent.player)
-    evaluations: dict[str, Evaluation] = {}
+    saver = Saver(folder, settings, games, policy, buffer, collector, agent.player.indexer, agent.engine)
     counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0}
     phase, told, before = "collect", None, _fingerprints(policy)
-    collected = Collected()
+    try:
+        _begin_files(settings, folder, again=checkpoint is not None)  # from here on there are files
+        lock = claim(folder)
+        logger.info(f"{names}, seed {run.seed}, on {device}; everything about this run is in {folder}")
+        changed = [
+            f"{group}.{key}={value}" for group, own in differences(settings).items() for key, value in own.items()
+        ]
+        logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
+        if checkpoint is not None:
+            counters, phase, told, before = await _go_on(saver, checkpoint)
+        teller = _Teller(folder, settings, agent, told=told)
+    except BaseException:
+        await asyncio.gather(*(worker.close() for worker in workers))
+        raise
+    collected, evaluations = Collected(), dict[str, Evaluation]()
     learning: asyncio.Task[None] | None = None
-    saver = Saver(folder, settings, games, policy, buffer, collector, agent.player.indexer, agent.engine)
-    if checkpoint is not None:
-        counters, phase, told, before = await _go_on(saver, checkpoint)
-    teller = _Teller(folder, settings, agent, told=told)
     stop = StopRequest()
 
     def finished() -> bool:
@@ -246,9 +255,9 @@ async def _train(
                 played = await stop.before(_evaluate(evaluators))
                 evaluations = teller.tell_evaluations(played, env_step=0) if played is not None else {}
         teller.progress.end()
-    except (asyncio.CancelledError, GameWorkerError, EngineFailed):
+    except (asyncio.CancelledError, GameWorkerError, EngineFailed, UserError, OSError) as error:
         await _stop_learning(agent, learning)  # it ends its step first
-        if phase == "learn":  # the updates that are missing stay so
+        if phase == "learn" and not isinstance(error, OSError):  # the updates that are missing stay so
             teller.tell(counters, collected, collector)
             phase = "collect"
         if counters["train_iter"]:
@@ -391,6 +400,7 @@ def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.S
         timeline=timeline,
         world_model_thread=world_model_thread,
         llm_thread=OwnerThread("llm", timeline),
+        dropped=DroppedUpdates(folder / "not_finite", limit=settings.train.max_not_finite),
     )
 
 
@@ -448,8 +458,7 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
             "world-model update", _update_world_model, agent, settings.train.batch_size, counters["train_iter"]
         )
         learned.update(metrics)
-        counters["train_iter"] += 1
-    learned["train/total_loss"] = learned["train/wm_total_loss"]
+        counters["train_iter"] += bool(metrics)
 
     if llm_has_its_turn:
         assert agent.prior is not None
@@ -461,12 +470,15 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
                     drawn = await agent.world_model_thread.run(
                         "replay", lambda: agent.buffer.sample(settings.train.batch_size, agent.policy)[2]
                     )
-                learned.update(await agent.llm_thread.run("LLM update", agent.policy.learn_llm, drawn))
+                learned.update(await agent.llm_thread.run("LLM update", _update_llm, agent, drawn))
             counters["llm_version"] = agent.policy.llm_version
             return agent.policy.llm_version
 
         await agent.prior.learn(update_llm)
-        learned["train/total_loss"] += learned.get("train/llm_loss", 0.0)
+    losses = [learned[name] for name in ("train/wm_total_loss", "train/llm_loss") if name in learned]
+    if losses:
+        learned["train/total_loss"] = sum(losses)
+    learned["train/updates_left_out"] = float(agent.dropped.total)
     writer.write(learned, step=counters["train_iter"])
 
 
@@ -474,9 +486,24 @@ def _update_world_model(agent: _Agent, batch_size: int, train_iter: int) -> tupl
     if not agent.policy.features_are_fitted:
         agent.policy.fit_features(agent.buffer.features())
     batch = agent.buffer.sample(batch_size, agent.policy)
-    metrics = agent.policy.learn_world_model(batch, train_iter=train_iter)
+    try:
+        metrics = agent.policy.learn_world_model(batch, train_iter=train_iter)
+    except NotFinite as error:
+        agent.dropped.dropped("world model", error, records=batch[2].records(), arrays=plain_batch(batch))
+        return batch, {}
+    agent.dropped.applied("world model")
     agent.buffer.update_priority(batch, metrics.pop("priorities"))
     return batch, metrics
+
+
+def _update_llm(agent: _Agent, drawn: SampledSegments) -> dict[str, float]:
+    try:
+        metrics = agent.policy.learn_llm(drawn)
+    except NotFinite as error:
+        agent.dropped.dropped("LLM", error, records=drawn.records(), arrays={})
+        return {}
+    agent.dropped.applied("LLM")
+    return metrics
 
 
 async def _stop_learning(agent: _Agent, learning: asyncio.Task[None] | None) -> None:
@@ -558,12 +585,16 @@ class _Evaluators:
 
 
 async def _evaluate(evaluators: _Evaluators) -> dict[tuple[str, bool], dict[str, Evaluation]]:
-    """``(mode, unseen)`` to the evaluation of each game."""
-    return {
-        (mode, unseen): {evaluator.game: await evaluator.evaluate(mode) for evaluator in chosen}
-        for unseen, chosen in ((False, evaluators.seen), (True, evaluators.unseen))
-        for mode in (evaluators.modes if chosen else ())
-    }
+    """``(mode, unseen)`` to the evaluation of each game. A game that cannot be played is left out, and this is said."""
+    played: dict[tuple[str, bool], dict[str, Evaluation]] = {}
+    for unseen, chosen in ((False, evaluators.seen), (True, evaluators.unseen)):
+        for mode in evaluators.modes:
+            for evaluator in chosen:
+                try:
+                    played.setdefault((mode, unseen), {})[evaluator.game] = await evaluator.evaluate(mode)
+                except GameWorkerError as error:
+                    logger.error(f"evaluation, {mode}: {evaluator.game} is left out ({error})")
+    return {key: of_games for key, of_games in played.items() if of_games}
 
 
 def _fingerprints(policy: PriorZeroPolicy) -> dict[str, dict[str, int]]:
@@ -659,8 +690,10 @@ class _Teller:
             )
             scalars[f"evaluator_step/{name}_reward_mean"] = evaluation.mean_return
             scalars[f"evaluator_step/{name}_score_mean"] = evaluation.mean_score
-        main = next(m for m in ("world_model_with_prior", "world_model", *evaluations) if m in evaluations)
-        scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
+        for main in ("world_model_with_prior", "world_model", *evaluations):
+            if main in evaluations:
+                scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
+                break
         if self.agent.prior is not None:
             scalars["evaluator_step/prior_fallbacks"] = self.agent.prior.take_statistics()["prior/fallbacks"]
         self.writer.write(scalars, step=env_step)

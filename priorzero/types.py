@@ -19,6 +19,10 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """Something in an update is NaN or infinite. The update was not applied: the parameters are as they were."""
+
+
 class GameWorkerError(RuntimeError):
     """A game's worker process hung past its time limit, crashed or answered with an error."""
 

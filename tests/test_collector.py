@@ -242,6 +242,99 @@ def test_a_failing_game_costs_its_own_decision_only():
         assert r.reward == 10 * int(r.state.score) + r.chosen
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_game_that_cannot_begin_is_given_up_and_the_others_go_on(groups):
+    collector, games, _ = build(groups=groups)
+
+    async def broken():
+        raise GameWorkerError("made to fail")
+
+    games[1].reset = broken
+    collected = collect(collector, 42)
+    assert collected.env_steps == games[0].steps + games[2].steps >= 42 and games[1].steps == 0
+    assert games[1].restarts == 3 and collector.num_game_failures == 6
+    assert collector.scalars(collected)["collector_iter/games_given_up"] == 1
+    games[0].reset = games[2].reset = broken
+    with pytest.raises(GameWorkerError, match="made to fail"):
+        collect(collector, 42)
+
+
+def test_a_game_that_begins_late_is_not_given_up():
+    collector, games, _ = build()
+    begin, attempts = games[1].reset, []
+
+    async def late():
+        attempts.append(True)
+        if len(attempts) < 5:
+            raise GameWorkerError("made to fail")
+        return await begin()
+
+    games[1].reset = late
+    collected = collect(collector, 42)
+    assert games[1].steps > 0 and collector.scalars(collected)["collector_iter/games_given_up"] == 0
+
+
+def test_collection_that_was_cut_short_goes_on(tmp_path):
+    """Left off at every third decision, written and read back: the same decisions as in one go."""
+    import torch
+
+    from priorzero.records import RecordTable, read_records
+
+    def decisions(collected):
+        return [(r.episode, r.step, r.action_text, r.reward) for s in collected.segments for r in s.records]
+
+    whole = collect(build()[0], 42)
+
+    async def in_parts():
+        collector, _, player = build()
+        collected, parts = None, 0
+        while collected is None:
+            asked = iter([False] * 3)
+            collected = await collector.collect(42, stop=lambda asked=asked: next(asked, True))
+            if collected is None:
+                parts += 1
+                table = RecordTable()
+                state = collector.state_dict(table)
+                torch.save({**state, "records": table.state_dict()}, tmp_path / "state.pt")
+                state = torch.load(tmp_path / "state.pt", weights_only=True)
+                numbering = player.indexer.state_dict()
+                collector, _, player = build()
+                player.indexer.load_state_dict(numbering)
+                await collector.load_state_dict(state, read_records(state.pop("records")))
+        return collected, parts, collector
+
+    collected, parts, collector = asyncio.run(in_parts())
+    assert parts == 4 and decisions(collected) == decisions(whole)
+    assert collected.env_steps == whole.env_steps == collector.env_steps == 42
+    assert collected.episodes == whole.episodes and collected.visit_entropies == whole.visit_entropies
+    for a, b in zip(whole.segments, collected.segments, strict=True):
+        for name in ("obs", "action", "reward", "root_value", "child_visit", "action_mask", "timestep"):
+            assert np.array_equal(getattr(a, f"{name}_segment"), getattr(b, f"{name}_segment"))
+        assert np.array_equal(a.returns, b.returns)
+
+
+def test_a_game_that_cannot_be_brought_back_is_cut_and_counted(tmp_path):
+    from priorzero.records import RecordTable, read_records
+
+    async def check():
+        collector, _, _ = build()
+        await collector.collect(30)
+        table = RecordTable()
+        state = collector.state_dict(table)
+        pending = [len(numbers) for numbers in state["pending"]]
+        other, games, _ = build()
+        games[2].fail_at = {1}
+        games[0].number = 50  # says other things
+        await other.load_state_dict(state, read_records(table.state_dict()))
+        assert other.num_game_failures == 2 and pending[0] and pending[2]
+        stored = sum(len(s.records) for s in other.collected.segments)
+        assert stored == pending[0] + pending[2]
+        assert [writer.pending for writer in other._writers] == [0, pending[1], 0]
+        assert [lane is None for lane in other._lanes] == [True, False, True]
+
+    asyncio.run(check())
+
+
 def test_the_search_gets_the_prior_in_its_order():
     """With the prior alone at the root and values all alike, the visits go where the prior is."""
     collector, _, _ = build(prior={"combine": "replace"}, search={"num_simulations": 20, "root_noise_weight": 0.0})

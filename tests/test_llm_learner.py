@@ -217,6 +217,50 @@ def test_a_loss_that_is_not_finite_is_named_and_changes_nothing(smollm2):
     assert torch.equal(parameters(made), before)
 
 
+class SmallMemory:
+    """A language model on a GPU with memory for some decisions at a time.
+
+    Attributes:
+        largest: decisions that fit.
+        asked: decisions of each attempt.
+    """
+
+    def __init__(self, llm, *, largest):
+        self._llm = llm
+        self.largest = largest
+        self.asked = []
+
+    def __getattr__(self, name):
+        return getattr(self._llm, name)
+
+    def token_logprobs(self, rows, **how):
+        self.asked.append(len(rows))
+        if len(rows) > self.largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._llm.token_logprobs(rows, **how)
+
+
+def test_out_of_memory_halves_the_micro_batch_once_and_changes_no_gradient(smollm2):
+    rooms = {}
+    for largest in (4, 2):
+        made = learner(smollm2, batch_size=4, micro_batch_size=4)
+        samples, _ = made.samples([record(t) for t in range(4)], np.arange(4.0))
+        made.llm = SmallMemory(made.llm, largest=largest)
+        made.learn(samples)
+        rooms[largest] = parameters(made)
+        assert made.llm.asked == ([4] if largest == 4 else [4, 2, 2])
+        made.learn(samples)  # it is not tried in vain a second time
+        assert made.llm.asked[-2:] == ([4, 4] if largest == 4 else [2, 2])
+    torch.testing.assert_close(rooms[4], rooms[2], atol=1e-5, rtol=0)
+
+    made = learner(smollm2, batch_size=4, micro_batch_size=4)
+    made.llm = SmallMemory(made.llm, largest=1)
+    before = parameters(made)
+    with pytest.raises(UserError, match=r"with 2 decisions at a time; type --set llm\.micro_batch_size=1"):
+        made.learn(samples)
+    assert torch.equal(parameters(made), before)
+
+
 def test_decisions_without_prompt_teach_nothing_and_are_counted(smollm2):
     made = learner(smollm2)
     samples, skipped = made.samples([record(prompt=""), record(1)], np.array([0.0, 1.0]))

@@ -13,7 +13,7 @@ from priorzero.demo import FEATURE_SIZE, demo_segments
 from priorzero.lightzero import unizero_config
 from priorzero.policy import PriorZeroPolicy
 from priorzero.search import Root
-from priorzero.types import UserError
+from priorzero.types import NotFinite, UserError
 
 
 def setup(llm=None, *, dropout=0.0, seed=0):
@@ -103,16 +103,59 @@ def test_the_llm_rests_when_it_is_not_its_turn(smollm2):
     assert policy.llm_version == 0 and "train/llm_sft_loss" not in metrics
 
 
+def everything(policy):
+    """Parameters and running statistics, of the model and its target, and the optimiser's moments."""
+    state = policy.training_state()
+    moments = [m[key] for m in state["optimizer"]["state"].values() for key in ("exp_avg", "exp_avg_sq", "step")]
+    tensors = [*policy.world_model_state().values(), *state["target"].values(), *moments]
+    return [t.detach().clone() for t in tensors]
+
+
+def unchanged(policy, before):
+    return all(torch.equal(a, b) for a, b in zip(everything(policy), before, strict=True))
+
+
 def test_parameters_that_are_not_finite_end_in_a_message():
     policy, buffer = setup()
     batch = buffer.sample(8, policy)
     with torch.no_grad():
         policy._model.world_model.head_value.head_module[-1].bias.fill_(float("nan"))
-    with pytest.raises(UserError, match=r"value loss .* update 3; lower train\.learning_rate"):
+    with pytest.raises(NotFinite, match=r"value loss .* update 3; lower train\.learning_rate"):
         policy.learn_world_model(batch, train_iter=3)
     root = Root(np.zeros((1, FEATURE_SIZE), np.float32), np.zeros(0, np.int64), np.arange(3))
     with pytest.raises(UserError, match=r"not finite; lower train\.learning_rate"):
         policy.search([root], num_actions=3)
+
+
+@pytest.mark.parametrize(
+    ("part", "index", "words"),
+    [(0, 0, "world model's features"), (1, 0, "world model's rewards"), (1, 1, "world model's value targets")],
+)
+def test_a_batch_that_is_not_finite_is_not_learned_from(part, index, words):
+    policy, buffer = setup()
+    policy.learn_world_model(buffer.sample(8, policy), train_iter=0)
+    before = everything(policy)
+    batch = buffer.sample(8, policy)
+    batch[part][index] = np.array(batch[part][index], dtype=np.float32)
+    batch[part][index].flat[3] = np.inf
+    with pytest.raises(NotFinite, match=f"{words} are not finite in update 7"):
+        policy.learn_world_model(batch, train_iter=7)
+    assert unchanged(policy, before)
+
+
+def test_a_gradient_that_is_not_finite_is_not_applied():
+    policy, buffer = setup()
+    policy.learn_world_model(buffer.sample(8, policy), train_iter=0)
+    before = everything(policy)
+    parameter = policy._model.world_model.head_rewards.head_module[0].weight
+    hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
+    # The name in the message is the first in the model's order: clipping spreads it over all of them.
+    with pytest.raises(NotFinite, match=r"the gradient of .* is not finite in update 5"):
+        policy.learn_world_model(buffer.sample(8, policy), train_iter=5)
+    assert unchanged(policy, before)
+    hook.remove()
+    policy.learn_world_model(buffer.sample(8, policy), train_iter=5)
+    assert not unchanged(policy, before)
 
 
 def test_decisions_that_teach_the_llm_nothing_are_said_and_leave_no_loss(smollm2, monkeypatch):

@@ -119,6 +119,42 @@ def test_killed_between_two_requests():
     run(scenario, fake_worker())
 
 
+def held():
+    """What a process can leak: open files, children (zombies among them), shared memory."""
+    children = [p for p in Path("/proc").glob("[0-9]*/stat") if _parent_of(p) == os.getpid()]
+    return len(list(Path("/proc/self/fd").iterdir())), len(children), len(list(Path("/dev/shm").iterdir()))
+
+
+def _parent_of(stat):
+    try:
+        return int(stat.read_text().rsplit(")", 1)[1].split()[1])
+    except OSError:  # gone since
+        return None
+
+
+@pytest.mark.slow
+def test_two_hundred_kills_leave_nothing_behind():
+    async def scenario():
+        workers = [fake_worker() for _ in range(4)]
+        await asyncio.gather(*(worker.reset() for worker in workers))
+        before = held()
+
+        async def kill(worker, times):
+            for n in range(times):
+                if n % 2:
+                    os.kill(worker.pid, signal.SIGKILL)
+                with pytest.raises(GameWorkerError):
+                    await worker.step("crash")
+                await worker.reset()
+
+        await asyncio.gather(*(kill(worker, 50) for worker in workers))
+        assert held() == before
+        await asyncio.gather(*(worker.close() for worker in workers))
+        assert held()[1] == before[1] - 4
+
+    asyncio.run(scenario())
+
+
 def test_exceptions_come_back_and_the_process_lives():
     async def scenario(worker):
         await worker.reset()
