@@ -17,6 +17,17 @@ import torch
 from torch import Tensor
 
 
+def without_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
+    """Text from outside in which nothing reads as a token of the chat template, such as ``<|im_end|>``.
+
+    A space is put behind the first character of each such token, which the tokenizer then takes for ordinary text.
+    """
+    for token in special_tokens:
+        if token in text:
+            text = text.replace(token, f"{token[0]} {token[1:]}" if len(token) > 1 else " ")
+    return text
+
+
 @dataclass(frozen=True)
 class PromptRow:
     """Token ids of one prompt and of its completions. Both must be non-empty, and so must each completion."""

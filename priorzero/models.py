@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from priorzero.completions import PromptRow, completion_logprobs, pack
+from priorzero.completions import PromptRow, completion_logprobs, pack, without_special_tokens
 from priorzero.types import PromptTooLong, UserError
 
 PACKAGE_PREFIX = "package:"
@@ -148,12 +148,16 @@ class LanguageModel:
     def row(self, context: str, answers: Sequence[str], *, end_of_turn: bool) -> PromptRow:
         """Token ids of a context and its possible answers, each with the end-of-turn token if asked for.
 
+        Nothing in an answer, which is the game's text, is read as a special token; the context comes from
+        :func:`priorzero.prompts.render_prompt`, which sees to that.
+
         Raises:
             PromptTooLong: the row does not fit into the model.
         """
         end = [self.tokenizer.eos_token_id] if end_of_turn else []
         prompt_ids = self.tokenizer(context, add_special_tokens=False)["input_ids"]
-        completions = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] + end for answer in answers]
+        plain = [without_special_tokens(answer, self.tokenizer.all_special_tokens) for answer in answers]
+        completions = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] + end for answer in plain]
         self.check_length(len(prompt_ids) + max(map(len, completions)))
         return PromptRow(prompt_ids, completions)
 

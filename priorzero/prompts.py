@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from priorzero.completions import without_special_tokens
 from priorzero.priors import ANSWER_HEADING
 from priorzero.types import GameState, HistoryStep
 
@@ -102,7 +104,9 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
         history = [step for step in history if step.reward > 0]
     elif style.history == "direct":
         history = without_loops(history, now=state)
-    shown = list(history[first_shown(len(history), style.history_length) :])
+    special = tokenizer.all_special_tokens
+    state = _plain_state(state, special)
+    shown = [_plain_step(step, special) for step in history[first_shown(len(history), style.history_length) :]]
     chunk = _chunk(style.history_length)
     for dropped in [*range(0, len(shown), chunk), len(shown)]:
         messages = build_messages(state, shown[dropped:], style=style)
@@ -113,6 +117,24 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
         if length <= style.max_tokens:
             return Prompt(text, dropped_history=dropped)
     return Prompt(text, dropped_history=len(shown), over_length=True)
+
+
+def _plain_state(state: GameState, special: Sequence[str]) -> GameState:
+    texts = (state.feedback, state.look, state.inventory, state.goal, *state.valid_actions)
+    plain = [without_special_tokens(text, special) for text in texts]
+    if tuple(plain) == texts:  # as nearly always
+        return state
+    feedback, look, inventory, goal, *actions = plain
+    return dataclasses.replace(
+        state, feedback=feedback, look=look, inventory=inventory, goal=goal, valid_actions=tuple(actions)
+    )
+
+
+def _plain_step(step: HistoryStep, special: Sequence[str]) -> HistoryStep:
+    feedback, action = (without_special_tokens(text, special) for text in (step.feedback, step.action))
+    if (feedback, action) == (step.feedback, step.action):
+        return step
+    return dataclasses.replace(step, feedback=feedback, action=action)
 
 
 def without_loops(history: Sequence[HistoryStep], *, now: GameState) -> list[HistoryStep]:

@@ -66,6 +66,8 @@ class RoomEncoder:
 
 
 class WhitespaceTokenizer:
+    all_special_tokens = ()
+
     def apply_chat_template(self, messages, **_):
         return messages[-1]["content"]
 

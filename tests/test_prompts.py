@@ -148,6 +148,8 @@ WALKTHROUGH = dataclasses.replace(STYLE, layout="walkthrough", history="rewarded
 
 
 class TagTokenizer:
+    all_special_tokens = ()
+
     def apply_chat_template(self, messages, **_):
         return "".join(f"[{m['role']}] {m['content']}\n" for m in messages) + "[assistant] "
 
