@@ -112,7 +112,10 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Any, Any]:
             raise UserError(f"--resume auto: no run is saved under {where}; name a run's folder, or an --env_id")
         print(f"--resume auto: nothing is saved under {where} yet; a new run begins", file=sys.stderr)
         return settings, None
-    return (settings if says_all else resolve_settings(checkpoint.settings, *flags)), checkpoint
+    if says_all:
+        return settings, checkpoint
+    follows = {"llm": {"gradient_accumulation_steps": 0}}  # is worked out again, from the micro-batch size
+    return resolve_settings(checkpoint.settings, follows, *flags), checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,7 @@ class Saver:
             "begun_env_steps": begun,
             "games": {game.name: game.md5 for game in self.games},
         }
+        started = time.perf_counter()
         try:
             save_checkpoint(folder, write=lambda aside: self._write(aside, counters, phase, told), about=about)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
@@ -86,6 +88,8 @@ class Saver:
             logger.error(f"checkpoint {self.failure}; the last one stays: {self.last or 'none yet'}")
             return
         self.last, self.failure = folder, ""
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        logger.debug(f"checkpoint {name}: {size / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")
         remove_old_checkpoints(self.run_folder, keep=self.settings.run.keep_checkpoints)
 
     def _not_finite(self) -> str:

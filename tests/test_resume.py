@@ -152,9 +152,12 @@ def test_a_signal_ends_a_run_which_goes_on_later(tmp_path, number, capfd):
     counters = read_checkpoint(folder).manifest["counters"]
     assert counters["iteration"] >= 4 and counters["train_iter"] > 0
     iterations = counters["iteration"] + 2
-    assert main(["--resume", str(tmp_path / "cut"), "--max_iter", str(iterations)]) == 0
+    more = ["--max_iter", str(iterations), "--set", "llm.micro_batch_size=1"]
+    assert main(["--resume", str(tmp_path / "cut"), *more]) == 0
     said = capfd.readouterr().err
     assert f"goes on from {folder.name}" in said and f"iteration {iterations}/{iterations}" in said
+    assert main(["--resume", str(tmp_path / "cut"), *more]) == 0
+    assert f"already at its end: iteration {iterations} of run.max_iter={iterations}" in capfd.readouterr().err
     found = lines(tmp_path / "cut", "episodes.jsonl")
     assert [line["env_step"] for line in found] == sorted({line["env_step"] for line in found})
 
