@@ -196,10 +196,9 @@ async def _train(
         if checkpoint is not None:
             counters, phase, told, before = await _go_on(saver, checkpoint)
             if counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step:
-                logger.warning(
-                    f"the run was already at its end: iteration {counters['iteration']} of run.max_iter={run.max_iter}, "
-                    f"env step {counters['env_step']} of run.max_env_step={run.max_env_step}; raise them to go on"
-                )
+                at = f"iteration {counters['iteration']} of run.max_iter={run.max_iter}"
+                step = f"env step {counters['env_step']} of run.max_env_step={run.max_env_step}"
+                logger.warning(f"the run was already at its end: {at}, {step}; raise them to go on")
         teller = _Teller(folder, settings, agent, told=told)
     except BaseException:
         await asyncio.gather(*(worker.close() for worker in workers))
