@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from priorzero.config import read_config_file, resolve_settings
+from priorzero.config import OPTIONS, read_config_file, resolve_settings
 from priorzero.policy import PriorZeroPolicy
 from priorzero.types import UserError
 from priorzero.vocabulary import ActionIndexer
@@ -24,6 +24,7 @@ from priorzero.vocabulary import ActionIndexer
 FORMAT = 1
 MANIFEST = "manifest.json"
 PACKAGES = ("priorzero", "torch", "transformers", "LightZero", "numpy")
+RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")
 NAME = re.compile(r"iteration_(\d+)(?:\+(\d+))?")
 
 # What a resumed run may do otherwise than the run did before; everything else decides what is learned.
@@ -35,8 +36,9 @@ MAY_DIFFER = {
     "env": {"evaluator_env_num", "step_timeout_s"},
     "encoder": {"cache_size"},
     "prior": {"engine", "attempts", "backoff_s", "timeout_s", "prompt_cache_tokens"},
-    "llm": {"micro_batch_size", "gradient_accumulation_steps"},
-    "train": {"overlap"},
+    "llm": {"micro_batch_size", "gradient_accumulation_steps", "learning_rate", "grad_clip"},
+    "train": {"overlap", "learning_rate", "grad_clip", "max_not_finite"},
+    "vllm": set(OPTIONS["vllm"]) - {"sync_every", "max_staleness"},
     "eval": {"every", "episodes", "modes", "unseen"},
 }  # fmt: skip
 
@@ -66,7 +68,7 @@ def save_checkpoint(folder: Path, *, write: Callable[[Path], None], about: Mappi
     """Write a checkpoint, aside first and then under its name, so that it is whole or not there.
 
     Args:
-        folder: where it goes; must not exist.
+        folder: where it goes; what is there is replaced once the new one is whole.
         write: puts the files into a folder.
         about: what the manifest says besides versions and checksums.
 
@@ -88,8 +90,12 @@ def save_checkpoint(folder: Path, *, write: Callable[[Path], None], about: Mappi
         aside.chmod(0o755)
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
+        before = folder.with_name(f".{folder.name}-before")
+        if folder.exists():
+            folder.rename(before)
         aside.rename(folder)
         _sync(folder.parent)
+        shutil.rmtree(before, ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
@@ -128,7 +134,15 @@ def saved_checkpoints(run_folder: Path) -> list[Path]:
 
 def remove_old_checkpoints(run_folder: Path, *, keep: int) -> None:
     """Leave the last ``keep`` (at least one); 0 leaves all."""
-    for path in saved_checkpoints(run_folder)[: -keep or None] if keep else ():
+    for path in saved_checkpoints(run_folder)[:-keep] if keep else ():
+        gone = path.with_name(f".{path.name}-old")  # at once; what is left if this process is killed is removed later
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+def remove_leftovers(run_folder: Path) -> None:
+    """What processes that were killed while they saved have left behind. The run must be claimed."""
+    for path in (run_folder / "checkpoints").glob(".iteration_*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
@@ -175,7 +189,11 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
             notes.append(f"{folder} is damaged ({error}); the one before it is used")
             continue
         for damaged in found[found.index(folder) + 1 :]:
-            damaged.rename(damaged.with_name(f"damaged_{damaged.name}"))
+            names = (damaged.with_name(f"damaged_{n}_{damaged.name}") for n in range(1, 1000))
+            try:
+                damaged.rename(next(name for name in names if not name.exists()))
+            except OSError as error:
+                raise UserError(f"{damaged} is damaged and cannot be renamed ({error}); remove it") from error
         checkpoint.notes.extend(notes)
         return checkpoint
     what = f"all {len(found)} checkpoints are damaged" if found else "it holds no checkpoint"
@@ -211,19 +229,23 @@ def find_checkpoint(where: str, *, output_dir: str, exp_name: str, wanted: Mappi
         if not folder.is_dir():
             raise UserError(f"--resume {where}: there is no such folder; name a run's folder, or auto")
         return newest_checkpoint(folder)
+    if exp_name and not RUN_NAME.fullmatch(exp_name):
+        return None  # no run is called so
     runs = {}
     for run_folder in [Path(output_dir, exp_name)] if exp_name else Path(output_dir).glob("*"):
         saved = saved_checkpoints(run_folder)
-        if saved and all(_stored(saved[-1], key) == value for key, value in wanted.items()):
+        if saved and all(_stored(saved, key) == value for key, value in wanted.items()):
             runs[run_folder] = (saved[-1] / MANIFEST).stat().st_mtime
     return newest_checkpoint(max(runs, key=runs.__getitem__)) if runs else None
 
 
-def _stored(checkpoint: Path, key: str) -> Any:
-    try:
-        return read_config_file(checkpoint / "config.yaml")["run"][key]
-    except (UserError, KeyError, TypeError):
-        return None  # damaged: it fits nothing
+def _stored(checkpoints: Sequence[Path], key: str) -> Any:
+    for checkpoint in reversed(checkpoints):
+        try:
+            return read_config_file(checkpoint / "config.yaml")["run"][key]
+        except (UserError, KeyError, TypeError):
+            continue  # damaged
+    return None
 
 
 def check_same(checkpoint: Checkpoint, settings: Any, *, games: Sequence[Any]) -> None:
@@ -232,6 +254,8 @@ def check_same(checkpoint: Checkpoint, settings: Any, *, games: Sequence[Any]) -
     Raises:
         UserError: it lists what differs.
     """
+    if settings.run.max_env_step == 0:
+        raise UserError("run.max_env_step=0 evaluates and trains nothing, and --resume goes on training; leave it out")
     different = [
         f"{group}.{key} is {settings[group][key]!r}, the checkpoint's is {value!r}"
         for group, values in checkpoint.settings.items()

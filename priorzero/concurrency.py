@@ -93,13 +93,15 @@ class StopRequest:
         """Take these signals from now on, and give them back afterwards. Outside the main thread none arrive."""
         loop = asyncio.get_running_loop()
         listens = threading.current_thread() is threading.main_thread()
-        for number in self.SIGNALS if listens else ():
+        before = {number: signal.getsignal(number) for number in self.SIGNALS} if listens else {}
+        for number in before:
             loop.add_signal_handler(number, self.ask, number.name)
         try:
             yield
         finally:
-            for number in self.SIGNALS if listens else ():
+            for number, handler in before.items():
                 loop.remove_signal_handler(number)
+                signal.signal(number, handler)
 
     def ask(self, reason: str) -> None:
         if self.asked:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from priorzero.types import UserError
@@ -99,21 +100,27 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """
     from priorzero.checkpoint import find_checkpoint  # late: brings in torch and LightZero
     from priorzero.config import resolve_settings
+    from priorzero.saving import set_unsaved_aside
 
-    settings = settings_from(arguments)
-    _, flags = layers_from(arguments)
+    base, flags = layers_from(arguments)
     says_all = arguments.quick_test or arguments.config is not None
-    given = {key for layer in flags for key in layer.get("run", {})}
-    wanted = {key: settings.run[key] for key in ("env_id", "seed") if says_all or key in given}
-    where = settings.run.output_dir
-    checkpoint = find_checkpoint(arguments.resume, output_dir=where, exp_name=settings.run.exp_name, wanted=wanted)
+    given = {key: value for layer in flags for key, value in layer.get("run", {}).items()}
+    # The group run alone: whether the rest fits together depends on the run that is found.
+    run = resolve_settings(*({"run": layer.get("run", {})} for layer in [*base, *flags])).run
+    wanted = {key: run[key] for key in ("env_id", "seed") if says_all or key in given}
+    where = run.output_dir
+    checkpoint = find_checkpoint(arguments.resume, output_dir=where, exp_name=run.exp_name, wanted=wanted)
     if checkpoint is None:
         if "env_id" not in wanted:
             raise UserError(f"--resume auto: no run is saved under {where}; name a run's folder, or an --env_id")
+        settings = settings_from(arguments)
         print(f"--resume auto: nothing is saved under {where} yet; a new run begins", file=sys.stderr)
+        aside = set_unsaved_aside(Path(where, run.exp_name)) if run.exp_name else None
+        if aside is not None:
+            print(f"what a run of this name left that ended before it saved is in {aside}", file=sys.stderr)
         return settings, None
     if says_all:
-        return settings, checkpoint
+        return settings_from(arguments), checkpoint
     follows = {"llm": {"gradient_accumulation_steps": 0}}  # is worked out again, from the micro-batch size
     return resolve_settings(checkpoint.settings, follows, *flags), checkpoint
 
@@ -127,8 +134,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             print(describe_options())
             return 0
-        settings, checkpoint = settings_from(arguments), None
-        if arguments.resume is not None:
+        if arguments.resume is None:
+            settings, checkpoint = settings_from(arguments), None
+        else:
             settings, checkpoint = resume_from(arguments)
         from priorzero.train import run_training  # late: brings in torch and LightZero
 

@@ -81,6 +81,7 @@ class LLMLearner:
         auto = "actions" if style.mode == "score" else "tokens"
         self.objective = auto if cfg.objective == "auto" else cfg.objective
         self.micro_batch_size = cfg.micro_batch_size
+        self.is_whole = True  # False after an optimiser step that did not come to its end
         self._clips = cfg.enable_rft and cfg.rft_clip > 0
         # No weight decay: a batch that teaches nothing must move nothing.
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
@@ -168,7 +169,7 @@ class LLMLearner:
             UserError: the memory does not suffice for half a micro-batch either.
         """
         try:
-            return self._step(samples)
+            result = self._gradient(samples)
         except torch.OutOfMemoryError as error:
             self.optimizer.zero_grad(set_to_none=True)
             if self.micro_batch_size < self.cfg.micro_batch_size or self.micro_batch_size == 1:
@@ -176,12 +177,27 @@ class LLMLearner:
                     f"out of GPU memory in an LLM update with {self.micro_batch_size} decisions at a time; type --set "
                     "llm.micro_batch_size=1, then --set llm.prompt_max_len=512, then --set llm.use_lora=true"
                 ) from error
+        else:
+            self._step()
+            return result
         self.micro_batch_size //= 2
         torch.cuda.empty_cache()
         logger.warning(f"out of GPU memory in an LLM update: from now on {self.micro_batch_size} decisions at a time")
         return self.learn(samples)
 
-    def _step(self, samples: Sequence[LLMSample]) -> dict[str, float]:
+    def _step(self) -> None:
+        self.is_whole = False
+        try:
+            self.optimizer.step()
+        except torch.OutOfMemoryError as error:
+            raise UserError(
+                "out of GPU memory for the LLM's optimiser, in the middle of its step; type --set llm.use_lora=true"
+            ) from error
+        self.is_whole = True
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def _gradient(self, samples: Sequence[LLMSample]) -> dict[str, float]:
+        """Accumulate it; returns what :meth:`learn` does."""
         cfg = self.cfg
         loss_weights = {
             "sft_loss": cfg.llm_loss_weight if cfg.enable_sft else 0.0,
@@ -218,8 +234,6 @@ class LLMLearner:
         norm = gradient_norm(self.llm.trainable_parameters(), max_norm=cfg.grad_clip)
         if not math.isfinite(norm):
             self._give_up(f"the norm of the gradient is {norm}")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
         losses = {name: total / units[name] for name, total in totals.items()}
         return {**losses, "loss": sum(loss_weights[name] * losses[name] for name in losses), "grad_norm": norm}
 

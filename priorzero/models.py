@@ -196,7 +196,7 @@ class LanguageModel:
 
     def save(self, folder: Path) -> None:
         """Write the model (or its adapters alone) and the tokenizer, in ``save_pretrained`` form."""
-        self.model.save_pretrained(folder)
+        save_parameters(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
@@ -223,6 +223,20 @@ class LanguageModel:
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
         """All parameters, or the adapters' if there are any."""
         return [p for p in self.model.parameters() if p.requires_grad]
+
+
+def save_parameters(model: Any, folder: Path, **how: Any) -> None:
+    """``model.save_pretrained``.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        model.save_pretrained(folder, **how)
+    except SafetensorError as error:  # neither an OSError nor a RuntimeError
+        raise OSError(str(error)) from error
 
 
 def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:

@@ -270,17 +270,28 @@ class PriorZeroPolicy(UniZeroPolicy):
         }
 
     def load_training_state(self, state: dict[str, Any]) -> None:
-        """The inverse of :meth:`training_state`; call it after :meth:`load_world_model_state`."""
+        """The inverse of :meth:`training_state`, but for the learning rates, which are the settings'.
+
+        Call it after :meth:`load_world_model_state`.
+        """
         self._uncompiled(self._target_model._model).load_state_dict(state["target"])
         self._optimizer_world_model.load_state_dict(state["optimizer"])
         if self.llm_learner is not None:
             self.llm_learner.optimizer.load_state_dict(state["llm_optimizer"])
+            _set_learning_rate(self.llm_learner.optimizer, self.llm_learner.cfg.learning_rate)
+        _set_learning_rate(self._optimizer_world_model, self._cfg.learning_rate)
         self.features_are_fitted = state["features_are_fitted"]
         self.llm_version = state["llm_version"]
 
     @staticmethod
     def _uncompiled(model: Any) -> Any:
         return getattr(model, "_orig_mod", model)
+
+
+def _set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """The settings', where a state that was loaded brought another."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
 
 
 def _standardise(encoder: Any, inputs: tuple[torch.Tensor]) -> torch.Tensor:

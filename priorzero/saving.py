@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -15,7 +17,13 @@ import torch
 from loguru import logger
 
 from priorzero.buffer import PriorZeroGameBuffer
-from priorzero.checkpoint import Checkpoint, load_training, remove_old_checkpoints, save_checkpoint
+from priorzero.checkpoint import (
+    Checkpoint,
+    load_training,
+    remove_old_checkpoints,
+    save_checkpoint,
+    saved_checkpoints,
+)
 from priorzero.collector import Collector
 from priorzero.config import dump_settings
 from priorzero.policy import PriorZeroPolicy
@@ -38,7 +46,7 @@ class Saver:
         games: what is trained on.
         keep: the last checkpoints that are kept; 0 keeps all.
         engine: the LLM's; None without one.
-        last: the last checkpoint of this process.
+        last: the last checkpoint that this process wrote or went on from, and the phase it is of.
         failure: why the last attempt to write one failed; "" if it did not.
     """
 
@@ -51,6 +59,7 @@ class Saver:
     indexer: ActionIndexer
     engine: PriorEngine | None
     last: Path | None = None
+    last_phase: str = ""
     failure: str = ""
 
     async def save(self, counters: dict[str, int], *, phase: str, told: Plain) -> None:
@@ -66,14 +75,9 @@ class Saver:
         begun = self.collector.collected.env_steps
         name = f"iteration_{counters['iteration']}" + (f"+{begun}" if begun else "")
         folder = self.run_folder / "checkpoints" / name
-        if folder.exists():  # nothing has happened since
-            self.last, self.failure = folder, ""
+        if folder.exists() and (folder, phase) == (self.last, self.last_phase):  # nothing has happened since
             return
-        wrong = self._not_finite()
-        if wrong:
-            self.failure = f"{name} was not written: {wrong} is not finite"
-            logger.error(f"checkpoint {self.failure}; the last one stays: {self.last or 'none yet'}")
-            return
+        counters = {**counters, "llm_version": self.policy.llm_version}
         about = {
             "counters": counters,
             "phase": phase,
@@ -82,25 +86,33 @@ class Saver:
         }
         started = time.perf_counter()
         try:
-            save_checkpoint(folder, write=lambda aside: self._write(aside, counters, phase, told), about=about)
+            self._check()
+            # In a thread, so that a second signal is heard; this process does nothing else meanwhile.
+            write = functools.partial(self._write, counters=counters, phase=phase, told=told)
+            await asyncio.to_thread(save_checkpoint, folder, write=write, about=about)
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError for a full disk
             self.failure = f"{name} could not be written ({' '.join(str(error).split())[:200]})"
             logger.error(f"checkpoint {self.failure}; the last one stays: {self.last or 'none yet'}")
             return
-        self.last, self.failure = folder, ""
+        self.last, self.last_phase, self.failure = folder, phase, ""
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
         logger.debug(f"checkpoint {name}: {size / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")
         remove_old_checkpoints(self.run_folder, keep=self.settings.run.keep_checkpoints)
 
-    def _not_finite(self) -> str:
-        """The first parameter that is not finite; "" if all are."""
+    def _check(self) -> None:
+        """Raises RuntimeError if what would be saved is not fit to go on from."""
+        learner = self.policy.llm_learner
+        if learner is not None and not learner.is_whole:
+            raise RuntimeError("the LLM's optimiser ran out of memory in the middle of a step")
         models = {"world model": self.policy.trained_world_model_parameters()}
         if self.policy.llm_learner is not None:
             models["LLM"] = list(self.policy.llm_learner.llm.model.named_parameters())
-        wrong = (f"{model}: {name}" for model, own in models.items() for name, p in own if not p.isfinite().all())
-        return next(wrong, "")
+        for model, own in models.items():
+            for name, p in own:
+                if not p.isfinite().all():
+                    raise RuntimeError(f"a parameter of the {model} is not finite: {name}")
 
-    def _write(self, folder: Path, counters: dict[str, int], phase: str, told: Plain) -> None:
+    def _write(self, folder: Path, *, counters: dict[str, int], phase: str, told: Plain) -> None:
         torch.save(self.policy.world_model_state(), folder / "world_model.pt")
         if self.policy.llm_learner is not None:
             self.policy.llm_learner.llm.save(folder / "llm")
@@ -125,7 +137,7 @@ class Saver:
         self.buffer.load_state_dict(state.pop("buffer"), records)
         await self.collector.load_state_dict(state.pop("collector"), records)
         set_global_random_state(state["random"])
-        self.last = checkpoint.folder
+        self.last, self.last_phase = checkpoint.folder, state["phase"]
         return state
 
 
@@ -139,7 +151,7 @@ class DroppedUpdates:
     """Keeps what was to be learned from where an update was not applied, and ends the run after too many in a row.
 
     Args:
-        folder: the batches go there, in plain data, the first ``KEPT`` of a process.
+        folder: the batches go there, in plain data, the first ``KEPT`` of a run.
         limit: updates in a row, of one model.
     """
 
@@ -150,6 +162,12 @@ class DroppedUpdates:
         self._limit = limit
         self._in_a_row: dict[str, int] = {}
         self.total = 0
+
+    def state_dict(self) -> Plain:
+        return {"total": self.total, "in_a_row": dict(self._in_a_row)}
+
+    def load_state_dict(self, state: Plain) -> None:
+        self.total, self._in_a_row = state["total"], dict(state["in_a_row"])
 
     def applied(self, model: str) -> None:
         self._in_a_row[model] = 0
@@ -168,18 +186,25 @@ class DroppedUpdates:
         """
         self.total += 1
         self._in_a_row[model] = self._in_a_row.get(model, 0) + 1
-        kept = ""
-        if self.total <= self.KEPT:
-            table = RecordTable()
-            for record in records:
-                table.number(record)
-            file = self._folder / f"batch_{self.total}.pt"
-            self._folder.mkdir(exist_ok=True)
-            torch.save({"error": str(error), "records": table.state_dict(), "arrays": arrays}, file)
-            kept = f"; what it was to learn from is in {file}"
+        try:
+            kept = self._keep(error, records, arrays)
+        except (OSError, RuntimeError) as problem:  # torch raises RuntimeError for a full disk
+            kept = f"; what it was to learn from could not be kept ({problem})"
         logger.error(f"update left out: {error}{kept}")
         if self._in_a_row[model] >= self._limit:
             raise UserError(f"{self._limit} updates in a row were left out (train.max_not_finite): {error}") from error
+
+    def _keep(self, error: NotFinite, records: Sequence[StepRecord], arrays: Plain) -> str:
+        files = (self._folder / f"batch_{n}.pt" for n in range(1, self.KEPT + 1))
+        file = next((file for file in files if not file.exists()), None)
+        if file is None:
+            return ""
+        table = RecordTable()
+        for record in records:
+            table.number(record)
+        self._folder.mkdir(exist_ok=True)
+        torch.save({"error": str(error), "records": table.state_dict(), "arrays": arrays}, file)
+        return f"; what it was to learn from is in {file}"
 
 
 def cut_files(folder: Path, sizes: dict[str, int]) -> None:
@@ -189,7 +214,9 @@ def cut_files(folder: Path, sizes: dict[str, int]) -> None:
         folder: the run's.
         sizes: bytes of each file; event files that are not among them were begun later.
     """
-    for path in [*folder.glob("*.jsonl"), *folder.glob("events.out.tfevents.*")]:
+    for path in [folder / "episodes.jsonl", folder / "evaluations.jsonl", *folder.glob("events.out.tfevents.*")]:
+        if not path.exists():
+            continue
         size = sizes.get(path.name, 0)
         if size == 0:
             path.unlink()
@@ -201,13 +228,33 @@ def cut_files(folder: Path, sizes: dict[str, int]) -> None:
 def claim(folder: Path) -> TextIO:
     """Keep other processes from writing into a run's folder, for as long as the file is open.
 
+    A file system that knows no locks keeps nobody out; this is logged.
+
     Raises:
-        UserError: another process has it.
+        UserError: another process has it, or the folder cannot be written to.
     """
-    file = (folder / ".lock").open("w", encoding="utf-8")
+    try:
+        file = (folder / ".lock").open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written to ({error})") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         file.close()
         raise UserError(f"{folder}: another process is running this run; end that one first") from error
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error}): see to it that no other process goes on with this run")
     return file
+
+
+def set_unsaved_aside(folder: Path) -> Path | None:
+    """Rename the folder of a run that ended before it saved anything, so that its name is free; None if there is none.
+
+    Raises:
+        UserError: the run is under way.
+    """
+    if not folder.is_dir() or saved_checkpoints(folder):
+        return None
+    claim(folder).close()
+    names = (folder.with_name(f"{folder.name}.unsaved{n}") for n in range(1, 1000))
+    return folder.rename(next(name for name in names if not name.exists()))

@@ -121,6 +121,11 @@ class Timeline:
         self._closed = []
         self._start = time.perf_counter()
 
+    @property
+    def has_trace(self) -> bool:
+        """Whether an iteration was kept."""
+        return bool(self._kept)
+
     def write_trace(self, path: Path) -> None:
         """Write the spans of the iterations that were kept as a trace for Perfetto or chrome://tracing."""
         spans = [span for closed in self._kept for span in closed]

@@ -10,19 +10,18 @@ import importlib.util
 import json
 import os
 import random
-import re
 import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 import torch
 from loguru import logger
 
 from priorzero.buffer import PriorZeroGameBuffer, SampledSegments
-from priorzero.checkpoint import Checkpoint, check_same
+from priorzero.checkpoint import RUN_NAME, Checkpoint, check_same, remove_leftovers, saved_checkpoints
 from priorzero.collector import Collected, Collector
 from priorzero.concurrency import OwnerThread, StopRequest
 from priorzero.config import differences, dump_settings
@@ -79,11 +78,17 @@ def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunS
     device = choose_device(settings.run.device)
     if settings.prior.enabled:
         settings.prior.engine = choose_engine(settings.prior.engine, device=device)
+    lock = None
     if checkpoint is None:
         folder = _new_run_folder(settings, games)
     else:
         check_same(checkpoint, settings, games=games)
         folder = checkpoint.run_folder
+        lock = claim(folder)
+        if saved_checkpoints(folder)[-1:] != [checkpoint.folder]:
+            lock.close()
+            raise UserError(f"{folder}: another process has gone on with this run meanwhile; type the command again")
+        remove_leftovers(folder)
         settings.run.output_dir, settings.run.exp_name = str(folder.parent), folder.name
     try:
         return asyncio.run(
@@ -102,6 +107,9 @@ def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunS
         raise UserError(
             f"{folder}: cannot be written to any more ({error}); put that right, then type --resume {folder}"
         ) from error
+    finally:
+        if lock is not None:
+            lock.close()
 
 
 def _check_games(settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
@@ -186,15 +194,14 @@ async def _train(
     counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0}
     phase, told, before = "collect", None, _fingerprints(policy)
     try:
-        _begin_files(settings, folder, again=checkpoint is not None)  # from here on there are files
-        lock = claim(folder)
+        lock = _begin_files(settings, folder, again=checkpoint is not None)  # from here on there are files
         logger.info(f"{names}, seed {run.seed}, on {device}; everything about this run is in {folder}")
         changed = [
             f"{group}.{key}={value}" for group, own in differences(settings).items() for key, value in own.items()
         ]
         logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
         if checkpoint is not None:
-            counters, phase, told, before = await _go_on(saver, checkpoint)
+            counters, phase, told, before = await _go_on(saver, agent.dropped, checkpoint)
             if counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step:
                 at = f"iteration {counters['iteration']} of run.max_iter={run.max_iter}"
                 step = f"env step {counters['env_step']} of run.max_env_step={run.max_env_step}"
@@ -210,6 +217,11 @@ async def _train(
     def finished() -> bool:
         return counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step
 
+    def store() -> None:
+        buffer.push(collected.segments)
+        counters["iteration"] += 1
+        counters["env_step"] = collector.env_steps
+
     try:
         if agent.engine is not None and policy.llm_version:
             await agent.engine.sync_weights(policy.llm_version)
@@ -221,20 +233,19 @@ async def _train(
                 if phase == "collect":
                     # ---- collect: the LLM proposes, UniZero searches, the games answer ----
                     complete = await collector.collect(settings.train.collect_env_steps, stop=lambda: stop.asked)
+                    if complete is not None:
+                        collected, phase = complete, "store"
                     if learning is not None:
                         await learning
                         learning = None
                     if complete is None:
                         break
-                    collected = complete
-                    buffer.push(collected.segments)
+                    store()
 
                     # ---- learn: both models from one sample, then the prior from the new parameters ----
                     phase = "learn"
                     if buffer.get_num_of_transitions() >= settings.train.batch_size:
                         learning = asyncio.create_task(_learn(agent, settings, counters, teller.writer))
-                    counters["iteration"] += 1
-                    counters["env_step"] = collector.env_steps
                 evaluates = finished() or counters["iteration"] % settings.eval.every == 0
                 saves = finished() or (run.checkpoint_every > 0 and counters["iteration"] % run.checkpoint_every == 0)
                 if phase == "learn":
@@ -246,7 +257,8 @@ async def _train(
                 phase = "evaluate" if evaluates else "collect"
                 if evaluates:
                     played = await stop.before(_evaluate(evaluators))
-                    if played is None:
+                    if played is None:  # a search may not have come to its end
+                        await agent.world_model_thread.run("search", lambda: None)
                         break
                     evaluations = teller.tell_evaluations(played, env_step=counters["env_step"])
                     phase = "collect"
@@ -261,12 +273,17 @@ async def _train(
         teller.progress.end()
     except (asyncio.CancelledError, GameWorkerError, EngineFailed, UserError, OSError) as error:
         await _stop_learning(agent, learning)  # it ends its step first
-        if phase == "learn" and not isinstance(error, OSError):  # the updates that are missing stay so
+        if isinstance(error, OSError) and phase in ("store", "learn"):  # cannot be told; the last checkpoint is left
+            raise
+        if phase == "store":
+            store()
+        if phase in ("store", "learn"):  # the updates that are missing stay so
             teller.tell(counters, collected, collector)
             phase = "collect"
-        if counters["train_iter"]:
+        if counters["env_step"] + collector.collected.env_steps:
             await saver.save(counters, phase=phase, told=teller.state_dict(before))
-            logger.warning(f"interrupted; what was learned so far is in {saver.last}")
+            if not saver.failure:
+                logger.warning(f"interrupted; what was learned so far is in {saver.last}")
         raise
     finally:
         await _stop_learning(agent, learning)
@@ -274,8 +291,9 @@ async def _train(
         if agent.engine is not None:
             await agent.engine.close()
         teller.writer.close()
-        lock.close()
-        if run.trace_iterations:
+        if lock is not None:
+            lock.close()
+        if run.trace_iterations and timeline.has_trace:
             timeline.write_trace(folder / "trace.json")
     if saver.failure:
         raise UserError(f"the run has ended, but {saver.failure}; the last checkpoint is {saver.last or 'none'}")
@@ -292,26 +310,31 @@ async def _train(
         "checkpoint": saver.last or "none (nothing was trained)",
         "charts": f"tensorboard --logdir {run.output_dir}",
     }
-    stopped = stop.asked and (phase == "evaluate" or not finished())
+    cut = run.max_env_step == 0 and not evaluations
+    stopped = stop.asked and (phase == "evaluate" or not finished() or cut)
     logger.info(f"{'stopped' if stopped else 'done'}:\n" + table(rows))
     if stopped and saver.last is not None:
         logger.info(f"to go on: python -m priorzero.entry --resume {folder}")
     return RunSummary(folder, rows, dict(teller.writer.last), evaluations, stopped)
 
 
-async def _go_on(saver: Saver, checkpoint: Checkpoint) -> tuple[dict[str, int], str, Plain, Any]:
+async def _go_on(
+    saver: Saver, dropped: DroppedUpdates, checkpoint: Checkpoint
+) -> tuple[dict[str, int], str, Plain, Any]:
     """Restore a run: its counters, what comes next, what was told, and what its models were to begin with."""
     for note in checkpoint.notes:
         logger.warning(note)
     state = await saver.restore(checkpoint)
     told = state["told"]
+    dropped.load_state_dict(told["dropped"])
     cut_files(saver.run_folder, told["sizes"])
     counted = ", ".join(f"{name} {count}" for name, count in state["counters"].items())
     logger.info(f"goes on from {checkpoint.folder.name}: {counted}")
     return state["counters"], state["phase"], told, told["before"]
 
 
-def _begin_files(settings: Any, folder: Path, *, again: bool) -> None:
+def _begin_files(settings: Any, folder: Path, *, again: bool) -> TextIO | None:
+    """Returns the lock of a new run; one that goes on has been locked."""
     try:
         (folder / "log").mkdir(parents=True, exist_ok=again)
         (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
@@ -319,6 +342,7 @@ def _begin_files(settings: Any, folder: Path, *, again: bool) -> None:
         where = settings.run.output_dir
         raise UserError(f"run.output_dir={where}: cannot be written ({error}); give another folder") from error
     open_logs(folder / "log")
+    return None if again else claim(folder)
 
 
 def _seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
@@ -459,10 +483,9 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
     batch: list[Any] = []
     for _ in range(settings.train.update_per_collect):
         batch, metrics = await agent.world_model_thread.run(
-            "world-model update", _update_world_model, agent, settings.train.batch_size, counters["train_iter"]
+            "world-model update", _update_world_model, agent, settings.train.batch_size, counters
         )
         learned.update(metrics)
-        counters["train_iter"] += bool(metrics)
 
     if llm_has_its_turn:
         assert agent.prior is not None
@@ -486,15 +509,16 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
     writer.write(learned, step=counters["train_iter"])
 
 
-def _update_world_model(agent: _Agent, batch_size: int, train_iter: int) -> tuple[list[Any], dict[str, float]]:
+def _update_world_model(agent: _Agent, batch_size: int, counters: dict[str, int]) -> tuple[list[Any], dict[str, float]]:
     if not agent.policy.features_are_fitted:
         agent.policy.fit_features(agent.buffer.features())
     batch = agent.buffer.sample(batch_size, agent.policy)
     try:
-        metrics = agent.policy.learn_world_model(batch, train_iter=train_iter)
+        metrics = agent.policy.learn_world_model(batch, train_iter=counters["train_iter"])
     except NotFinite as error:
         agent.dropped.dropped("world model", error, records=batch[2].records(), arrays=plain_batch(batch))
         return batch, {}
+    counters["train_iter"] += 1
     agent.dropped.applied("world model")
     agent.buffer.update_priority(batch, metrics.pop("priorities"))
     return batch, metrics
@@ -525,7 +549,7 @@ def _new_run_folder(settings: Any, games: Sequence[GameSpec]) -> Path:
     """The run's folder, not made yet. A name that was given must be new; a made-up one is."""
     root, name = Path(settings.run.output_dir), settings.run.exp_name
     if name:
-        if not re.fullmatch(r"[\w][\w.+-]{0,99}", name):
+        if not RUN_NAME.fullmatch(name):
             raise UserError(
                 f"run.exp_name={name!r}: use at most 100 letters, digits and . _ + -, for example zork1_try2"
             )
@@ -642,12 +666,13 @@ class _Teller:
 
     def state_dict(self, before: Any) -> Plain:
         """What was told so far; ``before``: the models' fingerprints when the run began."""
-        lines = {path.name: path.stat().st_size for path in self.folder.glob("*.jsonl")}
+        lines = {path.name: path.stat().st_size for path in self.folder.glob("e*.jsonl") if _synced(path)}
         return {
             "last": dict(self.writer.last),
             "seconds": self.seconds,
             "sizes": {**lines, **self.writer.sizes()},
             "before": before,
+            "dropped": self.agent.dropped.state_dict(),
         }
 
     def tell(self, counters: dict[str, int], collected: Collected, collector: Collector) -> None:
@@ -707,6 +732,13 @@ class _Teller:
         seconds = round(self.seconds, 1)
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
+
+
+def _synced(path: Path) -> bool:
+    """True once the file is on the disk as far as it was written."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    return True
 
 
 def _log_segments(collected: Collected, iteration: int) -> None:

@@ -22,6 +22,14 @@ from priorzero.policy import PriorZeroPolicy
 
 ENGINE_FAULTS = ("engine raises", "engine is late", "engine answers garbage", "engine answers too little")
 
+RATES = {
+    "game killed": 0.02,
+    **dict.fromkeys(ENGINE_FAULTS, 0.03),
+    "batch poisoned": 0.03,
+    "LLM sample poisoned": 0.05,
+    "disk full": 0.3,
+}
+
 
 class FaultPlan:
     """Which faults happen, drawn from one seed.
@@ -50,7 +58,7 @@ class FaultPlan:
     def at_work(self, monkeypatch) -> Iterator[FaultPlan]:
         """Until the end of the block, the package's own classes fail as planned."""
         step, priors = GameWorker.step, TransformersEngine.priors
-        learn_world_model, llm_step = PriorZeroPolicy.learn_world_model, LLMLearner._step
+        learn_world_model, llm_step = PriorZeroPolicy.learn_world_model, LLMLearner._gradient
         save = priorzero.saving.save_checkpoint
 
         async def step_or_die(worker, action):
@@ -92,6 +100,6 @@ class FaultPlan:
             patch.setattr(GameWorker, "step", step_or_die)
             patch.setattr(TransformersEngine, "priors", priors_or_not)
             patch.setattr(PriorZeroPolicy, "learn_world_model", learn_or_not)
-            patch.setattr(LLMLearner, "_step", llm_step_or_not)
+            patch.setattr(LLMLearner, "_gradient", llm_step_or_not)
             patch.setattr(priorzero.saving, "save_checkpoint", save_or_not)
             yield self

@@ -5,21 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import make_settings, make_tiny_llm
-from faults import ENGINE_FAULTS, FaultPlan
+from faults import RATES, FaultPlan
 from test_resume import lines
 from test_train import read_events
 
 from priorzero.checkpoint import newest_checkpoint
 from priorzero.train import run_training
 from priorzero.types import UserError
-
-RATES = {
-    "game killed": 0.02,
-    **dict.fromkeys(ENGINE_FAULTS, 0.03),
-    "batch poisoned": 0.03,
-    "LLM sample poisoned": 0.05,
-    "disk full": 0.3,
-}
 
 
 def settings_for(folder, llm, **run):

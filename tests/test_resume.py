@@ -5,22 +5,31 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import make_settings
+from conftest import make_settings, make_tiny_llm
+from faults import RATES, FaultPlan
 from hypothesis import given
 from hypothesis import strategies as st
 from test_train import read_events
 
-from priorzero.checkpoint import find_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint, saved_checkpoints
+from priorzero.checkpoint import (
+    find_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    remove_leftovers,
+    remove_old_checkpoints,
+    save_checkpoint,
+    saved_checkpoints,
+)
 from priorzero.concurrency import StopRequest
 from priorzero.demo import demo_record
 from priorzero.entry import main
@@ -195,7 +204,7 @@ def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path, capfd):
     said = capfd.readouterr().err
     assert f"{newest} is damaged (training.pt is not what was written)" in said
     assert f"goes on from {before.name}" in said
-    assert newest.with_name(f"damaged_{newest.name}").is_dir()
+    assert newest.with_name(f"damaged_1_{newest.name}").is_dir()
     assert [path.name for path in saved_checkpoints(folder)][-1] == "iteration_6"
 
 
@@ -353,11 +362,17 @@ def test_exploration_comes_back(tmp_path):
 
 
 def test_files_are_cut_to_what_the_checkpoint_knew(tmp_path):
-    for name in ("episodes.jsonl", "evaluations.jsonl", "events.out.tfevents.1.a", "events.out.tfevents.2.a", "notes"):
+    for name in (
+        "episodes.jsonl",
+        "evaluations.jsonl",
+        "events.out.tfevents.1.a",
+        "events.out.tfevents.2.a",
+        "notes.jsonl",
+    ):
         (tmp_path / name).write_text("12345")
     cut_files(tmp_path, {"episodes.jsonl": 3, "events.out.tfevents.1.a": 5, "gone.jsonl": 4})
     left = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert left == {"episodes.jsonl": "123", "events.out.tfevents.1.a": "12345", "notes": "12345"}
+    assert left == {"episodes.jsonl": "123", "events.out.tfevents.1.a": "12345", "notes.jsonl": "12345"}
 
 
 def test_one_process_a_run(tmp_path):
@@ -392,7 +407,131 @@ def test_work_ends_when_the_wish_comes():
     asyncio.run(check())
 
 
-def test_the_lists_of_a_run_stay_in_the_run(tmp_path):
-    """An experiment's name cannot lead out of its folder."""
+def test_the_name_of_a_run_cannot_lead_out_of_its_folder(tmp_path):
+    write_checkpoint(tmp_path / "secret" / "checkpoints" / "iteration_1")
+    (tmp_path / "data").mkdir()
     assert find_checkpoint("auto", output_dir=str(tmp_path / "data"), exp_name="../secret", wanted={}) is None
-    assert not Path(tmp_path / "data").exists()
+
+
+def test_a_checkpoint_that_is_damaged_twice(tmp_path):
+    for _ in range(2):
+        for n in (2, 4):
+            folder = tmp_path / "checkpoints" / f"iteration_{n}"
+            if not folder.exists():
+                write_checkpoint(folder)
+        (folder / "training.pt").write_text("?")
+        checkpoint = newest_checkpoint(tmp_path)
+        assert checkpoint.folder.name == "iteration_2" and "iteration_4 is damaged" in checkpoint.notes[0]
+    names = sorted(path.name for path in folder.parent.iterdir())
+    assert names == ["damaged_1_iteration_4", "damaged_2_iteration_4", "iteration_2"]
+
+
+def test_a_damaged_configuration_does_not_hide_a_run(tmp_path):
+    for n in (2, 4):
+        folder = write_checkpoint(tmp_path / "a" / "checkpoints" / f"iteration_{n}")
+    (folder / "config.yaml").write_text("run: [")
+    found = find_checkpoint("auto", output_dir=str(tmp_path), exp_name="", wanted={"seed": 3})
+    assert found.folder.name == "iteration_2"
+
+
+def test_the_last_checkpoints_are_kept_and_what_was_left_half_done_is_removed(tmp_path):
+    for n in (1, 2, 10, 20):
+        write_checkpoint(tmp_path / "checkpoints" / f"iteration_{n}")
+    (tmp_path / "checkpoints" / ".iteration_30-x").mkdir()
+    remove_old_checkpoints(tmp_path, keep=0)
+    assert len(saved_checkpoints(tmp_path)) == 4
+    remove_old_checkpoints(tmp_path, keep=2)
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["iteration_10", "iteration_20"]
+    remove_old_checkpoints(tmp_path, keep=5)
+    assert len(saved_checkpoints(tmp_path)) == 2
+
+
+def test_a_disk_that_is_really_full_is_an_os_error(tmp_path, smollm2):
+    """The parameters' writer has errors of its own."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
+        with pytest.raises(OSError, match=r"(?i)too large|serializing"):
+            make_tiny_llm(smollm2.tokenizer).save(tmp_path / "llm")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@pytest.mark.slow
+def test_a_run_that_ended_before_it_saved_makes_room_for_a_new_one(tmp_path, capfd):
+    """The command that a batch system starts again and again."""
+    left = tmp_path / "job"
+    left.mkdir()
+    (left / "episodes.jsonl").write_text("{}")
+    command = [
+        "--quick_test",
+        "--max_iter",
+        "2",
+        "--resume",
+        "--exp_name",
+        "job",
+        "--set",
+        f"run.output_dir={tmp_path}",
+    ]
+    for assignment in ("prior.enabled=false", "eval.modes=world_model", "eval.every=2"):
+        command += ["--set", assignment]
+    assert main(command) == 0
+    assert (tmp_path / "job.unsaved1" / "episodes.jsonl").read_text() == "{}"
+    said = capfd.readouterr().err
+    assert "a new run begins" in said and "job.unsaved1" in said
+    # Once it has saved, the same command goes on; what its flags leave open is the run's own.
+    folder, assignments = str(left), ["--set", "llm.micro_batch_size=4", "--set", "train.learning_rate=3e-4"]
+    assert main([*command[:2], "4", *command[3:]]) == 0
+    assert "goes on from iteration_2" in capfd.readouterr().err
+    assert main(["--resume", folder, "--max_iter", "5", "--set", "prior.enabled=false", *assignments]) == 0
+    assert "goes on from iteration_4" in capfd.readouterr().err
+    state = torch.load(left / "checkpoints" / "iteration_5" / "training.pt", weights_only=True)
+    assert {group["lr"] for group in state["policy"]["optimizer"]["param_groups"]} == {3e-4}
+    assert main(["--resume", folder, "--set", "run.max_env_step=0"]) == 2
+    assert "evaluates and trains nothing" in capfd.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_evaluation_that_was_cut_is_made_later_and_once(tmp_path, monkeypatch):
+    """A stop during the last evaluation; then the run goes on with just that."""
+
+    async def cut(self, work):
+        work.close()
+        self._event.set()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "before", cut)
+        first = train(tmp_path, PLAIN, {"run": {"max_iter": 3}})
+    assert (
+        first.stopped and read_checkpoint(first.folder / "checkpoints" / "iteration_3").manifest["phase"] == "evaluate"
+    )
+    assert not (first.folder / "evaluations.jsonl").exists()
+    for _ in range(2):  # the second time there is nothing left to do
+        second = train(tmp_path, PLAIN, {"run": {"max_iter": 3}}, checkpoint=newest_checkpoint(first.folder))
+        assert not second.stopped and len(lines(first.folder, "evaluations.jsonl")) == 1
+        assert newest_checkpoint(first.folder).manifest["phase"] == "collect"
+
+
+@pytest.mark.slow
+def test_an_error_beside_collection_loses_nothing_of_it(tmp_path):
+    """With overlap the world model learns while games are played; what these bring is stored whatever becomes of it."""
+    plan = FaultPlan(0, {**dict.fromkeys(RATES, 0.0), "batch poisoned": 1.0}, delay_s=0.0)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        plan.at_work(patch),
+        pytest.raises(UserError, match="3 updates in a row"),
+    ):
+        train(tmp_path, PLAIN, {"train": {"overlap": "always"}, "run": {"checkpoint_every": 0}})
+    checkpoint = newest_checkpoint(tmp_path / "run")
+    state = torch.load(checkpoint.folder / "training.pt", weights_only=True)
+    collector, buffer = state["collector"], state["buffer"]
+    begun = sum(len(segment["records"]) for segment in collector["collected"]["segments"])
+    stored = sum(len(segment["records"]) for segment in buffer["segments"]) + buffer["num_evicted"]
+    steps = collector["env_steps"] + collector["collected"]["env_steps"]
+    assert steps == stored + begun + sum(map(len, collector["pending"])) > 0
+    assert state["counters"]["env_step"] == collector["env_steps"]
+    begun_episodes = len(collector["collected"]["episodes"])
+    assert len(lines(tmp_path / "run", "episodes.jsonl")) == collector["num_episodes"] - begun_episodes

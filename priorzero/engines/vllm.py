@@ -29,6 +29,7 @@ from priorzero.completions import PromptRow
 from priorzero.concurrency import gather_or_cancel
 from priorzero.engines.answers import AnswerMemory, PriorMaker
 from priorzero.engines.vllm_worker import OWNER_VARIABLE, WorkerExtension
+from priorzero.models import save_parameters
 from priorzero.types import ActionPrior, EngineFailed, PriorRequest, PromptTooLong
 
 # Mean absolute difference, in nats, that is allowed between the log-probability of a token in vLLM and in the training
@@ -552,7 +553,7 @@ class VLLMEngine:
             state = {
                 name: casts.setdefault(p.data_ptr(), p.to(self._dtype)) for name, p in llm.model.state_dict().items()
             }
-        llm.model.save_pretrained(folder, **({} if state is None else {"state_dict": state}))
+        save_parameters(llm.model, folder, **({} if state is None else {"state_dict": state}))
         return _Published(version, folder, reference)
 
     def _parity_row(self) -> PromptRow:
