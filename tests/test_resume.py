@@ -524,7 +524,11 @@ def test_an_error_beside_collection_loses_nothing_of_it(tmp_path):
         plan.at_work(patch),
         pytest.raises(UserError, match="3 updates in a row"),
     ):
-        train(tmp_path, PLAIN, {"train": {"overlap": "always"}, "run": {"checkpoint_every": 0}})
+        overlap = {
+            "overlap": "always",
+            "update_per_collect": 3,
+        }  # all three in one iteration, beside the next one's games
+        train(tmp_path, PLAIN, {"train": overlap, "run": {"checkpoint_every": 0}, "eval": {"every": 100}})
     checkpoint = newest_checkpoint(tmp_path / "run")
     state = torch.load(checkpoint.folder / "training.pt", weights_only=True)
     collector, buffer = state["collector"], state["buffer"]
