@@ -275,7 +275,9 @@ def draw(rows: Sequence[Row], target: Path, *, by: int, bins: int) -> None:
     low, high = figure.axes[0].get_ylim()  # of all panels, so only now
     figure.axes[0].set_ylim(min(0.0, low), high)
     figure.supylabel("return, share of the maximum", fontsize=10)
-    figure.legend(names.values(), names.keys(), loc="outside lower center", ncols=min(2 * columns, len(names)), frameon=False)
+    figure.legend(
+        names.values(), names.keys(), loc="outside lower center", ncols=min(2 * columns, len(names)), frameon=False
+    )
     # Without a date and with fixed names inside, equal results give an equal file.
     fixed = {"metadata": {"Date": None}} if target.suffix == ".svg" else {"dpi": 150}
     with rc_context({"svg.hashsalt": "priorzero", "svg.fonttype": "none"}):
