@@ -214,7 +214,7 @@ def key_of(line: Mapping[str, Any]) -> tuple[Any, ...]:
 async def run_process(command: Sequence[str], log: Path) -> int:
     """Run a command to its end, all that it prints going to ``log``; return its exit code.
 
-    When this is cancelled, the command is interrupted once, as by Ctrl-C, and ended by force after ``STOP_S`` seconds.
+    When this is cancelled, the command is asked to end (SIGTERM), and ended by force after ``STOP_S`` seconds.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     with log.open("wb") as file:
@@ -230,7 +230,7 @@ async def run_process(command: Sequence[str], log: Path) -> int:
             return await process.wait()
         except asyncio.CancelledError:
             if process.returncode is None:
-                process.send_signal(signal.SIGINT)
+                process.send_signal(signal.SIGTERM)  # not SIGINT, which whatever a shell starts with & ignores
                 try:
                     await asyncio.wait_for(process.wait(), STOP_S)
                 except TimeoutError:

@@ -201,10 +201,11 @@ def test_what_cannot_be_run_is_said_first(runs, call, capsys, flags, said):
 
 
 def test_a_process_that_is_cancelled_is_ended(tmp_path):
-    # Notes the first interrupt, and would sleep for long without it.
+    # Notes the wish to end, and would sleep for long without it.
     script = (
-        "import sys, time\nprint('up', flush=True)\n"
-        "try:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('interrupted', flush=True)"
+        "import signal, sys, time\n"
+        "signal.signal(signal.SIGTERM, lambda *_: (print('interrupted', flush=True), sys.exit()))\n"
+        "print('up', flush=True)\ntime.sleep(60)"
     )
     log = tmp_path / "log"
 

@@ -107,18 +107,21 @@ def equal_runs(one, other, *, at):
 @pytest.mark.slow
 @pytest.mark.parametrize("with_llm", [False, True])
 def test_a_run_that_goes_on_is_the_run_that_never_stopped(tmp_path, with_llm):
-    """3 iterations, then 3 more in a fresh state, against 6 at once: the same to the last bit."""
+    """n iterations, then n more in a fresh state, against 2n at once: the same to the last bit."""
+    n = 2 if with_llm else 3
     layers = [] if with_llm else [PLAIN]
-    layers.append({"eval": {"modes": ["world_model"]}})
+    layers.append({"eval": {"modes": ["world_model"], "every": n}})
+    layers.append({"run": {"max_iter": 2 * n, "checkpoint_every": n}, "llm": {"update_every": 1}})
     whole = train(tmp_path / "whole", *layers)
-    first = train(tmp_path / "parts", *layers, {"run": {"max_iter": 3}})
+    first = train(tmp_path / "parts", *layers, {"run": {"max_iter": n}})
     # Between the two everything that is global is disturbed.
     np.random.seed(5)
     torch.manual_seed(5)
     second = train(tmp_path / "parts", *layers, checkpoint=newest_checkpoint(first.folder))
-    assert second.folder == first.folder and second.rows["iterations"] == whole.rows["iterations"] == 6
-    assert second.rows["environment steps"] == whole.rows["environment steps"] >= 60
-    equal_runs(whole.folder, second.folder, at="iteration_6")
+    assert second.folder == first.folder and second.rows["iterations"] == whole.rows["iterations"] == 2 * n
+    assert second.rows["environment steps"] == whole.rows["environment steps"] >= 20 * n
+    assert not with_llm or whole.rows["LLM updates"] > first.rows["LLM updates"] > 0
+    equal_runs(whole.folder, second.folder, at=f"iteration_{2 * n}")
     assert whole.metrics.keys() == second.metrics.keys() and not whole.stopped
 
 
