@@ -177,7 +177,8 @@ def test_a_signal_ends_a_run_which_goes_on_later(tmp_path, number, capfd):
 @pytest.mark.slow
 def test_a_second_signal_ends_a_run_at_once(tmp_path):
     # Thousands of updates an iteration: the step would take minutes to finish.
-    with start(tmp_path, "train.update_per_collect=5000") as process:
+    short = ("env.max_episode_steps=5", "train.batch_size=4", "replay.segment_length=5")  # it learns from the beginning
+    with start(tmp_path, "train.update_per_collect=5000", *short) as process:
         read_until(process, "settings that differ")
         time.sleep(15)
         process.send_signal(signal.SIGTERM)
