@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -104,37 +103,22 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
         history = [step for step in history if step.reward > 0]
     elif style.history == "direct":
         history = without_loops(history, now=state)
-    special = tokenizer.all_special_tokens
-    state = _plain_state(state, special)
-    shown = [_plain_step(step, special) for step in history[first_shown(len(history), style.history_length) :]]
+    shown = history[first_shown(len(history), style.history_length) :]
     chunk = _chunk(style.history_length)
     for dropped in [*range(0, len(shown), chunk), len(shown)]:
-        messages = build_messages(state, shown[dropped:], style=style)
+        # Not before the texts are put together: leaving the goal out of one could make a token of its two halves.
+        messages = [
+            {**message, "content": without_special_tokens(message["content"], tokenizer.all_special_tokens)}
+            for message in build_messages(state, shown[dropped:], style=style)
+        ]
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         if style.layout == "walkthrough":
-            text += "".join(f"{step.action}\n" for step in shown[dropped:])
+            commands = "".join(f"{step.action}\n" for step in shown[dropped:])
+            text += without_special_tokens(commands, tokenizer.all_special_tokens)
         length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
         if length <= style.max_tokens:
             return Prompt(text, dropped_history=dropped)
     return Prompt(text, dropped_history=len(shown), over_length=True)
-
-
-def _plain_state(state: GameState, special: Sequence[str]) -> GameState:
-    texts = (state.feedback, state.look, state.inventory, state.goal, *state.valid_actions)
-    plain = [without_special_tokens(text, special) for text in texts]
-    if tuple(plain) == texts:  # as nearly always
-        return state
-    feedback, look, inventory, goal, *actions = plain
-    return dataclasses.replace(
-        state, feedback=feedback, look=look, inventory=inventory, goal=goal, valid_actions=tuple(actions)
-    )
-
-
-def _plain_step(step: HistoryStep, special: Sequence[str]) -> HistoryStep:
-    feedback, action = (without_special_tokens(text, special) for text in (step.feedback, step.action))
-    if (feedback, action) == (step.feedback, step.action):
-        return step
-    return dataclasses.replace(step, feedback=feedback, action=action)
 
 
 def without_loops(history: Sequence[HistoryStep], *, now: GameState) -> list[HistoryStep]:
@@ -222,7 +206,7 @@ def _past(step: HistoryStep, *, goal: str, chars: int) -> str:
 
 def _without_goal(text: str, goal: str) -> str:
     """The text without the goal, which the prompt states once, at its top."""
-    return text.replace(goal, "").strip() if goal else text
+    return text.replace(goal, "").strip() if goal.strip() else text
 
 
 def _clip(text: str, chars: int) -> str:
