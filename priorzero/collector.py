@@ -237,7 +237,10 @@ class Collector:
                     self._fail_to_begin(e, again)
                     return
         self._vain_begins[e] = 0
-        self._lanes[e] = self._new_lane(e, state)
+        lane = self._new_lane(e, state)
+        share = self._player.settings.search.explore_share
+        lane.leave_after = self.memory.draw_leave(self._rngs[e], share=share)
+        self._lanes[e] = lane
 
     def _given_up(self, e: int) -> bool:
         return self._vain_begins[e] >= GIVE_UP_AFTER

@@ -128,6 +128,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "while collecting, follow commands that led to more points from this room with this score: they do not "
             "count as tried, and where one is known there is no noise and half the temperature",
         ),
+        "explore_share": Option(
+            0.0,
+            "return_first: share of the training episodes that leave the known way at a point drawn from it, and "
+            "explore from there on",
+            between(0, 1),
+        ),
         "pb_c_base": Option(19652, "PUCT constant", at_least(1)),
         "pb_c_init": Option(1.25, "PUCT constant", above(0)),
         "discount_factor": Option(0.97, "discount of rewards a step", between(0, 1)),

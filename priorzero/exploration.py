@@ -30,6 +30,7 @@ class CommandMemory:
         self._return_first = return_first
         self._times: Counter[tuple[str, float, str]] = Counter()
         self._leading: set[tuple[str, float, str]] = set()
+        self._farthest = 0  # commands of an episode after which points were earned, at most
 
     def __len__(self) -> int:
         """Different commands in different standings."""
@@ -40,12 +41,17 @@ class CommandMemory:
         """Those that led on."""
         return len(self._leading)
 
-    def state_dict(self) -> dict[str, list[Any]]:
-        return {"times": [(*key, times) for key, times in self._times.items()], "leading": sorted(self._leading)}
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "times": [(*key, times) for key, times in self._times.items()],
+            "leading": sorted(self._leading),
+            "farthest": self._farthest,
+        }
 
-    def load_state_dict(self, state: dict[str, list[Any]]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
         self._leading = {(place, score, command) for place, score, command in state["leading"]}
+        self._farthest = state["farthest"]
 
     def add(self, standing: Standing, command: str) -> int:
         """Count a command; returns how often it was given in this standing by now."""
@@ -61,6 +67,7 @@ class CommandMemory:
         """
         if not self._return_first:
             return
+        self._farthest = max(self._farthest, len(history))
         *before, last = without_loops(history, now=now)
         self._leading.add((*last.standing, last.action))
         for step in reversed(before):
@@ -68,10 +75,25 @@ class CommandMemory:
                 break
             self._leading.add((*step.standing, step.action))
 
-    def tries(self, standing: Standing, commands: Sequence[str]) -> np.ndarray:
-        """How often each command was given in this standing, in vain: ``[K]``, 0 for those that led on."""
+    def draw_leave(self, rng: np.random.Generator, *, share: float) -> int | None:
+        """When an episode that begins now leaves the known way.
+
+        Args:
+            rng: draws.
+            share: of the episodes leave it, after a number of commands drawn uniformly from those to the farthest
+                points that were ever earned.
+
+        Returns:
+            That number; None: it follows the known way to its end.
+        """
+        if share == 0.0 or rng.random() >= share:
+            return None
+        return int(rng.integers(self._farthest + 1))
+
+    def tries(self, standing: Standing, commands: Sequence[str], *, in_vain: bool) -> np.ndarray:
+        """How often each command was given in this standing, ``[K]``; ``in_vain``: 0 for those that led on."""
         keys = [(*standing, command) for command in commands]
-        return np.array([0 if key in self._leading else self._times[key] for key in keys])
+        return np.array([0 if in_vain and key in self._leading else self._times[key] for key in keys])
 
     def knows_the_way(self, standing: Standing, commands: Sequence[str]) -> bool:
         """Whether one of these commands led on from this standing."""

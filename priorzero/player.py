@@ -38,6 +38,7 @@ class Lane:
         actions: indices of the actions between them.
         history: all earlier decisions of the episode.
         memory: of the commands given in the run; exploration looks at it.
+        leave_after: commands of this episode after which exploration no longer follows known ways; None: never.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 
@@ -47,7 +48,17 @@ class Lane:
     rng: np.random.Generator
     history: list[HistoryStep] = field(default_factory=list)
     memory: CommandMemory = field(default_factory=CommandMemory)
+    leave_after: int | None = None
     total_reward: float = 0.0
+
+    def knows_the_way(self, state: GameState) -> bool:
+        """Whether exploration follows known ways here, and one of the valid actions is on one."""
+        return self.follows and self.memory.knows_the_way(state.standing, state.valid_actions)
+
+    @property
+    def follows(self) -> bool:
+        """Whether exploration still follows known ways in this episode."""
+        return self.leave_after is None or len(self.history) < self.leave_after
 
     def state_dict(self) -> Plain:
         """All but ``rng`` and ``memory``, which outlive the lane."""
@@ -56,6 +67,7 @@ class Lane:
             "features": [torch.from_numpy(features.copy()) for features in self.features],
             "actions": list(self.actions),
             "history": [dataclasses.astuple(step) for step in self.history],
+            "leave_after": self.leave_after,
             "total_reward": self.total_reward,
         }
 
@@ -66,6 +78,7 @@ class Lane:
         self.features.extend(features.numpy() for features in state["features"])
         self.actions.extend(state["actions"])
         self.history = [HistoryStep(*step) for step in state["history"]]
+        self.leave_after = state["leave_after"]
         self.total_reward = state["total_reward"]
 
     def advance(
@@ -205,8 +218,8 @@ class Player:
     ) -> Root:
         tries, noise, seed = None, None, 0
         if explore:
-            tries = lane.memory.tries(state.standing, state.valid_actions)
-            if not lane.memory.knows_the_way(state.standing, state.valid_actions):
+            tries = lane.memory.tries(state.standing, state.valid_actions, in_vain=lane.follows)
+            if not lane.knows_the_way(state):
                 noise = lane.rng.dirichlet(np.full(len(indices), self.settings.search.root_dirichlet_alpha))
             seed = int(lane.rng.integers(2**31))
         return Root(
@@ -230,7 +243,7 @@ class Player:
             return int(result.visit_counts.argmax())
         shares = result.visit_counts / result.visit_counts.max()  # at most one: a small temperature cannot overflow
         temperature = self.settings.search.temperature
-        if lane.memory.knows_the_way(state.standing, state.valid_actions):
+        if lane.knows_the_way(state):
             temperature *= KNOWN_WAY_TEMPERATURE
         weights = shares ** (1.0 / temperature)
         return int(lane.rng.choice(len(weights), p=weights / weights.sum()))

@@ -445,7 +445,7 @@ def test_exploration_knows_how_often_a_command_was_given():
     lane = collector._lanes[0]
     state, prior = lane.state, None
     root = collector._player._root(lane, state, np.arange(len(state.valid_actions)), prior, explore=True)
-    assert root.tries.tolist() == collector.memory.tries(state.standing, state.valid_actions).tolist()
+    assert root.tries.tolist() == collector.memory.tries(state.standing, state.valid_actions, in_vain=True).tolist()
     assert root.tries.sum() > 0 and root.noise is not None
     assert collector._player._root(lane, state, np.arange(len(state.valid_actions)), prior, explore=False).tries is None
 

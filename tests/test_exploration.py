@@ -37,9 +37,10 @@ def remembered(history, *, now, return_first=True):
 def test_the_direct_way_from_the_last_points_leads_on():
     memory = remembered(KITCHEN, now=at("b1", 2.0))
     assert memory.num_leading == 2
-    assert memory.tries(("a", 1.0), ("take", "drop", "go", "wait")).tolist() == [1, 1, 0, 0]
-    assert memory.tries(("b", 1.0), ("put", "go")).tolist() == [0, 0]
-    assert memory.tries(("a", 0.0), ("open",)).tolist() == [1]  # it earned the points before: noted then, not now
+    assert memory.tries(("a", 1.0), ("take", "drop", "go", "wait"), in_vain=True).tolist() == [1, 1, 0, 0]
+    assert memory.tries(("b", 1.0), ("put", "go"), in_vain=True).tolist() == [0, 0]
+    # It earned the points before: that was noted then, not now.
+    assert memory.tries(("a", 0.0), ("open",), in_vain=True).tolist() == [1]
     assert memory.knows_the_way(("a", 1.0), ("go", "wait")) and memory.knows_the_way(("b", 1.0), ("put",))
     assert not memory.knows_the_way(("a", 1.0), ("take", "drop"))  # the way is known, but cannot be taken
     assert not memory.knows_the_way(("a", 0.0), ("open",))
@@ -49,7 +50,7 @@ def test_the_direct_way_from_the_last_points_leads_on():
 def test_counts_go_on_where_a_command_led_on():
     memory = remembered(KITCHEN, now=at("b1", 2.0))
     assert memory.add(("a", 1.0), "go") == 2
-    assert memory.tries(("a", 1.0), ("go",)).tolist() == [0]
+    assert memory.tries(("a", 1.0), ("go",), in_vain=True).tolist() == [0]
 
 
 def test_points_lost_on_the_way_do_not_end_it():
@@ -61,7 +62,7 @@ def test_points_lost_on_the_way_do_not_end_it():
 def test_without_return_first_commands_are_only_counted():
     memory = remembered(KITCHEN, now=at("b1", 2.0), return_first=False)
     assert memory.num_leading == 0 and not memory.knows_the_way(("b", 1.0), ("put",))
-    assert memory.tries(("b", 1.0), ("put",)).tolist() == [1]
+    assert memory.tries(("b", 1.0), ("put",), in_vain=True).tolist() == [1]
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -94,3 +95,40 @@ def test_a_collector_remembers_what_earned_points():
     plain, _, _ = build(num_games=2)
     collect(plain, 40)
     assert plain.memory.num_leading == 0
+
+
+def test_some_episodes_leave_the_known_way_anywhere_on_it():
+    memory, rng = remembered(KITCHEN, now=at("b1", 2.0)), np.random.default_rng(0)
+    assert [memory.draw_leave(rng, share=0.0) for _ in range(9)] == [None] * 9
+    drawn = [memory.draw_leave(rng, share=0.25) for _ in range(4000)]
+    left = [n for n in drawn if n is not None]
+    assert len(left) / len(drawn) == pytest.approx(0.25, abs=0.03)
+    assert set(left) == set(range(len(KITCHEN) + 1))  # before the first command, ..., after the last that earned points
+    assert np.mean(left) == pytest.approx(len(KITCHEN) / 2, abs=0.3)
+    again = CommandMemory(return_first=True)
+    again.load_state_dict(memory.state_dict())
+    twice = [m.draw_leave(np.random.default_rng(1), share=1.0) for m in (memory, again)]
+    assert twice[0] == twice[1]
+
+
+def test_exploration_goes_on_where_the_known_way_is_left():
+    collector, _, _ = build(num_games=1, search={"return_first": True})
+    collect(collector, 4)
+    lane = collector._lanes[0]
+    lane.memory = CommandMemory(return_first=True)
+    state = lane.state
+    known = state.valid_actions[0]
+    lane.memory.add(state.standing, known)
+    lane.memory.earned([HistoryStep("", known, 1.0, ("x",), state.standing)], now=state)
+    player, indices = collector._player, np.arange(len(state.valid_actions))
+    for leave_after, follows in [(None, True), (len(lane.history) + 1, True), (len(lane.history), False), (0, False)]:
+        lane.leave_after = leave_after
+        root = player._root(lane, state, indices, None, explore=True)
+        assert (root.noise is None) == follows and root.tries[0] == (0 if follows else 1)
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_collector_draws_where_each_episode_leaves(share):
+    collector, _, _ = build(num_games=2, search={"return_first": True, "explore_share": share})
+    collect(collector, 30)
+    assert all((lane.leave_after is None) == (share == 0.0) for lane in collector._lanes if lane is not None)
