@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import functools
 import os
+import shutil
 import signal
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from typing import Any, ParamSpec, TypeVar
+from contextlib import asynccontextmanager, contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
+import psutil
 from loguru import logger
 
 from priorzero.timeline import Timeline
@@ -76,10 +80,45 @@ class Gate:
             yield
 
 
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+# Folders of this process that nobody needs after it.
+scratch_folders: set[Path] = set()
+
+
+def end_at_once() -> NoReturn:
+    """End this process and all that it has started, with exit code 130. What hangs cannot hold this up."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):
+            if "resource_tracker" not in " ".join(
+                process.cmdline()
+            ):  # Python's own: removes shared memory, then leaves
+                process.kill()
+    for folder in scratch_folders:
+        shutil.rmtree(folder, ignore_errors=True)
+    os._exit(130)
+
+
+@contextmanager
+def signals_end_at_once() -> Iterator[None]:
+    """Until the end of the block Ctrl-C and SIGTERM end the process at once, where nothing else listens to them."""
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        # Not print: the signal may have come in the middle of another one.
+        os.write(2, f"{signal.Signals(number).name}: ended at once; nothing more is saved\n".encode())
+        end_at_once()
+
+    listens = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, end) for number in STOP_SIGNALS} if listens else {}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 class StopRequest:
     """The wish to end a run, by Ctrl-C or SIGTERM. The first is noted; a second one ends the process at once."""
-
-    SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
@@ -93,7 +132,7 @@ class StopRequest:
         """Take these signals from now on, and give them back afterwards. Outside the main thread none arrive."""
         loop = asyncio.get_running_loop()
         listens = threading.current_thread() is threading.main_thread()
-        before = {number: signal.getsignal(number) for number in self.SIGNALS} if listens else {}
+        before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if listens else {}
         for number in before:
             loop.add_signal_handler(number, self.ask, number.name)
         try:
@@ -106,7 +145,7 @@ class StopRequest:
     def ask(self, reason: str) -> None:
         if self.asked:
             logger.warning(f"{reason} once more: ended at once, nothing is saved")
-            os._exit(130)  # what hangs cannot hold this up; game processes leave when their parent is gone
+            end_at_once()
         self._event.set()
         logger.warning(f"{reason}: the step is finished and saved, then the run ends (once more ends it at once)")
 

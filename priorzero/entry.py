@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from priorzero.concurrency import signals_end_at_once
 from priorzero.types import UserError
 
 EXAMPLES = """examples:
@@ -126,8 +127,16 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Any, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, or stopped and saved; 2 something to put right; 130 stopped and not saved."""
+    """Returns the exit code: 0 done, or stopped and saved; 2 something to put right.
+
+    A signal that comes before the run has begun, or after its last save, ends the process with exit code 130.
+    """
     arguments = build_parser().parse_args(argv)
+    with signals_end_at_once():
+        return _run(arguments)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.help_config:
             from priorzero.config import describe_options
@@ -144,9 +153,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     return 0
 
 

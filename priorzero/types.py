@@ -175,6 +175,11 @@ class PriorEngine(Protocol):
         """
         ...
 
+    async def check(self) -> None:
+        """Find out, after questions that were not answered in time, whether it still lives; if it does not, it counts
+        as crashed, which :meth:`ready` sees to. One that is slow is left alone."""
+        ...
+
     async def suspend(self) -> None:
         """Free what the learner needs; the next ``sync_weights`` ends it. Only if ``exclusive``."""
         ...
@@ -216,6 +221,7 @@ class StepRecord:
         predicted_value: the network's value of the root before the search.
         chosen: position in ``state.valid_actions`` of the action that was played.
         reward: points that the action earned.
+        behaviour_prob: probability with which that action was drawn; 1 if it was not.
         shaping: what the world model's reward has on top, in points: ``train.novelty_bonus``, ``train.loss_penalty``.
         done: the episode ended with this action.
         episode: number of the episode this decision belongs to, unique within a run.
@@ -236,6 +242,7 @@ class StepRecord:
     episode: int
     step: int
     shaping: float = 0.0
+    behaviour_prob: float = 1.0
 
     @property
     def action_text(self) -> str:

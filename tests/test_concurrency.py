@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
+import psutil
 import pytest
 
-from priorzero.concurrency import Gate, OwnerThread, gather_or_cancel
+from priorzero.concurrency import STOP_SIGNALS, Gate, OwnerThread, gather_or_cancel, signals_end_at_once
 from priorzero.timeline import Timeline
 
 
@@ -135,3 +141,56 @@ def test_when_one_fails_the_others_have_ended():
         return await gather_or_cancel(asyncio.sleep(0.01, "a"), asyncio.sleep(0, "b"))
 
     assert asyncio.run(run()) == ["a", "b"]
+
+
+LOADING = """
+import asyncio, subprocess, sys
+from pathlib import Path
+from priorzero.concurrency import scratch_folders, signals_end_at_once
+
+folder = Path(sys.argv[1], "scratch")
+folder.mkdir()
+(folder / "parameters").write_text("many")
+scratch_folders.add(folder)
+# A child that ignores every polite signal, with a child of its own.
+child = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); p = subprocess.Popen(['sleep', '60']); "
+child += "print(p.pid, flush=True); time.sleep(60)"
+
+async def load():
+    print(subprocess.Popen([sys.executable, "-c", child], stderr=subprocess.DEVNULL).pid, flush=True)
+    await asyncio.to_thread(__import__("time").sleep, 60)  # what cannot be cancelled
+
+with signals_end_at_once():
+    asyncio.run(load())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_before_there_is_anything_to_save_ends_all_at_once(tmp_path, number):
+    with subprocess.Popen(
+        [sys.executable, "-c", LOADING, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    ) as process:
+        children = [int(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(number)
+        assert process.wait(5) == 130
+        said = process.stderr.read()
+    assert said == f"{number.name}: ended at once; nothing more is saved\n"
+    gone = time.monotonic() + 2
+    while (left := [pid for pid in children if runs(pid)]) and time.monotonic() < gone:
+        time.sleep(0.01)
+    assert not left and not list(tmp_path.iterdir())
+
+
+def runs(pid):
+    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+
+
+def test_signals_are_given_back():
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    with signals_end_at_once():
+        assert signal.getsignal(signal.SIGTERM) not in before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import math
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -129,6 +130,57 @@ def test_a_prompt_that_does_not_fit_into_the_model_costs_only_its_own_prior(smol
     assert engine.take_statistics()["prior/too_long"] == 0
 
 
+class Asciiser:
+    """A tokenizer that knows no letters but English ones."""
+
+    def __init__(self, tokenizer):
+        self._tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self._tokenizer, name)
+
+    def __call__(self, texts, **how):
+        ascii_only = [
+            text.encode("ascii", "replace").decode() for text in ([texts] if isinstance(texts, str) else texts)
+        ]
+        return self._tokenizer(ascii_only[0] if isinstance(texts, str) else ascii_only, **how)
+
+
+@pytest.mark.parametrize("mode", ["score", "rank"])
+def test_actions_that_the_tokenizer_does_not_give_back_are_counted(smollm2, mode):
+    """Each still gets a share; what the tokenizer cannot tell apart is alike."""
+    llm = make_tiny_llm(smollm2.tokenizer)
+    actions = ("wziąć żółwia", "wzięł żęćwia", "open door", "", "<|im_end|>", " a  b ,c")
+    asked = PriorRequest("What now?", actions)
+    whole = make_engine(llm, prior={"mode": mode}, generate_max_len=4)
+    ask(whole, asked)
+    assert whole.take_statistics()["prior/lossy_actions"] == 0  # SmolLM2's tokenizer works on bytes
+    engine = make_engine(
+        dataclasses.replace(llm, tokenizer=Asciiser(llm.tokenizer)), prior={"mode": mode}, generate_max_len=4
+    )
+    prior = ask(engine, asked)[0]
+    assert engine.take_statistics()["prior/lossy_actions"] == 2
+    assert engine.take_statistics()["prior/lossy_actions"] == 0
+    assert np.exp(prior.logprobs).sum() == pytest.approx(1, abs=1e-5) and prior.logprobs[0] == prior.logprobs[1]
+
+
+@pytest.mark.parametrize("written", ["", "no such thing\n\n1.\n", "\x00\ufffd"], ids=["nothing", "garbage", "bytes"])
+def test_an_answer_that_is_no_ranking_leaves_all_actions_alike_and_is_counted(smollm2, monkeypatch, written):
+    llm = make_tiny_llm(smollm2.tokenizer)
+    ids = [*llm.tokenizer(written, add_special_tokens=False)["input_ids"], llm.tokenizer.eos_token_id]
+
+    def generate(input_ids, **how):
+        return torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], dim=1)
+
+    monkeypatch.setattr(llm.model, "generate", generate)
+    prior = RobustPrior(make_engine(llm, prior={"mode": "rank"}), attempts=1, backoff_s=0, timeout_s=60)
+    (answer,) = asyncio.run(prior.priors([PriorRequest("What now?", ("open door", "", "wait"))]))
+    assert not answer.parsed and answer.completion == written
+    assert np.exp(answer.logprobs) == pytest.approx([1 / 3] * 3)
+    scalars = prior.take_statistics()
+    assert scalars["prior/parse_rate"] == 0 and scalars["prior/fallbacks"] == 0
+
+
 def test_a_cancelled_question_lets_go_of_the_model(smollm2):
     engine = make_engine(smollm2)
     many = [PriorRequest(f"prompt number {n} " * 60, ("go north", "go south")) for n in range(200)]
@@ -170,9 +222,12 @@ class Failing:
     exclusive = False
 
     def __init__(self, *behaviour):
-        self.behaviour, self.calls = list(behaviour), 0
+        self.behaviour, self.calls, self.checks = list(behaviour), 0, 0
 
     async def ready(self): ...
+
+    async def check(self):
+        self.checks += 1
 
     async def priors(self, requests):
         self.calls += 1
@@ -226,6 +281,22 @@ def test_when_all_fail_every_action_is_alike_and_it_is_counted(bad):
     assert np.exp(answers[1].logprobs) == pytest.approx([1 / 3] * 3)
     scalars = prior.take_statistics()
     assert (scalars["prior/fallbacks"], scalars["prior/retries"]) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "checks"),
+    [
+        ([5.0, 5.0, 5.0], 1),
+        ([5.0, 5.0, GOOD], 0),
+        ([5.0, RuntimeError("boom"), 5.0], 0),  # it does answer
+        ([RuntimeError("boom")] * 3, 0),
+    ],
+    ids=["always late", "late", "once an error", "errors"],
+)
+def test_an_engine_that_is_always_late_is_to_find_out_whether_it_hangs(behaviour, checks):
+    engine = Failing(*behaviour)
+    robust(engine)
+    assert engine.checks == checks
 
 
 def test_an_engine_that_is_lost_is_not_papered_over():
@@ -378,6 +449,83 @@ def test_on_a_shared_gpu_vllm_sleeps_while_the_llm_learns(smollm2, tmp_path):
     ]  # fmt: skip
     assert calls[0] == ("sleep", 2) and calls[3][:2] == ("collective_rpc", "reload_weights")
     assert engine.version == 1 and not engine._scratch.exists()
+
+
+class Process:
+    """What vLLM's side looks like from here: writes a token after ``seconds``."""
+
+    errored = False
+
+    def __init__(self, seconds):
+        self.seconds, self.aborted, self.ended = seconds, 0, False
+
+    async def generate(self, prompt, sampling, request_id, *, lora_request):
+        await asyncio.sleep(self.seconds)
+        written = SimpleNamespace(token_ids=[1])
+        yield SimpleNamespace(outputs=[written], num_cached_tokens=0, metrics=None)
+
+    async def abort(self, request_id):
+        self.aborted += 1
+
+    def shutdown(self):
+        self.ended = True
+
+
+@pytest.fixture
+def vllm_engine(smollm2, tmp_path, monkeypatch):
+    """An engine without vLLM's processes; ``processes`` are those that were started, which answer at once."""
+    from vllm import SamplingParams  # noqa: F401  now, for it takes longer than the engine is given below
+
+    settings = make_settings({"prior": {"engine": "vllm"}})
+    maker = PriorMaker(make_tiny_llm(smollm2.tokenizer), prompt_style(settings))
+    engine = VLLMEngine(maker, model="base", cfg=settings.vllm, max_model_len=512, log_file=tmp_path / "vllm.log")
+    engine.processes = []
+
+    def start(model):
+        engine._engine = Process(0)
+        engine.processes.append(engine._engine)
+
+    async def same_as_the_training_copy(row):
+        await asyncio.sleep(0.01)
+        return engine._published.reference
+
+    monkeypatch.setattr(engine, "_start_process", start)
+    monkeypatch.setattr(engine, "_row_logprobs", same_as_the_training_copy)
+    monkeypatch.setattr("priorzero.engines.vllm.CHECK_TIMEOUT_S", 0.2)
+    return engine
+
+
+@pytest.mark.slow
+def test_a_vllm_that_hangs_is_started_again_and_a_slow_one_is_left_alone(vllm_engine):
+    engine = vllm_engine
+
+    async def run():
+        await engine.check()  # nothing runs yet
+        await engine.ready()
+        (first,) = engine.processes
+        first.seconds = 0.05
+        await engine.check()
+        await engine.ready()
+        assert engine.processes == [first] and engine.restarts == 0
+        first.seconds = 60
+        # Two batches were late; one of them looks when the other has seen to the restart already.
+        late = asyncio.ensure_future(engine.check())
+        await asyncio.sleep(0.05)
+        engine._give_up(first)
+        await engine.ready()
+        await late
+        await engine.ready()
+        assert len(engine.processes) == 2 and first.ended and engine.restarts == 1
+        assert engine.take_statistics()["prior/engine_restarts"] == 1
+        engine.processes[1].seconds = 60
+        await asyncio.gather(engine.check(), engine.check())
+        assert engine.processes[1].aborted > 0 and not engine.processes[1].ended
+        with pytest.raises(EngineFailed, match="restarted 1 times already"):
+            await engine.ready()
+        assert engine.processes[1].ended
+        await engine.close()
+
+    asyncio.run(run())
 
 
 def test_rankings_are_the_models_own_text(smollm2):

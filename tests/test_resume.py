@@ -13,6 +13,7 @@ import sys
 import time
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import make_settings, make_tiny_llm
@@ -191,6 +192,24 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_signal_while_models_load_ends_all_at_once(tmp_path):
+    with start(tmp_path) as process:
+        games = []
+        while not games:  # they load in processes of their own, beside the models
+            assert process.poll() is None
+            games = [p for p in psutil.Process(process.pid).children() if "priorzero.envs" in " ".join(p.cmdline())]
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+        process.wait(10)
+    assert process.returncode == 130
+    assert f"SIGTERM: ended at once; nothing more is saved" in said and "Traceback" not in said
+    psutil.wait_procs(games, timeout=2)
+    assert not [p for p in games if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on_from_its_last_checkpoint(tmp_path, capfd):
     with start(tmp_path, "run.checkpoint_every=2") as process:
         read_until(process, "iteration 5/")
@@ -361,7 +380,7 @@ def test_exploration_comes_back(tmp_path):
     torch.save(memory.state_dict(), tmp_path / "memory.pt")
     again = CommandMemory(return_first=True)
     again.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
-    assert again.tries(("Room", 1.0), ["go", "wait", "up"]).tolist() == [0, 1, 0]
+    assert again.tries(("Room", 1.0), ["go", "wait", "up"], in_vain=True).tolist() == [0, 1, 0]
     assert again.num_leading == 1 and again.add(("Room", 1.0), "go") == 3
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from loguru import logger
 
-from priorzero.completions import PromptRow
+from priorzero.completions import PromptRow, without_special_tokens
 from priorzero.models import LanguageModel
 from priorzero.priors import parse_ranking, prior_from_ranking, prior_from_scores, uniform_prior
 from priorzero.prompts import PromptStyle, answer_text
@@ -56,6 +56,17 @@ class PriorMaker:
         self.llm.check_length(len(ids) + self.generate_max_len)
         return ids
 
+    def lossy_actions(self, request: PriorRequest) -> list[str]:
+        """Valid actions that the tokenizer does not give back as they are, such as letters that it does not know.
+
+        ``score`` takes the probability of what it makes of them, ``rank`` cannot read them from what the LLM writes.
+        """
+        tokenizer = self.llm.tokenizer
+        plain = [without_special_tokens(action, tokenizer.all_special_tokens) for action in request.valid_actions]
+        ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
+        again = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+        return [action for action, a, b in zip(request.valid_actions, plain, again, strict=True) if a != b]
+
     def from_logprobs(self, logprobs: Sequence[np.ndarray], *, version: int) -> ActionPrior:
         """``score``: the prior from the token log-probabilities of each action."""
         sums = np.array([tokens.sum() for tokens in logprobs], dtype=np.float32)
@@ -78,16 +89,20 @@ class AnswerMemory:
     """The latest answers under the current parameters, so that the same question is not computed twice.
 
     Args:
+        maker: puts the questions.
         size: answers kept.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, maker: PriorMaker, *, size: int) -> None:
+        self._maker = maker
         self._size = size
         self._answers: OrderedDict[PriorRequest, ActionPrior] = OrderedDict()
         self.asked = 0
         self.known = 0
         self.too_long = 0
+        self.lossy = 0
         self._told_of_length = False
+        self._told_of_loss = False
 
     def look_up(self, requests: Iterable[PriorRequest]) -> tuple[dict[PriorRequest, ActionPrior], list[PriorRequest]]:
         """The answers that are known, and the questions that are new, each once."""
@@ -100,7 +115,19 @@ class AnswerMemory:
         new = [request for request in dict.fromkeys(requests) if request not in known]
         self.asked += len(requests)
         self.known += len(requests) - len(new)
+        for request in new:
+            self._count_lossy(request)
         return known, new
+
+    def _count_lossy(self, request: PriorRequest) -> None:
+        lossy = self._maker.lossy_actions(request)
+        self.lossy += len(lossy)
+        if lossy and not self._told_of_loss:
+            self._told_of_loss = True
+            logger.warning(
+                f"the LLM's tokenizer does not give {lossy[0]!r} back as it is, so the LLM may take it for another "
+                "action; prior/lossy_actions counts such actions"
+            )
 
     def put(self, request: PriorRequest, prior: ActionPrior) -> None:
         self._answers[request] = prior
@@ -125,6 +152,10 @@ class AnswerMemory:
 
     def take_statistics(self) -> dict[str, float]:
         """Metrics since the last call."""
-        taken = {"prior/remembered": self.known / max(1, self.asked), "prior/too_long": float(self.too_long)}
-        self.asked = self.known = self.too_long = 0
+        taken = {
+            "prior/remembered": self.known / max(1, self.asked),
+            "prior/too_long": float(self.too_long),
+            "prior/lossy_actions": float(self.lossy),
+        }
+        self.asked = self.known = self.too_long = self.lossy = 0
         return taken

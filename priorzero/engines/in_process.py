@@ -48,7 +48,7 @@ class TransformersEngine:
         self.version = 0
         self.maker = maker
         self.rows_per_forward = rows_per_forward
-        self.memory = AnswerMemory(cache_size)
+        self.memory = AnswerMemory(maker, size=cache_size)
         self.keeps_prompts = prompt_cache_tokens > 0
         self.prompts = PromptCache(prompt_cache_tokens)
         self._one_at_a_time = asyncio.Lock()
@@ -56,6 +56,8 @@ class TransformersEngine:
         self._seconds = 0.0
 
     async def ready(self) -> None: ...
+
+    async def check(self) -> None: ...
 
     async def suspend(self) -> None: ...
 

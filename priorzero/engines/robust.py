@@ -53,6 +53,8 @@ class PriorStatistics:
 class RobustPrior:
     """Asks an engine up to ``attempts`` times; when all fail, every valid action is made alike.
 
+    When all were too late, the engine is to find out whether it hangs: then the next question starts it again.
+
     An answer that comes from parameters more than ``max_staleness`` updates behind the learner's is asked for again.
     While the engine takes over new parameters nobody asks; who asked before is waited for.
 
@@ -137,6 +139,7 @@ class RobustPrior:
     async def _ask(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         stats = self.statistics
         stats.requests += len(requests)
+        late = 0
         for attempt in range(1, self.attempts + 1):
             await self.engine.ready()
             started = time.perf_counter()
@@ -148,6 +151,7 @@ class RobustPrior:
                 raise
             except TimeoutError:
                 stats.timeouts += 1
+                late += 1
                 problem = f"took longer than prior.timeout_s={self.timeout_s:g}"
             except Exception as error:  # an engine may fail in any way; the search must go on
                 problem = f"failed: {type(error).__name__}: {error}"
@@ -161,6 +165,8 @@ class RobustPrior:
                 await asyncio.sleep(self.backoff_s * 2 ** (attempt - 1))
         stats.fallbacks += len(requests)
         logger.error(f"LLM prior {problem}; {len(requests)} searches go on with a uniform prior")
+        if late == self.attempts:  # it may hang, and would go on to do so
+            await self.engine.check()
         return [uniform_prior(len(request.valid_actions), version=self.engine.version) for request in requests]
 
     @staticmethod

@@ -26,7 +26,7 @@ import torch
 from loguru import logger
 
 from priorzero.completions import PromptRow
-from priorzero.concurrency import gather_or_cancel
+from priorzero.concurrency import gather_or_cancel, scratch_folders
 from priorzero.engines.answers import AnswerMemory, PriorMaker
 from priorzero.engines.vllm_worker import OWNER_VARIABLE, WorkerExtension
 from priorzero.models import save_parameters
@@ -35,6 +35,9 @@ from priorzero.types import ActionPrior, EngineFailed, PriorRequest, PromptTooLo
 # Mean absolute difference, in nats, that is allowed between the log-probability of a token in vLLM and in the training
 # copy. Rounding gives a tenth to a half of it; parameters that are not the learner's give more (docs/ENGINES.md).
 PARITY_TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 0.3}
+
+# How long one token may take once a whole batch was not answered in time. Nobody who waits that long for it gets far.
+CHECK_TIMEOUT_S = 60.0
 
 PACKAGE = Path(__file__).parent.parent
 
@@ -124,7 +127,7 @@ class VLLMEngine:
         self.log_file = log_file
         self.trust_remote_code = trust_remote_code
         self.exclusive = cfg.sleep
-        self.memory = AnswerMemory(cache_size)
+        self.memory = AnswerMemory(maker, size=cache_size)
         self.restarts = 0
         self._uses_lora = hasattr(maker.llm.model, "peft_config")
         self._dtype = maker.llm.compute_dtype
@@ -145,6 +148,7 @@ class VLLMEngine:
         self._published: _Published | None = None
         self._scratch_owner = tempfile.TemporaryDirectory(prefix="priorzero-vllm-")  # removed at exit at the latest
         self._scratch = Path(self._scratch_owner.name)
+        scratch_folders.add(self._scratch)
 
     # ---- life ----
 
@@ -175,6 +179,28 @@ class VLLMEngine:
             except (_Died, TimeoutError) as error:
                 raise EngineFailed(f"vLLM started but does not answer; its log is {self.log_file}") from error
             self._alive = True  # not before: nobody may ask until it is known what answers
+
+    async def check(self) -> None:
+        """As the protocol says: it lives if it writes one token within :data:`CHECK_TIMEOUT_S`."""
+        asked = self._engine
+        if not self._alive:
+            return
+        limit = min(CHECK_TIMEOUT_S, self.cfg.sync_timeout_s)
+        try:
+            async with asyncio.timeout(limit):
+                await self._generate(
+                    [self.maker.llm.tokenizer.eos_token_id], max_tokens=1, temperature=0.0, detokenize=False
+                )
+        except _Died:
+            pass  # taken note of
+        except TimeoutError:
+            logger.warning(f"vLLM has not written one token in {limit:g} s: it hangs, and is ended")
+            self._give_up(asked)
+
+    def _give_up(self, engine: Any) -> None:
+        """Count ``engine`` as crashed, unless it is another one that runs by now: it was started again meanwhile."""
+        if engine is self._engine:
+            self._alive, self._crashed = False, True
 
     async def _launch(self) -> None:
         assert self._published is not None
@@ -310,6 +336,7 @@ class VLLMEngine:
         async with self._starting:
             await self._shut_down()
         self._scratch_owner.cleanup()
+        scratch_folders.discard(self._scratch)
 
     # ---- answering ----
 
@@ -395,20 +422,20 @@ class VLLMEngine:
         from vllm.v1.engine.exceptions import EngineDeadError
 
         request_id = f"prior-{next(self._ids)}"
-        output = None
+        engine, output = self._engine, None
         lora = self._lora_request() if self._uses_lora else None
         try:
-            async for latest in self._engine.generate(
+            async for latest in engine.generate(
                 {"prompt_token_ids": token_ids}, SamplingParams(**sampling), request_id, lora_request=lora
             ):
                 output = latest
         except asyncio.CancelledError:
             self._statistics.aborted += 1
-            if self._alive:
-                await asyncio.shield(self._engine.abort(request_id))
+            if self._alive and engine is self._engine:
+                await asyncio.shield(engine.abort(request_id))
             raise
         except EngineDeadError as error:
-            self._alive, self._crashed = False, True
+            self._give_up(engine)
             raise _Died("vLLM has died") from error
         assert output is not None
         self._statistics.prompt_tokens += len(token_ids)
