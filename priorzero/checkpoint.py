@@ -51,12 +51,14 @@ class Checkpoint:
         folder: where it is, ``RUN/checkpoints/iteration_N``.
         manifest: counters, games, versions, and checksums of the files.
         settings: what the run was started with.
+        damaged: later checkpoints of the run, the oldest first, which are damaged.
         notes: what its user should know, once the log is open.
     """
 
     folder: Path
     manifest: dict[str, Any]
     settings: Any
+    damaged: list[Path] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -176,28 +178,38 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
 
 def newest_checkpoint(run_folder: Path) -> Checkpoint:
-    """The newest checkpoint of a run that is sound. Damaged ones behind it are renamed, and named in its notes.
+    """The newest checkpoint of a run that is sound. Damaged ones behind it are named in its notes.
 
     Raises:
         UserError: there is none.
     """
-    found, notes = saved_checkpoints(run_folder), []
+    found, notes, why = saved_checkpoints(run_folder), [], ""
     for folder in reversed(found):
         try:
             checkpoint = read_checkpoint(folder)
         except ValueError as error:
             notes.append(f"{folder} is damaged ({error}); the one before it is used")
+            why = why or f" (the newest: {error})"
             continue
-        for damaged in found[found.index(folder) + 1 :]:
-            names = (damaged.with_name(f"damaged_{n}_{damaged.name}") for n in range(1, 1000))
-            try:
-                damaged.rename(next(name for name in names if not name.exists()))
-            except OSError as error:
-                raise UserError(f"{damaged} is damaged and cannot be renamed ({error}); remove it") from error
+        checkpoint.damaged.extend(found[found.index(folder) + 1 :])
         checkpoint.notes.extend(notes)
         return checkpoint
-    what = f"all {len(found)} checkpoints are damaged" if found else "it holds no checkpoint"
+    what = f"all {len(found)} checkpoints are damaged{why}" if found else "it holds no checkpoint"
     raise UserError(f"--resume {run_folder}: {what}; start a new run instead")
+
+
+def set_damaged_aside(checkpoint: Checkpoint) -> None:
+    """Rename the damaged checkpoints behind one, whose names the run needs again. The run must be claimed.
+
+    Raises:
+        UserError: one cannot be renamed.
+    """
+    for damaged in checkpoint.damaged:
+        names = (damaged.with_name(f"damaged_{n}_{damaged.name}") for n in range(1, 1000))
+        try:
+            damaged.rename(next(name for name in names if not name.exists()))
+        except OSError as error:
+            raise UserError(f"{damaged} is damaged and cannot be renamed ({error}); remove it") from error
 
 
 def find_checkpoint(where: str, *, output_dir: str, exp_name: str, wanted: Mapping[str, Any]) -> Checkpoint | None:

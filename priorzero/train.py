@@ -21,7 +21,14 @@ import torch
 from loguru import logger
 
 from priorzero.buffer import PriorZeroGameBuffer, SampledSegments
-from priorzero.checkpoint import RUN_NAME, Checkpoint, check_same, remove_leftovers, saved_checkpoints
+from priorzero.checkpoint import (
+    RUN_NAME,
+    Checkpoint,
+    check_same,
+    remove_leftovers,
+    saved_checkpoints,
+    set_damaged_aside,
+)
 from priorzero.collector import Collected, Collector
 from priorzero.concurrency import OwnerThread, StopRequest
 from priorzero.config import differences, dump_settings
@@ -85,9 +92,16 @@ def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunS
         check_same(checkpoint, settings, games=games)
         folder = checkpoint.run_folder
         lock = claim(folder)
-        if saved_checkpoints(folder)[-1:] != [checkpoint.folder]:
+        try:
+            newest = [checkpoint.folder, *checkpoint.damaged]
+            if saved_checkpoints(folder)[-len(newest) :] != newest:
+                raise UserError(
+                    f"{folder}: another process has gone on with this run meanwhile; type the command again"
+                )
+            set_damaged_aside(checkpoint)
+        except UserError:
             lock.close()
-            raise UserError(f"{folder}: another process has gone on with this run meanwhile; type the command again")
+            raise
         remove_leftovers(folder)
         settings.run.output_dir, settings.run.exp_name = str(folder.parent), folder.name
     try:

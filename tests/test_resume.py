@@ -30,6 +30,7 @@ from priorzero.checkpoint import (
     remove_old_checkpoints,
     save_checkpoint,
     saved_checkpoints,
+    set_damaged_aside,
 )
 from priorzero.concurrency import StopRequest
 from priorzero.demo import demo_record
@@ -203,7 +204,7 @@ def test_a_signal_while_models_load_ends_all_at_once(tmp_path):
         said = process.stderr.read()
         process.wait(10)
     assert process.returncode == 130
-    assert f"SIGTERM: ended at once; nothing more is saved" in said and "Traceback" not in said
+    assert "SIGTERM: ended at once; nothing more is saved" in said and "Traceback" not in said
     psutil.wait_procs(games, timeout=2)
     assert not [p for p in games if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not list(tmp_path.iterdir())
@@ -252,6 +253,10 @@ def test_what_differs_is_said(tmp_path, capsys):
     assert "no run is saved under" in refused("--resume", "auto", "--seed", "99")
     with claim(run.folder):
         assert "another process is running this run" in refused("--resume", folder, "--max_iter", "2")
+    # A damaged checkpoint behind it stays where it is as well.
+    newest = shutil.copytree(run.folder / "checkpoints" / "iteration_1", run.folder / "checkpoints" / "iteration_2")
+    (newest / "training.pt").write_text("?")
+    assert "embed_dim is 64" in refused("--resume", folder, "--set", "world_model.embed_dim=64")
 
 
 def write_checkpoint(folder, **about):
@@ -297,9 +302,10 @@ def test_damage_is_seen(tmp_path, damage, words):
     damage(folder)
     with pytest.raises(ValueError, match=words):
         read_checkpoint(folder)
-    assert newest_checkpoint(run).folder == sound
+    checkpoint = newest_checkpoint(run)
+    assert checkpoint.folder == sound and checkpoint.damaged == saved_checkpoints(run)[1:]
     damage(sound)
-    with pytest.raises(UserError, match="all 1 checkpoints are damaged"):
+    with pytest.raises(UserError, match=rf"all 2 checkpoints are damaged \(the newest: .*{words}"):
         newest_checkpoint(run)
 
 
@@ -445,6 +451,8 @@ def test_a_checkpoint_that_is_damaged_twice(tmp_path):
         (folder / "training.pt").write_text("?")
         checkpoint = newest_checkpoint(tmp_path)
         assert checkpoint.folder.name == "iteration_2" and "iteration_4 is damaged" in checkpoint.notes[0]
+        assert folder.is_dir()  # until it is sure that the run goes on
+        set_damaged_aside(checkpoint)
     names = sorted(path.name for path in folder.parent.iterdir())
     assert names == ["damaged_1_iteration_4", "damaged_2_iteration_4", "iteration_2"]
 
