@@ -25,7 +25,7 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 PACKAGES = ("priorzero", "torch", "transformers", "LightZero", "numpy")
 RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")
-NAME = re.compile(r"iteration_(\d+)(?:\+(\d+))?")
+NAME = re.compile(r"iteration_(\d+)(?:\+(\d+))?(~?)")  # with ~: what was there before it was written again
 
 # What a resumed run may do otherwise than the run did before; everything else decides what is learned.
 MAY_DIFFER = {
@@ -36,7 +36,7 @@ MAY_DIFFER = {
     "env": {"evaluator_env_num", "step_timeout_s"},
     "encoder": {"cache_size"},
     "prior": {"engine", "attempts", "backoff_s", "timeout_s", "prompt_cache_tokens"},
-    "llm": {"micro_batch_size", "gradient_accumulation_steps", "learning_rate", "grad_clip"},
+    "llm": {"trust_remote_code", "micro_batch_size", "gradient_accumulation_steps", "learning_rate", "grad_clip"},
     "train": {"overlap", "learning_rate", "grad_clip", "max_not_finite"},
     "vllm": set(OPTIONS["vllm"]) - {"sync_every", "max_staleness"},
     "eval": {"every", "episodes", "modes", "unseen"},
@@ -92,11 +92,13 @@ def save_checkpoint(folder: Path, *, write: Callable[[Path], None], about: Mappi
         aside.chmod(0o755)
         for path in [*aside.rglob("*"), aside]:
             _sync(path)
-        before = folder.with_name(f".{folder.name}-before")
+        before = folder.with_name(f"{folder.name}~")  # found, too, if it ends here
         if folder.exists():
+            shutil.rmtree(before, ignore_errors=True)
             folder.rename(before)
         aside.rename(folder)
-        _sync(folder.parent)
+        for parent in folder.parents[:2]:  # the first checkpoint's folder is new as well
+            _sync(parent)
         shutil.rmtree(before, ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
@@ -130,8 +132,8 @@ def saved_checkpoints(run_folder: Path) -> list[Path]:
     for path in (run_folder / "checkpoints").glob("iteration_*"):
         match = NAME.fullmatch(path.name)
         if match and (path / MANIFEST).is_file():
-            found.append((int(match[1]), int(match[2] or 0), path))
-    return [path for _, _, path in sorted(found)]
+            found.append((int(match[1]), int(match[2] or 0), not match[3], path))
+    return [path for *_, path in sorted(found)]
 
 
 def remove_old_checkpoints(run_folder: Path, *, keep: int) -> None:
@@ -146,6 +148,9 @@ def remove_leftovers(run_folder: Path) -> None:
     """What processes that were killed while they saved have left behind. The run must be claimed."""
     for path in (run_folder / "checkpoints").glob(".iteration_*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in (run_folder / "checkpoints").glob("iteration_*~"):
+        if path.with_name(path.name.removesuffix("~")).exists():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def read_checkpoint(folder: Path) -> Checkpoint:

@@ -122,6 +122,13 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Any, Any]:
         return settings, None
     if says_all:
         return settings_from(arguments), checkpoint
+    llm = checkpoint.settings.llm
+    if llm.trust_remote_code and not any("trust_remote_code" in layer.get("llm", {}) for layer in flags):
+        # A checkpoint may come from anyone, and its configuration with it.
+        raise UserError(
+            f"{checkpoint.folder}: its configuration runs code that comes with a model ({llm.path}); if you trust "
+            "it, type --set llm.trust_remote_code=true"
+        )
     follows = {"llm": {"gradient_accumulation_steps": 0}}  # is worked out again, from the micro-batch size
     return resolve_settings(checkpoint.settings, follows, *flags), checkpoint
 

@@ -474,7 +474,10 @@ class Process:
 @pytest.fixture
 def vllm_engine(smollm2, tmp_path, monkeypatch):
     """An engine without vLLM's processes; ``processes`` are those that were started, which answer at once."""
-    from vllm import SamplingParams  # noqa: F401  now, for it takes longer than the engine is given below
+    import vllm.v1.engine.exceptions  # now, for it takes longer than the engine is given below
+    from vllm import SamplingParams
+
+    assert SamplingParams and vllm.v1.engine.exceptions
 
     settings = make_settings({"prior": {"engine": "vllm"}})
     maker = PriorMaker(make_tiny_llm(smollm2.tokenizer), prompt_style(settings))
@@ -491,7 +494,7 @@ def vllm_engine(smollm2, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "_start_process", start)
     monkeypatch.setattr(engine, "_row_logprobs", same_as_the_training_copy)
-    monkeypatch.setattr("priorzero.engines.vllm.CHECK_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("priorzero.engines.vllm.CHECK_TIMEOUT_S", 0.5)
     return engine
 
 
@@ -523,6 +526,26 @@ def test_a_vllm_that_hangs_is_started_again_and_a_slow_one_is_left_alone(vllm_en
         with pytest.raises(EngineFailed, match="restarted 1 times already"):
             await engine.ready()
         assert engine.processes[1].ended
+        await engine.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.slow
+def test_a_vllm_that_hangs_while_it_takes_over_is_started_again_with_the_new_parameters(vllm_engine, monkeypatch):
+    engine = vllm_engine
+    engine.cfg.sync_timeout_s = 1.0
+
+    async def never(published):
+        await asyncio.sleep(60)
+
+    async def run():
+        await engine.ready()
+        monkeypatch.setattr(engine, "_load", never)
+        await engine.sync_weights(1)
+        first, second = engine.processes
+        assert first.ended and not second.ended and engine.restarts == 1
+        assert engine.version == 1 and engine._first_model() == str(engine._published.folder)
         await engine.close()
 
     asyncio.run(run())

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import psutil
@@ -34,7 +35,7 @@ from priorzero.checkpoint import (
 )
 from priorzero.concurrency import StopRequest
 from priorzero.demo import demo_record
-from priorzero.entry import main
+from priorzero.entry import build_parser, main, resume_from
 from priorzero.exploration import CommandMemory
 from priorzero.metrics import fingerprint
 from priorzero.records import (
@@ -282,6 +283,76 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["iteration_2"]
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And its name, and those of the folders that it is in, are before it is relied on."""
+    synced, rename = [], Path.rename
+
+    def fsync(descriptor):
+        synced.append(str(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path.resolve())))
+
+    def rename_and_note(path, target):
+        synced.append("renamed")
+        return rename(path, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename_and_note)
+    write_checkpoint(tmp_path / "run" / "checkpoints" / "iteration_2")
+    at = synced.index("renamed")
+    aside = min(synced[:at], key=len)
+    names = ["", "/actions.json", "/config.yaml", "/manifest.json", "/training.pt", "/world_model.pt"]
+    assert sorted(synced[:at]) == [aside + name for name in names]
+    assert synced[at + 1 :] == ["run/checkpoints", "run"]
+
+
+def test_a_checkpoint_that_is_written_again_is_never_away(tmp_path, monkeypatch):
+    checkpoints = tmp_path / "checkpoints"
+    for phase in ("evaluate", "collect"):
+        write_checkpoint(checkpoints / "iteration_2", phase=phase)
+    assert newest_checkpoint(tmp_path).manifest["phase"] == "collect"
+    assert [path.name for path in checkpoints.iterdir()] == ["iteration_2"]
+    rename = Path.rename
+
+    def rename_or_end(path, target):
+        if path.name.startswith("."):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", rename_or_end)
+        with pytest.raises(OSError, match="Input/output"):
+            write_checkpoint(checkpoints / "iteration_2", phase="next")
+    assert newest_checkpoint(tmp_path).manifest["phase"] == "collect"
+    remove_leftovers(tmp_path)
+    assert newest_checkpoint(tmp_path).folder.name == "iteration_2~"
+    write_checkpoint(checkpoints / "iteration_2", phase="next")
+    assert newest_checkpoint(tmp_path).manifest["phase"] == "next"
+    assert [path.name for path in checkpoints.iterdir()] == ["iteration_2"]
+    # Killed before the old one was removed: the new one counts.
+    shutil.copytree(checkpoints / "iteration_2", checkpoints / "iteration_2~")
+    assert newest_checkpoint(tmp_path).folder.name == "iteration_2"
+    remove_leftovers(tmp_path)
+    assert [path.name for path in checkpoints.iterdir()] == ["iteration_2"]
+
+
+@pytest.mark.parametrize("flag", [None, "false", "true"])
+def test_a_checkpoint_cannot_bring_code(tmp_path, flag):
+    """Not by its configuration either: whoever goes on with it says that the model's own code may run."""
+
+    def write(aside):
+        for name in ("training.pt", "world_model.pt", "actions.json"):
+            (aside / name).write_text("x")
+        (aside / "config.yaml").write_text("run: {env_id: zork1.z5}\nllm: {trust_remote_code: true, path: their/model}")
+
+    save_checkpoint(tmp_path / "run" / "checkpoints" / "iteration_2", write=write, about={})
+    flags = [] if flag is None else ["--set", f"llm.trust_remote_code={flag}"]
+    arguments = build_parser().parse_args(["--resume", str(tmp_path / "run"), *flags])
+    if flag is None:
+        with pytest.raises(UserError, match=r"runs code that comes with a model \(their/model\)"):
+            resume_from(arguments)
+    else:
+        assert resume_from(arguments)[0].llm.trust_remote_code == (flag == "true")
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -289,7 +360,7 @@ def test_a_checkpoint_is_whole_or_not_there(tmp_path):
         (lambda folder: (folder / "world_model.pt").write_text("x" * 99), "world_model.pt is not what was written"),
         (lambda folder: (folder / "manifest.json").write_text('{"format": 1, '), "manifest.json cannot be read"),
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
-        (lambda folder: edit(folder, format=2), "its format is 2, this version reads 1"),
+        (lambda folder: edit(folder, format=0), "its format is 0, this version reads"),
         (lambda folder: edit(folder, files={}), "training.pt is missing"),
         (lambda folder: edit(folder, files={"../../../secret": "0"}), "a file outside of it"),
     ],

@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import make_settings
 
+from priorzero.checkpoint import newest_checkpoint
 from priorzero.engines import RobustPrior, TransformersEngine
 from priorzero.envs import make_game, resolve_game
 from priorzero.losses import sft_loss
@@ -238,42 +239,50 @@ def test_parameters_that_cannot_be_read_end_in_a_message(runner, engine, monkeyp
     runner.run(engine.sync_weights(11))
 
 
-def kill_core():
-    core = next(p for p in vllm_processes() if "EngineCore" in " ".join(p.cmdline()))
-    core.send_signal(signal.SIGKILL)
+def core():
+    return next(p for p in vllm_processes() if "EngineCore" in " ".join(p.cmdline()))
 
 
-def test_a_killed_engine_starts_again_with_the_current_parameters(runner, engine, requests):
-    requests = requests[:8]
+def test_a_slow_engine_is_left_alone_and_one_that_hangs_is_started_again(runner, engine, requests, monkeypatch):
     engine.memory.clear()
-    prior = RobustPrior(engine, attempts=3, backoff_s=0.1, timeout_s=60)
+    impatient = RobustPrior(engine, attempts=1, backoff_s=0, timeout_s=0.01)
+    assert {a.source for a in runner.run(impatient.priors(requests[:2]))} == {"uniform"}
+    assert engine._alive
+
+    monkeypatch.setattr("priorzero.engines.vllm.CHECK_TIMEOUT_S", 5)
+    stopped = vllm_processes()
+    core().send_signal(signal.SIGSTOP)
+    prior = RobustPrior(engine, attempts=2, backoff_s=0.1, timeout_s=60)
+    prior.timeout_s = 1
+    assert {a.source for a in runner.run(prior.priors(requests[:2]))} == {"uniform"}
+    assert not engine._alive and prior.statistics.timeouts == 2
+    prior.timeout_s = 60
+    answers = runner.run(prior.priors(requests[:2]))
+    assert not [p for p in stopped if p in vllm_processes()]
+    assert {(a.source, a.version) for a in answers} == {("score", engine._published.version)}
+    assert largest_difference(answers, in_process(engine, requests[:2])) < 1e-3
+    statistics = prior.take_statistics()
+    assert statistics["prior/engine_restarts"] == 1 and statistics["prior/fallbacks"] == 2
+
+
+def test_an_engine_that_is_killed_too_often_is_given_up_with_a_reason(runner, engine, requests):
+    """Whoever asks and whoever waits for parameters to be taken over are both told."""
+    engine.memory.clear()
+    prior = RobustPrior(engine, attempts=3, backoff_s=2, timeout_s=60)
 
     async def ask_and_kill():
-        asking = asyncio.ensure_future(prior.priors(requests))
+        asking = asyncio.ensure_future(prior.priors(requests[:8]))
+        syncing = asyncio.ensure_future(engine._while_alive(asyncio.sleep(60)))  # what vLLM never answers
         await asyncio.sleep(0.3)
         assert not asking.done()
-        kill_core()
-        return await asking
+        core().send_signal(signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="vLLM has died"):
+            await asyncio.wait_for(syncing, 10)
+        await asking
 
-    answers = runner.run(ask_and_kill())
-    assert {(a.source, a.version) for a in answers} == {("score", 11)}
-    assert largest_difference(answers, in_process(engine, requests)) < 1e-3
-    statistics = prior.take_statistics()
-    assert statistics["prior/retries"] == 1 and statistics["prior/engine_restarts"] == 1
-    assert statistics["prior/fallbacks"] == 0
-
-    # The second time, while it takes over parameters, it is given up, with a reason.
-    async def sync_and_kill():
-        syncing = asyncio.ensure_future(engine._while_alive(asyncio.sleep(60)))  # what vLLM never answers
-        await asyncio.sleep(0.1)
-        kill_core()
-        await asyncio.wait_for(syncing, 10)
-
-    with pytest.raises(RuntimeError, match="vLLM has died"):
-        runner.run(sync_and_kill())
-    engine.memory.clear()
     with pytest.raises(EngineFailed, match=r"restarted 1 times already .*vllm\.log"):
-        runner.run(prior.priors(requests))
+        runner.run(ask_and_kill())
+    assert prior.statistics.retries == 1 and prior.statistics.fallbacks == 0
 
 
 SMALL = {
@@ -287,7 +296,7 @@ SMALL = {
 }
 
 
-def test_a_whole_run_with_adapters_goes_on_when_its_engine_is_killed(tmp_path, monkeypatch):
+def test_a_whole_run_with_adapters_goes_on_when_its_engine_is_killed_and_is_resumed(tmp_path, monkeypatch):
     """Overlapped; the worker of vLLM is killed when the first update of the LLM has been taken over."""
     from priorzero.engines.vllm import VLLMEngine
 
@@ -302,13 +311,17 @@ def test_a_whole_run_with_adapters_goes_on_when_its_engine_is_killed(tmp_path, m
             while worker.is_running() and worker.status() != psutil.STATUS_ZOMBIE:
                 time.sleep(0.01)
 
-    monkeypatch.setattr(VLLMEngine, "sync_weights", sync_then_kill)
-    threads = torch.get_num_threads()
-    try:
-        summary = run_training(make_settings(SETTINGS, SMALL, {"run": {"output_dir": str(tmp_path)}}))
-    finally:
-        torch.set_num_threads(threads)
-    assert not vllm_processes()
+    def train(*layers, **how):
+        threads = torch.get_num_threads()
+        try:
+            return run_training(make_settings(SETTINGS, SMALL, {"run": {"output_dir": str(tmp_path)}}, *layers), **how)
+        finally:
+            torch.set_num_threads(threads)
+            assert not vllm_processes()
+
+    with monkeypatch.context() as patched:
+        patched.setattr(VLLMEngine, "sync_weights", sync_then_kill)
+        summary = train()
     metrics = summary.metrics
     assert summary.rows["LLM updates"] >= 2 and summary.rows["environment steps"] >= 36
     assert metrics["prior/engine_restarts"] == 1 and metrics["prior/fallbacks"] == 0
@@ -318,6 +331,15 @@ def test_a_whole_run_with_adapters_goes_on_when_its_engine_is_killed(tmp_path, m
     assert "vLLM has crashed; starting it again" in log and "vLLM serves LLM version 2" in log
     assert (summary.folder / "log" / "vllm.log").stat().st_size > 1000
     assert (summary.folder / "trace.json").stat().st_size > 1000
+
+    # Going on, vLLM begins with the adapter that was saved; the base model's answers would differ by far more.
+    version = summary.rows["LLM updates"]
+    again = train({"run": {"max_iter": 4}}, checkpoint=newest_checkpoint(summary.folder))
+    assert again.rows["iterations"] == 4 and again.rows["LLM updates"] == version + 1
+    assert again.metrics["prior/engine_restarts"] == 0 and again.metrics["prior/parity"] < 2e-4
+    log = (summary.folder / "log" / "run.log").read_text().split("goes on from iteration_3", 1)[1]
+    assert log.index(f"vLLM serves LLM version {version} after") < log.index(f"since version {version}")
+    assert f"vLLM serves LLM version {version + 1} after" in log
 
 
 REAPER = """
