@@ -21,7 +21,7 @@ from priorzero.policy import PriorZeroPolicy
 from priorzero.types import UserError
 from priorzero.vocabulary import ActionIndexer
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 PACKAGES = ("priorzero", "torch", "transformers", "LightZero", "numpy")
 RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")
@@ -153,6 +153,36 @@ def remove_leftovers(run_folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _checked_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of files that are as they were written. Raises ValueError, OSError, KeyError, TypeError or
+    AttributeError if they are not."""
+    manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    if manifest["format"] != FORMAT:
+        raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
+    for name, checksum in manifest["files"].items():
+        path = folder / name
+        if not path.resolve().is_relative_to(folder.resolve()):
+            raise ValueError(f"its manifest names a file outside of it: {name}")
+        if not path.is_file():
+            raise ValueError(f"{name} is missing")
+        if _checksum(path) != checksum:
+            raise ValueError(f"{name} is not what was written")
+    return manifest
+
+
+def read_state(folder: Path, name: str) -> Any:
+    """Plain data that :func:`save_checkpoint` has written, after a check of the folder's files.
+
+    Raises:
+        UserError: they are not what was written.
+    """
+    try:
+        _checked_manifest(folder)
+        return torch.load(folder / name, map_location="cpu", weights_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder}: is damaged ({type(error).__name__}: {error})") from error
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """Check a checkpoint's files against its manifest.
 
@@ -160,17 +190,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         ValueError: what is wrong with it.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"its format is {manifest['format']}, this version reads {FORMAT}")
-        for name, checksum in manifest["files"].items():
-            path = folder / name
-            if not path.resolve().is_relative_to(folder.resolve()):
-                raise ValueError(f"its manifest names a file outside of it: {name}")
-            if not path.is_file():
-                raise ValueError(f"{name} is missing")
-            if _checksum(path) != checksum:
-                raise ValueError(f"{name} is not what was written")
+        manifest = _checked_manifest(folder)
         for name in ("training.pt", "world_model.pt", "actions.json", "config.yaml"):
             if name not in manifest["files"]:
                 raise ValueError(f"{name} is missing")

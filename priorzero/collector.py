@@ -85,6 +85,7 @@ class Collector:
         config: LightZero's policy configuration, for the segments.
         seed: what the lanes' random numbers come from.
         groups: how many groups; with one, the same parameters and seed play the same games.
+        first_episode: number of the first episode; where several collect for one replay, their numbers must differ.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class Collector:
         config: Any,
         seed: np.random.SeedSequence,
         groups: int = 1,
+        first_episode: int = 0,
     ) -> None:
         self._workers = workers
         self._player = player
@@ -104,7 +106,7 @@ class Collector:
         self._writers = [SegmentWriter(config) for _ in workers]
         self._lanes: list[Lane | None] = [None] * len(workers)
         self._episode_numbers = [0] * len(workers)
-        self._next_episode = 0
+        self._next_episode = first_episode
         self.env_steps = 0
         self.num_episodes = 0
         self.num_game_failures = 0
@@ -269,6 +271,7 @@ class Collector:
             root_value=decision.result.root_value,
             predicted_value=decision.result.predicted_value,
             chosen=decision.chosen,
+            behaviour_prob=decision.behaviour_prob,
             reward=reward,
             shaping=self._shaping(decision.state, decision.action_text, state),
             done=state.done,

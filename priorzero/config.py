@@ -252,6 +252,50 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "lora_r": Option(8, "rank of the adapters", at_least(1)),
         "lora_alpha": Option(16, "scale of the adapters", at_least(1)),
     },
+    "ppo": {
+        "engine": Option(
+            "torch",
+            "ray_entry: what runs PPO; torch: DDP or FSDP2 in Ray actors; orz: Open-Reasoner-Zero's trainer",
+            one_of("torch", "orz"),
+        ),
+        "sharding": Option(
+            "ddp",
+            "several learners: ddp: each holds all parameters; fsdp: each a part of them",
+            one_of("ddp", "fsdp"),
+        ),
+        "epochs": Option(1, "passes over the decisions of a step", at_least(1)),
+        "clip": Option(0.2, "PPO's clip of the ratio to the prior that was searched from", between(0.01, 0.9)),
+        "value_clip": Option(0.2, "how far a value may move in a step; 0: no limit", at_least(0)),
+        "gae_lambda": Option(0.95, "lambda of the generalised advantages", between(0, 1)),
+        "critic_learning_rate": Option(1e-5, "AdamW learning rate of the critic", above(0)),
+        "critic_warmup_steps": Option(2, "steps in which only the critic learns", at_least(0)),
+        "credit": Option(
+            "importance",
+            "how much of an advantage is the LLM's, where the search chose; importance: min(importance_cap, prior / "
+            "search's probability) of it; none: all",
+            one_of("importance", "none"),
+        ),
+        "importance_cap": Option(1.0, "largest importance weight", above(0)),
+        "agreement_weight": Option(0.0, "weight of the cross-entropy with the search's visits beside PPO", at_least(0)),
+        "reward_scale": Option(1.0, "points are multiplied by this", above(0)),
+        "shaping_weight": Option(0.0, "share of train.novelty_bonus and train.loss_penalty in the reward", at_least(0)),
+        "step_penalty": Option(0.0, "points that each command costs", at_least(0)),
+        "max_staleness": Option(
+            2, "updates that a prior may be behind to be learned from; older ones are counted", at_least(0)
+        ),
+    },
+    "cluster": {
+        "address": Option(
+            "", "ray_entry: a running Ray cluster, such as auto or ray://HOST:10001; empty: start one here"
+        ),
+        "num_collectors": Option(2, "processes that play, each with env.collector_env_num games", at_least(1)),
+        "num_servers": Option(1, "processes that run the LLM for the prior", at_least(1)),
+        "num_learners": Option(1, "processes that share a PPO step", at_least(1)),
+        "save_every": Option(10, "steps of a learner between the states that it can be restarted from", at_least(1)),
+        "max_restarts": Option(3, "times a run that each part may be started again", at_least(0)),
+        "start_timeout_s": Option(600.0, "seconds a part may take to start", above(0)),
+        "timeout_s": Option(600.0, "seconds a part may take to answer", above(0)),
+    },
     "replay": {
         "buffer_size": Option(10_000, "decisions kept", at_least(1)),
         "segment_length": Option(200, "decisions in a game segment", at_least(2)),
@@ -262,7 +306,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "train": {
         "batch_size": Option(64, "world model: sequences a batch", at_least(2)),
         "collect_env_steps": Option(20, "environment steps collected in an iteration, all games together", at_least(1)),
-        "update_per_collect": Option(10, "world-model updates an iteration", at_least(1)),
+        "update_per_collect": Option(10, "world-model updates a turn", at_least(1)),
+        "update_every": Option(1, "iterations between the world model's turns to learn", at_least(1)),
         "novelty_bonus": Option(
             0.0,
             "points for a command not yet given in this room with this score; falls with the root of the times it was",
@@ -456,6 +501,11 @@ def _cross_checks(s: EasyDict) -> list[str]:
         errors.append(
             f"llm.batch_size={llm.batch_size} must be at most train.batch_size={s.train.batch_size}: "
             "both models learn from one sample"
+        )
+    if llm.batch_size % s.cluster.num_learners:
+        errors.append(
+            f"cluster.num_learners={s.cluster.num_learners} must divide llm.batch_size={llm.batch_size}: the learners "
+            "share each batch"
         )
     if s.vllm.max_staleness < s.vllm.sync_every - 1:
         errors.append(

@@ -31,6 +31,20 @@ def build_parser() -> argparse.ArgumentParser:
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    add_common_arguments(parser)
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="DIR|auto",
+        help="go on with a run: its folder, or auto: the one that saved last, of the given --env_id, --seed and "
+        "--exp_name; where there is none yet and a game is given, auto starts a new one",
+    )
+    return parser
+
+
+def add_common_arguments(parser: argparse.ArgumentParser) -> None:
+    """What every way to train takes; :func:`layers_from` reads it."""
     parser.add_argument("--env_id", help="the game to play")
     parser.add_argument(
         "--quick_test", action="store_true", help="small models and few steps: see that everything works"
@@ -43,14 +57,6 @@ def build_parser() -> argparse.ArgumentParser:
         choices=("auto", "vllm", "transformers"),
         help="what runs the language model for the prior (default: vllm on a GPU, transformers on a CPU)",
     )
-    parser.add_argument(
-        "--resume",
-        nargs="?",
-        const="auto",
-        metavar="DIR|auto",
-        help="go on with a run: its folder, or auto: the one that saved last, of the given --env_id, --seed and "
-        "--exp_name; where there is none yet and a game is given, auto starts a new one",
-    )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings, such as those in configs/")
     parser.add_argument(
         "--set",
@@ -61,7 +67,6 @@ def build_parser() -> argparse.ArgumentParser:
         help="change one setting; may be given several times and wins over --config",
     )
     parser.add_argument("--help_config", action="store_true", help="list every setting with its default and meaning")
-    return parser
 
 
 Layers = list[dict[str, dict[str, Any]]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from loguru import logger
 from priorzero.completions import PromptRow
 from priorzero.losses import action_logprobs, gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
 from priorzero.models import LanguageModel
+from priorzero.process_group import ProcessGroup
 from priorzero.prompts import PromptStyle, answer_text, learning_context
 from priorzero.types import NotFinite, StepRecord, UserError
 
@@ -59,6 +61,18 @@ def choose_answers(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarr
     return positions, probs.astype(np.float32)
 
 
+class _Scorer(torch.nn.Module):
+    """The forward pass that is learned through, as a module, which is what a group of learners wraps."""
+
+    def __init__(self, llm: LanguageModel) -> None:
+        super().__init__()
+        self.model = llm.model
+        self._llm: Any = llm
+
+    def forward(self, rows: Sequence[PromptRow]) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._llm.token_logprobs(rows)
+
+
 class LLMLearner:
     """One optimiser step a call, with the gradient of the whole batch whatever the micro-batch.
 
@@ -68,12 +82,22 @@ class LLMLearner:
         style: how answers are written.
         normalise: as the prior is made (``objective="actions"``): mean or sum of token log-probabilities.
         temperature: likewise.
+        group: the learners that share the work; each is given its part of the samples. Alone by default.
     """
 
     def __init__(
-        self, llm: LanguageModel, cfg: Any, *, style: PromptStyle, normalise: str = "mean", temperature: float = 1.0
+        self,
+        llm: LanguageModel,
+        cfg: Any,
+        *,
+        style: PromptStyle,
+        normalise: str = "mean",
+        temperature: float = 1.0,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.llm = llm
+        self.group = group or ProcessGroup()
+        self.scorer = self.group.wrap(_Scorer(llm))
         self.cfg = cfg
         self.style = style
         self.normalise = normalise
@@ -97,8 +121,22 @@ class LLMLearner:
             The samples, and how many decisions had nothing to teach (no prompt, no thought to answer after, too long
             for the model, or, where ``rft_clip`` needs one, no log-probability of what was played).
         """
-        drafts, differences = [], []
-        for record, value in zip(records, returns, strict=True):
+        samples, kept = self.prepare(records)
+        if not samples:
+            return [], len(records)
+        values = [records[i].predicted_value if self.cfg.rft_baseline == "value" else 0.0 for i in kept]
+        advantages = normalised_advantages(np.asarray(returns)[kept], np.array(values))
+        return self.with_advantages(samples, advantages), len(records) - len(samples)
+
+    @staticmethod
+    def with_advantages(samples: Sequence[LLMSample], advantages: np.ndarray) -> list[LLMSample]:
+        """The samples with these advantages, ``[n]``."""
+        return [dataclasses.replace(s, advantage=float(a)) for s, a in zip(samples, advantages, strict=True)]
+
+    def prepare(self, records: Sequence[StepRecord]) -> tuple[list[LLMSample], list[int]]:
+        """Samples without advantages (they are 0), and the positions of their decisions in ``records``."""
+        samples, kept = [], []
+        for i, record in enumerate(records):
             completion = record.prior.completion if record.prior is not None else None
             context = learning_context(record.prompt, completion, style=self.style) if record.prompt else None
             rollout = self._rollout_logprobs(record)
@@ -113,18 +151,11 @@ class LLMLearner:
                 row = self.llm.row(context, answers, end_of_turn=self.style.ends_turn)
             except ValueError:
                 continue
-            drafts.append(
-                (row, probs, positions.index(record.chosen), math.nan if rollout is None else rollout[record.chosen])
-            )
-            differences.append((value, record.predicted_value if self.cfg.rft_baseline == "value" else 0.0))
-        if not drafts:
-            return [], len(records)
-        advantages = normalised_advantages(*np.array(differences).T)
-        samples = [
-            LLMSample(row, probs, played, advantage=float(advantage), rollout_logprob=float(rollout))
-            for (row, probs, played, rollout), advantage in zip(drafts, advantages, strict=True)
-        ]
-        return samples, len(records) - len(samples)
+            played = positions.index(record.chosen)
+            logprob = math.nan if rollout is None else float(rollout[record.chosen])
+            samples.append(LLMSample(row, probs, played, advantage=0.0, rollout_logprob=logprob))
+            kept.append(i)
+        return samples, kept
 
     def _rollout_logprobs(self, record: StepRecord) -> np.ndarray | None:
         prior = record.prior
@@ -172,7 +203,8 @@ class LLMLearner:
             result = self._gradient(samples)
         except torch.OutOfMemoryError as error:
             self.optimizer.zero_grad(set_to_none=True)
-            if self.micro_batch_size < self.cfg.micro_batch_size or self.micro_batch_size == 1:
+            halved = self.micro_batch_size < self.cfg.micro_batch_size
+            if halved or self.micro_batch_size == 1 or self.group.size > 1:  # several must do the same
                 raise UserError(
                     f"out of GPU memory in an LLM update with {self.micro_batch_size} decisions at a time; type --set "
                     "llm.micro_batch_size=1, then --set llm.prompt_max_len=512, then --set llm.use_lora=true"
@@ -206,36 +238,50 @@ class LLMLearner:
         }
         # Totals first: every micro-batch is divided by the units of the whole batch.
         sft_units, played_units = self._num_units(samples)
-        units = {"sft_loss": sft_units, "rft_loss": played_units, "kl_loss": played_units}
+        units = self.group.sum({"sft_loss": sft_units, "rft_loss": played_units, "kl_loss": played_units})
+        units = {name: max(1.0, total) for name, total in units.items()}
         totals = dict.fromkeys(units, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(samples), self.micro_batch_size):
             micro = samples[start : start + self.micro_batch_size]
-            token_logprobs, completion_mask = self.llm.token_logprobs([s.row for s in micro])  # (R, T)
-            logprobs, mask = self._units(micro, token_logprobs, completion_mask)  # (R, T) or (R, 1)
-            target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro]).to(logprobs.device)  # (R,)
-            sums = {"sft_loss": sft_loss(logprobs, mask, target_probs)[0]}
-            firsts = np.cumsum([0, *(len(s.row.completions) for s in micro[:-1])])
-            played = torch.as_tensor(firsts + [s.played for s in micro], device=logprobs.device)  # (M,)
-            advantages = torch.tensor([s.advantage for s in micro], device=logprobs.device)
-            rollout = torch.tensor([s.rollout_logprob for s in micro], device=logprobs.device)
-            sums["rft_loss"], _ = rft_loss(
-                logprobs[played], mask[played], advantages, rollout_logprobs=rollout, clip=cfg.rft_clip
-            )
-            if cfg.kl_weight > 0:
-                reference = self.llm.reference_logprobs([s.row for s in micro])
-                reference, _ = self._units(micro, reference, completion_mask)
-                sums["kl_loss"], _ = kl_loss(logprobs[played], reference[played], mask[played])
+            last = start + self.micro_batch_size >= len(samples)
+            with self.group.accumulating(self.scorer, last=last):
+                sums = self._losses(micro)
+                # The group averages gradients, and each divides by the units of all.
+                loss = sum(loss_weights[name] * value / units[name] for name, value in sums.items())
+                (self.group.size * loss).backward()
             for name, value in sums.items():
                 totals[name] += value.item()
-                if not math.isfinite(totals[name]):
-                    self._give_up(f"{name} is {totals[name]}")
-            sum(loss_weights[name] * value / units[name] for name, value in sums.items()).backward()
+            if not all(map(math.isfinite, totals.values())) and self.group.size == 1:
+                break  # the rest cannot mend it
+        totals = self.group.sum(totals)
+        for name, total in totals.items():
+            if not math.isfinite(total):
+                self._give_up(f"{name} is {total}")
         norm = gradient_norm(self.llm.trainable_parameters(), max_norm=cfg.grad_clip)
         if not math.isfinite(norm):
             self._give_up(f"the norm of the gradient is {norm}")
         losses = {name: total / units[name] for name, total in totals.items()}
         return {**losses, "loss": sum(loss_weights[name] * losses[name] for name in losses), "grad_norm": norm}
+
+    def _losses(self, micro: Sequence[LLMSample]) -> dict[str, torch.Tensor]:
+        """Summed losses of a micro-batch."""
+        token_logprobs, completion_mask = self.scorer([s.row for s in micro])  # (R, T)
+        logprobs, mask = self._units(micro, token_logprobs, completion_mask)  # (R, T) or (R, 1)
+        target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro]).to(logprobs.device)  # (R,)
+        sums = {"sft_loss": sft_loss(logprobs, mask, target_probs)[0]}
+        firsts = np.cumsum([0, *(len(s.row.completions) for s in micro[:-1])])
+        played = torch.as_tensor(firsts + [s.played for s in micro], device=logprobs.device)  # (M,)
+        advantages = torch.tensor([s.advantage for s in micro], device=logprobs.device)
+        rollout = torch.tensor([s.rollout_logprob for s in micro], device=logprobs.device)
+        sums["rft_loss"], _ = rft_loss(
+            logprobs[played], mask[played], advantages, rollout_logprobs=rollout, clip=self.cfg.rft_clip
+        )
+        if self.cfg.kl_weight > 0:
+            reference = self.llm.reference_logprobs([s.row for s in micro])
+            reference, _ = self._units(micro, reference, completion_mask)
+            sums["kl_loss"], _ = kl_loss(logprobs[played], reference[played], mask[played])
+        return sums
 
     def _give_up(self, problem: str) -> None:
         self.optimizer.zero_grad(set_to_none=True)

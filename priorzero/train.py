@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import dataclasses
 import errno
 import importlib.util
-import json
 import os
 import random
 import time
@@ -34,14 +32,15 @@ from priorzero.concurrency import OwnerThread, StopRequest
 from priorzero.config import differences, dump_settings
 from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine, cores_for_training
 from priorzero.envs import GameSpec, make_worker, resolve_games
-from priorzero.evaluator import Evaluation, Evaluator, together
+from priorzero.evaluator import Evaluation, Evaluator
 from priorzero.lightzero import unizero_config
-from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint, open_logs, peak_memory_mb, table
+from priorzero.metrics import MetricsWriter, count_moved, fingerprint, open_logs, peak_memory_mb, table
 from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model
 from priorzero.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
 from priorzero.records import Plain
 from priorzero.saving import DroppedUpdates, Saver, claim, cut_files, plain_batch
+from priorzero.teller import Teller
 from priorzero.text_encoder import TextEncoder
 from priorzero.timeline import Timeline
 from priorzero.types import EngineFailed, GameWorkerError, NotFinite, PriorEngine, UserError
@@ -81,13 +80,13 @@ def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunS
     """
     settings = copy.deepcopy(settings)  # the caller's stay as they are
     games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
-    _check_games(settings, games=games, unseen=unseen)
+    check_games(settings, games=games, unseen=unseen)
     device = choose_device(settings.run.device)
     if settings.prior.enabled:
         settings.prior.engine = choose_engine(settings.prior.engine, device=device)
     lock = None
     if checkpoint is None:
-        folder = _new_run_folder(settings, games)
+        folder = new_run_folder(settings, games)
     else:
         check_same(checkpoint, settings, games=games)
         folder = checkpoint.run_folder
@@ -126,7 +125,8 @@ def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunS
             lock.close()
 
 
-def _check_games(settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
+def check_games(settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
+    """Raises UserError if a run cannot be on these games."""
     if not games:
         raise UserError("run.env_id is empty; name a game, such as zork1.z5 or textworld:simple?seed=7")
     if settings.env.collector_env_num % len(games):
@@ -196,19 +196,19 @@ async def _train(
         torch.set_num_threads(cores_for_training())
     # Every random number comes from the one seed, in streams that cannot disturb one another.
     *global_seeds, buffer_seed, collector_seed = np.random.SeedSequence(run.seed).spawn(5)
-    _seed_globals(global_seeds)
+    seed_globals(global_seeds)
     agent, workers = await _load(settings, games=games, device=device, buffer_seed=buffer_seed, folder=folder)
     policy, buffer, timeline = agent.policy, agent.buffer, agent.timeline
     names = ", ".join(game.name for game in games)
     collector = Collector(
         workers, player=agent.player, config=agent.config, seed=collector_seed, groups=2 if overlap else 1
     )
-    evaluators = _Evaluators(settings, games=games, unseen=unseen, player=agent.player)
+    evaluators = Evaluators(settings, games=games, unseen=unseen, player=agent.player)
     saver = Saver(folder, settings, games, policy, buffer, collector, agent.player.indexer, agent.engine)
     counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0}
     phase, told, before = "collect", None, _fingerprints(policy)
     try:
-        lock = _begin_files(settings, folder, again=checkpoint is not None)  # from here on there are files
+        lock = begin_files(settings, folder, again=checkpoint is not None)  # from here on there are files
         logger.info(f"{names}, seed {run.seed}, on {device}; everything about this run is in {folder}")
         changed = [
             f"{group}.{key}={value}" for group, own in differences(settings).items() for key, value in own.items()
@@ -270,7 +270,7 @@ async def _train(
                 # ---- evaluate, save ----
                 phase = "evaluate" if evaluates else "collect"
                 if evaluates:
-                    played = await stop.before(_evaluate(evaluators))
+                    played = await stop.before(evaluate_all(evaluators))
                     if played is None:  # a search may not have come to its end
                         await agent.world_model_thread.run("search", lambda: None)
                         break
@@ -278,11 +278,11 @@ async def _train(
                     phase = "collect"
                     timeline.skip()
                 if saves:
-                    await saver.save(counters, phase=phase, told=teller.state_dict(before))
+                    await saver.save(counters, phase=phase, told=teller.told(before))
             if stop.asked and counters["env_step"] + collector.collected.env_steps:
-                await saver.save(counters, phase=phase, told=teller.state_dict(before))
+                await saver.save(counters, phase=phase, told=teller.told(before))
             if run.max_env_step == 0 and not stop.asked:
-                played = await stop.before(_evaluate(evaluators))
+                played = await stop.before(evaluate_all(evaluators))
                 evaluations = teller.tell_evaluations(played, env_step=0) if played is not None else {}
         teller.progress.end()
     except (asyncio.CancelledError, GameWorkerError, EngineFailed, UserError, OSError) as error:
@@ -295,7 +295,7 @@ async def _train(
             teller.tell(counters, collected, collector)
             phase = "collect"
         if counters["env_step"] + collector.collected.env_steps:
-            await saver.save(counters, phase=phase, told=teller.state_dict(before))
+            await saver.save(counters, phase=phase, told=teller.told(before))
             if not saver.failure:
                 logger.warning(f"interrupted; what was learned so far is in {saver.last}")
         raise
@@ -347,8 +347,12 @@ async def _go_on(
     return state["counters"], state["phase"], told, told["before"]
 
 
-def _begin_files(settings: Any, folder: Path, *, again: bool) -> TextIO | None:
-    """Returns the lock of a new run; one that goes on has been locked."""
+def begin_files(settings: Any, folder: Path, *, again: bool) -> TextIO | None:
+    """Open a run's folder and logs; returns the lock of a new run (one that goes on has been locked).
+
+    Raises:
+        UserError: the folder cannot be written to.
+    """
     try:
         (folder / "log").mkdir(parents=True, exist_ok=again)
         (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
@@ -359,7 +363,7 @@ def _begin_files(settings: Any, folder: Path, *, again: bool) -> TextIO | None:
     return None if again else claim(folder)
 
 
-def _seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
+def seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
     """LightZero draws from global generators: padding actions from numpy's, dropout and parameters from torch's."""
     numbers = [int(seed.generate_state(1)[0]) for seed in seeds]
     random.seed(numbers[0])
@@ -376,7 +380,7 @@ async def _load(
     folder: Path,
 ) -> tuple[_Agent, list[Any]]:
     """Both models, and the games to collect from, which load in their processes while the models load in this one."""
-    workers = _make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
+    workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
     starting = asyncio.gather(*(worker.start() for worker in workers), return_exceptions=True)
     await asyncio.sleep(0)  # now every process has been started
     try:
@@ -395,15 +399,7 @@ async def _load(
 def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.SeedSequence, folder: Path) -> _Agent:
     timeline = Timeline(keep=settings.run.trace_iterations)
     world_model_thread = OwnerThread("world-model", timeline)
-    encoder = TextEncoder(
-        settings.encoder.path,
-        device=device,
-        pooling=settings.encoder.pooling,
-        parts=settings.encoder.parts,
-        cache_size=settings.encoder.cache_size,
-        with_look=settings.env.look_and_inventory,
-        max_moves=settings.env.max_episode_steps,
-    )
+    encoder = make_encoder(settings, device=device)
     llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
     policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
     config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
@@ -443,6 +439,19 @@ def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.S
         world_model_thread=world_model_thread,
         llm_thread=OwnerThread("llm", timeline),
         dropped=DroppedUpdates(folder / "not_finite", limit=settings.train.max_not_finite),
+    )
+
+
+def make_encoder(settings: Any, *, device: torch.device) -> TextEncoder:
+    """The frozen text encoder."""
+    return TextEncoder(
+        settings.encoder.path,
+        device=device,
+        pooling=settings.encoder.pooling,
+        parts=settings.encoder.parts,
+        cache_size=settings.encoder.cache_size,
+        with_look=settings.env.look_and_inventory,
+        max_moves=settings.env.max_episode_steps,
     )
 
 
@@ -495,9 +504,16 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
     llm_has_its_turn = llm_learns and counters["iteration"] % settings.llm.update_every == 0
     learned: dict[str, float] = {}
     batch: list[Any] = []
-    for _ in range(settings.train.update_per_collect):
+    world_model_has_its_turn = counters["iteration"] % settings.train.update_every == 0
+    for _ in range(settings.train.update_per_collect if world_model_has_its_turn else 0):
         batch, metrics = await agent.world_model_thread.run(
-            "world-model update", _update_world_model, agent, settings.train.batch_size, counters
+            "world-model update",
+            update_world_model,
+            agent.policy,
+            agent.buffer,
+            agent.dropped,
+            batch_size=settings.train.batch_size,
+            counters=counters,
         )
         learned.update(metrics)
 
@@ -505,9 +521,10 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
         assert agent.prior is not None
 
         async def update_llm() -> int:
-            drawn = batch[2]
             for n in range(settings.llm.updates_per_turn):
-                if n > 0:
+                if n == 0 and batch:
+                    drawn = batch[2]
+                else:
                     drawn = await agent.world_model_thread.run(
                         "replay", lambda: agent.buffer.sample(settings.train.batch_size, agent.policy)[2]
                     )
@@ -523,18 +540,30 @@ async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer:
     writer.write(learned, step=counters["train_iter"])
 
 
-def _update_world_model(agent: _Agent, batch_size: int, counters: dict[str, int]) -> tuple[list[Any], dict[str, float]]:
-    if not agent.policy.features_are_fitted:
-        agent.policy.fit_features(agent.buffer.features())
-    batch = agent.buffer.sample(batch_size, agent.policy)
+def update_world_model(
+    policy: PriorZeroPolicy,
+    buffer: PriorZeroGameBuffer,
+    dropped: DroppedUpdates,
+    *,
+    batch_size: int,
+    counters: dict[str, int],
+) -> tuple[list[Any], dict[str, float]]:
+    """One update from one draw; returns the draw and the metrics, none if the update was left out.
+
+    Raises:
+        UserError: too many updates in a row were left out.
+    """
+    if not policy.features_are_fitted:
+        policy.fit_features(buffer.features())
+    batch = buffer.sample(batch_size, policy)
     try:
-        metrics = agent.policy.learn_world_model(batch, train_iter=counters["train_iter"])
+        metrics = policy.learn_world_model(batch, train_iter=counters["train_iter"])
     except NotFinite as error:
-        agent.dropped.dropped("world model", error, records=batch[2].records(), arrays=plain_batch(batch))
+        dropped.dropped("world model", error, records=batch[2].records(), arrays=plain_batch(batch))
         return batch, {}
     counters["train_iter"] += 1
-    agent.dropped.applied("world model")
-    agent.buffer.update_priority(batch, metrics.pop("priorities"))
+    dropped.applied("world model")
+    buffer.update_priority(batch, metrics.pop("priorities"))
     return batch, metrics
 
 
@@ -559,7 +588,7 @@ async def _stop_learning(agent: _Agent, learning: asyncio.Task[None] | None) -> 
     agent.llm_thread.close()
 
 
-def _new_run_folder(settings: Any, games: Sequence[GameSpec]) -> Path:
+def new_run_folder(settings: Any, games: Sequence[GameSpec]) -> Path:
     """The run's folder, not made yet. A name that was given must be new; a made-up one is."""
     root, name = Path(settings.run.output_dir), settings.run.exp_name
     if name:
@@ -583,7 +612,7 @@ def _new_run_folder(settings: Any, games: Sequence[GameSpec]) -> Path:
     return root / name
 
 
-def _make_workers(settings: Any, games: Sequence[GameSpec], *, count: int, first_seed: int) -> list[Any]:
+def make_workers(settings: Any, games: Sequence[GameSpec], *, count: int, first_seed: int) -> list[Any]:
     """``count`` workers in all, for the games in turn."""
     env = settings.env
     return [
@@ -599,7 +628,7 @@ def _make_workers(settings: Any, games: Sequence[GameSpec], *, count: int, first
     ]
 
 
-class _Evaluators:
+class Evaluators:
     """An evaluator for each game that is trained on and for each that is not.
 
     Attributes:
@@ -616,7 +645,7 @@ class _Evaluators:
         def evaluators(chosen: Sequence[GameSpec]) -> list[Evaluator]:
             made = []
             for game in chosen:
-                workers = _make_workers(settings, [game], count=settings.env.evaluator_env_num, first_seed=first_seed)
+                workers = make_workers(settings, [game], count=settings.env.evaluator_env_num, first_seed=first_seed)
                 self.workers += workers
                 made.append(
                     Evaluator(game.name, workers, player=player, episodes=settings.eval.episodes, seed=first_seed)
@@ -626,7 +655,7 @@ class _Evaluators:
         self.seen, self.unseen = evaluators(games), evaluators(unseen)
 
 
-async def _evaluate(evaluators: _Evaluators) -> dict[tuple[str, bool], dict[str, Evaluation]]:
+async def evaluate_all(evaluators: Evaluators) -> dict[tuple[str, bool], dict[str, Evaluation]]:
     """``(mode, unseen)`` to the evaluation of each game. A game that cannot be played is left out, and this is said."""
     played: dict[tuple[str, bool], dict[str, Evaluation]] = {}
     for unseen, chosen in ((False, evaluators.seen), (True, evaluators.unseen)):
@@ -648,7 +677,8 @@ def _fingerprints(policy: PriorZeroPolicy) -> dict[str, dict[str, int]]:
     return prints
 
 
-def _buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
+def buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
+    """Metrics of what is stored."""
     return {
         "buffer/decisions": float(buffer.get_num_of_transitions()),
         "buffer/segments": float(buffer.get_num_of_game_segments()),
@@ -656,103 +686,40 @@ def _buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
     }
 
 
-class _Teller:
-    """Writes what happens: scalars, log lines, ``episodes.jsonl`` and ``evaluations.jsonl``."""
+class _Teller(Teller):
+    """Tells what the loop of this module does."""
 
     def __init__(self, folder: Path, settings: Any, agent: _Agent, *, told: Plain | None) -> None:
         """``told``: what a run that goes on had told before."""
-        run = settings.run
-        self.folder = folder
+        super().__init__(folder, settings, told=told)
         self.agent = agent
-        self.writer = MetricsWriter(folder)
-        spent = 0.0
-        if told is not None:
-            self.writer.last, spent = told["last"], told["seconds"]
-        self.progress = Progress(
-            max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every, spent_s=spent
-        )
-        self._started = time.monotonic() - spent
 
-    @property
-    def seconds(self) -> float:
-        """Of the run so far."""
-        return time.monotonic() - self._started
-
-    def state_dict(self, before: Any) -> Plain:
+    def told(self, before: Any) -> Plain:
         """What was told so far; ``before``: the models' fingerprints when the run began."""
-        lines = {path.name: path.stat().st_size for path in self.folder.glob("e*.jsonl") if _synced(path)}
-        return {
-            "last": dict(self.writer.last),
-            "seconds": self.seconds,
-            "sizes": {**lines, **self.writer.sizes()},
-            "before": before,
-            "dropped": self.agent.dropped.state_dict(),
-        }
+        return {**self.state_dict(), "before": before, "dropped": self.agent.dropped.state_dict()}
 
     def tell(self, counters: dict[str, int], collected: Collected, collector: Collector) -> None:
         """What an iteration brought."""
         iteration, writer, agent = counters["iteration"], self.writer, self.agent
         writer.write(collector.scalars(collected), step=iteration)
-        writer.write(_buffer_scalars(agent.buffer), step=iteration)
+        writer.write(buffer_scalars(agent.buffer), step=iteration)
         if agent.prior is not None:
-            prior_scalars = agent.prior.take_statistics()
-            writer.write(prior_scalars, step=iteration)
-            logger.bind(topic="prior").info(f"iteration {iteration}: {_short(prior_scalars)}")
+            self.tell_prior(agent.prior.take_statistics(), iteration=iteration)
         shares = agent.timeline.take()
         writer.write({**shares.scalars(), "memory/peak_mb": peak_memory_mb()}, step=iteration)
         logger.debug(f"iteration {iteration}, {shares.wall:.1f} s: {shares.describe()}")
         _log_segments(collected, iteration)
-        self._append("episodes.jsonl", [dataclasses.asdict(episode) for episode in collected.episodes])
-        self.progress.show(
-            iteration=iteration,
-            env_step=counters["env_step"],
-            episode_return=writer.last.get("collector_iter/reward_mean"),
-            loss=writer.last.get("train/total_loss"),
-        )
+        self.tell_episodes(collected.episodes)
+        self.show(counters)
 
     def tell_evaluations(
         self, played: dict[tuple[str, bool], dict[str, Evaluation]], *, env_step: int
     ) -> dict[str, Evaluation]:
-        """What :func:`_evaluate` returned; gives it back by mode, over all games, unseen ones as ``unseen_MODE``.
-
-        The first played of world model with prior, world model, prior is the run's own figure.
-        """
-        evaluations, scalars = {}, {}
-        for (mode, unseen), of_games in played.items():
-            self._append(
-                "evaluations.jsonl",
-                [
-                    {"env_step": env_step, "game": game, "unseen": unseen, **dataclasses.asdict(evaluation)}
-                    for game, evaluation in of_games.items()
-                ],
-            )
-            name = f"unseen_{mode}" if unseen else mode
-            evaluations[name] = evaluation = together(list(of_games.values()))
-            logger.info(
-                f"evaluation at {env_step} env steps, {name}: scores {evaluation.scores} of {evaluation.max_score:g}"
-            )
-            scalars[f"evaluator_step/{name}_reward_mean"] = evaluation.mean_return
-            scalars[f"evaluator_step/{name}_score_mean"] = evaluation.mean_score
-        for main in ("world_model_with_prior", "world_model", *evaluations):
-            if main in evaluations:
-                scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
-                break
+        evaluations = super().tell_evaluations(played, env_step=env_step)
         if self.agent.prior is not None:
-            scalars["evaluator_step/prior_fallbacks"] = self.agent.prior.take_statistics()["prior/fallbacks"]
-        self.writer.write(scalars, step=env_step)
+            fallbacks = self.agent.prior.take_statistics()["prior/fallbacks"]
+            self.writer.write({"evaluator_step/prior_fallbacks": fallbacks}, step=env_step)
         return evaluations
-
-    def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        seconds = round(self.seconds, 1)
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
-
-
-def _synced(path: Path) -> bool:
-    """True once the file is on the disk as far as it was written."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return True
 
 
 def _log_segments(collected: Collected, iteration: int) -> None:
@@ -766,10 +733,6 @@ def _log_segments(collected: Collected, iteration: int) -> None:
             f"predicted {np.mean([r.predicted_value for r in records]):.3f}, "
             f"with prompt {sum(bool(r.prompt) for r in records)}, ends episode {records[-1].done}"
         )
-
-
-def _short(scalars: dict[str, float]) -> str:
-    return ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in scalars.items())
 
 
 def _count_rows(settings: Any, counters: dict[str, int], collector: Collector, *, with_llm: bool) -> dict[str, Any]:

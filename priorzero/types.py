@@ -31,6 +31,10 @@ class EngineFailed(RuntimeError):
     """The prior engine is lost for the rest of the run, or does not answer from the parameters it was given."""
 
 
+class PartFailed(RuntimeError):
+    """A process of a run on a cluster died, or did not answer in time."""
+
+
 class PromptTooLong(ValueError):
     """A prompt with its answers does not fit into the language model."""
 

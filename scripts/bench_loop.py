@@ -135,7 +135,7 @@ def collect(settings: Any, *, steps: int, plain: bool) -> tuple[float, list[Note
             player.__class__ = PlainPlayer
             workers: list[Any] = [PlainWorker(spec, seed=e, env=settings.env) for e in range(GAMES)]
         else:
-            workers = train._make_workers(settings, spec, count=GAMES, first_seed=0)
+            workers = train.make_workers(settings, [spec], count=GAMES, first_seed=0)
         collector = Collector(workers, player=player, config=agent.config, seed=np.random.SeedSequence(1))
         records: list[Noted] = []
         record = collector._record

@@ -80,9 +80,11 @@ def test_collection_explores_less_where_the_way_is_known(known):
     visits = np.zeros(len(indices), dtype=np.int64)
     visits[:2] = 3, 1  # shares 3/4 and 1/4; squared and normalised 9/10 and 1/10
     result = type("Result", (), {"visit_counts": visits})()
-    chosen = [player._choose(lane, state, None, result, explore=True) for _ in range(4000)]
-    assert np.mean(np.array(chosen) == 0) == pytest.approx(0.9 if known else 0.75, abs=0.03)
-    assert player._choose(lane, state, None, result, explore=False) == 0
+    drawn = [player._choose(lane, state, None, result, explore=True) for _ in range(4000)]
+    share = 0.9 if known else 0.75
+    assert np.mean([chosen == 0 for chosen, _ in drawn]) == pytest.approx(share, abs=0.03)
+    assert all(prob == pytest.approx({0: share, 1: 1 - share}[chosen]) for chosen, prob in drawn)
+    assert player._choose(lane, state, None, result, explore=False) == (0, 1.0)
     assert player._root(lane, state, indices, None, explore=False).tries is None
 
 

@@ -14,15 +14,16 @@ PACKAGE = Path(__file__).parent.parent / "priorzero"
 FLOORS = [
     {"types"},
     {"timeline", "config", "priors", "losses", "completions", "metrics", "vocabulary", "tree"},
-    {"envs", "models", "lightzero", "prompts", "concurrency", "records"},
+    {"envs", "models", "lightzero", "prompts", "concurrency", "records", "process_group"},
     {"engines", "text_encoder", "segment"},
     {"llm_learner", "buffer", "search", "exploration"},
-    {"policy"},
+    {"policy", "ppo"},
     {"player", "demo"},
     {"collector", "evaluator", "checkpoint"},
-    {"saving"},
+    {"saving", "teller"},
     {"train"},
-    {"entry"},
+    {"cluster", "entry"},
+    {"ray_entry"},
 ]
 FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
 DOORS = {
@@ -34,6 +35,8 @@ DOORS = {
     "peft": {"models"},
     "vllm": {"engines"},
     "tensorboardX": {"metrics"},
+    "ray": {"cluster"},
+    "orz": {"cluster"},
 }
 
 

@@ -245,7 +245,7 @@ def test_out_of_memory_halves_the_micro_batch_once_and_changes_no_gradient(smoll
     for largest in (4, 2):
         made = learner(smollm2, batch_size=4, micro_batch_size=4)
         samples, _ = made.samples([record(t) for t in range(4)], np.arange(4.0))
-        made.llm = SmallMemory(made.llm, largest=largest)
+        made.llm = made.scorer._llm = SmallMemory(made.llm, largest=largest)
         made.learn(samples)
         rooms[largest] = parameters(made)
         assert made.llm.asked == ([4] if largest == 4 else [4, 2, 2])
@@ -254,7 +254,7 @@ def test_out_of_memory_halves_the_micro_batch_once_and_changes_no_gradient(smoll
     torch.testing.assert_close(rooms[4], rooms[2], atol=1e-5, rtol=0)
 
     made = learner(smollm2, batch_size=4, micro_batch_size=4)
-    made.llm = SmallMemory(made.llm, largest=1)
+    made.llm = made.scorer._llm = SmallMemory(made.llm, largest=1)
     before = parameters(made)
     with pytest.raises(UserError, match=r"with 2 decisions at a time; type --set llm\.micro_batch_size=1"):
         made.learn(samples)

@@ -1,0 +1,495 @@
+"""Training on a Ray cluster, to be read from top to bottom: UniZero as in :mod:`priorzero.train`, the LLM by PPO.
+
+Collectors play all the time, each with the parameters that were the latest when it was last asked. An iteration is what
+one collector brings: it is stored, then the learners have their turns, the world model's every ``train.update_every``
+iterations and the LLM's every ``llm.update_every``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import functools
+import json
+import logging
+import os
+import time
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+from loguru import logger
+
+from priorzero.checkpoint import save_checkpoint
+from priorzero.cluster.actors import CollectorProcess, PriorServer, Registry, WorldModelProcess
+from priorzero.cluster.calls import Durable, answer, kill
+from priorzero.cluster.orz_ppo import OrzPPOEngine, why_not_orz
+from priorzero.cluster.resources import Share, plan_resources
+from priorzero.cluster.torch_ppo import TorchPPOEngine
+from priorzero.concurrency import StopRequest
+from priorzero.config import differences, dump_settings
+from priorzero.envs import resolve_games
+from priorzero.evaluator import Evaluation
+from priorzero.metrics import peak_memory_mb, table
+from priorzero.ppo.engine import PPOEngine
+from priorzero.saving import DroppedUpdates
+from priorzero.teller import Teller
+from priorzero.timeline import Shares
+from priorzero.train import RunSummary, begin_files, check_games, new_run_folder
+from priorzero.types import GameWorkerError, NotFinite, PartFailed, UserError
+
+REGISTRY = "registry"  # its name, in the namespace of the run
+
+
+def run_on_cluster(settings: Any) -> RunSummary:
+    """Train as ``settings`` say, on ``cluster.address`` or on a Ray that is started here and ends with the run.
+
+    Raises:
+        UserError: something a person can put right; before anything was written where possible.
+    """
+    settings = copy.deepcopy(settings)
+    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+    check_games(settings, games=games, unseen=unseen)
+    check_settings(settings)
+    folder = new_run_folder(settings, games).absolute()  # other processes may be elsewhere
+    settings.run.output_dir = str(folder.parent)
+    connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
+    try:
+        return asyncio.run(_train(settings, folder=folder, names=", ".join(game.name for game in games)))
+    except GameWorkerError as error:
+        raise UserError(f"the games cannot go on: {error}; the run's files are in {folder}") from error
+    except PartFailed as error:
+        raise UserError(f"{error}; the run's files are in {folder}") from error
+    finally:
+        ray.shutdown()
+
+
+def check_settings(settings: Any) -> None:
+    """Raises UserError if PPO cannot learn with these settings, or its engine is not there."""
+    if not settings.prior.enabled:
+        raise UserError("prior.enabled=False leaves PPO nothing to learn; priorzero.entry trains UniZero alone")
+    if settings.prior.mode != "score" or settings.llm.objective == "tokens":
+        raise UserError(
+            "PPO's policy is the prior over the valid commands: it needs prior.mode=score and llm.objective=actions"
+        )
+    if settings.ppo.sharding == "fsdp" and settings.llm.use_lora:
+        raise UserError("ppo.sharding=fsdp does not go with llm.use_lora=true; type --set ppo.sharding=ddp")
+    if settings.ppo.engine == "orz":
+        why = why_not_orz()
+        if why:
+            raise UserError(why)
+
+
+def connect(settings: Any, *, namespace: str) -> None:
+    """Join the cluster, or start one in this machine.
+
+    Args:
+        settings: all settings.
+        namespace: in which the run's processes find one another.
+
+    Raises:
+        UserError: there is none at ``cluster.address``.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report home
+    address = settings.cluster.address
+    try:
+        if address:
+            ray.init(address=address, namespace=namespace, logging_level=logging.ERROR)
+        else:
+            ray.init(address="local", namespace=namespace, include_dashboard=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        where = f"cluster.address={address}" if address else "Ray could not be started here"
+        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+
+
+@dataclass
+class _Collectors:
+    """The collectors, each busy with one call, and the parameters that they are given next.
+
+    Attributes:
+        restarts: collectors that died, or did not answer in time, and were started again by Ray.
+        lost: collectors that were given up.
+    """
+
+    settings: Any
+    actors: list[Any]
+    versions: dict[str, int]
+    world_model: Any = None
+    restarts: int = 0
+    lost: int = 0
+    _deaths: Counter[int] = field(default_factory=Counter)
+    _busy: dict[asyncio.Task[Any], int] = field(default_factory=dict)
+
+    def ask(self, index: int) -> None:
+        """Have a collector play."""
+        steps = self.settings.train.collect_env_steps
+        segments, told = self.actors[index].collect.remote(steps, self.versions, self.world_model)
+        self._busy[asyncio.create_task(self._outcome(index, segments, told))] = index
+
+    async def _outcome(self, index: int, segments: Any, told: Any) -> tuple[int, Any, dict[str, Any]]:
+        timeout_s = self.settings.cluster.timeout_s
+        return index, segments, await answer(told, timeout_s=timeout_s, who=f"collector {index}")
+
+    async def next(self) -> tuple[int, Any, dict[str, Any]]:
+        """What the first that is ready brings: its index, Ray's reference to the segments, and what is told of them.
+
+        Raises:
+            UserError: no collector is left.
+        """
+        while True:
+            if not self._busy:
+                raise UserError(f"all {len(self.actors)} collectors have been started again too often, or cannot begin")
+            done, _ = await asyncio.wait(self._busy, return_when=asyncio.FIRST_COMPLETED)
+            task = done.pop()
+            index = self._busy.pop(task)
+            try:
+                outcome: tuple[int, Any, dict[str, Any]] = task.result()
+                return outcome
+            except PartFailed as error:
+                self.restarts += 1
+                if "did not answer" in str(error):
+                    ray.kill(self.actors[index], no_restart=False)
+                self._deaths[index] += 1
+                if self._deaths[index] > self.settings.cluster.max_restarts:
+                    self.lost += 1
+                    logger.error(f"{error}; it is given up, the others go on")
+                else:
+                    logger.warning(f"{error}; it begins again")
+                    self.ask(index)
+
+    async def close(self) -> None:
+        for task in self._busy:
+            task.cancel()
+        await asyncio.gather(*self._busy, return_exceptions=True)
+        for actor in self.actors:
+            kill(actor)
+
+
+class _WorldModel:
+    """The world model's learner process, as :class:`~priorzero.cluster.calls.Durable` has it."""
+
+    def __init__(self, settings: Any, *, share: Share, feature_size: int, folder: Path) -> None:
+        self._settings, self._share, self._feature_size, self._folder = settings, share, feature_size, folder
+        self._process: Any = None
+
+    async def _answer(self, reference: Any) -> Any:
+        timeout_s = self._settings.cluster.timeout_s
+        return await answer(reference, timeout_s=timeout_s, who="the world model's learner")
+
+    async def start(self) -> None:
+        actor = ray.remote(WorldModelProcess).options(num_cpus=self._share.num_cpus, num_gpus=self._share.num_gpus)
+        self._process = actor.remote(self._settings, self._feature_size, str(self._folder))
+
+    async def push(self, segments: Any) -> dict[str, float]:
+        stored: dict[str, float] = await self._answer(self._process.push.remote(segments))
+        return stored
+
+    async def learn(self) -> tuple[dict[str, float], int]:
+        learned: tuple[dict[str, float], int] = await self._answer(self._process.learn.remote())
+        return learned
+
+    async def parameters(self) -> tuple[Any, int]:
+        """Ray's reference to them, and their version."""
+        parameters, version = self._process.parameters.remote()
+        return parameters, await self._answer(version)
+
+    async def save(self, folder: Path) -> None:
+        await self._answer(self._process.save.remote(str(folder)))
+
+    async def load(self, folder: Path) -> None:
+        await self._answer(self._process.load.remote(str(folder)))
+
+    async def kill(self) -> None:
+        if self._process is not None:
+            kill(self._process)
+
+
+class _Servers:
+    """The prior servers. Ray starts again what dies; who hangs is killed for that.
+
+    Attributes:
+        restarts: servers that were found to be behind what was published, since they had to begin again, or hung.
+    """
+
+    def __init__(self, settings: Any, registry: Any, *, share: Share, folder: Path) -> None:
+        self.restarts = 0
+        self._settings, self._registry = settings, registry
+        self.names = [f"server {n}" for n in range(settings.cluster.num_servers)]
+        self.actors: list[Any] = [
+            ray.remote(PriorServer)
+            .options(
+                name=name,
+                num_cpus=share.num_cpus,
+                num_gpus=share.num_gpus,
+                max_concurrency=1000,
+                max_restarts=settings.cluster.max_restarts,
+            )
+            .remote(settings, REGISTRY, str(folder / "log" / f"vllm{n or ''}.log"))
+            for n, name in enumerate(self.names)
+        ]
+        self._deaths: Counter[int] = Counter()
+
+    async def ready(self) -> None:
+        await self._each(lambda server: server.ready.remote(), timeout_s=self._settings.cluster.start_timeout_s)
+
+    async def hand_on(self, version: int, parameters: Any) -> None:
+        """Publish parameters, and wait until all servers have taken them over (or are starting again with them)."""
+        registry = self._registry.publish.remote(version, [parameters])
+        await answer(registry, timeout_s=self._settings.cluster.timeout_s, who="the registry")
+        await self._each(lambda server: server.take_over.remote(version, [parameters]))
+
+    async def statistics(self) -> dict[str, float]:
+        """Means over the servers that answer."""
+        told = [t for t in await self._each(lambda server: server.statistics.remote()) if t is not None]
+        return {name: float(np.mean([t[name] for t in told])) for name in told[0]} if told else {}
+
+    async def _each(self, call: Any, *, timeout_s: float | None = None) -> list[Any]:
+        """The answer of each, None from those that are starting again.
+
+        Raises:
+            UserError: one cannot be started again any more.
+        """
+        limit = timeout_s or self._settings.cluster.timeout_s
+
+        async def ask(n: int, server: Any) -> Any:
+            try:
+                return await answer(call(server), timeout_s=limit, who=f"prior server {n}")
+            except PartFailed as error:
+                self.restarts += 1
+                if "did not answer" in str(error):
+                    ray.kill(server, no_restart=False)
+                self._deaths[n] += 1
+                if self._deaths[n] > self._settings.cluster.max_restarts:
+                    raise UserError(f"{error}, and has been started again too often (cluster.max_restarts)") from error
+                logger.warning(f"{error}; it begins again")
+                return None
+
+        return list(await asyncio.gather(*(ask(n, server) for n, server in enumerate(self.actors))))
+
+    async def close(self) -> None:
+        for server in self.actors:
+            try:
+                await answer(server.close.remote(), timeout_s=30.0, who="a prior server")
+            except PartFailed as error:
+                logger.debug(f"{error} while it was asked to end")
+            kill(server)
+
+
+def make_ppo_engine(settings: Any, *, share: Share, servers: _Servers) -> PPOEngine:
+    """The engine that ``ppo.engine`` names; it has yet to be started."""
+    engines: dict[str, Any] = {"torch": TorchPPOEngine, "orz": OrzPPOEngine}
+    engine: PPOEngine = engines[settings.ppo.engine](settings, share=share, hand_on=servers.hand_on)
+    return engine
+
+
+async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
+    run, cluster = settings.run, settings.cluster
+    resources = ray.cluster_resources()
+    plan = plan_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
+    lock = begin_files(settings, folder, again=False)
+    logger.info(f"{names}, seed {run.seed}, on a Ray cluster; everything about this run is in {folder}")
+    changed = [f"{group}.{key}={value}" for group, own in differences(settings).items() for key, value in own.items()]
+    logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
+    logger.info("; ".join(f"{role}: {share.num_cpus:g} CPU, {share.num_gpus:g} GPU" for role, share in plan.items()))
+
+    # ---- start: all processes load at the same time ----
+    started = time.monotonic()
+    registry = ray.remote(Registry).options(num_cpus=0, name=REGISTRY).remote(settings)
+    servers = _Servers(settings, registry, share=plan["server"], folder=folder)
+    share = plan["collector"]
+    actor = ray.remote(CollectorProcess).options(
+        num_cpus=share.num_cpus, num_gpus=share.num_gpus, max_restarts=cluster.max_restarts
+    )
+    collectors = _Collectors(
+        settings,
+        [actor.remote(settings, REGISTRY, servers.names) for _ in range(cluster.num_collectors)],
+        versions={"world model": 0, "LLM": 0},
+    )
+    engine = make_ppo_engine(settings, share=plan["learner"], servers=servers)
+    teller, stop = Teller(folder, settings), StopRequest()
+    dropped = DroppedUpdates(folder / "not_finite", limit=settings.train.max_not_finite)
+    counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0, "wm_turns": 0, "ppo_steps": 0}
+    returns: deque[float] = deque(maxlen=20)
+    evaluations: dict[str, Evaluation] = {}
+    trajectories: list[Any] = []
+    total = Shares(0.0, {}, 0.0, 0.0)
+    episodes = 0
+
+    def finished() -> bool:
+        return counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step
+
+    async def world_model_turn() -> None:
+        metrics, counters["train_iter"] = await world_model.step(world_model_part.learn)
+        counters["wm_turns"] += 1
+        parameters, version = await world_model.ask(world_model_part.parameters)
+        collectors.world_model, collectors.versions["world model"] = parameters, version
+        if "train/wm_total_loss" in metrics:
+            metrics["train/total_loss"] = metrics["train/wm_total_loss"]
+        teller.writer.write(metrics, step=counters["train_iter"])
+
+    async def llm_turn() -> None:
+        learned_from = trajectories.copy()
+        trajectories.clear()
+        step_id = counters["ppo_steps"] + 1
+        stats = dict(await ppo.step(lambda: engine.ppo_step(learned_from, step_id)))
+        counters["ppo_steps"] = step_id
+        left_out = stats.pop("left_out")
+        if left_out:
+            records = [record for trajectory in learned_from for record in trajectory.records]
+            dropped.dropped("LLM", NotFinite(left_out), records=records, arrays={})
+        else:
+            dropped.applied("LLM")
+        counters["llm_version"] = collectors.versions["LLM"] = await ppo.ask(engine.publish)
+        teller.writer.write({**stats, "ppo/steps": float(step_id)}, step=counters["iteration"])
+
+    try:
+        sizes = asyncio.gather(
+            *(
+                answer(c.feature_size.remote(), timeout_s=cluster.start_timeout_s, who="a collector")
+                for c in collectors.actors
+            )
+        )
+        _, _, (feature_size, *_) = await asyncio.gather(engine.start(), servers.ready(), sizes)
+        world_model_part = _WorldModel(settings, share=plan["world_model"], feature_size=feature_size, folder=folder)
+        await world_model_part.start()
+        states, limits = folder / "learners", {"save_every": cluster.save_every, "max_restarts": cluster.max_restarts}
+        world_model = Durable(world_model_part, name="world_model", folder=states, **limits)
+        if not engine.capabilities.resumable:
+            limits["max_restarts"] = 0
+            logger.warning(f"ppo.engine={settings.ppo.engine} cannot be started again: if it dies, the run ends")
+        ppo = Durable(engine, name="ppo", folder=states, **limits)
+        logger.info(f"all parts are up after {time.monotonic() - started:.0f} s")
+        for index in range(cluster.num_collectors):
+            collectors.ask(index)
+
+        with stop.listening():
+            while not finished():
+                # ---- store what the first collector brings ----
+                arrived = await stop.before(collectors.next())
+                if arrived is None:
+                    break
+                index, segments, told = arrived
+                stored = await world_model.call(functools.partial(world_model_part.push, segments))
+                trajectories += told["trajectories"]
+                counters["iteration"] += 1
+                counters["env_step"] += told["env_steps"]
+
+                # ---- learn: each model when it is its turn, both at the same time ----
+                turns = []
+                if counters["iteration"] % settings.train.update_every == 0:
+                    turns.append(world_model_turn())
+                if counters["iteration"] % settings.llm.update_every == 0:
+                    turns.append(llm_turn())
+                await asyncio.gather(*turns)
+
+                # ---- tell, evaluate, and have the collector play on with the latest parameters ----
+                ended = [dataclasses.replace(e, env_step=counters["env_step"]) for e in told["episodes"]]
+                returns.extend(episode.total_reward for episode in ended)
+                episodes += len(ended)
+                total += told["shares"]
+                teller.tell_episodes(ended)
+                teller.tell_prior({**told["prior"], **await servers.statistics()}, iteration=counters["iteration"])
+                means = {"collector_iter/reward_mean": float(np.mean(returns))} if returns else {}
+                restarts = {
+                    "cluster/collector_restarts": float(collectors.restarts),
+                    "cluster/collectors_lost": float(collectors.lost),
+                    "cluster/server_restarts": float(servers.restarts),
+                    "cluster/world_model_restarts": float(world_model.restarts),
+                    "cluster/learner_restarts": float(ppo.restarts),
+                    "cluster/calls_replayed": float(world_model.replayed + ppo.replayed),
+                }
+                scalars = {**told["scalars"], **stored, **means, **restarts, "memory/peak_mb": peak_memory_mb()}
+                scalars["collector_iter/env_steps"] = float(counters["env_step"])
+                teller.writer.write({**scalars, **told["shares"].scalars()}, step=counters["iteration"])
+                teller.show(counters)
+                if finished() or counters["iteration"] % settings.eval.every == 0:
+                    played = await _evaluate(collectors, index, teller, env_step=counters["env_step"])
+                    evaluations = played or evaluations
+                if not finished():
+                    collectors.ask(index)
+        teller.progress.end()
+        checkpoint = await _save(
+            settings,
+            folder,
+            counters,
+            world_model=world_model,
+            part=world_model_part,
+            ppo=ppo,
+            engine=engine,
+            registry=registry,
+        )
+    finally:
+        await collectors.close()
+        await servers.close()
+        await engine.kill()
+        teller.writer.close()
+        if lock is not None:
+            lock.close()
+    rows = {
+        "game": names,
+        "iterations": counters["iteration"],
+        "environment steps": counters["env_step"],
+        "episodes finished": episodes,
+        "mean return": f"{np.mean(returns):.2f} over the last {len(returns)} episodes" if returns else "-",
+        "world-model updates": f"{counters['train_iter']} in {counters['wm_turns']} turns",
+        "PPO steps": f"{counters['ppo_steps']}, of which {counters['llm_version']} changed the LLM",
+        **{
+            f"evaluation, {mode}": f"mean score {e.mean_score:.2f} of {e.max_score:g}"
+            for mode, e in evaluations.items()
+        },
+        "restarts": f"{collectors.restarts} of collectors, {servers.restarts} of servers, "
+        f"{world_model.restarts} of the world model's learner, {ppo.restarts} of the PPO learners",
+        "time of the collectors": total.describe(),
+        "wall time": f"{teller.seconds:.0f} s",
+        "checkpoint": checkpoint,
+        "charts": f"tensorboard --logdir {run.output_dir}",
+    }
+    logger.info(f"{'stopped' if stop.asked else 'done'}:\n" + table(rows))
+    return RunSummary(folder, rows, dict(teller.writer.last), evaluations, stop.asked)
+
+
+async def _evaluate(collectors: _Collectors, index: int, teller: Teller, *, env_step: int) -> dict[str, Evaluation]:
+    """Have an idle collector evaluate; a collector that fails is left to begin again, and this is said."""
+    evaluate = collectors.actors[index].evaluate.remote(collectors.versions, collectors.world_model)
+    try:
+        timeout_s = collectors.settings.cluster.timeout_s
+        played = await answer(evaluate, timeout_s=timeout_s, who=f"collector {index}, which evaluates,")
+    except PartFailed as error:
+        logger.error(f"{error}; the evaluation at {env_step} env steps is left out")
+        return {}
+    return teller.tell_evaluations(played, env_step=env_step)
+
+
+async def _save(
+    settings: Any,
+    folder: Path,
+    counters: dict[str, int],
+    *,
+    world_model: Durable,
+    part: _WorldModel,
+    ppo: Durable,
+    engine: PPOEngine,
+    registry: Any,
+) -> Path:
+    """Both models and the numbering of the actions, as :mod:`priorzero.entry` leaves them; not enough to go on from."""
+    import torch
+
+    parameters, _ = await world_model.ask(part.parameters)
+    timeout_s = settings.cluster.timeout_s
+    state = await answer(parameters, timeout_s=timeout_s, who="the world model's learner")
+    actions = await answer(registry.actions.remote(), timeout_s=timeout_s, who="the registry")
+    exported = folder / "learners" / "llm"
+    await ppo.ask(lambda: engine.export(exported))
+
+    def write(aside: Path) -> None:
+        torch.save(state, aside / "world_model.pt")
+        (aside / "actions.json").write_text(json.dumps(actions), encoding="utf-8")
+        (aside / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+        exported.rename(aside / "llm")
+
+    name = f"iteration_{counters['iteration']}"
+    return save_checkpoint(folder / "checkpoints" / name, write=write, about={"counters": counters})

@@ -1,0 +1,93 @@
+"""The command line for a Ray cluster: ``python -m priorzero.ray_entry``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from priorzero.entry import add_common_arguments, layers_from
+from priorzero.types import UserError
+
+EXAMPLES = """examples:
+  DEBUG_MODE=True python -m priorzero.ray_entry                    the least: one process of each kind, small models
+  python -m priorzero.ray_entry --env_id zork1.z5 --seed 0         full training on this machine's GPUs
+  python -m priorzero.ray_entry --env_id zork1.z5 --num_collectors 8 --set cluster.address=auto
+  python -m priorzero.ray_entry --quick_test --wm_update_every 1 --llm_update_every 4
+"""
+
+# DEBUG_MODE: one process of each kind.
+LEAST = {"cluster": {"num_collectors": 1, "num_servers": 1, "num_learners": 1}}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m priorzero.ray_entry",
+        description="Train on a Ray cluster: UniZero as python -m priorzero.entry does, the language model by PPO.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_common_arguments(parser)
+    parser.add_argument("--ppo_engine", choices=("torch", "orz"), help="what runs PPO (default: torch)")
+    parser.add_argument("--num_collectors", type=int, help="processes that play")
+    parser.add_argument("--wm_update_every", type=int, help="iterations between the world model's turns to learn")
+    parser.add_argument("--llm_update_every", type=int, help="iterations between the language model's PPO steps")
+    return parser
+
+
+def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Any:
+    """Flags over file over preset over defaults; ``DEBUG_MODE=True`` takes the quick test with the fewest processes.
+
+    Raises:
+        UserError: settings that cannot be used.
+    """
+    from priorzero.config import resolve_settings
+
+    mode = environment.get("DEBUG_MODE", "")
+    if mode.lower() not in ("", "0", "1", "true", "false"):
+        raise UserError(f"DEBUG_MODE={mode}: use True or False")
+    debug = mode.lower() in ("1", "true")
+    arguments.quick_test = arguments.quick_test or debug
+    base, flags = layers_from(arguments)
+    given = {
+        ("ppo", "engine"): arguments.ppo_engine,
+        ("cluster", "num_collectors"): arguments.num_collectors,
+        ("train", "update_every"): arguments.wm_update_every,
+        ("llm", "update_every"): arguments.llm_update_every,
+    }
+    own: dict[str, dict[str, Any]] = {}
+    for (group, key), value in given.items():
+        if value is not None:
+            own.setdefault(group, {})[key] = value
+    return resolve_settings(*base[:1], *([LEAST] if debug else []), *base[1:], *flags, own)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, or stopped and saved; 2 something to put right; 130 stopped and not saved."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        if arguments.help_config:
+            from priorzero.config import describe_options
+
+            print(describe_options())
+            return 0
+        settings = settings_from(arguments, os.environ)
+        if importlib.util.find_spec("ray") is None:
+            raise UserError("Ray is not installed; type: pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
+        from priorzero.cluster.loop import run_on_cluster  # late: brings in torch, LightZero and Ray
+
+        run_on_cluster(settings)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
