@@ -511,12 +511,9 @@ def test_a_vllm_that_hangs_is_started_again_and_a_slow_one_is_left_alone(vllm_en
         await engine.ready()
         assert engine.processes == [first] and engine.restarts == 0
         first.seconds = 60
-        # Two batches were late; one of them looks when the other has seen to the restart already.
-        late = asyncio.ensure_future(engine.check())
-        await asyncio.sleep(0.05)
-        engine._give_up(first)
+        await engine.check()
         await engine.ready()
-        await late
+        engine._give_up(first)  # by another question, which learns of it when the restart has been seen to already
         await engine.ready()
         assert len(engine.processes) == 2 and first.ended and engine.restarts == 1
         assert engine.take_statistics()["prior/engine_restarts"] == 1
