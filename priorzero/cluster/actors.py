@@ -293,8 +293,8 @@ class CollectorProcess:
     def __init__(self, settings: Any, registry: str, servers: Sequence[str]) -> None:
         device = settle(settings)
         cluster = settings.cluster
-        known = ray.get_actor(registry)
-        number: int = ray.get(known.new_collector.remote(), timeout=cluster.timeout_s)
+        known: Any = ray.get_actor(registry)
+        number = ray.get(known.new_collector.remote(), timeout=cluster.timeout_s)
         self.settings = settings
         self._loop = asyncio.new_event_loop()
         seeds = np.random.SeedSequence([settings.run.seed, number]).spawn(4)
