@@ -106,8 +106,8 @@ class TorchGroup(ProcessGroup):
         if self._sharding == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
-            # Batch statistics and the like do not exist in these models, and rows are no tensors to be moved.
-            return DistributedDataParallel(module, broadcast_buffers=False)
+            # No buffer of these models changes in a forward pass.
+            return DistributedDataParallel(module, forward_sync_buffers=False)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
 

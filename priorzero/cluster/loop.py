@@ -316,6 +316,7 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
     returns: deque[float] = deque(maxlen=20)
     evaluations: dict[str, Evaluation] = {}
     trajectories: list[Any] = []
+    spent: dict[str, float] = {}  # seconds of the turns of this iteration
     total = Shares(0.0, {}, 0.0, 0.0)
     episodes = 0
 
@@ -323,9 +324,11 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
         return counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step
 
     async def world_model_turn() -> None:
+        began = time.perf_counter()
         metrics, counters["train_iter"] = await world_model.step(world_model_part.learn)
         counters["wm_turns"] += 1
         parameters, version = await world_model.ask(world_model_part.parameters)
+        spent["cluster/world_model_turn_s"] = time.perf_counter() - began
         collectors.world_model, collectors.versions["world model"] = parameters, version
         if "train/wm_total_loss" in metrics:
             metrics["train/total_loss"] = metrics["train/wm_total_loss"]
@@ -335,8 +338,10 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
         learned_from = trajectories.copy()
         trajectories.clear()
         step_id = counters["ppo_steps"] + 1
+        began = time.perf_counter()
         stats = dict(await ppo.step(lambda: engine.ppo_step(learned_from, step_id)))
         counters["ppo_steps"] = step_id
+        learned = time.perf_counter()
         left_out = stats.pop("left_out")
         if left_out:
             records = [record for trajectory in learned_from for record in trajectory.records]
@@ -344,6 +349,8 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
         else:
             dropped.applied("LLM")
         counters["llm_version"] = collectors.versions["LLM"] = await ppo.ask(engine.publish)
+        spent["cluster/ppo_step_s"] = learned - began
+        spent["cluster/publish_s"] = time.perf_counter() - learned
         teller.writer.write({**stats, "ppo/steps": float(step_id)}, step=counters["iteration"])
 
     try:
@@ -380,6 +387,7 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
 
                 # ---- learn: each model when it is its turn, both at the same time ----
                 turns = []
+                spent.clear()
                 if counters["iteration"] % settings.train.update_every == 0:
                     turns.append(world_model_turn())
                 if counters["iteration"] % settings.llm.update_every == 0:
@@ -404,7 +412,7 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
                 }
                 scalars = {**told["scalars"], **stored, **means, **restarts, "memory/peak_mb": peak_memory_mb()}
                 scalars["collector_iter/env_steps"] = float(counters["env_step"])
-                teller.writer.write({**scalars, **told["shares"].scalars()}, step=counters["iteration"])
+                teller.writer.write({**scalars, **spent, **told["shares"].scalars()}, step=counters["iteration"])
                 teller.show(counters)
                 if finished() or counters["iteration"] % settings.eval.every == 0:
                     played = await _evaluate(collectors, index, teller, env_step=counters["env_step"])

@@ -51,7 +51,7 @@ class Critic(nn.Module):
                 input_ids=ids.to(self._llm.device), attention_mask=mask.to(self._llm.device), use_cache=False
             )
             last = output.last_hidden_state[torch.arange(len(prompts)), [len(prompt) - 1 for prompt in prompts]]
-            return self.head(last)[:, 0].float()
+            return self.head(last).float().sum(dim=1)  # no view: FSDP would have to copy it
 
 
 class PPOLearner:
