@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from priorzero import ray_entry
 from priorzero.entry import build_parser, settings_from
 
 ROOT = Path(__file__).parent.parent
@@ -29,10 +30,28 @@ def test_training_commands_are_understood(command, monkeypatch):
     assert settings.prior.enabled == ("pure_unizero" not in command)
 
 
+SCALING = (ROOT / "docs" / "SCALING.md").read_text()
+
+
+CLUSTER = re.findall(
+    r"^((?:DEBUG_MODE=True )?)python -m priorzero\.ray_entry([^#\n]*)",
+    (README + SCALING).replace("\\\n", " "),
+    re.MULTILINE,
+)
+
+
+@pytest.mark.parametrize(("debug", "flags"), CLUSTER)
+def test_cluster_commands_are_understood(debug, flags):
+    environment = {"DEBUG_MODE": "True"} if debug else {}
+    words = flags.split()
+    settings = ray_entry.settings_from(ray_entry.build_parser().parse_args(words), environment)
+    assert settings.run.env_id == ("zork1.z5" if not environment else "textworld:simple?seed=7")
+
+
 def test_settings_that_are_named_exist():
     from priorzero.config import OPTIONS
 
-    named = set(re.findall(r"\b([a-z_]+\.[a-z_]+)=", README))
+    named = set(re.findall(r"\b([a-z_]+\.[a-z_]+)=", README + SCALING))
     known = {f"{group}.{key}" for group, keys in OPTIONS.items() for key in keys}
     assert len(named) > 15 and named <= known
 
