@@ -156,7 +156,7 @@ def choose_engine(engine: str, *, device: torch.device) -> str:
 
 
 @dataclass(frozen=True)
-class _Agent:
+class Agent:
     """Both models and what they are fed with.
 
     ``world_model_thread`` alone touches the world model and the replay buffer while the loop runs; ``llm_thread`` alone
@@ -378,13 +378,13 @@ async def _load(
     device: torch.device,
     buffer_seed: np.random.SeedSequence,
     folder: Path,
-) -> tuple[_Agent, list[Any]]:
+) -> tuple[Agent, list[Any]]:
     """Both models, and the games to collect from, which load in their processes while the models load in this one."""
     workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
     starting = asyncio.gather(*(worker.start() for worker in workers), return_exceptions=True)
     await asyncio.sleep(0)  # now every process has been started
     try:
-        agent = _make_agent(settings, device=device, buffer_seed=buffer_seed, folder=folder)
+        agent = load_agent(settings, device=device, buffer_seed=buffer_seed, folder=folder)
         for outcome in await starting:
             if isinstance(outcome, UserError):  # after any other failure the collector tries once more
                 raise outcome
@@ -396,7 +396,18 @@ async def _load(
     return agent, workers
 
 
-def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.SeedSequence, folder: Path) -> _Agent:
+def load_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.SeedSequence, folder: Path) -> Agent:
+    """Both models and what they are fed with; nothing is learned or played yet.
+
+    Args:
+        settings: all settings.
+        device: where the models live.
+        buffer_seed: replay draws from it.
+        folder: the run's, for vLLM's log and what is kept of updates that are left out.
+
+    Raises:
+        UserError: a model cannot be loaded, or settings do not go with it.
+    """
     timeline = Timeline(keep=settings.run.trace_iterations)
     world_model_thread = OwnerThread("world-model", timeline)
     encoder = make_encoder(settings, device=device)
@@ -427,7 +438,7 @@ def _make_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.S
         world_model_thread=world_model_thread,
         timeline=timeline,
     )
-    return _Agent(
+    return Agent(
         llm=llm,
         engine=engine,
         prior=prior,
@@ -492,7 +503,7 @@ def make_engine(settings: Any, *, llm: LanguageModel, log_file: Path) -> PriorEn
     )
 
 
-async def _learn(agent: _Agent, settings: Any, counters: dict[str, int], writer: MetricsWriter) -> None:
+async def _learn(agent: Agent, settings: Any, counters: dict[str, int], writer: MetricsWriter) -> None:
     """An iteration's updates: the world model's, then, when it is its turn, the LLM's.
 
     The LLM's first update learns from the sample of the world model's last, each further one from a draw of its own.
@@ -567,7 +578,7 @@ def update_world_model(
     return batch, metrics
 
 
-def _update_llm(agent: _Agent, drawn: SampledSegments) -> dict[str, float]:
+def _update_llm(agent: Agent, drawn: SampledSegments) -> dict[str, float]:
     try:
         metrics = agent.policy.learn_llm(drawn)
     except NotFinite as error:
@@ -577,7 +588,7 @@ def _update_llm(agent: _Agent, drawn: SampledSegments) -> dict[str, float]:
     return metrics
 
 
-async def _stop_learning(agent: _Agent, learning: asyncio.Task[None] | None) -> None:
+async def _stop_learning(agent: Agent, learning: asyncio.Task[None] | None) -> None:
     """Let the step that runs come to its end, so that the parameters are whole, and begin no other."""
     if learning is not None:
         learning.cancel()
@@ -689,7 +700,7 @@ def buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
 class _Teller(Teller):
     """Tells what the loop of this module does."""
 
-    def __init__(self, folder: Path, settings: Any, agent: _Agent, *, told: Plain | None) -> None:
+    def __init__(self, folder: Path, settings: Any, agent: Agent, *, told: Plain | None) -> None:
         """``told``: what a run that goes on had told before."""
         super().__init__(folder, settings, told=told)
         self.agent = agent

@@ -124,7 +124,7 @@ def collect(settings: Any, *, steps: int, plain: bool) -> tuple[float, list[Note
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         os.environ["PRIORZERO_ACTION_CACHE"] = "off" if plain else f"{folder}/valid_actions.sqlite3"
-        agent = train._make_agent(
+        agent = train.load_agent(
             settings, device=torch.device("cpu"), buffer_seed=np.random.SeedSequence(0), folder=Path(folder)
         )
         player = agent.player
