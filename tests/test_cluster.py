@@ -446,7 +446,8 @@ def test_a_run_survives_the_death_of_every_part(tmp_path, tiny_llm_folder, monke
     settings = cluster_settings(tmp_path, tiny_llm_folder)
     summary = loop.run_on_cluster(settings)
     assert killed == list(victims.values())
-    assert not any(processes(name) for name in victims.values())
+    _, left = psutil.wait_procs([p for name in victims.values() for p in processes(name)], timeout=30)
+    assert not left
 
     # The two frequencies, exactly: 12 iterations, every 2nd and every 3rd.
     rows, scalars = summary.rows, read_events(summary.folder)

@@ -7,6 +7,7 @@ whole of the world model to search with, and asks a server for priors; servers a
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -197,8 +198,9 @@ class PriorServer:
         load_trained_parameters(self._llm.model, state)
         await self._engine.sync_weights(version)
 
-    async def statistics(self) -> dict[str, float]:
-        return self._engine.take_statistics()
+    async def statistics(self) -> tuple[int, dict[str, float]]:
+        """This process's number, and the engine's metrics since the last call."""
+        return os.getpid(), self._engine.take_statistics()
 
     async def close(self) -> None:
         await self._engine.close()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import shutil
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 import ray
 from loguru import logger
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
 
 from priorzero.types import EngineFailed, GameWorkerError, PartFailed, UserError
 
@@ -44,6 +45,20 @@ async def answer(reference: Any, *, timeout_s: float, who: str) -> Any:
 
 async def _await(reference: Any) -> Any:
     return await reference
+
+
+async def comes_back(actor: Any, *, timeout_s: float, who: str) -> bool:
+    """Wait for an actor that Ray starts again; False if Ray has given it up, or it takes longer than ``timeout_s``."""
+    began = time.monotonic()
+    while (left := timeout_s - (time.monotonic() - began)) > 0:
+        try:
+            await answer(actor.__ray_ready__.remote(), timeout_s=left, who=who)
+            return True
+        except PartFailed as error:
+            if isinstance(error.__cause__, ActorDiedError):
+                return False
+            await asyncio.sleep(1.0)  # unavailable: not up yet
+    return False
 
 
 def kill(actor: Any) -> None:

@@ -15,7 +15,7 @@ import json
 import logging
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from loguru import logger
 
 from priorzero.checkpoint import save_checkpoint
 from priorzero.cluster.actors import CollectorProcess, PriorServer, Registry, WorldModelProcess
-from priorzero.cluster.calls import Durable, answer, kill
+from priorzero.cluster.calls import Durable, answer, comes_back, kill
 from priorzero.cluster.orz_ppo import OrzPPOEngine, why_not_orz
 from priorzero.cluster.resources import Share, plan_resources
 from priorzero.cluster.torch_ppo import TorchPPOEngine
@@ -121,18 +121,19 @@ class _Collectors:
     world_model: Any = None
     restarts: int = 0
     lost: int = 0
-    _deaths: Counter[int] = field(default_factory=Counter)
     _busy: dict[asyncio.Task[Any], int] = field(default_factory=dict)
 
-    def ask(self, index: int) -> None:
-        """Have a collector play."""
-        steps = self.settings.train.collect_env_steps
-        segments, told = self.actors[index].collect.remote(steps, self.versions, self.world_model)
-        self._busy[asyncio.create_task(self._outcome(index, segments, told))] = index
+    def ask(self, index: int, *, again: bool = False) -> None:
+        """Have a collector play; ``again``: as soon as Ray has started it again."""
+        self._busy[asyncio.create_task(self._outcome(index, again=again))] = index
 
-    async def _outcome(self, index: int, segments: Any, told: Any) -> tuple[int, Any, dict[str, Any]]:
-        timeout_s = self.settings.cluster.timeout_s
-        return index, segments, await answer(told, timeout_s=timeout_s, who=f"collector {index}")
+    async def _outcome(self, index: int, *, again: bool) -> tuple[int, Any, dict[str, Any]] | None:
+        actor, cluster, who = self.actors[index], self.settings.cluster, f"collector {index}"
+        if again and not await comes_back(actor, timeout_s=cluster.start_timeout_s, who=who):
+            return None
+        steps = self.settings.train.collect_env_steps
+        segments, told = actor.collect.remote(steps, self.versions, self.world_model)
+        return index, segments, await answer(told, timeout_s=cluster.timeout_s, who=who)
 
     async def next(self) -> tuple[int, Any, dict[str, Any]]:
         """What the first that is ready brings: its index, Ray's reference to the segments, and what is told of them.
@@ -142,24 +143,26 @@ class _Collectors:
         """
         while True:
             if not self._busy:
-                raise UserError(f"all {len(self.actors)} collectors have been started again too often, or cannot begin")
+                raise UserError(
+                    f"none of {len(self.actors)} collectors is left: each has died more than cluster.max_restarts="
+                    f"{self.settings.cluster.max_restarts} times, or did not come back in time"
+                )
             done, _ = await asyncio.wait(self._busy, return_when=asyncio.FIRST_COMPLETED)
             task = done.pop()
             index = self._busy.pop(task)
             try:
-                outcome: tuple[int, Any, dict[str, Any]] = task.result()
-                return outcome
+                outcome: tuple[int, Any, dict[str, Any]] | None = task.result()
             except PartFailed as error:
                 self.restarts += 1
-                if "did not answer" in str(error):
+                if isinstance(error.__cause__, TimeoutError):
                     ray.kill(self.actors[index], no_restart=False)
-                self._deaths[index] += 1
-                if self._deaths[index] > self.settings.cluster.max_restarts:
-                    self.lost += 1
-                    logger.error(f"{error}; it is given up, the others go on")
-                else:
-                    logger.warning(f"{error}; it begins again")
-                    self.ask(index)
+                logger.warning(f"{error}; it begins again")
+                self.ask(index, again=True)
+            else:
+                if outcome is not None:
+                    return outcome
+                self.lost += 1
+                logger.error(f"collector {index} does not come back; the others go on")
 
     async def close(self) -> None:
         for task in self._busy:
@@ -212,7 +215,7 @@ class _Servers:
     """The prior servers. Ray starts again what dies; who hangs is killed for that.
 
     Attributes:
-        restarts: servers that were found to be behind what was published, since they had to begin again, or hung.
+        restarts: servers that were found to be another process than before.
     """
 
     def __init__(self, settings: Any, registry: Any, *, share: Share, folder: Path) -> None:
@@ -231,44 +234,54 @@ class _Servers:
             .remote(settings, REGISTRY, str(folder / "log" / f"vllm{n or ''}.log"))
             for n, name in enumerate(self.names)
         ]
-        self._deaths: Counter[int] = Counter()
+        self._pids: dict[int, int] = {}
 
     async def ready(self) -> None:
-        await self._each(lambda server: server.ready.remote(), timeout_s=self._settings.cluster.start_timeout_s)
+        limit = self._settings.cluster.start_timeout_s
+        await asyncio.gather(
+            *(
+                answer(s.ready.remote(), timeout_s=limit, who=f"prior {n}")
+                for n, s in zip(self.names, self.actors, strict=True)
+            )
+        )
 
     async def hand_on(self, version: int, parameters: Any) -> None:
-        """Publish parameters, and wait until all servers have taken them over (or are starting again with them)."""
+        """Publish parameters, and wait until all servers have taken them over (or have started again with them)."""
         registry = self._registry.publish.remote(version, [parameters])
         await answer(registry, timeout_s=self._settings.cluster.timeout_s, who="the registry")
         await self._each(lambda server: server.take_over.remote(version, [parameters]))
 
     async def statistics(self) -> dict[str, float]:
-        """Means over the servers that answer."""
-        told = [t for t in await self._each(lambda server: server.statistics.remote()) if t is not None]
-        return {name: float(np.mean([t[name] for t in told])) for name in told[0]} if told else {}
+        """Means over the servers; those whose process is a new one are counted."""
+        told = await self._each(lambda server: server.statistics.remote())
+        for n, (pid, _) in enumerate(told):
+            self.restarts += self._pids.setdefault(n, pid) != pid
+            self._pids[n] = pid
+        return {name: float(np.mean([scalars[name] for _, scalars in told])) for name in told[0][1]}
 
-    async def _each(self, call: Any, *, timeout_s: float | None = None) -> list[Any]:
-        """The answer of each, None from those that are starting again.
+    async def _each(self, call: Any) -> list[Any]:
+        """The answer of each; from those that have died once they are back.
 
         Raises:
-            UserError: one cannot be started again any more.
+            UserError: one does not come back.
         """
-        limit = timeout_s or self._settings.cluster.timeout_s
+        cluster = self._settings.cluster
 
-        async def ask(n: int, server: Any) -> Any:
-            try:
-                return await answer(call(server), timeout_s=limit, who=f"prior server {n}")
-            except PartFailed as error:
-                self.restarts += 1
-                if "did not answer" in str(error):
-                    ray.kill(server, no_restart=False)
-                self._deaths[n] += 1
-                if self._deaths[n] > self._settings.cluster.max_restarts:
-                    raise UserError(f"{error}, and has been started again too often (cluster.max_restarts)") from error
-                logger.warning(f"{error}; it begins again")
-                return None
+        async def ask(name: str, server: Any) -> Any:
+            while True:
+                try:
+                    return await answer(call(server), timeout_s=cluster.timeout_s, who=f"prior {name}")
+                except PartFailed as error:
+                    if isinstance(error.__cause__, TimeoutError):
+                        ray.kill(server, no_restart=False)
+                    logger.warning(f"{error}; it begins again")
+                    if not await comes_back(server, timeout_s=cluster.start_timeout_s, who=f"prior {name}"):
+                        raise UserError(
+                            f"{error}, and does not come back (cluster.max_restarts={cluster.max_restarts}, "
+                            f"cluster.start_timeout_s={cluster.start_timeout_s:g})"
+                        ) from error
 
-        return list(await asyncio.gather(*(ask(n, server) for n, server in enumerate(self.actors))))
+        return list(await asyncio.gather(*(ask(n, s) for n, s in zip(self.names, self.actors, strict=True))))
 
     async def close(self) -> None:
         for server in self.actors:
