@@ -265,7 +265,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "epochs": Option(1, "passes over the decisions of a step", at_least(1)),
         "clip": Option(0.2, "PPO's clip of the ratio to the prior that was searched from", between(0.01, 0.9)),
-        "value_clip": Option(0.2, "how far a value may move in a step; 0: no limit", at_least(0)),
+        "value_clip": Option(
+            0.2, "how far a value may move in a step, in deviations of the returns; 0: no limit", at_least(0)
+        ),
         "gae_lambda": Option(0.95, "lambda of the generalised advantages", between(0, 1)),
         "critic_learning_rate": Option(1e-5, "AdamW learning rate of the critic", above(0)),
         "critic_warmup_steps": Option(2, "steps in which only the critic learns", at_least(0)),
@@ -281,7 +283,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "shaping_weight": Option(0.0, "share of train.novelty_bonus and train.loss_penalty in the reward", at_least(0)),
         "step_penalty": Option(0.0, "points that each command costs", at_least(0)),
         "max_staleness": Option(
-            2, "updates that a prior may be behind to be learned from; older ones are counted", at_least(0)
+            8, "updates that a prior may be behind to be learned from; older ones are counted", at_least(0)
         ),
     },
     "cluster": {

@@ -25,7 +25,7 @@ from priorzero import ray_entry
 from priorzero.checkpoint import load_world_model
 from priorzero.cluster.actors import PriorServer, Registry, SharedVocabulary, load_trained_parameters
 from priorzero.cluster.calls import Durable, answer
-from priorzero.cluster.orz_ppo import SEAM, OrzPPOEngine, jericho_reward_trainer, orz_config, why_not_orz
+from priorzero.cluster.orz_ppo import SEAM, OrzPPOEngine, jericho_reward_trainer, orz_config
 from priorzero.cluster.resources import Share, plan_resources
 from priorzero.cluster.torch_ppo import TorchPPOEngine
 from priorzero.completions import PromptRow
@@ -38,18 +38,33 @@ from priorzero.vocabulary import make_action_indexer
 # ---- what needs no cluster ----
 
 
-@pytest.mark.parametrize("gpus", [1, 2, 3, 8])
-@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 1, 1), (8, 2, 4)])
-def test_what_is_asked_for_fits_into_the_gpus(gpus, counts):
+def packs(shares, gpus):
+    """Whether processes fit onto GPUs, a process on one GPU, largest first (exact for these few sizes)."""
+    free = [1.0] * gpus
+    for share in sorted(shares, reverse=True):
+        fits = [g for g in range(gpus) if free[g] >= share - 1e-9]
+        if not fits:
+            return False
+        free[min(fits, key=free.__getitem__)] -= share
+    return True
+
+
+@pytest.mark.parametrize("gpus", range(1, 17))
+@pytest.mark.parametrize("counts", [(1, 1, 1), (2, 1, 1), (3, 2, 1), (8, 1, 1), (2, 2, 2), (8, 2, 4), (8, 1, 8)])
+def test_what_is_asked_for_fits_onto_the_gpus(gpus, counts):
     collectors, servers, learners = counts
     cluster = {"num_collectors": collectors, "num_servers": servers, "num_learners": learners}
-    settings = make_settings({"cluster": cluster, "llm": {"batch_size": 8}})
+    settings = make_settings({"cluster": cluster})
+    if learners > 1 and gpus < servers + learners:
+        with pytest.raises(UserError, match="would have to share GPUs"):
+            plan_resources(settings, cpus=64, gpus=gpus)
+        return
     plan = plan_resources(settings, cpus=64, gpus=gpus)
-    asked = collectors * plan["collector"].num_gpus + servers * plan["server"].num_gpus
-    asked += learners * plan["learner"].num_gpus + plan["world_model"].num_gpus
-    assert 0.9 * min(gpus, servers + learners + 1) < asked + 0.5 and asked <= gpus
+    shares = [plan["collector"].num_gpus] * collectors + [plan["server"].num_gpus] * servers
+    shares += [plan["learner"].num_gpus] * learners + [plan["world_model"].num_gpus]
+    assert min(shares) > 0 and packs(shares, gpus)
     assert all(share.num_cpus == 1 for share in plan.values())
-    if gpus >= servers + learners + 1:
+    if gpus > servers + learners:
         assert plan["learner"].num_gpus == plan["server"].num_gpus == 1
 
 
@@ -278,7 +293,7 @@ def test_orz_learns_from_what_was_played_and_its_discounted_return(smollm2):
     assert second["train/llm_loss"] == 0.5 and engine._version == 1  # the first step warmed the critic up
 
 
-def test_orz_leaves_out_what_is_too_old_and_refuses_what_it_does_not_know(smollm2):
+def test_orz_leaves_out_what_is_too_old(smollm2):
     engine = orz_engine(smollm2, max_staleness=0)
     engine._version = 1
 
@@ -287,9 +302,6 @@ def test_orz_leaves_out_what_is_too_old_and_refuses_what_it_does_not_know(smollm
         return await engine.ppo_step([Trajectory((record(),), None)], 1)
 
     assert asyncio.run(run())["ppo/stale"] == 1 and engine._trainer.calls == []
-    with pytest.raises(UserError, match=r"takes ppo\.credit=none"):
-        orz_engine(smollm2, credit="importance")
-    assert "orz.ppo.trainer cannot be imported" in why_not_orz()
     assert not engine.capabilities.resumable and engine.capabilities.needs_gpu
 
 

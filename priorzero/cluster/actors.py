@@ -60,6 +60,18 @@ def settle(settings: Any) -> torch.device:
     return choose_device(settings.run.device)
 
 
+def save_tensors(state: Any, path: Path) -> None:
+    """``torch.save``.
+
+    Raises:
+        OSError: it cannot be written, for example because the disk is full.
+    """
+    try:
+        torch.save(state, path)
+    except RuntimeError as error:  # what torch raises for a full disk
+        raise OSError(f"{path.name}: {error}") from error
+
+
 # ---- what all look up ----
 
 
@@ -157,53 +169,74 @@ class PriorServer:
     """
 
     def __init__(self, settings: Any, registry: str, log_file: str) -> None:
-        device = settle(settings)
-        settings.prior.engine = choose_engine(settings.prior.engine, device=device)
+        """Nothing is loaded yet: what is raised here would reach nobody."""
         self._settings = settings
-        self._registry = ray.get_actor(registry)
-        self._llm = load_language_model(settings.llm, device=device)
-        self._engine = make_engine(settings, llm=self._llm, log_file=Path(log_file))
+        self._registry_name = registry
+        self._log_file = Path(log_file)
         self._gate = Gate()
         self._starting = asyncio.Lock()
-        self._started = False
+        self._prior: RobustPrior | None = None
+        self._llm: Any = None
 
     async def ready(self) -> int:
-        """Start, and return the version of the parameters that it serves."""
+        """Start, and return the version of the parameters that it serves.
+
+        Raises:
+            UserError: the model cannot be loaded.
+            EngineFailed: vLLM cannot be started.
+        """
         async with self._starting:
-            if not self._started:
-                version, parameters = await self._registry.published.remote()
+            if self._prior is None:
+                settings = self._settings
+                device = settle(settings)
+                settings.prior.engine = choose_engine(settings.prior.engine, device=device)
+                self._llm = load_language_model(settings.llm, device=device)
+                engine = make_engine(settings, llm=self._llm, log_file=self._log_file)
+                prior = RobustPrior(
+                    engine,
+                    attempts=settings.prior.attempts,
+                    backoff_s=settings.prior.backoff_s,
+                    timeout_s=settings.prior.timeout_s,
+                )
+                version, parameters = await ray.get_actor(self._registry_name).published.remote()
                 if parameters:
-                    await self._load(version, await parameters[0])
-                await self._engine.ready()
-                self._started = True
-        return self._engine.version
+                    await self._load(engine, version, await parameters[0])
+                await engine.ready()
+                self._prior = prior
+        return self._prior.engine.version
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
+        """As :meth:`priorzero.engines.RobustPrior.priors`: retried, and then answered for with a uniform prior."""
         await self.ready()
+        assert self._prior is not None
         async with self._gate.together():
-            await self._engine.ready()
-            return await self._engine.priors(requests)
+            return await self._prior.priors(requests)
 
     async def take_over(self, version: int, parameters: list[Any]) -> int:
         """Serve these from now on; what was asked before is answered first."""
         await self.ready()
-        if version != self._engine.version:
+        assert self._prior is not None
+        engine = self._prior.engine
+        if version != engine.version:
             state = await parameters[0]
             async with self._gate.alone():
-                await self._engine.suspend()
-                await self._load(version, state)
-        return self._engine.version
+                await engine.suspend()
+                await self._load(engine, version, state)
+        return engine.version
 
-    async def _load(self, version: int, state: Any) -> None:
+    async def _load(self, engine: Any, version: int, state: Any) -> None:
         load_trained_parameters(self._llm.model, state)
-        await self._engine.sync_weights(version)
+        await engine.sync_weights(version)
 
     async def statistics(self) -> tuple[int, dict[str, float]]:
-        """This process's number, and the engine's metrics since the last call."""
-        return os.getpid(), self._engine.take_statistics()
+        """This process's number, and the metrics since the last call."""
+        await self.ready()
+        assert self._prior is not None
+        return os.getpid(), self._prior.take_statistics()
 
     async def close(self) -> None:
-        await self._engine.close()
+        if self._prior is not None:
+            await self._prior.engine.close()
 
 
 def load_trained_parameters(model: Any, state: dict[str, torch.Tensor]) -> None:
@@ -245,8 +278,8 @@ class RemoteEngine:
         while not self._is_up:
             left = self._start_timeout_s - (time.monotonic() - began)
             try:
-                await answer(self._server.ready.remote(), timeout_s=max(1.0, left), who="the prior server")
-                self._is_up = True
+                version = await answer(self._server.ready.remote(), timeout_s=max(1.0, left), who="the prior server")
+                self.version, self._is_up = max(self.version, version), True
             except PartFailed as error:
                 if left < 1.0:
                     raise EngineFailed(str(error)) from error
@@ -293,12 +326,20 @@ class CollectorProcess:
     """
 
     def __init__(self, settings: Any, registry: str, servers: Sequence[str]) -> None:
+        """Nothing is loaded yet: what is raised here would reach nobody."""
+        self.settings = settings
+        self._registry, self._servers = registry, list(servers)
+        self._is_loaded = False
+        self._loop = asyncio.new_event_loop()
+
+    def _load(self) -> None:
+        if self._is_loaded:
+            return
+        settings, servers = self.settings, self._servers
         device = settle(settings)
         cluster = settings.cluster
-        known: Any = ray.get_actor(registry)
+        known: Any = ray.get_actor(self._registry)
         number = ray.get(known.new_collector.remote(), timeout=cluster.timeout_s)
-        self.settings = settings
-        self._loop = asyncio.new_event_loop()
         seeds = np.random.SeedSequence([settings.run.seed, number]).spawn(4)
         seed_globals(seeds[:3])
         games = resolve_games(settings.run.env_id)
@@ -317,7 +358,7 @@ class CollectorProcess:
             ),
             attempts=settings.prior.attempts,
             backoff_s=settings.prior.backoff_s,
-            timeout_s=settings.prior.timeout_s,
+            timeout_s=cluster.timeout_s,  # the server sees to prior.timeout_s; here waiting for its turn counts
             max_staleness=settings.ppo.max_staleness,
             learner_version=lambda: self._versions["LLM"],
             timeline=timeline,
@@ -345,12 +386,19 @@ class CollectorProcess:
             first_episode=number * EPISODES_OF_A_COLLECTOR,
         )
         self._evaluators: Evaluators | None = None
+        self._is_loaded = True
 
     def feature_size(self) -> int:
-        """``F``; answers once the process is up."""
+        """``F``; answers once everything is loaded.
+
+        Raises:
+            UserError: a model or a game cannot be loaded.
+        """
+        self._load()
         return self._player.encoder.feature_size
 
     def _take_over(self, versions: dict[str, int], world_model: dict[str, torch.Tensor] | None) -> None:
+        self._load()
         if world_model is not None and versions["world model"] != self._versions["world model"]:
             self._policy.load_world_model_state(world_model)
         self._versions = dict(versions)
@@ -395,6 +443,7 @@ class CollectorProcess:
             self._evaluators = Evaluators(self.settings, games=games, unseen=unseen, player=self._player)
         played = self._loop.run_until_complete(evaluate_all(self._evaluators))
         self._player.timeline.skip()
+        self._prior.take_statistics()  # not the next iteration's
         return played
 
 
@@ -468,7 +517,9 @@ class WorldModelProcess:
             "dropped": self._dropped.state_dict(),
             "random": global_random_state(),
         }
-        save_checkpoint(Path(folder), write=lambda aside: torch.save(state, aside / "world_model_learner.pt"), about={})
+        save_checkpoint(
+            Path(folder), write=lambda aside: save_tensors(state, aside / "world_model_learner.pt"), about={}
+        )
 
     def load(self, folder: str) -> None:
         state = read_state(Path(folder), "world_model_learner.pt")

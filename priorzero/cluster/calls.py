@@ -11,36 +11,43 @@ from typing import Any, Protocol
 
 import ray
 from loguru import logger
-from ray.exceptions import ActorDiedError, RayActorError, RayError, RayTaskError
+from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
 from priorzero.types import EngineFailed, GameWorkerError, PartFailed, UserError
 
 
-async def answer(reference: Any, *, timeout_s: float, who: str) -> Any:
+async def answer(reference: Any, *, timeout_s: float, who: str, setting: str = "cluster.timeout_s") -> Any:
     """What a remote call returns.
 
     Args:
         reference: Ray's reference to the answer, or anything that can be awaited.
         timeout_s: the longest that it may take.
         who: the part, for messages.
+        setting: that names the limit, for messages.
 
     Raises:
-        PartFailed: it died, or did not answer in time.
+        PartFailed: it died, or did not answer in time; or what it asked in turn did.
         UserError, GameWorkerError, EngineFailed: raised by the part.
     """
     try:
         return await asyncio.wait_for(_await(reference), timeout_s)
     except TimeoutError as error:
-        raise PartFailed(f"{who} did not answer within {timeout_s:g} s (cluster.timeout_s)") from error
+        raise PartFailed(f"{who} did not answer within {timeout_s:g} s ({setting})") from error
     except RayTaskError as error:  # an exception inside the part: as it is
         for kind in (UserError, GameWorkerError, EngineFailed):
             if isinstance(error.cause, kind):
                 raise kind(str(error.cause)) from error
+        if isinstance(error.cause, (RayActorError, GetTimeoutError)):
+            raise PartFailed(f"what {who} asked failed ({_line(error.cause)})") from error
         raise
     except RayActorError as error:
-        raise PartFailed(f"{who} died ({' '.join(str(error).split())[:200]})") from error
+        raise PartFailed(f"{who} died ({_line(error)})") from error
     except RayError as error:
         raise PartFailed(f"{who} cannot be reached ({type(error).__name__}: {error})") from error
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200]
 
 
 async def _await(reference: Any) -> Any:
@@ -52,7 +59,7 @@ async def comes_back(actor: Any, *, timeout_s: float, who: str) -> bool:
     began = time.monotonic()
     while (left := timeout_s - (time.monotonic() - began)) > 0:
         try:
-            await answer(actor.__ray_ready__.remote(), timeout_s=left, who=who)
+            await answer(actor.__ray_ready__.remote(), timeout_s=left, who=who, setting="cluster.start_timeout_s")
             return True
         except PartFailed as error:
             if isinstance(error.__cause__, ActorDiedError):

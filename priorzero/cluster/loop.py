@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
+import errno
 import functools
 import json
 import logging
@@ -23,14 +24,15 @@ from typing import Any
 import numpy as np
 import ray
 from loguru import logger
+from ray.exceptions import RayError, RayTaskError
 
-from priorzero.checkpoint import save_checkpoint
-from priorzero.cluster.actors import CollectorProcess, PriorServer, Registry, WorldModelProcess
+from priorzero.checkpoint import remove_old_checkpoints, save_checkpoint
+from priorzero.cluster.actors import CollectorProcess, PriorServer, Registry, WorldModelProcess, save_tensors
 from priorzero.cluster.calls import Durable, answer, comes_back, kill
 from priorzero.cluster.orz_ppo import OrzPPOEngine, why_not_orz
 from priorzero.cluster.resources import Share, plan_resources
 from priorzero.cluster.torch_ppo import TorchPPOEngine
-from priorzero.concurrency import StopRequest
+from priorzero.concurrency import StopRequest, gather_or_cancel
 from priorzero.config import differences, dump_settings
 from priorzero.envs import resolve_games
 from priorzero.evaluator import Evaluation
@@ -40,8 +42,18 @@ from priorzero.saving import DroppedUpdates
 from priorzero.teller import Teller
 from priorzero.timeline import Shares
 from priorzero.train import RunSummary, begin_files, check_games, new_run_folder
-from priorzero.types import GameWorkerError, NotFinite, PartFailed, UserError
+from priorzero.types import EngineFailed, GameWorkerError, NotFinite, PartFailed, UserError
 
+# Settings of the single process that nothing here looks at.
+IGNORED = {
+    "run": ("trace_iterations",),
+    "train": ("overlap",),
+    "vllm": ("sync_every", "max_staleness"),
+    "llm": (
+        *("updates_per_turn", "enable_sft", "enable_rft", "rft_clip", "rft_baseline"),
+        *("llm_loss_weight", "rft_loss_weight"),
+    ),
+}
 REGISTRY = "registry"  # its name, in the namespace of the run
 
 
@@ -60,10 +72,13 @@ def run_on_cluster(settings: Any) -> RunSummary:
     connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
     try:
         return asyncio.run(_train(settings, folder=folder, names=", ".join(game.name for game in games)))
-    except GameWorkerError as error:
-        raise UserError(f"the games cannot go on: {error}; the run's files are in {folder}") from error
-    except PartFailed as error:
-        raise UserError(f"{error}; the run's files are in {folder}") from error
+    except (GameWorkerError, EngineFailed, PartFailed, RayError) as error:
+        said = " ".join(str(error.cause if isinstance(error, RayTaskError) else error).split())[-500:]
+        raise UserError(f"{said}; the run's files are in {folder}") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
+            raise
+        raise UserError(f"{folder}: cannot be written to any more ({error})") from error
     finally:
         ray.shutdown()
 
@@ -78,10 +93,18 @@ def check_settings(settings: Any) -> None:
         )
     if settings.ppo.sharding == "fsdp" and settings.llm.use_lora:
         raise UserError("ppo.sharding=fsdp does not go with llm.use_lora=true; type --set ppo.sharding=ddp")
+    if settings.run.max_env_step == 0:
+        raise UserError("run.max_env_step=0 trains nothing; python -m priorzero.entry evaluates")
     if settings.ppo.engine == "orz":
-        why = why_not_orz()
+        why = why_not_orz(settings)
         if why:
             raise UserError(why)
+    changed = differences(settings)
+    ignored = [f"{group}.{key}" for group, keys in IGNORED.items() for key in keys if key in changed.get(group, {})]
+    if ignored:
+        raise UserError(
+            f"{', '.join(ignored)}: have no meaning on a cluster, where the LLM learns by PPO; leave them out"
+        )
 
 
 def connect(settings: Any, *, namespace: str) -> None:
@@ -133,7 +156,16 @@ class _Collectors:
             return None
         steps = self.settings.train.collect_env_steps
         segments, told = actor.collect.remote(steps, self.versions, self.world_model)
-        return index, segments, await answer(told, timeout_s=cluster.timeout_s, who=who)
+        limit = cluster.start_timeout_s + cluster.timeout_s  # it may wait for its server, or have to load first
+        try:
+            return (
+                index,
+                segments,
+                await answer(told, timeout_s=limit, who=who, setting="cluster.start_timeout_s + cluster.timeout_s"),
+            )
+        except GameWorkerError as error:
+            logger.error(f"{who}: {error}")
+            return None
 
     async def next(self) -> tuple[int, Any, dict[str, Any]]:
         """What the first that is ready brings: its index, Ray's reference to the segments, and what is told of them.
@@ -186,6 +218,9 @@ class _WorldModel:
     async def start(self) -> None:
         actor = ray.remote(WorldModelProcess).options(num_cpus=self._share.num_cpus, num_gpus=self._share.num_gpus)
         self._process = actor.remote(self._settings, self._feature_size, str(self._folder))
+        who, limit = "the world model's learner", self._settings.cluster.start_timeout_s
+        up = self._process.__ray_ready__.remote()
+        await answer(up, timeout_s=limit, who=who, setting="cluster.start_timeout_s")
 
     async def push(self, segments: Any) -> dict[str, float]:
         stored: dict[str, float] = await self._answer(self._process.push.remote(segments))
@@ -248,7 +283,10 @@ class _Servers:
     async def hand_on(self, version: int, parameters: Any) -> None:
         """Publish parameters, and wait until all servers have taken them over (or have started again with them)."""
         registry = self._registry.publish.remote(version, [parameters])
-        await answer(registry, timeout_s=self._settings.cluster.timeout_s, who="the registry")
+        try:
+            await answer(registry, timeout_s=self._settings.cluster.timeout_s, who="the registry")
+        except PartFailed as error:
+            raise UserError(f"{error}; a run cannot go on without it") from error
         await self._each(lambda server: server.take_over.remote(version, [parameters]))
 
     async def statistics(self) -> dict[str, float]:
@@ -286,8 +324,8 @@ class _Servers:
     async def close(self) -> None:
         for server in self.actors:
             try:
-                await answer(server.close.remote(), timeout_s=30.0, who="a prior server")
-            except PartFailed as error:
+                await answer(server.close.remote(), timeout_s=30.0, who="a prior server", setting="fixed")
+            except (PartFailed, RayError, UserError) as error:
                 logger.debug(f"{error} while it was asked to end")
             kill(server)
 
@@ -328,6 +366,7 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
     counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0, "wm_turns": 0, "ppo_steps": 0}
     returns: deque[float] = deque(maxlen=20)
     evaluations: dict[str, Evaluation] = {}
+    checkpoint: Path | None = None
     trajectories: list[Any] = []
     spent: dict[str, float] = {}  # seconds of the turns of this iteration
     total = Shares(0.0, {}, 0.0, 0.0)
@@ -335,6 +374,9 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
 
     def finished() -> bool:
         return counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step
+
+    async def save() -> Path:
+        return await _save(settings, folder, counters, part=world_model_part, ppo=ppo, engine=engine, registry=registry)
 
     async def world_model_turn() -> None:
         began = time.perf_counter()
@@ -405,7 +447,7 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
                     turns.append(world_model_turn())
                 if counters["iteration"] % settings.llm.update_every == 0:
                     turns.append(llm_turn())
-                await asyncio.gather(*turns)
+                await gather_or_cancel(*turns)
 
                 # ---- tell, evaluate, and have the collector play on with the latest parameters ----
                 ended = [dataclasses.replace(e, env_step=counters["env_step"]) for e in told["episodes"]]
@@ -413,7 +455,10 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
                 episodes += len(ended)
                 total += told["shares"]
                 teller.tell_episodes(ended)
-                teller.tell_prior({**told["prior"], **await servers.statistics()}, iteration=counters["iteration"])
+                asked = {**told["prior"], **await servers.statistics()}
+                for name in ("prior/fallbacks", "prior/retries", "prior/timeouts"):  # on either side
+                    asked[name] += told["prior"][name]
+                teller.tell_prior(asked, iteration=counters["iteration"])
                 means = {"collector_iter/reward_mean": float(np.mean(returns))} if returns else {}
                 restarts = {
                     "cluster/collector_restarts": float(collectors.restarts),
@@ -428,21 +473,18 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
                 teller.writer.write({**scalars, **spent, **told["shares"].scalars()}, step=counters["iteration"])
                 teller.show(counters)
                 if finished() or counters["iteration"] % settings.eval.every == 0:
-                    played = await _evaluate(collectors, index, teller, env_step=counters["env_step"])
-                    evaluations = played or evaluations
+                    evaluation = _evaluate(collectors, index, teller, env_step=counters["env_step"])
+                    evaluations = await stop.before(evaluation) or evaluations
+                if run.checkpoint_every and counters["iteration"] % run.checkpoint_every == 0:
+                    checkpoint = await save()
                 if not finished():
-                    collectors.ask(index)
+                    collectors.ask(index, again=True)
         teller.progress.end()
-        checkpoint = await _save(
-            settings,
-            folder,
-            counters,
-            world_model=world_model,
-            part=world_model_part,
-            ppo=ppo,
-            engine=engine,
-            registry=registry,
-        )
+        checkpoint = await save()
+    except (UserError, PartFailed, EngineFailed, GameWorkerError, RayError, asyncio.CancelledError) as error:
+        if counters["iteration"] and checkpoint is None:
+            await _save_what_is_left(save, error)
+        raise
     finally:
         await collectors.close()
         await servers.close()
@@ -476,13 +518,25 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
 async def _evaluate(collectors: _Collectors, index: int, teller: Teller, *, env_step: int) -> dict[str, Evaluation]:
     """Have an idle collector evaluate; a collector that fails is left to begin again, and this is said."""
     evaluate = collectors.actors[index].evaluate.remote(collectors.versions, collectors.world_model)
+    settings = collectors.settings
     try:
-        timeout_s = collectors.settings.cluster.timeout_s
-        played = await answer(evaluate, timeout_s=timeout_s, who=f"collector {index}, which evaluates,")
+        limit = settings.cluster.timeout_s * len(settings.eval.modes) * settings.eval.episodes
+        who = f"collector {index}, which evaluates,"
+        played = await answer(evaluate, timeout_s=limit, who=who, setting="cluster.timeout_s for each episode and mode")
     except PartFailed as error:
+        if isinstance(error.__cause__, TimeoutError):
+            ray.kill(collectors.actors[index], no_restart=False)
         logger.error(f"{error}; the evaluation at {env_step} env steps is left out")
         return {}
     return teller.tell_evaluations(played, env_step=env_step)
+
+
+async def _save_what_is_left(save: Any, error: BaseException) -> None:
+    """Before a run that has never saved ends for another reason: what can be had of both models."""
+    try:
+        logger.warning(f"the run ends ({' '.join(str(error).split())[:200]}); what was learned is in {await save()}")
+    except (UserError, PartFailed, RayError, OSError) as again:
+        logger.error(f"what was learned could not be saved ({' '.join(str(again).split())[:200]})")
 
 
 async def _save(
@@ -490,27 +544,29 @@ async def _save(
     folder: Path,
     counters: dict[str, int],
     *,
-    world_model: Durable,
     part: _WorldModel,
     ppo: Durable,
     engine: PPOEngine,
     registry: Any,
 ) -> Path:
     """Both models and the numbering of the actions, as :mod:`priorzero.entry` leaves them; not enough to go on from."""
-    import torch
-
-    parameters, _ = await world_model.ask(part.parameters)
+    parameters, _ = await part.parameters()
     timeout_s = settings.cluster.timeout_s
     state = await answer(parameters, timeout_s=timeout_s, who="the world model's learner")
-    actions = await answer(registry.actions.remote(), timeout_s=timeout_s, who="the registry")
+    if settings.env.action_space == "positional":
+        actions = {"num_used": settings.env.action_space_size, "num_overflows": 0}
+    else:
+        actions = await answer(registry.actions.remote(), timeout_s=timeout_s, who="the registry")
     exported = folder / "learners" / "llm"
     await ppo.ask(lambda: engine.export(exported))
 
     def write(aside: Path) -> None:
-        torch.save(state, aside / "world_model.pt")
+        save_tensors(state, aside / "world_model.pt")
         (aside / "actions.json").write_text(json.dumps(actions), encoding="utf-8")
         (aside / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
         exported.rename(aside / "llm")
 
     name = f"iteration_{counters['iteration']}"
-    return save_checkpoint(folder / "checkpoints" / name, write=write, about={"counters": counters})
+    saved = save_checkpoint(folder / "checkpoints" / name, write=write, about={"counters": counters})
+    remove_old_checkpoints(folder, keep=settings.run.keep_checkpoints)
+    return saved

@@ -39,8 +39,18 @@ SEAM = {
 }
 
 
-def why_not_orz() -> str:
+def why_not_orz(settings: Any) -> str:
     """Why ``ppo.engine=orz`` cannot be used here, and what to do; "" if it can be tried."""
+    if settings.ppo.credit != "none" or settings.llm.use_lora or settings.ppo.agreement_weight:
+        return (
+            "ppo.engine=orz takes ppo.credit=none, ppo.agreement_weight=0 and llm.use_lora=false: its trainer "
+            "knows no weights of samples, no visits and no adapters"
+        )
+    if settings.replay.segment_length < settings.env.max_episode_steps:
+        return (
+            f"ppo.engine=orz needs whole episodes for its returns: replay.segment_length={settings.replay.segment_length} "
+            f"must be at least env.max_episode_steps={settings.env.max_episode_steps}"
+        )
     how = (
         "get https://github.com/Open-Reasoner-Zero/Open-Reasoner-Zero, type pip install -e . in it (it wants Python "
         "3.10, vllm 0.6.5, ray 2.40, deepspeed and CUDA), or type --ppo_engine torch"
@@ -100,9 +110,6 @@ class OrzPPOEngine:
         share: not used: ORZ places its own actors.
         hand_on: given a version and Ray's reference to the parameters, makes all servers take them over.
         make_trainer: builds the trainer with its models; another one for tests.
-
-    Raises:
-        UserError: settings that it does not know.
     """
 
     capabilities = Capabilities(
@@ -121,11 +128,6 @@ class OrzPPOEngine:
         hand_on: Callable[[int, Any], Awaitable[None]],
         make_trainer: Callable[[Any], Awaitable[Any]] | None = None,
     ) -> None:
-        if settings.ppo.credit != "none" or settings.llm.use_lora or settings.ppo.agreement_weight:
-            raise UserError(
-                "ppo.engine=orz takes ppo.credit=none, ppo.agreement_weight=0 and llm.use_lora=false: its trainer "
-                "knows no weights of samples, no visits and no adapters"
-            )
         self._settings = settings
         self._style = prompt_style(settings)
         self._hand_on = hand_on

@@ -20,9 +20,8 @@ def plan_resources(settings: Any, *, cpus: float, gpus: float) -> dict[str, Shar
     """The share of each process of a role: ``collector``, ``server``, ``world_model``, ``learner``.
 
     A CPU each, if there are enough; otherwise none is set aside, and the processes share what there is. With fewer GPUs
-    than processes that want one, they share: servers and learners get nine tenths in equal parts, the world model and
-    the collectors the rest. With enough GPUs each server and each learner has its own, as does the world model; the
-    collectors search on what is left over.
+    than servers and learners, these share nine tenths of each, the world model and the collectors the rest. With more,
+    each server and each learner has its own, and world model and collectors share the others.
 
     Args:
         settings: all settings.
@@ -30,7 +29,7 @@ def plan_resources(settings: Any, *, cpus: float, gpus: float) -> dict[str, Shar
         gpus: of the cluster; 0: all on CPUs.
 
     Raises:
-        UserError: a GPU was asked for (``run.device=cuda``), and there is none.
+        UserError: a GPU was asked for (``run.device=cuda``), and there is none; or two learners would share one.
     """
     cluster = settings.cluster
     counts = {
@@ -44,24 +43,26 @@ def plan_resources(settings: Any, *, cpus: float, gpus: float) -> dict[str, Shar
         raise UserError("run.device=cuda: the cluster has no GPU; type --set run.device=cpu")
     if gpus < 1 or settings.run.device == "cpu":
         return {role: Share(num_cpus, 0.0) for role in counts}
-    large = cluster.num_servers + cluster.num_learners
-    if gpus >= large + 1:
-        spare = gpus - large - 1
-        of_collectors = min(1.0, spare / cluster.num_collectors) if spare else 0.0
-        shares = {"collector": _cut(of_collectors), "server": 1.0, "world_model": 1.0, "learner": 1.0}
+    gpus = int(gpus)
+    large, small = cluster.num_servers + cluster.num_learners, cluster.num_collectors + 1
+    if gpus >= large + small:
+        shares = dict.fromkeys(counts, 1.0)
+    elif gpus > large:  # a GPU for each server and learner; the world model and the collectors share the others
+        of_small = _part(1.0, small, gpus - large)
+        shares = {"collector": of_small, "server": 1.0, "world_model": of_small, "learner": 1.0}
     else:
-        # Whole processes must fit onto each GPU: so many of the large ones share one.
-        side_by_side = -(-large // int(gpus))
-        small = cluster.num_collectors + 1
-        shares = {
-            "server": _cut(0.9 / side_by_side),
-            "learner": _cut(0.9 / side_by_side),
-            "world_model": _cut(0.1 * int(gpus) / small),
-            "collector": _cut(0.1 * int(gpus) / small),
-        }
+        of_small = _part(0.1, small, gpus)
+        of_large = _part(0.9, large, gpus)
+        shares = {"collector": of_small, "server": of_large, "world_model": of_small, "learner": of_large}
+        if cluster.num_learners > 1 and of_large < 0.9:
+            raise UserError(
+                f"cluster.num_learners={cluster.num_learners} would have to share GPUs, and their exchange of gradients "
+                f"(nccl) does not allow it: with {gpus} GPUs and cluster.num_servers={cluster.num_servers} type --set "
+                f"cluster.num_learners={max(1, gpus - cluster.num_servers)}"
+            )
     return {role: Share(num_cpus, shares[role]) for role in counts}
 
 
-def _cut(share: float) -> float:
-    """Down to a thousandth, so that the sum stays below one."""
-    return int(share * 1000) / 1000
+def _part(room: float, processes: int, gpus: int) -> float:
+    """The share of one of ``processes``, which fill at most ``room`` of each GPU; a share lies on one GPU."""
+    return int(1000 * room / -(-processes // gpus)) / 1000

@@ -12,7 +12,7 @@ import ray
 import torch
 
 from priorzero.checkpoint import read_state, save_checkpoint
-from priorzero.cluster.actors import settle
+from priorzero.cluster.actors import save_tensors, settle
 from priorzero.cluster.calls import answer, kill
 from priorzero.cluster.resources import Share
 from priorzero.models import load_language_model, save_parameters
@@ -21,6 +21,7 @@ from priorzero.ppo.engine import Capabilities
 from priorzero.ppo.learner import PPOLearner
 from priorzero.ppo.trajectories import Trajectory
 from priorzero.process_group import ProcessGroup, TorchGroup
+from priorzero.types import PartFailed, UserError
 
 STATE = "ppo.pt"
 
@@ -84,7 +85,7 @@ class LearnerProcess:
         state = self.learner.state_dict()
         if self._rank == 0:
             about = {"step_id": self.learner.step_id, "llm_version": self.learner.version}
-            save_checkpoint(Path(folder), write=lambda aside: torch.save(state, aside / STATE), about=about)
+            save_checkpoint(Path(folder), write=lambda aside: save_tensors(state, aside / STATE), about=about)
 
     def load(self, folder: str) -> int:
         self.learner.load_state_dict(read_state(Path(folder), STATE))
@@ -126,7 +127,21 @@ class TorchPPOEngine:
 
     async def _all(self, calls: Sequence[Any], *, timeout_s: float | None = None) -> list[Any]:
         limit = timeout_s or self._settings.cluster.timeout_s
-        return list(await asyncio.gather(*(answer(c, timeout_s=limit, who="a PPO learner") for c in calls)))
+        setting = "cluster.start_timeout_s" if timeout_s else "cluster.timeout_s"
+        asked = (answer(c, timeout_s=limit, who="a PPO learner", setting=setting) for c in calls)
+        told = await asyncio.gather(*asked, return_exceptions=True)
+        failures = [t for t in told if isinstance(t, BaseException)]
+        for failure in failures:
+            if isinstance(failure, (UserError, PartFailed)):
+                raise failure
+        if failures and len(self._processes) > 1 and isinstance(failures[0], RuntimeError):
+            # Where one dies, the others' exchange breaks off, mostly before the death is told.
+            raise PartFailed(
+                f"the PPO learners lost touch ({' '.join(str(failures[0]).split())[-200:]})"
+            ) from failures[0]
+        if failures:
+            raise failures[0]
+        return told
 
     async def start(self) -> None:
         size = self._settings.cluster.num_learners

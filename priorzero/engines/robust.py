@@ -167,7 +167,7 @@ class RobustPrior:
         logger.error(f"LLM prior {problem}; {len(requests)} searches go on with a uniform prior")
         if late == self.attempts:  # it may hang, and would go on to do so
             await self.engine.check()
-        return [uniform_prior(len(request.valid_actions), version=self.engine.version) for request in requests]
+        return [uniform_prior(len(request.valid_actions), version=self.learner_version()) for request in requests]
 
     @staticmethod
     def _check(requests: Sequence[PriorRequest], priors: Sequence[ActionPrior]) -> None:

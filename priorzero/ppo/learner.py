@@ -24,7 +24,7 @@ class Critic(nn.Module):
     """The value of a prompt: a copy of the LLM's transformer, and a linear layer on its output at the last token.
 
     Args:
-        llm: what is copied, without its adapters if there are any.
+        llm: what is copied; with adapters, these are trained as well, and the rest of the copy.
     """
 
     def __init__(self, llm: LanguageModel) -> None:
@@ -194,20 +194,20 @@ class PPOLearner:
         return together, together + values
 
     def _passes(self, samples: Sequence[LLMSample], values: np.ndarray, targets: np.ndarray) -> dict[str, float]:
-        warming_up = self.step_id < self.cfg.critic_warmup_steps
+        warming_up, version = self.step_id < self.cfg.critic_warmup_steps, self.version
+        limit = self.cfg.value_clip * float(targets.std())
         size = self.settings.llm.batch_size
         told: list[dict[str, float]] = []
-        if not warming_up:
-            self.version += 1  # before: a step that is not finite half way through has changed the actor as well
         for epoch in range(self.cfg.epochs):
             order = np.random.default_rng([self.settings.run.seed, self.step_id, epoch]).permutation(len(samples))
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
                 batch = batch[: len(batch) // self.group.size * self.group.size]
                 own = self.group.share(list(batch))
-                stats = self._critic_step([samples[n] for n in own], values[own], targets[own])
+                stats = self._critic_step([samples[n] for n in own], values[own], targets[own], clip=limit)
                 if not warming_up:
                     result = self.actor.learn([samples[n] for n in own])
+                    self.version = version + 1  # here: a step that is not finite further on has changed the actor
                     stats |= {
                         "ppo/policy_loss": result["rft_loss"],
                         "train/llm_kl_loss": result["kl_loss"],
@@ -218,7 +218,9 @@ class PPOLearner:
                 told.append(stats)
         return {name: float(np.mean([stats[name] for stats in told])) for name in told[0]}
 
-    def _critic_step(self, samples: Sequence[LLMSample], values: np.ndarray, targets: np.ndarray) -> dict[str, float]:
+    def _critic_step(
+        self, samples: Sequence[LLMSample], values: np.ndarray, targets: np.ndarray, *, clip: float
+    ) -> dict[str, float]:
         """One optimiser step of the critic on this learner's part of a batch."""
         num_samples = self.group.sum({"n": float(len(samples))})["n"]
         size, total = self.settings.llm.micro_batch_size, 0.0
@@ -232,7 +234,7 @@ class PPOLearner:
                     now,
                     torch.as_tensor(values[part], dtype=torch.float32, device=device),
                     torch.as_tensor(targets[part], dtype=torch.float32, device=device),
-                    clip=self.cfg.value_clip,
+                    clip=clip,
                 )
                 (self.group.size * loss / num_samples).backward()
             total += loss.item()
