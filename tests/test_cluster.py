@@ -103,10 +103,17 @@ def test_flags_and_debug_mode():
         ({"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}}, r"leaves PPO nothing to learn"),
         ({"prior": {"mode": "rank"}}, r"needs prior\.mode=score and llm\.objective=actions"),
         ({"ppo": {"sharding": "fsdp"}, "llm": {"use_lora": True}}, r"type --set ppo\.sharding=ddp"),
+        ({"ppo": {"engine": "orz"}}, r"takes ppo\.credit=none"),
         (
-            {"ppo": {"engine": "orz"}},
+            {"ppo": {"engine": "orz", "credit": "none"}},
             r"orz\.ppo\.trainer cannot be imported; get https:.*--ppo_engine torch",
         ),
+        (
+            {"ppo": {"engine": "orz", "credit": "none"}, "replay": {"segment_length": 20}},
+            r"replay\.segment_length=20 must be at least env\.max_episode_steps=25",
+        ),
+        ({"llm": {"enable_rft": False}}, r"llm\.enable_rft: no meaning on a cluster"),
+        ({"run": {"max_env_step": 0}}, r"run\.max_env_step=0 trains nothing"),
     ],
 )
 def test_what_ppo_cannot_do_is_said_before_anything_is_started(layer, message):
@@ -319,7 +326,7 @@ def cluster_settings(folder, llm, *layers):
             "prior": {"timeout_s": 300.0},
             "llm": {"path": str(llm), "batch_size": 4, "micro_batch_size": 1, "update_every": 3, "learning_rate": 1e-3},
             "ppo": {"critic_warmup_steps": 1, "max_staleness": 3},
-            "cluster": {"num_collectors": 2, "save_every": 2},
+            "cluster": {"num_collectors": 2, "num_learners": 2, "save_every": 2},
             "replay": {"segment_length": 8},
             "eval": {"every": 1000, "modes": ["world_model_with_prior"]},
         },
@@ -450,7 +457,7 @@ def test_a_run_survives_the_death_of_every_part(tmp_path, tiny_llm_folder, monke
             super().show(counters)
             name = victims.get(counters["iteration"])
             if name is not None:
-                victim = processes(name)[0]
+                victim = processes(name)[-1]  # of the learners the second: the first one's exchange breaks off
                 victim.send_signal(signal.SIGKILL)
                 killed.append(name)
 

@@ -102,9 +102,7 @@ def check_settings(settings: Any) -> None:
     changed = differences(settings)
     ignored = [f"{group}.{key}" for group, keys in IGNORED.items() for key in keys if key in changed.get(group, {})]
     if ignored:
-        raise UserError(
-            f"{', '.join(ignored)}: have no meaning on a cluster, where the LLM learns by PPO; leave them out"
-        )
+        raise UserError(f"{', '.join(ignored)}: no meaning on a cluster, where the LLM learns by PPO; leave it out")
 
 
 def connect(settings: Any, *, namespace: str) -> None:

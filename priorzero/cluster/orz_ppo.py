@@ -48,8 +48,9 @@ def why_not_orz(settings: Any) -> str:
         )
     if settings.replay.segment_length < settings.env.max_episode_steps:
         return (
-            f"ppo.engine=orz needs whole episodes for its returns: replay.segment_length={settings.replay.segment_length} "
-            f"must be at least env.max_episode_steps={settings.env.max_episode_steps}"
+            "ppo.engine=orz needs whole episodes for its returns: "
+            f"replay.segment_length={settings.replay.segment_length} must be at least "
+            f"env.max_episode_steps={settings.env.max_episode_steps}"
         )
     how = (
         "get https://github.com/Open-Reasoner-Zero/Open-Reasoner-Zero, type pip install -e . in it (it wants Python "

@@ -56,9 +56,9 @@ def plan_resources(settings: Any, *, cpus: float, gpus: float) -> dict[str, Shar
         shares = {"collector": of_small, "server": of_large, "world_model": of_small, "learner": of_large}
         if cluster.num_learners > 1 and of_large < 0.9:
             raise UserError(
-                f"cluster.num_learners={cluster.num_learners} would have to share GPUs, and their exchange of gradients "
-                f"(nccl) does not allow it: with {gpus} GPUs and cluster.num_servers={cluster.num_servers} type --set "
-                f"cluster.num_learners={max(1, gpus - cluster.num_servers)}"
+                f"cluster.num_learners={cluster.num_learners} would have to share GPUs, and their exchange of "
+                f"gradients (nccl) does not allow it: with {gpus} GPUs and cluster.num_servers={cluster.num_servers} "
+                f"type --set cluster.num_learners={max(1, gpus - cluster.num_servers)}"
             )
     return {role: Share(num_cpus, shares[role]) for role in counts}
 
