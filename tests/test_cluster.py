@@ -452,7 +452,7 @@ def test_a_run_survives_the_death_of_every_part(tmp_path, tiny_llm_folder, monke
     victims = {3: "CollectorProcess", 5: "PriorServer", 7: "LearnerProcess", 9: "WorldModelProcess"}
     killed = []
 
-    class Killer(loop.Teller):
+    class Killer(loop.ClusterTeller):
         def show(self, counters):
             super().show(counters)
             name = victims.get(counters["iteration"])
@@ -461,7 +461,7 @@ def test_a_run_survives_the_death_of_every_part(tmp_path, tiny_llm_folder, monke
                 victim.send_signal(signal.SIGKILL)
                 killed.append(name)
 
-    monkeypatch.setattr(loop, "Teller", Killer)
+    monkeypatch.setattr(loop, "ClusterTeller", Killer)
     settings = cluster_settings(tmp_path, tiny_llm_folder)
     summary = loop.run_on_cluster(settings)
     assert killed == list(victims.values())

@@ -335,6 +335,68 @@ def make_ppo_engine(settings: Any, *, share: Share, servers: _Servers) -> PPOEng
     return engine
 
 
+class ClusterTeller(Teller):
+    """Tells what the loop of this module does."""
+
+    def __init__(self, folder: Path, settings: Any) -> None:
+        super().__init__(folder, settings)
+        self._returns: deque[float] = deque(maxlen=20)
+        self._num_episodes = 0
+        self._total = Shares(0.0, {}, 0.0, 0.0)
+
+    def tell(
+        self,
+        told: dict[str, Any],
+        scalars: dict[str, float],
+        *,
+        at_servers: dict[str, float],
+        counters: dict[str, int],
+    ) -> None:
+        """What an iteration brought.
+
+        Args:
+            told: by the collector, see :meth:`CollectorProcess.collect`.
+            scalars: of everybody else.
+            at_servers: the prior servers' own.
+            counters: of the run.
+        """
+        iteration, env_step = counters["iteration"], counters["env_step"]
+        ended = [dataclasses.replace(episode, env_step=env_step) for episode in told["episodes"]]
+        self._returns.extend(episode.total_reward for episode in ended)
+        self._num_episodes += len(ended)
+        self._total += told["shares"]
+        self.tell_episodes(ended)
+        asked = {**told["prior"], **at_servers}
+        for name in ("prior/fallbacks", "prior/retries", "prior/timeouts"):  # on either side
+            asked[name] += told["prior"][name]
+        self.tell_prior(asked, iteration=iteration)
+        own = {**told["scalars"], "collector_iter/env_steps": float(env_step), "memory/peak_mb": peak_memory_mb()}
+        if self._returns:
+            own["collector_iter/reward_mean"] = float(np.mean(self._returns))
+        self.writer.write({**own, **scalars, **told["shares"].scalars()}, step=iteration)
+        self.show(counters)
+
+    def rows(self, counters: dict[str, int]) -> dict[str, Any]:
+        """For the summary."""
+        restarts = [
+            f"{name.removeprefix('cluster/').removesuffix('_restarts')} {value:g}"
+            for name, value in self.writer.last.items()
+            if name.endswith("_restarts") and value
+        ]
+        mean = f"{np.mean(self._returns):.2f} over the last {len(self._returns)} episodes" if self._returns else "-"
+        return {
+            "iterations": counters["iteration"],
+            "environment steps": counters["env_step"],
+            "episodes finished": self._num_episodes,
+            "mean return": mean,
+            "world-model updates": f"{counters['train_iter']} in {counters['wm_turns']} turns",
+            "PPO steps": f"{counters['ppo_steps']}, of which {counters['llm_version']} changed the LLM",
+            "restarts": ", ".join(restarts) or "none",
+            "time of the collectors": self._total.describe(),
+            "wall time": f"{self.seconds:.0f} s",
+        }
+
+
 async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
     run, cluster = settings.run, settings.cluster
     resources = ray.cluster_resources()
@@ -359,16 +421,13 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
         versions={"world model": 0, "LLM": 0},
     )
     engine = make_ppo_engine(settings, share=plan["learner"], servers=servers)
-    teller, stop = Teller(folder, settings), StopRequest()
+    teller, stop = ClusterTeller(folder, settings), StopRequest()
     dropped = DroppedUpdates(folder / "not_finite", limit=settings.train.max_not_finite)
     counters = {"iteration": 0, "env_step": 0, "train_iter": 0, "llm_version": 0, "wm_turns": 0, "ppo_steps": 0}
-    returns: deque[float] = deque(maxlen=20)
     evaluations: dict[str, Evaluation] = {}
     checkpoint: Path | None = None
     trajectories: list[Any] = []
     spent: dict[str, float] = {}  # seconds of the turns of this iteration
-    total = Shares(0.0, {}, 0.0, 0.0)
-    episodes = 0
 
     def finished() -> bool:
         return counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step
@@ -448,16 +507,6 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
                 await gather_or_cancel(*turns)
 
                 # ---- tell, evaluate, and have the collector play on with the latest parameters ----
-                ended = [dataclasses.replace(e, env_step=counters["env_step"]) for e in told["episodes"]]
-                returns.extend(episode.total_reward for episode in ended)
-                episodes += len(ended)
-                total += told["shares"]
-                teller.tell_episodes(ended)
-                asked = {**told["prior"], **await servers.statistics()}
-                for name in ("prior/fallbacks", "prior/retries", "prior/timeouts"):  # on either side
-                    asked[name] += told["prior"][name]
-                teller.tell_prior(asked, iteration=counters["iteration"])
-                means = {"collector_iter/reward_mean": float(np.mean(returns))} if returns else {}
                 restarts = {
                     "cluster/collector_restarts": float(collectors.restarts),
                     "cluster/collectors_lost": float(collectors.lost),
@@ -466,10 +515,8 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
                     "cluster/learner_restarts": float(ppo.restarts),
                     "cluster/calls_replayed": float(world_model.replayed + ppo.replayed),
                 }
-                scalars = {**told["scalars"], **stored, **means, **restarts, "memory/peak_mb": peak_memory_mb()}
-                scalars["collector_iter/env_steps"] = float(counters["env_step"])
-                teller.writer.write({**scalars, **spent, **told["shares"].scalars()}, step=counters["iteration"])
-                teller.show(counters)
+                at_servers = await servers.statistics()
+                teller.tell(told, {**stored, **restarts, **spent}, at_servers=at_servers, counters=counters)
                 if finished() or counters["iteration"] % settings.eval.every == 0:
                     evaluation = _evaluate(collectors, index, teller, env_step=counters["env_step"])
                     evaluations = await stop.before(evaluation) or evaluations
@@ -480,7 +527,7 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
         teller.progress.end()
         checkpoint = await save()
     except (UserError, PartFailed, EngineFailed, GameWorkerError, RayError, asyncio.CancelledError) as error:
-        if counters["iteration"] and checkpoint is None:
+        if counters["iteration"]:
             await _save_what_is_left(save, error)
         raise
     finally:
@@ -490,25 +537,11 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
         teller.writer.close()
         if lock is not None:
             lock.close()
-    rows = {
-        "game": names,
-        "iterations": counters["iteration"],
-        "environment steps": counters["env_step"],
-        "episodes finished": episodes,
-        "mean return": f"{np.mean(returns):.2f} over the last {len(returns)} episodes" if returns else "-",
-        "world-model updates": f"{counters['train_iter']} in {counters['wm_turns']} turns",
-        "PPO steps": f"{counters['ppo_steps']}, of which {counters['llm_version']} changed the LLM",
-        **{
-            f"evaluation, {mode}": f"mean score {e.mean_score:.2f} of {e.max_score:g}"
-            for mode, e in evaluations.items()
-        },
-        "restarts": f"{collectors.restarts} of collectors, {servers.restarts} of servers, "
-        f"{world_model.restarts} of the world model's learner, {ppo.restarts} of the PPO learners",
-        "time of the collectors": total.describe(),
-        "wall time": f"{teller.seconds:.0f} s",
-        "checkpoint": checkpoint,
-        "charts": f"tensorboard --logdir {run.output_dir}",
+    rows = {"game": names, **teller.rows(counters), "checkpoint": checkpoint}
+    rows |= {
+        f"evaluation, {mode}": f"mean score {e.mean_score:.2f} of {e.max_score:g}" for mode, e in evaluations.items()
     }
+    rows["charts"] = f"tensorboard --logdir {run.output_dir}"
     logger.info(f"{'stopped' if stop.asked else 'done'}:\n" + table(rows))
     return RunSummary(folder, rows, dict(teller.writer.last), evaluations, stop.asked)
 
@@ -530,7 +563,7 @@ async def _evaluate(collectors: _Collectors, index: int, teller: Teller, *, env_
 
 
 async def _save_what_is_left(save: Any, error: BaseException) -> None:
-    """Before a run that has never saved ends for another reason: what can be had of both models."""
+    """Before a run ends for another reason: what can be had of both models."""
     try:
         logger.warning(f"the run ends ({' '.join(str(error).split())[:200]}); what was learned is in {await save()}")
     except (UserError, PartFailed, RayError, OSError) as again:
