@@ -121,6 +121,13 @@ def test_what_ppo_cannot_do_is_said_before_anything_is_started(layer, message):
         loop.check_settings(make_settings(layer))
 
 
+def test_a_cluster_that_is_not_there_is_said_at_once():
+    settings = make_settings({"cluster": {"address": "127.0.0.1:1"}})
+    with pytest.raises(UserError, match=r"cluster\.address=127\.0\.0\.1:1: nobody answers there"):
+        loop.connect(settings, namespace="test")
+    assert not ray.is_initialized()
+
+
 class Part:
     """Counts what it is told; dies where it is told to."""
 

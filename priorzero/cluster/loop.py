@@ -15,6 +15,8 @@ import functools
 import json
 import logging
 import os
+import re
+import socket
 import time
 from collections import deque
 from dataclasses import dataclass, field
@@ -117,6 +119,12 @@ def connect(settings: Any, *, namespace: str) -> None:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # no report home
     address = settings.cluster.address
+    named = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
+    if named:  # Ray itself tries for minutes
+        try:
+            socket.create_connection((named[1], int(named[2])), timeout=10.0).close()
+        except (OSError, OverflowError) as error:
+            raise UserError(f"cluster.address={address}: nobody answers there ({error}); ray status tells") from error
     try:
         if address:
             ray.init(address=address, namespace=namespace, logging_level=logging.ERROR)
