@@ -144,7 +144,7 @@ def test_yaml_cannot_run_code(tmp_path):
 @pytest.mark.parametrize("preset", PRESETS)
 def test_the_files_in_configs_are_the_presets(preset):
     assert (yaml.safe_load((CONFIGS / f"{preset}.yaml").read_text()) or {}) == PRESETS[preset]
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PRESETS, "learning_textworld"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PRESETS, "learning_textworld", "learning_jericho"}
 
 
 def test_the_settings_of_the_learning_benchmark_hold_differences_only():
