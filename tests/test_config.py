@@ -147,8 +147,9 @@ def test_the_files_in_configs_are_the_presets(preset):
     assert {path.stem for path in CONFIGS.glob("*.yaml")} == {*PRESETS, "learning_textworld", "learning_jericho"}
 
 
-def test_the_settings_of_the_learning_benchmark_hold_differences_only():
-    layer = read_config_file(str(CONFIGS / "learning_textworld.yaml"))
+@pytest.mark.parametrize("name", ["learning_textworld", "learning_jericho"])
+def test_the_settings_of_the_learning_benchmark_hold_differences_only(name):
+    layer = read_config_file(str(CONFIGS / f"{name}.yaml"))
     settings = resolve_settings(layer)
     assert differences(settings) == {
         **layer,
