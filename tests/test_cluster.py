@@ -464,7 +464,9 @@ def test_a_run_survives_the_death_of_every_part(tmp_path, tiny_llm_folder, monke
             super().show(counters)
             name = victims.get(counters["iteration"])
             if name is not None:
-                victim = processes(name)[-1]  # of the learners the second: the first one's exchange breaks off
+                # Of the collectors the one that plays; of the learners the second: the first one's exchange breaks off.
+                found = processes(name)
+                victim = next((p for p in found if ".collect" in " ".join(p.cmdline())), found[-1])
                 victim.send_signal(signal.SIGKILL)
                 killed.append(name)
 

@@ -416,7 +416,7 @@ class CollectorProcess:
 
         Returns:
             The segments as plain data for :meth:`WorldModelProcess.push`; and what is told of them: ``scalars``,
-            ``prior`` (statistics), ``episodes``, ``env_steps`` and ``trajectories``.
+            ``prior`` (statistics), ``episodes``, ``env_steps``, ``pid``, ``shares`` and ``trajectories``.
         """
         self._take_over(versions, world_model)
         collected = self._loop.run_until_complete(self._collector.collect(num_steps))
@@ -428,6 +428,7 @@ class CollectorProcess:
             "prior": self._prior.take_statistics(),
             "episodes": collected.episodes,
             "env_steps": collected.env_steps,
+            "pid": os.getpid(),
             "shares": self._player.timeline.take(),
             "trajectories": trajectories_from(collected.segments),
         }

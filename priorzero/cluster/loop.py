@@ -151,6 +151,7 @@ class _Collectors:
     restarts: int = 0
     lost: int = 0
     _busy: dict[asyncio.Task[Any], int] = field(default_factory=dict)
+    _pids: dict[int, int] = field(default_factory=dict)
 
     def ask(self, index: int, *, again: bool = False) -> None:
         """Have a collector play; ``again``: as soon as Ray has started it again."""
@@ -192,12 +193,16 @@ class _Collectors:
                 outcome: tuple[int, Any, dict[str, Any]] | None = task.result()
             except PartFailed as error:
                 self.restarts += 1
+                self._pids.pop(index, None)
                 if isinstance(error.__cause__, TimeoutError):
                     ray.kill(self.actors[index], no_restart=False)
                 logger.warning(f"{error}; it begins again")
                 self.ask(index, again=True)
             else:
                 if outcome is not None:
+                    pid = outcome[2]["pid"]
+                    self.restarts += self._pids.setdefault(index, pid) != pid  # it died while nobody waited for it
+                    self._pids[index] = pid
                     return outcome
                 self.lost += 1
                 logger.error(f"collector {index} does not come back; the others go on")
