@@ -3,7 +3,7 @@
     python scripts/bench_ray.py                  # measures on this machine, and applies the model of docs/SCALING.md
     python scripts/bench_ray.py --model_only     # the model alone
 
-Collection is timed between the first and the last iteration of a run, while nobody learns; the turns of the learners
+Collection is timed from when every collector has come once to the last iteration, while nobody learns; the turns of the learners
 come from a run with both. The model says where an iteration's time would go with more GPUs; none of its GPU figures was
 measured here.
 """
@@ -75,7 +75,7 @@ def measure(iterations: int) -> dict[str, Any]:
                 train={"update_every": NEVER},
                 llm={"update_every": NEVER},
             )
-            steps = timeline(folder, "collector_iter/env_steps")
+            steps = timeline(folder, "collector_iter/env_steps")[collectors - 1 :]  # from when each has come once
             shares = {t: timeline(folder, f"time/{t}_s") for t in ("LLM_prior", "search", "games", "text_encoder")}
             spent = sum(value for _, value in timeline(folder, "time/iteration_s"))
             measured["collection"].append(
