@@ -4,8 +4,8 @@
     python scripts/bench_ray.py --model_only     # the model alone
 
 Collection is timed from when every collector has come once to the last iteration, while nobody learns; the turns of
-the learners come from a run with both. The model says where an iteration's time would go with more GPUs; none of its GPU figures was
-measured here.
+the learners come from a run with both. The model says where an iteration's time would go with more GPUs; none
+of its GPU figures was measured here.
 """
 
 from __future__ import annotations
