@@ -8,7 +8,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_settings
+from conftest import make_settings, make_tiny_llm
 
 from priorzero.checkpoint import load_world_model, read_checkpoint
 from priorzero.config import read_config_file, resolve_settings
@@ -143,6 +143,30 @@ def test_ranking_with_adapters(tmp_path):
     assert int(of) == 2 * 210 and int(moved) > 0
     checkpoint = summary.folder / "checkpoints" / "iteration_2" / "llm"
     assert (checkpoint / "adapter_model.safetensors").stat().st_size < 20e6
+
+
+@pytest.mark.slow
+def test_each_model_learns_when_it_is_its_turn(tmp_path, smollm2):
+    """The LLM also in iterations in which the world model does not: it has a draw of its own then."""
+    make_tiny_llm(smollm2.tokenizer).save(tmp_path / "llm")
+    settings = make_settings(
+        {
+            "run": {"max_iter": 12, "num_threads": 1, "output_dir": str(tmp_path), "exp_name": "run"},
+            "env": {"max_episode_steps": 5},
+            "search": {"num_simulations": 4},
+            "world_model": {"embed_dim": 64, "num_heads": 2},
+            "train": {"collect_env_steps": 4, "batch_size": 8, "update_per_collect": 1, "update_every": 2},
+            "llm": {"path": str(tmp_path / "llm"), "batch_size": 2, "micro_batch_size": 1, "update_every": 3},
+            "replay": {"segment_length": 5},
+            "eval": {"every": 1000, "modes": ["world_model"]},
+        }
+    )
+    summary = run_training(settings)
+    stored = read_events(summary.folder)["buffer/decisions"]
+    ready = [n for n, decisions in enumerate(stored, start=1) if decisions >= 8]
+    assert summary.rows["world-model updates"] == sum(n % 2 == 0 for n in ready) > 2
+    assert summary.rows["LLM updates"] == sum(n % 3 == 0 for n in ready) > 1
+    assert any(n % 3 == 0 and n % 2 for n in ready)
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out(tmp_path):

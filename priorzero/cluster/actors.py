@@ -108,7 +108,8 @@ class Registry:
 class SharedVocabulary:
     """An :class:`~priorzero.vocabulary.ActionIndexer` whose numbers are the registry's.
 
-    What was numbered once is not asked for again, as long as there are free numbers.
+    What was numbered once is not asked for again, as long as there are free numbers. When they run out, numbers are
+    given anew (counted); a collector that has not asked since goes on using the old ones until it does.
 
     Args:
         registry: handle of the :class:`Registry`.

@@ -446,7 +446,8 @@ async def _train(settings: Any, *, folder: Path, names: str) -> RunSummary:
         return counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step
 
     async def save() -> Path:
-        return await _save(settings, folder, counters, part=world_model_part, ppo=ppo, engine=engine, registry=registry)
+        parameters, _ = await world_model.ask(world_model_part.parameters)
+        return await _save(settings, folder, counters, parameters=parameters, ppo=ppo, engine=engine, registry=registry)
 
     async def world_model_turn() -> None:
         began = time.perf_counter()
@@ -588,13 +589,12 @@ async def _save(
     folder: Path,
     counters: dict[str, int],
     *,
-    part: _WorldModel,
+    parameters: Any,
     ppo: Durable,
     engine: PPOEngine,
     registry: Any,
 ) -> Path:
     """Both models and the numbering of the actions, as :mod:`priorzero.entry` leaves them; not enough to go on from."""
-    parameters, _ = await part.parameters()
     timeout_s = settings.cluster.timeout_s
     state = await answer(parameters, timeout_s=timeout_s, who="the world model's learner")
     if settings.env.action_space == "positional":
