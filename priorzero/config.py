@@ -264,6 +264,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             one_of("ddp", "fsdp"),
         ),
         "epochs": Option(1, "passes over the decisions of a step", at_least(1)),
+        "max_decisions": Option(0, "decisions that a step learns from, the newest episodes first; 0: all", at_least(0)),
         "clip": Option(0.2, "PPO's clip of the ratio to the prior that was searched from", between(0.01, 0.9)),
         "value_clip": Option(
             0.2, "how far a value may move in a step, in deviations of the returns; 0: no limit", at_least(0)
@@ -363,6 +364,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "micro_batch_size": 2,
             "sft_top_actions": 4,
         },
+        "ppo": {"max_decisions": 8},  # 6 s each
         "replay": {"segment_length": 50},
         "train": {"batch_size": 32, "update_per_collect": 5},
         "eval": {"episodes": 1},

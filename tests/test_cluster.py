@@ -332,7 +332,7 @@ def cluster_settings(folder, llm, *layers):
             "train": {"collect_env_steps": 8, "batch_size": 8, "update_per_collect": 2, "update_every": 2},
             "prior": {"timeout_s": 300.0},
             "llm": {"path": str(llm), "batch_size": 4, "micro_batch_size": 1, "update_every": 3, "learning_rate": 1e-3},
-            "ppo": {"critic_warmup_steps": 1, "max_staleness": 3},
+            "ppo": {"critic_warmup_steps": 1, "max_staleness": 3, "max_decisions": 0},
             "cluster": {"num_collectors": 2, "num_learners": 2, "save_every": 2},
             "replay": {"segment_length": 8},
             "eval": {"every": 1000, "modes": ["world_model_with_prior"]},

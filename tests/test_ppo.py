@@ -17,7 +17,7 @@ from priorzero.demo import demo_config, demo_episode
 from priorzero.losses import clipped_value_loss, generalised_advantages, rft_loss
 from priorzero.policy import prompt_style
 from priorzero.ppo.learner import PPOLearner
-from priorzero.ppo.trajectories import Trajectory, credit_weights, trajectories_from, turn_rewards
+from priorzero.ppo.trajectories import Trajectory, credit_weights, newest, trajectories_from, turn_rewards
 from priorzero.process_group import ProcessGroup
 from priorzero.segment import SegmentWriter
 from priorzero.types import ActionPrior
@@ -97,6 +97,18 @@ def test_a_segment_is_a_trajectory():
     assert trajectories_from([]) == []
 
 
+def test_the_newest_decisions_are_kept():
+    def trajectory(e, n):
+        return Trajectory(tuple(record(10 * e + t) for t in range(n)), None)
+
+    three = [trajectory(0, 3), trajectory(1, 4), trajectory(2, 2)]
+    assert newest(three, limit=0) == newest(three, limit=9) == three
+    assert newest(three, limit=6) == three[1:] and newest(three, limit=2) == three[2:]
+    cut, whole = newest(three, limit=4)
+    assert whole == three[2] and [r.step for r in cut.records] == [10, 11] and cut.bootstrap_prompt == "Where to? 12"
+    assert newest([], limit=4) == []
+
+
 def test_rewards_and_what_is_added_to_them():
     records = [dataclasses.replace(record(), reward=r, shaping=s) for r, s in [(10.0, 0.5), (0.0, -2.0)]]
     plain = make_settings().ppo
@@ -135,7 +147,7 @@ def ppo_settings(**ppo):
             },
             "search": {"discount_factor": 0.9},
         },
-        {"ppo": {"critic_learning_rate": 3e-3, "critic_warmup_steps": 0, "value_clip": 0.0, **ppo}},
+        {"ppo": {"critic_learning_rate": 3e-3, "critic_warmup_steps": 0, "value_clip": 0.0, "max_decisions": 0, **ppo}},
     )
 
 

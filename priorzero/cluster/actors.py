@@ -52,11 +52,11 @@ from priorzero.vocabulary import ActionVocabulary, make_action_indexer
 EPISODES_OF_A_COLLECTOR = 10**9  # numbers that belong to one collector
 
 
-def settle(settings: Any) -> torch.device:
+def settle(settings: Any, *, threads: int = 1) -> torch.device:
     """What every process does first: short log lines, its threads; returns where its models live."""
     logger.remove()
     logger.add(sys.stderr, level="INFO", format="{level: <7} {message}", filter=lambda r: "topic" not in r["extra"])
-    torch.set_num_threads(settings.run.num_threads or 1)
+    torch.set_num_threads(settings.run.num_threads or threads)
     return choose_device(settings.run.device)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -38,7 +39,8 @@ class LearnerProcess:
     def __init__(self, settings: Any, rank: int, size: int) -> None:
         self._settings = settings
         self._rank, self._size = rank, size
-        self._device = settle(settings)
+        # The others wait for a step anyway, if all are on one machine.
+        self._device = settle(settings, threads=max(1, len(os.sched_getaffinity(0)) // size))
         self._learner: PPOLearner | None = None
 
     def address(self) -> str:

@@ -14,7 +14,7 @@ from torch import nn
 from priorzero.llm_learner import LLMLearner, LLMSample
 from priorzero.losses import clipped_value_loss, generalised_advantages, gradient_norm, normalised_advantages
 from priorzero.models import LanguageModel
-from priorzero.ppo.trajectories import Trajectory, credit_weights, turn_rewards
+from priorzero.ppo.trajectories import Trajectory, credit_weights, newest, turn_rewards
 from priorzero.process_group import ProcessGroup
 from priorzero.prompts import PromptStyle
 from priorzero.types import NotFinite
@@ -127,6 +127,8 @@ class PPOLearner:
         return dict(stats)
 
     def _learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
+        given = sum(len(trajectory.records) for trajectory in trajectories)
+        trajectories = newest(trajectories, limit=self.cfg.max_decisions)
         records = [record for trajectory in trajectories for record in trajectory.records]
         staleness = [self.version - record.prior.version if record.prior is not None else 0 for record in records]
         values, ends = self._values(trajectories)
@@ -138,7 +140,8 @@ class PPOLearner:
         fresh = fresh[:usable]
         chosen = np.array([kept[n] for n in fresh], dtype=np.int64)
         stats: dict[str, float] = {
-            "ppo/decisions": float(len(records)),
+            "ppo/decisions": float(given),
+            "ppo/left_over": float(given - len(records)),
             "ppo/samples": float(usable),
             "ppo/stale": float(sum(s > self.cfg.max_staleness for s in staleness)),
             "ppo/without_prior": float(len(records) - int((weights > 0).sum())),

@@ -46,6 +46,19 @@ def trajectories_from(segments: Sequence[PriorZeroGameSegment]) -> list[Trajecto
     return trajectories
 
 
+def newest(trajectories: Sequence[Trajectory], *, limit: int) -> list[Trajectory]:
+    """The last trajectories, with ``limit`` decisions at most (0: all); of the first of them the beginning is kept."""
+    kept: list[Trajectory] = []
+    for trajectory in reversed(trajectories):
+        room = limit - sum(len(t.records) for t in kept)
+        if limit and len(trajectory.records) > room:
+            if room:
+                kept.append(Trajectory(trajectory.records[:room], trajectory.records[room].prompt))
+            break
+        kept.append(trajectory)
+    return kept[::-1]
+
+
 def turn_rewards(records: Sequence[StepRecord], *, cfg: Any) -> np.ndarray:
     """The reward of each decision, ``[n]``: the change of the game's score and what the settings add to it.
 
