@@ -306,10 +306,15 @@ class Collector:
             self._lanes[e] = None
 
     def _shaping(self, before: GameState, action: str, after: GameState) -> float:
-        """``train.novelty_bonus / sqrt(N)`` for the N-th time in the run that a command is given in a room with a score
-        (MBIE-EB: Strehl & Littman 2008, section 3.2), less ``train.loss_penalty`` for an end that is no win."""
-        times = self.memory.add(before.standing, action)
+        """``train.novelty_bonus / sqrt(N)``, less ``train.loss_penalty`` for an end that is no win.
+
+        It is the N-th time in the run that the command is given in a room with a score (MBIE-EB: Strehl & Littman 2008,
+        section 3.2), or that the game gives this answer (as Yuan et al. 2018, "Counting to explore and generalize in
+        text-based games", section 3, count observations).
+        """
         train = self._player.settings.train
+        given, said = self.memory.add(before.standing, action), self.memory.add_answer(after.feedback)
+        times = given if train.novelty_of == "command" else said
         lost = after.done and not (after.won or after.truncated)
         return train.novelty_bonus / math.sqrt(times) - (train.loss_penalty if lost else 0.0)
 

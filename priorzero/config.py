@@ -312,9 +312,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "update_per_collect": Option(10, "world-model updates a turn", at_least(1)),
         "update_every": Option(1, "iterations between the world model's turns to learn", at_least(1)),
         "novelty_bonus": Option(
-            0.0,
-            "points for a command not yet given in this room with this score; falls with the root of the times it was",
-            at_least(0),
+            0.0, "points for what is new (train.novelty_of); falls with the root of the times it was seen", at_least(0)
+        ),
+        "novelty_of": Option(
+            "command",
+            "command: one not yet given in this room with this score is new; answer: what the game has not yet said is",
+            one_of("command", "answer"),
         ),
         "loss_penalty": Option(0.0, "points taken from a command that loses the game", at_least(0)),
         "reward_scale": Option(1.0, "points are multiplied by this before the world model learns from them", above(0)),

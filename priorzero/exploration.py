@@ -29,6 +29,7 @@ class CommandMemory:
     def __init__(self, *, return_first: bool = False) -> None:
         self._return_first = return_first
         self._times: Counter[tuple[str, float, str]] = Counter()
+        self._answers: Counter[str] = Counter()
         self._leading: set[tuple[str, float, str]] = set()
         self._farthest = 0  # commands of an episode after which points were earned, at most
 
@@ -44,12 +45,14 @@ class CommandMemory:
     def state_dict(self) -> dict[str, Any]:
         return {
             "times": [(*key, times) for key, times in self._times.items()],
+            "answers": list(self._answers.items()),
             "leading": sorted(self._leading),
             "farthest": self._farthest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
+        self._answers = Counter(dict(state["answers"]))
         self._leading = {(place, score, command) for place, score, command in state["leading"]}
         self._farthest = state["farthest"]
 
@@ -57,6 +60,11 @@ class CommandMemory:
         """Count a command; returns how often it was given in this standing by now."""
         self._times[(*standing, command)] += 1
         return self._times[(*standing, command)]
+
+    def add_answer(self, feedback: str) -> int:
+        """Count what the game said; returns how often it has said just this by now."""
+        self._answers[feedback] += 1
+        return self._answers[feedback]
 
     def earned(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
         """Points were earned by the last decision: what led to them from the points before leads on.

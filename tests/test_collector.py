@@ -439,6 +439,17 @@ def test_a_command_given_before_is_worth_less():
     assert {r.shaping for s in collect(quiet, 10).segments for r in s.records} == {0.0}
 
 
+def test_an_answer_heard_before_is_worth_less():
+    collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "novelty_of": "answer"})
+    before, after = state_of(0, 1, moves=1, length=9), state_of(0, 2, moves=2, length=9)
+    other = dataclasses.replace(after, feedback="something else")
+    assert [collector._shaping(before, f"act 1 {n}", after) for n in range(3)] == pytest.approx(
+        [0.5, 0.5 / 2**0.5, 0.5 / 3**0.5]  # other commands, but the game says the same
+    )
+    assert collector._shaping(before, "act 1 0", other) == 0.5
+    assert collector.memory.tries(before.standing, ("act 1 0", "act 1 1"), in_vain=False).tolist() == [2, 1]
+
+
 def test_exploration_knows_how_often_a_command_was_given():
     collector, _, _ = build(num_games=2)
     collect(collector, 20)

@@ -454,11 +454,13 @@ def test_exploration_comes_back(tmp_path):
     for command in ("go", "go", "wait"):
         memory.add(("Room", 1.0), command)
     memory._leading.add(("Room", 1.0, "go"))
+    memory.add_answer("Taken.")
     torch.save(memory.state_dict(), tmp_path / "memory.pt")
     again = CommandMemory(return_first=True)
     again.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
     assert again.tries(("Room", 1.0), ["go", "wait", "up"], in_vain=True).tolist() == [0, 1, 0]
     assert again.num_leading == 1 and again.add(("Room", 1.0), "go") == 3
+    assert again.add_answer("Taken.") == 2 and again.add_answer("Dropped.") == 1
 
 
 def test_files_are_cut_to_what_the_checkpoint_knew(tmp_path):
