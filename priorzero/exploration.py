@@ -33,7 +33,7 @@ class CommandMemory:
         self._return_first = return_first
         self._times: Counter[Given] = Counter()
         self._answers: Counter[str] = Counter()
-        self._ways: dict[tuple[Standing, Given], tuple[Given, ...]] = {}  # by where they begin and by their last command
+        self._ways: dict[tuple[Standing, Given], tuple[Given, ...]] = {}  # by begin and end
         self._leading: set[Given] = set()  # all commands of all ways
         self._most = (-math.inf, 0)  # points ever had, and commands of the shortest way to them, negative
 

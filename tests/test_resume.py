@@ -48,8 +48,7 @@ from priorzero.records import (
 )
 from priorzero.saving import claim, cut_files
 from priorzero.train import run_training
-from priorzero.types import GameState, HistoryStep
-from priorzero.types import UserError
+from priorzero.types import GameState, HistoryStep, UserError
 
 SMALL = {
     "run": {"max_iter": 6, "checkpoint_every": 3, "num_threads": 1, "exp_name": "run"},
