@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +12,15 @@ from priorzero.prompts import without_loops
 from priorzero.types import GameState, HistoryStep
 
 Standing = tuple[str, float]
-Given = tuple[str, float, str]  # a command in a standing
 
 
 class CommandMemory:
     """How often each command was given in a room with a score (:attr:`GameState.standing`), and which ones led on.
 
-    With ``return_first`` a command leads on if it is part of the shortest way that was found from points to the next
-    ones (one way for each standing in which it begins and each command that earned points at its end). Collection goes
-    back along such commands without detours and explores where none is known, as Go-Explore does (Ecoffet et al. 2021,
-    "First return, then explore"), but with the agent's own search in place of saved states. Evaluation knows nothing
-    of this memory.
+    With ``return_first`` a command leads on once it was part of the direct way to more points, from the points before.
+    Collection goes back along such commands without detours and explores where none is known, as Go-Explore does
+    (Ecoffet et al. 2021, "First return, then explore"), but with the agent's own search in place of saved states.
+    Evaluation knows nothing of this memory.
 
     Args:
         return_first: take note of what led on; otherwise commands are only counted.
@@ -31,11 +28,10 @@ class CommandMemory:
 
     def __init__(self, *, return_first: bool = False) -> None:
         self._return_first = return_first
-        self._times: Counter[Given] = Counter()
+        self._times: Counter[tuple[str, float, str]] = Counter()
         self._answers: Counter[str] = Counter()
-        self._ways: dict[tuple[Standing, Given], tuple[Given, ...]] = {}  # by begin and end
-        self._leading: set[Given] = set()  # all commands of all ways
-        self._most = (-math.inf, 0)  # points ever had, and commands of the shortest way to them, negative
+        self._leading: set[tuple[str, float, str]] = set()
+        self._farthest = 0  # commands of an episode after which points were earned, at most
 
     def __len__(self) -> int:
         """Different commands in different standings."""
@@ -50,16 +46,15 @@ class CommandMemory:
         return {
             "times": [(*key, times) for key, times in self._times.items()],
             "answers": list(self._answers.items()),
-            "ways": list(self._ways.values()),
-            "most": self._most,
+            "leading": sorted(self._leading),
+            "farthest": self._farthest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
         self._answers = Counter(dict(state["answers"]))
-        self._ways = {(way[0][:2], way[-1]): tuple(way) for way in state["ways"]}
-        self._leading = set().union(*self._ways.values())
-        self._most = tuple(state["most"])
+        self._leading = {(place, score, command) for place, score, command in state["leading"]}
+        self._farthest = state["farthest"]
 
     def add(self, standing: Standing, command: str) -> int:
         """Count a command; returns how often it was given in this standing by now."""
@@ -72,7 +67,7 @@ class CommandMemory:
         return self._answers[feedback]
 
     def earned(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
-        """Points were earned by the last decision: what led to them from the points before leads on, if it is shortest.
+        """Points were earned by the last decision: what led to them from the points before leads on.
 
         Args:
             history: all decisions of the episode, at least one; loops in it lead nowhere and are left out.
@@ -80,29 +75,28 @@ class CommandMemory:
         """
         if not self._return_first:
             return
+        self._farthest = max(self._farthest, len(history))
         *before, last = without_loops(history, now=now)
-        self._most = max(self._most, (now.score, -len(before) - 1))
-        since = len(before) - next((n for n, step in enumerate(reversed(before)) if step.reward > 0), len(before))
-        way = tuple((*step.standing, step.action) for step in (*before[since:], last))
-        known = self._ways.get((way[0][:2], way[-1]))
-        if known is None or len(way) < len(known):
-            self._ways[way[0][:2], way[-1]] = way
-            self._leading = set().union(*self._ways.values())
+        self._leading.add((*last.standing, last.action))
+        for step in reversed(before):
+            if step.reward > 0:
+                break
+            self._leading.add((*step.standing, step.action))
 
     def draw_leave(self, rng: np.random.Generator, *, share: float) -> int | None:
         """When an episode that begins now leaves the known way.
 
         Args:
             rng: draws.
-            share: of the episodes leave it, after a number of commands drawn uniformly from those of the shortest way
-                to the most points that an episode ever had.
+            share: of the episodes leave it, after a number of commands drawn uniformly from those to the farthest
+                points that were ever earned.
 
         Returns:
             That number; None: it follows the known way to its end.
         """
         if share == 0.0 or rng.random() >= share:
             return None
-        return int(rng.integers(1 - self._most[1]))
+        return int(rng.integers(self._farthest + 1))
 
     def tries(self, standing: Standing, commands: Sequence[str], *, in_vain: bool) -> np.ndarray:
         """How often each command was given in this standing, ``[K]``; ``in_vain``: 0 for those that led on."""
