@@ -198,6 +198,35 @@ def parameters(module):
     return torch.cat([p.detach().ravel().clone() for p in module.parameters()])
 
 
+def test_advantages_follow_each_trajectory_to_its_own_end(smollm2):
+    learner = make_learner(smollm2.tokenizer, ppo_settings(gae_lambda=0.8))
+    torch.nn.init.normal_(learner.critic.head.weight)  # a new critic says 0 of everything
+
+    def trajectory(steps, bootstrap_prompt):
+        return Trajectory(tuple(dataclasses.replace(record(t), reward=float(t)) for t in steps), bootstrap_prompt)
+
+    def value_of(prompt):
+        return learner.critic([learner._ids(prompt)]).item()
+
+    three = [trajectory([1, 2, 3], "Where to? 4"), trajectory([5, 6], None), trajectory([7], "Where to? 8")]
+    values, ends = learner._values(three)
+    assert ends == pytest.approx([value_of("Where to? 4"), 0.0, value_of("Where to? 8")], abs=1e-5)
+    assert values == pytest.approx([value_of(r.prompt) for t in three for r in t.records], abs=1e-5)
+    assert np.ptp(values) > 0.01
+    advantages, returns = learner._advantages(three, values, ends)
+    expected = [
+        a
+        for rewards, own, end in [
+            ([1, 2, 3], values[:3], ends[0]),
+            ([5, 6], values[3:5], 0.0),
+            ([7], values[5:], ends[2]),
+        ]
+        for a in oracle(rewards, [*own, end], 0.9, 0.8)
+    ]
+    assert advantages == pytest.approx(expected, abs=1e-5)
+    assert returns == pytest.approx(advantages + values)  # lambda-returns
+
+
 def test_at_first_only_the_critic_learns(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings(critic_warmup_steps=1))
     actor, critic = parameters(learner.llm.model), parameters(learner.critic)
