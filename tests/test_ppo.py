@@ -289,6 +289,16 @@ def test_the_kl_penalty_holds_the_actor_back(smollm2):
     assert drift(100.0) < 0.7 * drift(0.0)
 
 
+def test_the_clip_holds_the_critic_back(smollm2):
+    def moved(value_clip):
+        learner = make_learner(smollm2.tokenizer, ppo_settings(value_clip=value_clip, epochs=8))
+        trajectories = played(learner, [1, 0, 1, 2])
+        learner.step(trajectories, step_id=1)
+        return np.abs(learner._values(trajectories)[0]).max()  # a new critic says 0 of everything
+
+    assert moved(0.05) < 0.5 * moved(0.0)
+
+
 def test_a_step_that_is_not_finite_is_left_out_and_said(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings())
     trajectories = played(learner, [1, 0, 1, 2])
