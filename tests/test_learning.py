@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
-from dataclasses import dataclass
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,19 +12,20 @@ import torch
 from conftest import make_settings
 from easydict import EasyDict
 
-from priorzero.engines import PriorMaker, TransformersEngine
-from priorzero.envs import make_game, resolve_game
+from priorzero.engines import PriorMaker
 from priorzero.llm_learner import LLMLearner
 from priorzero.models import LanguageModel, load_language_model
 from priorzero.policy import prompt_style
-from priorzero.prompts import render_prompt
 from priorzero.train import run_training
-from priorzero.types import ActionPrior, GameState, HistoryStep, PriorRequest, StepRecord
+from priorzero.types import ActionPrior
+
+sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+from compare_llm_losses import Question, decision, good_visits, priors, questions_of, right_probs
 
 pytestmark = [pytest.mark.slow, pytest.mark.learn]
 
 GAME = "textworld:simple?seed=7"
-# How that game is won. The LLM's tests take it for what a good search would find.
+# How that game is won: what TextWorld wrote down. The LLM's tests take it for what a good search would find.
 WALKTHROUGH = (
     "open chest drawer", "take old key from chest drawer", "unlock wooden door with old key", "open wooden door",
     "go east", "open refrigerator", "take apple from refrigerator", "put apple on stove",
@@ -90,15 +91,6 @@ def test_the_prior_leads_a_search_that_knows_nothing(tmp_path):
     assert guided >= alone + 2
 
 
-@dataclass(frozen=True)
-class Question:
-    """A state of the walkthrough, and the place of the right command among its valid actions."""
-
-    state: GameState
-    request: PriorRequest
-    right: int
-
-
 @pytest.fixture
 def llm() -> LanguageModel:
     """A copy to be trained."""
@@ -106,47 +98,13 @@ def llm() -> LanguageModel:
 
 
 def walk(llm: LanguageModel) -> list[Question]:
-    game = make_game(
-        resolve_game(GAME), seed=0, max_episode_steps=30, look_and_inventory=True, drop_inert_commands=True
-    )
-    state, history, questions = game.reset(), [], []
-    for command in WALKTHROUGH:
-        prompt = render_prompt(state, history, style=STYLE, tokenizer=llm.tokenizer)
-        right = state.valid_actions.index(command)
-        questions.append(Question(state, PriorRequest(prompt.text, state.valid_actions), right))
-        following, reward = game.step(command)
-        history.append(HistoryStep(state.feedback, command, reward))
-        state = following
-    assert state.won
-    game.close()
+    questions = questions_of(GAME, style=STYLE, tokenizer=llm.tokenizer)
+    assert tuple(question.state.valid_actions[question.right] for question in questions) == WALKTHROUGH
     return questions
 
 
-def priors(llm: LanguageModel, questions: list[Question]) -> list[ActionPrior]:
-    engine = TransformersEngine(PriorMaker(llm, STYLE), rows_per_forward=1, prompt_cache_tokens=4096)
-    return asyncio.run(engine.priors([question.request for question in questions]))
-
-
-def decision(question: Question, prior: ActionPrior, *, chosen: int, visit_counts: np.ndarray) -> StepRecord:
-    return StepRecord(
-        state=question.state,
-        features=np.zeros(1),
-        action_indices=np.arange(len(visit_counts)),
-        prompt=question.request.prompt,
-        prior=prior,
-        visit_counts=visit_counts,
-        root_value=0.0,
-        predicted_value=0.0,
-        chosen=chosen,
-        reward=float(chosen == question.right),
-        done=False,
-        episode=0,
-        step=0,
-    )
-
-
-def right_probs(questions: list[Question], answers: list[ActionPrior]) -> np.ndarray:
-    return np.exp([answer.logprobs[q.right] for q, answer in zip(questions, answers, strict=True)])
+def answers_of(llm: LanguageModel, questions: list[Question]) -> list[ActionPrior]:
+    return priors(PriorMaker(llm, STYLE), questions)
 
 
 def learner(llm: LanguageModel, **changes: bool | float) -> LLMLearner:
@@ -156,16 +114,15 @@ def learner(llm: LanguageModel, **changes: bool | float) -> LLMLearner:
 def test_sft_makes_the_llm_say_what_the_search_visits(llm):
     """Visits as of a good search, most of them but not all on the right command; afterwards the LLM does."""
     questions = walk(llm)[2:6]
-    before = priors(llm, questions)
+    before = answers_of(llm, questions)
     made, rng = learner(llm, enable_rft=False), np.random.default_rng(0)
     for _ in range(3):
         records = []
         for question, prior in zip(questions, before, strict=True):
-            counts = rng.multinomial(4, np.full(len(prior.logprobs), 1 / len(prior.logprobs)))
-            counts[question.right] += 12
+            counts = good_visits(question, rng)
             records.append(decision(question, prior, chosen=int(rng.integers(len(counts))), visit_counts=counts))
         made.learn(made.samples(records, np.zeros(len(records)))[0])
-    was, becomes = right_probs(questions, before), right_probs(questions, priors(llm, questions))
+    was, becomes = right_probs(questions, before), right_probs(questions, answers_of(llm, questions))
     print("probability of the right command:", was.round(2), becomes.round(2))
     assert becomes.mean() > was.mean() + 0.2
 
@@ -174,7 +131,7 @@ def test_rft_makes_the_llm_say_what_is_rewarded(llm):
     """In each state the right command was played once, and rewarded, and the LLM's favourite wrong one once."""
     walked = walk(llm)
     questions = [walked[k] for k in (3, 6, 7)]
-    before = priors(llm, questions)
+    before = answers_of(llm, questions)
     made = learner(llm, enable_sft=False)
     for _ in range(3):
         records = []
@@ -183,6 +140,6 @@ def test_rft_makes_the_llm_say_what_is_rewarded(llm):
             wrong = next(int(k) for k in np.argsort(-prior.logprobs) if k != question.right)
             records += [decision(question, prior, chosen=k, visit_counts=evenly) for k in (question.right, wrong)]
         made.learn(made.samples(records, np.array([r.reward for r in records]))[0])
-    was, becomes = right_probs(questions, before), right_probs(questions, priors(llm, questions))
+    was, becomes = right_probs(questions, before), right_probs(questions, answers_of(llm, questions))
     print("probability of the right command:", was.round(2), becomes.round(2))
     assert becomes.mean() > was.mean() + 0.2
