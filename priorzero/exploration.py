@@ -1,4 +1,4 @@
-"""What a run remembers of the commands that were given, for exploration alone."""
+"""What a run remembers of the commands that were given and of the answers to them, for exploration alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ Standing = tuple[str, float]
 
 
 class CommandMemory:
-    """How often each command was given in a room with a score (:attr:`GameState.standing`), and which ones led on.
+    """How often each command was given in a room with a score (:attr:`GameState.standing`), and which ones led on; and
+    how often the game gave each answer, word by word.
 
     With ``return_first`` a command leads on once it was part of the direct way to more points, from the points before.
     Collection goes back along such commands without detours and explores where none is known, as Go-Explore does

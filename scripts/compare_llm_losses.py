@@ -3,12 +3,14 @@
     python scripts/compare_llm_losses.py                          # some twenty minutes on two cores
     python scripts/compare_llm_losses.py --variants sft,rft_clip --rounds 2
 
-In every state along the solution of one game a command is drawn from the prior, and earns a point if it is the
-solution's. From these decisions the LLM learns ``--repeats`` times, as replay would have it; then they are drawn anew,
-``--rounds`` times in all. The visits that SFT learns from are those of a good search: 12 of 16 on the right command,
-the others anywhere. The world model's value, where a loss uses it, is the prior's probability of the right command.
-Prints the mean probability of the right command, before and after, there and along the solution of a game not learned
-from, and how far the prior has moved (KL divergence from the untrained one, nats). Writes OUT/llm_losses.json.
+In every state along the solution of one game a command is drawn from the prior, and earns a point at once if it is the
+solution's. From all of these decisions the LLM makes ``--repeats`` updates (more than one, as replay has it: with one
+update a clip of the ratio does nothing); then they are drawn anew, ``--rounds`` times in all. The visits that SFT
+learns from are those of a good search: 12 of 16 on the right command, the others anywhere. The world model's value,
+where a loss uses it, is what the decision is worth, the prior's probability of the right command. Prints the mean
+probability of the right command before and after, there and along the solution of a game not learned from, and how far
+the prior has moved on the game learned from (KL divergence of the prior after from the one before, nats a state).
+Writes OUT/llm_losses.json, anew after each variant.
 """
 
 from __future__ import annotations
@@ -38,14 +40,15 @@ from priorzero.policy import prompt_style
 from priorzero.prompts import render_prompt
 from priorzero.types import ActionPrior, GameState, HistoryStep, PriorRequest, StepRecord, UserError
 
-# variant -> what it changes in the group llm of --config
+PLAIN = {"enable_sft": False, "enable_rft": False, "rft_baseline": "value", "rft_clip": 0.0, "kl_weight": 0.0}
+# variant -> the group llm of the settings, on top of --config and PLAIN
 VARIANTS: dict[str, dict[str, Any]] = {
-    "sft": {"enable_rft": False},
-    "sft_rft": {},
-    "rft": {"enable_sft": False},
-    "rft_no_baseline": {"enable_sft": False, "rft_baseline": "none"},
-    "rft_clip": {"enable_sft": False, "rft_clip": 0.2},
-    "rft_clip_kl": {"enable_sft": False, "rft_clip": 0.2, "kl_weight": 0.1},
+    "sft": {"enable_sft": True},
+    "sft_rft": {"enable_sft": True, "enable_rft": True},
+    "rft": {"enable_rft": True},
+    "rft_no_baseline": {"enable_rft": True, "rft_baseline": "none"},
+    "rft_clip": {"enable_rft": True, "rft_clip": 0.2},
+    "rft_clip_kl": {"enable_rft": True, "rft_clip": 0.2, "kl_weight": 0.1},
 }
 
 
@@ -71,11 +74,11 @@ def questions_of(game: str, *, style: Any, tokenizer: Any) -> list[Question]:
     Raises:
         UserError: the solution does not win.
     """
-    played = make_game(
-        resolve_game(game), seed=0, max_episode_steps=100, look_and_inventory=True, drop_inert_commands=True
-    )
+    commands = solution(game)
+    spec, longest = resolve_game(game), len(commands) + 1
+    played = make_game(spec, seed=0, max_episode_steps=longest, look_and_inventory=True, drop_inert_commands=True)
     state, history, questions = played.reset(), list[HistoryStep](), []
-    for command in solution(game):
+    for command in commands:
         if command not in state.valid_actions:
             continue  # one that changes nothing
         prompt = render_prompt(state, history, style=style, tokenizer=tokenizer)
@@ -128,10 +131,13 @@ def priors(maker: PriorMaker, questions: Sequence[Question]) -> list[ActionPrior
     return asyncio.run(engine.priors([question.request for question in questions]))
 
 
-def compare(settings: Any, changes: dict[str, Any], *, games: Sequence[str], rounds: int, repeats: int) -> Any:
-    """One variant's figures."""
+def compare(settings: Any, *, games: Sequence[str], rounds: int, repeats: int) -> dict[str, float]:
+    """One variant's figures.
+
+    Raises:
+        UserError: the settings let nothing be learned from a decision.
+    """
     cfg = settings.llm
-    cfg.update(changes)
     llm = load_language_model(cfg, device=choose_device(settings.run.device))
     style = prompt_style(settings)
     learner = LLMLearner(
@@ -148,7 +154,9 @@ def compare(settings: Any, changes: dict[str, Any], *, games: Sequence[str], rou
             probs = np.exp(prior.logprobs.astype(np.float64))
             chosen = int(rng.choice(len(probs), p=probs / probs.sum()))
             records.append(decision(question, prior, chosen=chosen, visit_counts=good_visits(question, rng)))
-        samples, _ = learner.samples(records, np.array([record.reward for record in records]))
+        samples, left_out = learner.samples(records, np.array([record.reward for record in records]))
+        if left_out:
+            raise UserError(f"{left_out} of {len(records)} decisions cannot be learned from; use prior.mode=score")
         for _ in range(repeats):
             learner.learn(samples)
         now = priors(maker, trained)
@@ -179,16 +187,21 @@ def run(options: argparse.Namespace) -> None:
     for game in games:
         if resolve_game(game).kind != "textworld":
             raise UserError(f"{game}: only generated games come with a solution; give textworld:simple?seed=N")
-    rows = {}
-    for name in names:
-        settings = resolve_settings(read_config_file(options.config), {"run": {"seed": options.seed}})
-        rows[name] = compare(settings, VARIANTS[name], games=games, rounds=options.rounds, repeats=options.repeats)
-        print_table(name, {"": rows[name]})
-    print_table("probability of the right command", rows)
+    if len(set(games)) == 1:
+        raise UserError(f"--unseen {options.unseen} is the game that is learned from; name another")
+    base = read_config_file(options.config)
+    settings = {
+        name: resolve_settings(base, {"run": {"seed": options.seed}, "llm": PLAIN | VARIANTS[name]}) for name in names
+    }
     options.out.mkdir(parents=True, exist_ok=True)
     file = options.out / "llm_losses.json"
     what = {"game": games[0], "unseen": games[1], **{k: getattr(options, k) for k in ("rounds", "repeats", "seed")}}
-    file.write_text(json.dumps({**what, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+    rows: dict[str, dict[str, float]] = {}
+    for name in names:
+        rows[name] = compare(settings[name], games=games, rounds=options.rounds, repeats=options.repeats)
+        file.write_text(json.dumps({**what, "rows": rows}, indent=2) + "\n", encoding="utf-8")
+        print(f"{name}: done")
+    print_table("probability of the right command", rows)
     print(f"written to {file}")
 
 
@@ -204,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
     try:
         run(parser.parse_args(argv))
-    except UserError as error:
+    except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0

@@ -17,6 +17,7 @@ import bench_loop
 import bench_prior
 import bench_search
 import bench_tools
+import compare_llm_losses
 import profile_quick_test
 from bench_tools import Row
 
@@ -95,3 +96,19 @@ def test_collections_that_differ_are_noticed():
 )  # fmt: skip
 def test_what_a_sample_was_busy_with(stack, part):
     assert profile_quick_test.part_of(stack) == part
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--variants", "sft,ppo"], "--variants ppo: there are sft, sft_rft, rft"),
+        (["--rounds", "0"], "--rounds 0 --repeats 2: both must be 1 or more"),
+        (["--unseen", "textworld:simple?seed=101"], "is the game that is learned from"),
+        (["--game", "nowhere.z5"], "nowhere.z5"),
+        (["--out", __file__], "File exists"),
+    ],
+)
+def test_losses_that_cannot_be_compared_are_told_at_once(capsys, arguments, message):
+    assert compare_llm_losses.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and message in told
