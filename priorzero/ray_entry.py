@@ -19,10 +19,11 @@ EXAMPLES = """examples:
   python -m priorzero.ray_entry --quick_test --wm_update_every 1 --llm_update_every 4
 """
 
-# DEBUG_MODE: one process of each kind, and a PPO step now and then.
+# DEBUG_MODE: one process of each kind, and a PPO step now and then, of which the second changes the LLM.
 LEAST: dict[str, dict[str, Any]] = {
     "cluster": {"num_collectors": 1, "num_servers": 1, "num_learners": 1},
     "llm": {"update_every": 5},
+    "ppo": {"critic_warmup_steps": 1},
 }
 
 

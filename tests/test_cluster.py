@@ -85,7 +85,9 @@ def test_flags_and_debug_mode():
     settings = settings_of("--num_collectors", "3", "--wm_update_every", "2", "--llm_update_every", "5")
     assert (settings.cluster.num_collectors, settings.train.update_every, settings.llm.update_every) == (3, 2, 5)
     assert settings.run.env_id == "zork1.z5" and settings.ppo.engine == "torch"
-    least = settings_of(DEBUG_MODE="True").cluster
+    debug = settings_of(DEBUG_MODE="True")
+    least = debug.cluster
+    assert debug.run.max_iter // debug.llm.update_every > debug.ppo.critic_warmup_steps  # a step changes the LLM
     assert (least.num_collectors, least.num_servers, least.num_learners) == (1, 1, 1)
     assert settings_of(DEBUG_MODE="True").run.env_id.startswith("textworld:")
     assert settings_of("--num_collectors", "2", DEBUG_MODE="1").cluster.num_collectors == 2
