@@ -368,7 +368,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "micro_batch_size": 2,
             "sft_top_actions": 4,
         },
-        "ppo": {"max_decisions": 8},  # 6 s each
+        "ppo": {"max_decisions": 8},  # 25 s each, critic and actor
         "replay": {"segment_length": 50},
         "train": {"batch_size": 32, "update_per_collect": 5},
         "eval": {"episodes": 1},
