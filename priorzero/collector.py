@@ -310,11 +310,12 @@ class Collector:
 
         It is the N-th time in the run that the command is given in a room with a score (MBIE-EB: Strehl & Littman 2008,
         section 3.2), or that the game gives this answer (as Yuan et al. 2018, "Counting to explore and generalize in
-        text-based games", section 3, count observations).
+        text-based games", count observations).
         """
         train = self._player.settings.train
-        given, said = self.memory.add(before.standing, action), self.memory.add_answer(after.feedback)
-        times = given if train.novelty_of == "command" else said
+        times = self.memory.add(before.standing, action)  # whatever the bonus is for: the search asks for it
+        if train.novelty_of == "answer":
+            times = self.memory.add_answer(after.feedback)
         lost = after.done and not (after.won or after.truncated)
         return train.novelty_bonus / math.sqrt(times) - (train.loss_penalty if lost else 0.0)
 
