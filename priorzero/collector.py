@@ -310,14 +310,16 @@ class Collector:
 
         It is the N-th time in the run that the command is given in a room with a score (MBIE-EB: Strehl & Littman 2008,
         section 3.2), or that the game gives this answer (as Yuan et al. 2018, "Counting to explore and generalize in
-        text-based games", count observations).
+        text-based games", count observations). The last text of a game is no such answer: it tells the number of turns,
+        which would make every end a discovery.
         """
         train = self._player.settings.train
         times = self.memory.add(before.standing, action)  # whatever the bonus is for: the search asks for it
+        bonus = train.novelty_bonus / math.sqrt(times)
+        over = after.done and not after.truncated
         if train.novelty_of == "answer":
-            times = self.memory.add_answer(after.feedback)
-        lost = after.done and not (after.won or after.truncated)
-        return train.novelty_bonus / math.sqrt(times) - (train.loss_penalty if lost else 0.0)
+            bonus = 0.0 if over else train.novelty_bonus / math.sqrt(self.memory.add_answer(after.feedback))
+        return bonus - (train.loss_penalty if over and not after.won else 0.0)
 
     def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:
         collected.visit_entropies.append(entropy(record.visit_probs()))

@@ -317,7 +317,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "novelty_of": Option(
             "command",
             "command: one not yet given in this room with this score is new; answer: what the game has not yet said is "
-            "(also the last text of a game that tells the number of turns)",
+            "(but for a game's last text, which tells the number of turns)",
             one_of("command", "answer"),
         ),
         "loss_penalty": Option(0.0, "points taken from a command that loses the game", at_least(0)),

@@ -450,6 +450,13 @@ def test_an_answer_heard_before_is_worth_less():
     assert collector.memory.tries(before.standing, ("act 1 0", "act 1 1"), in_vain=False).tolist() == [2, 1]
 
 
+@pytest.mark.parametrize(("end", "shaping"), [({"won": True}, 0.0), ({"truncated": True}, 0.5), ({}, -2.0)])
+def test_the_last_text_of_a_game_is_no_new_answer(end, shaping):
+    collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "novelty_of": "answer", "loss_penalty": 2.0})
+    before, after = state_of(0, 1, moves=8, length=9), state_of(0, 2, moves=9, length=9)
+    assert collector._shaping(before, "act 1 0", dataclasses.replace(after, done=True, **end)) == shaping
+
+
 def test_exploration_knows_how_often_a_command_was_given():
     collector, _, _ = build(num_games=2)
     collect(collector, 20)
