@@ -125,8 +125,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "return_first": Option(
             False,
-            "while collecting, follow commands that led to more points from this room with this score: they do not "
-            "count as tried, and where one is known there is no noise and half the temperature",
+            "while collecting, follow the shortest known ways to more points: their commands do not count as "
+            "tried, and where one is known there is no noise and half the temperature",
         ),
         "explore_share": Option(
             0.0,

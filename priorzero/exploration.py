@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -12,15 +13,16 @@ from priorzero.prompts import without_loops
 from priorzero.types import GameState, HistoryStep
 
 Standing = tuple[str, float]
+Given = tuple[str, float, str]  # a command in a standing
 
 
 class CommandMemory:
     """How often each command was given in a room with a score (:attr:`GameState.standing`), and which ones led on; and
     how often the game gave each answer, word by word.
 
-    With ``return_first`` a command leads on once it was part of the direct way to more points, from the points before.
-    Collection goes back along such commands without detours and explores where none is known, as Go-Explore does
-    (Ecoffet et al. 2021, "First return, then explore"), but with the agent's own search in place of saved states.
+    With ``return_first`` a command leads on while it is part of the shortest known way to more points, from the points
+    before. Collection goes back along such commands without detours and explores where none is known, as Go-Explore
+    does (Ecoffet et al. 2021, "First return, then explore"), but with the agent's own search in place of saved states.
     Evaluation knows nothing of this memory.
 
     Args:
@@ -29,9 +31,10 @@ class CommandMemory:
 
     def __init__(self, *, return_first: bool = False) -> None:
         self._return_first = return_first
-        self._times: Counter[tuple[str, float, str]] = Counter()
+        self._times: Counter[Given] = Counter()
         self._answers: Counter[str] = Counter()
-        self._leading: set[tuple[str, float, str]] = set()
+        self._ways: dict[tuple[Standing, Given], tuple[Given, ...]] = {}  # from where, what earned -> the shortest way
+        self._leading: frozenset[Given] = frozenset()  # what is on any of them
         self._farthest = 0  # commands of an episode after which points were earned, at most
 
     def __len__(self) -> int:
@@ -47,14 +50,16 @@ class CommandMemory:
         return {
             "times": [(*key, times) for key, times in self._times.items()],
             "answers": list(self._answers.items()),
-            "leading": sorted(self._leading),
+            "ways": list(self._ways.values()),
             "farthest": self._farthest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
         self._answers = Counter(dict(state["answers"]))
-        self._leading = {(place, score, command) for place, score, command in state["leading"]}
+        self._ways = {}
+        for way in state["ways"]:
+            self._learn_way(way)
         self._farthest = state["farthest"]
 
     def add(self, standing: Standing, command: str) -> int:
@@ -68,7 +73,7 @@ class CommandMemory:
         return self._answers[feedback]
 
     def earned(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
-        """Points were earned by the last decision: what led to them from the points before leads on.
+        """Points were earned by the last decision: the way to them from the points before leads on, if none is shorter.
 
         Args:
             history: all decisions of the episode, at least one; loops in it lead nowhere and are left out.
@@ -78,11 +83,15 @@ class CommandMemory:
             return
         self._farthest = max(self._farthest, len(history))
         *before, last = without_loops(history, now=now)
-        self._leading.add((*last.standing, last.action))
-        for step in reversed(before):
-            if step.reward > 0:
-                break
-            self._leading.add((*step.standing, step.action))
+        steps = [last, *itertools.takewhile(lambda step: step.reward <= 0, reversed(before))]
+        self._learn_way(tuple((*step.standing, step.action) for step in reversed(steps)))
+
+    def _learn_way(self, way: tuple[Given, ...]) -> None:
+        """Keep it if it is the shortest from where it begins to what it ends with."""
+        ends = way[0][:2], way[-1]
+        if ends not in self._ways or len(way) < len(self._ways[ends]):
+            self._ways[ends] = way
+            self._leading = frozenset(itertools.chain.from_iterable(self._ways.values()))
 
     def draw_leave(self, rng: np.random.Generator, *, share: float) -> int | None:
         """When an episode that begins now leaves the known way.

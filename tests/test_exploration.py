@@ -59,6 +59,26 @@ def test_points_lost_on_the_way_do_not_end_it():
     assert memory.num_leading == 3 and memory.knows_the_way(("a", 5.0), ("fall",))
 
 
+def test_the_shortest_known_way_leads_on():
+    """Else whatever was once done on the way would stay on it, and never count as tried."""
+    memory = remembered(KITCHEN, now=at("b1", 2.0))
+    longer = walk(("a1", 1.0, "take", 0.0), ("a2", 1.0, "go", 0.0), ("b2", 1.0, "put", 1.0))
+    memory.earned(longer, now=at("b3", 2.0))
+    assert memory.num_leading == 2 and not memory.knows_the_way(("a", 1.0), ("take",))
+    other = walk(("c", 1.0, "take", 0.0), ("c1", 1.0, "go", 0.0), ("b2", 1.0, "put", 1.0))  # from elsewhere
+    memory.earned(other, now=at("b3", 2.0))
+    assert memory.num_leading == 4 and memory.knows_the_way(("c", 1.0), ("take",))
+    shorter = walk(("c1", 1.0, "go", 0.0), ("b", 1.0, "put", 1.0))
+    memory.earned(shorter, now=at("b1", 2.0))
+    assert memory.num_leading == 3 and not memory.knows_the_way(("c", 1.0), ("take",))
+    again = CommandMemory(return_first=True)
+    again.load_state_dict(memory.state_dict())
+    for _ in range(2):
+        again.earned(other, now=at("b3", 2.0))  # it is still known to be longer
+    assert again.num_leading == 3
+    assert again.state_dict() == memory.state_dict()
+
+
 def test_without_return_first_commands_are_only_counted():
     memory = remembered(KITCHEN, now=at("b1", 2.0), return_first=False)
     assert memory.num_leading == 0 and not memory.knows_the_way(("b", 1.0), ("put",))

@@ -48,7 +48,7 @@ from priorzero.records import (
 )
 from priorzero.saving import claim, cut_files
 from priorzero.train import run_training
-from priorzero.types import UserError
+from priorzero.types import GameState, HistoryStep, UserError
 
 SMALL = {
     "run": {"max_iter": 6, "checkpoint_every": 3, "num_threads": 1, "exp_name": "run"},
@@ -453,7 +453,8 @@ def test_exploration_comes_back(tmp_path):
     memory = CommandMemory(return_first=True)
     for command in ("go", "go", "wait"):
         memory.add(("Room", 1.0), command)
-    memory._leading.add(("Room", 1.0, "go"))
+    after = GameState(feedback="Gone.", valid_actions=("wait",), score=2.0, max_score=9.0, moves=1)
+    memory.earned([HistoryStep("", "go", 1.0, ("Room",), ("Room", 1.0))], now=after)
     memory.add_answer("Taken.")
     torch.save(memory.state_dict(), tmp_path / "memory.pt")
     again = CommandMemory(return_first=True)
