@@ -57,7 +57,7 @@ class CommandMemory:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
         self._answers = Counter(dict(state["answers"]))
-        self._ways = {}
+        self._ways, self._leading = {}, frozenset()
         for way in state["ways"]:
             self._learn_way(way)
         self._farthest = state["farthest"]
