@@ -125,7 +125,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "return_first": Option(
             False,
-            "while collecting, follow the shortest known ways to more points: their commands do not count as "
+            "while collecting, follow the shortest known ways to most points: their commands do not count as "
             "tried, and where one is known there is no noise and half the temperature",
         ),
         "explore_share": Option(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -13,17 +12,17 @@ from priorzero.prompts import without_loops
 from priorzero.types import GameState, HistoryStep
 
 Standing = tuple[str, float]
-Given = tuple[str, float, str]  # a command in a standing
 
 
 class CommandMemory:
     """How often each command was given in a room with a score (:attr:`GameState.standing`), and which ones led on; and
     how often the game gave each answer, word by word.
 
-    With ``return_first`` a command leads on while it is part of the shortest known way to more points, from the points
-    before. Collection goes back along such commands without detours and explores where none is known, as Go-Explore
-    does (Ecoffet et al. 2021, "First return, then explore"), but with the agent's own search in place of saved states.
-    Evaluation knows nothing of this memory.
+    With ``return_first``, of the commands of a standing those lead on that were given there on the direct way to the
+    most points ever reached from it, or to as many by fewer commands. Collection goes back along them without detours
+    and explores where none is known, as Go-Explore does (Ecoffet et al. 2021, "First return, then explore", which
+    replaces what it keeps by the same rule), but with the agent's own search in place of saved states. Evaluation knows
+    nothing of this memory.
 
     Args:
         return_first: take note of what led on; otherwise commands are only counted.
@@ -31,10 +30,10 @@ class CommandMemory:
 
     def __init__(self, *, return_first: bool = False) -> None:
         self._return_first = return_first
-        self._times: Counter[Given] = Counter()
+        self._times: Counter[tuple[str, float, str]] = Counter()
         self._answers: Counter[str] = Counter()
-        self._ways: dict[tuple[Standing, Given], tuple[Given, ...]] = {}  # from where, what earned -> the shortest way
-        self._leading: frozenset[Given] = frozenset()  # what is on any of them
+        # what leads on, with the points reached and minus the commands that it took
+        self._leading: dict[Standing, tuple[float, int, frozenset[str]]] = {}
         self._farthest = 0  # commands of an episode after which points were earned, at most
 
     def __len__(self) -> int:
@@ -43,23 +42,27 @@ class CommandMemory:
 
     @property
     def num_leading(self) -> int:
-        """Those that led on."""
-        return len(self._leading)
+        """Those that lead on."""
+        return sum(len(commands) for *_, commands in self._leading.values())
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "times": [(*key, times) for key, times in self._times.items()],
             "answers": list(self._answers.items()),
-            "ways": list(self._ways.values()),
+            "leading": [
+                (*standing, score, length, sorted(commands))
+                for standing, (score, length, commands) in self._leading.items()
+            ],
             "farthest": self._farthest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
         self._answers = Counter(dict(state["answers"]))
-        self._ways, self._leading = {}, frozenset()
-        for way in state["ways"]:
-            self._learn_way(way)
+        self._leading = {
+            (place, score): (reached, length, frozenset(commands))
+            for place, score, reached, length, commands in state["leading"]
+        }
         self._farthest = state["farthest"]
 
     def add(self, standing: Standing, command: str) -> int:
@@ -73,7 +76,7 @@ class CommandMemory:
         return self._answers[feedback]
 
     def earned(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
-        """Points were earned by the last decision: the way to them from the points before leads on, if none is shorter.
+        """Points were earned by the last decision: the way here leads on wherever it is the best so far.
 
         Args:
             history: all decisions of the episode, at least one; loops in it lead nowhere and are left out.
@@ -82,16 +85,14 @@ class CommandMemory:
         if not self._return_first:
             return
         self._farthest = max(self._farthest, len(history))
-        *before, last = without_loops(history, now=now)
-        steps = [last, *itertools.takewhile(lambda step: step.reward <= 0, reversed(before))]
-        self._learn_way(tuple((*step.standing, step.action) for step in reversed(steps)))
-
-    def _learn_way(self, way: tuple[Given, ...]) -> None:
-        """Keep it if it is the shortest from where it begins to what it ends with."""
-        ends = way[0][:2], way[-1]
-        if ends not in self._ways or len(way) < len(self._ways[ends]):
-            self._ways[ends] = way
-            self._leading = frozenset(itertools.chain.from_iterable(self._ways.values()))
+        way = without_loops(history, now=now)
+        given: dict[Standing, set[str]] = {}
+        for step in way:
+            given.setdefault(step.standing, set()).add(step.action)
+        for standing, commands in given.items():
+            known = self._leading.get(standing)
+            if known is None or (now.score, -len(way)) > known[:2]:
+                self._leading[standing] = now.score, -len(way), frozenset(commands)
 
     def draw_leave(self, rng: np.random.Generator, *, share: float) -> int | None:
         """When an episode that begins now leaves the known way.
@@ -109,10 +110,13 @@ class CommandMemory:
         return int(rng.integers(self._farthest + 1))
 
     def tries(self, standing: Standing, commands: Sequence[str], *, in_vain: bool) -> np.ndarray:
-        """How often each command was given in this standing, ``[K]``; ``in_vain``: 0 for those that led on."""
-        keys = [(*standing, command) for command in commands]
-        return np.array([0 if in_vain and key in self._leading else self._times[key] for key in keys])
+        """How often each command was given in this standing, ``[K]``; ``in_vain``: 0 for those that lead on."""
+        leading = self._leading_from(standing) if in_vain else ()
+        return np.array([0 if command in leading else self._times[(*standing, command)] for command in commands])
 
     def knows_the_way(self, standing: Standing, commands: Sequence[str]) -> bool:
-        """Whether one of these commands led on from this standing."""
-        return any((*standing, command) in self._leading for command in commands)
+        """Whether one of these commands leads on from this standing."""
+        return not self._leading_from(standing).isdisjoint(commands)
+
+    def _leading_from(self, standing: Standing) -> frozenset[str]:
+        return self._leading[standing][2] if standing in self._leading else frozenset()

@@ -34,16 +34,16 @@ def remembered(history, *, now, return_first=True):
     return memory
 
 
-def test_the_direct_way_from_the_last_points_leads_on():
+def test_the_direct_way_to_points_leads_on():
     memory = remembered(KITCHEN, now=at("b1", 2.0))
-    assert memory.num_leading == 2
+    assert memory.num_leading == 3
+    assert memory.tries(("a", 0.0), ("open", "go"), in_vain=True).tolist() == [0, 0]
     assert memory.tries(("a", 1.0), ("take", "drop", "go", "wait"), in_vain=True).tolist() == [1, 1, 0, 0]
+    assert memory.tries(("a", 1.0), ("take", "drop", "go", "wait"), in_vain=False).tolist() == [1, 1, 1, 0]
     assert memory.tries(("b", 1.0), ("put", "go"), in_vain=True).tolist() == [0, 0]
-    # It earned the points before: that was noted then, not now.
-    assert memory.tries(("a", 0.0), ("open",), in_vain=True).tolist() == [1]
     assert memory.knows_the_way(("a", 1.0), ("go", "wait")) and memory.knows_the_way(("b", 1.0), ("put",))
     assert not memory.knows_the_way(("a", 1.0), ("take", "drop"))  # the way is known, but cannot be taken
-    assert not memory.knows_the_way(("a", 0.0), ("open",))
+    assert not memory.knows_the_way(("c", 1.0), ("go",))
     assert len(memory) == 5
 
 
@@ -59,22 +59,24 @@ def test_points_lost_on_the_way_do_not_end_it():
     assert memory.num_leading == 3 and memory.knows_the_way(("a", 5.0), ("fall",))
 
 
-def test_the_shortest_known_way_leads_on():
-    """Else whatever was once done on the way would stay on it, and never count as tried."""
-    memory = remembered(KITCHEN, now=at("b1", 2.0))
-    longer = walk(("a1", 1.0, "take", 0.0), ("a2", 1.0, "go", 0.0), ("b2", 1.0, "put", 1.0))
+def test_the_way_to_most_points_leads_on_and_of_two_the_shorter():
+    memory = remembered(KITCHEN, now=at("b1", 2.0))  # open, go, put
+    known = memory.state_dict()
+    longer = walk(("a", 0.0, "open", 1.0), ("a1", 1.0, "take", 0.0), ("a2", 1.0, "go", 0.0), ("b2", 1.0, "put", 1.0))
     memory.earned(longer, now=at("b3", 2.0))
-    assert memory.num_leading == 2 and not memory.knows_the_way(("a", 1.0), ("take",))
-    other = walk(("c", 1.0, "take", 0.0), ("c1", 1.0, "go", 0.0), ("b2", 1.0, "put", 1.0))  # from elsewhere
-    memory.earned(other, now=at("b3", 2.0))
-    assert memory.num_leading == 4 and memory.knows_the_way(("c", 1.0), ("take",))
-    shorter = walk(("c1", 1.0, "go", 0.0), ("b", 1.0, "put", 1.0))
-    memory.earned(shorter, now=at("b1", 2.0))
-    assert memory.num_leading == 3 and not memory.knows_the_way(("c", 1.0), ("take",))
-    again = remembered(walk(("z", 1.0, "go", 1.0)), now=at("b1", 2.0))
+    assert memory.state_dict() == known
+    more = [*longer, *walk(("b3", 2.0, "cut", 1.0))]  # which needs what was taken
+    memory.earned(more, now=at("b4", 3.0))
+    assert memory.num_leading == 5 and memory.knows_the_way(("a", 1.0), ("take",))
+    known = memory.state_dict()
+    memory.earned(KITCHEN, now=at("b1", 2.0))  # shorter, but it leads to less
+    assert memory.state_dict() == known
+    memory.earned(more[2:], now=at("b4", 3.0))  # "take" was not needed after all
+    assert memory.num_leading == 4 and not memory.knows_the_way(("a", 1.0), ("take",))
+    assert memory.knows_the_way(("a", 0.0), ("open",))  # nobody came to the same from there by fewer
+    again = remembered(walk(("z", 1.0, "go", 1.0)), now=at("z1", 2.0))
     again.load_state_dict(memory.state_dict())
-    again.earned(other, now=at("b3", 2.0))  # it is still known to be longer
-    assert again.state_dict() == memory.state_dict() and again.num_leading == 3
+    assert again.state_dict() == memory.state_dict() and again.num_leading == 4
 
 
 def test_without_return_first_commands_are_only_counted():
