@@ -34,7 +34,6 @@ class CommandMemory:
         self._answers: Counter[str] = Counter()
         # what leads on, with the points reached and minus the commands that it took
         self._leading: dict[Standing, tuple[float, int, frozenset[str]]] = {}
-        self._farthest = 0  # commands of an episode after which points were earned, at most
 
     def __len__(self) -> int:
         """Different commands in different standings."""
@@ -53,7 +52,6 @@ class CommandMemory:
                 (*standing, score, length, sorted(commands))
                 for standing, (score, length, commands) in self._leading.items()
             ],
-            "farthest": self._farthest,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -63,7 +61,6 @@ class CommandMemory:
             (place, score): (reached, length, frozenset(commands))
             for place, score, reached, length, commands in state["leading"]
         }
-        self._farthest = state["farthest"]
 
     def add(self, standing: Standing, command: str) -> int:
         """Count a command; returns how often it was given in this standing by now."""
@@ -84,7 +81,6 @@ class CommandMemory:
         """
         if not self._return_first:
             return
-        self._farthest = max(self._farthest, len(history))
         way = without_loops(history, now=now)
         given: dict[Standing, set[str]] = {}
         for step in way:
@@ -99,15 +95,16 @@ class CommandMemory:
 
         Args:
             rng: draws.
-            share: of the episodes leave it, after a number of commands drawn uniformly from those to the farthest
-                points that were ever earned.
+            share: of the episodes leave it, after a number of commands drawn uniformly from none to all of the way to
+                the most points.
 
         Returns:
             That number; None: it follows the known way to its end.
         """
         if share == 0.0 or rng.random() >= share:
             return None
-        return int(rng.integers(self._farthest + 1))
+        _, minus_length = max((known[:2] for known in self._leading.values()), default=(0.0, 0))
+        return int(rng.integers(1 - minus_length))
 
     def tries(self, standing: Standing, commands: Sequence[str], *, in_vain: bool) -> np.ndarray:
         """How often each command was given in this standing, ``[K]``; ``in_vain``: 0 for those that lead on."""
