@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -12,17 +13,20 @@ from priorzero.prompts import without_loops
 from priorzero.types import GameState, HistoryStep
 
 Standing = tuple[str, float]
+Spot = tuple[tuple[str, ...], float]  # a place with a score
+# from where -> the points reached, minus the commands it took, what was given there
+Ways = dict[Any, tuple[float, int, frozenset[str]]]
 
 
 class CommandMemory:
     """How often each command was given in a room with a score (:attr:`GameState.standing`), and which ones led on; and
     how often the game gave each answer, word by word.
 
-    With ``return_first``, of the commands of a standing those lead on that were given there on the direct way to the
-    most points ever reached from it, or to as many by fewer commands. Collection goes back along them without detours
-    and explores where none is known, as Go-Explore does (Ecoffet et al. 2021, "First return, then explore", which
-    replaces what it keeps by the same rule), but with the agent's own search in place of saved states. Evaluation knows
-    nothing of this memory.
+    With ``return_first``, the command that was given in a place with a score, on the direct way to the most points ever
+    reached from it (or to as many by fewer commands), leads on; in a place that is on no such way, those that were
+    given in its room do. Collection goes back along them without detours and explores where none is known, as
+    Go-Explore does (Ecoffet et al. 2021, "First return, then explore", which replaces what it keeps by the same rule),
+    but with the agent's own search in place of saved states. Evaluation knows nothing of this memory.
 
     Args:
         return_first: take note of what led on; otherwise commands are only counted.
@@ -32,8 +36,8 @@ class CommandMemory:
         self._return_first = return_first
         self._times: Counter[tuple[str, float, str]] = Counter()
         self._answers: Counter[str] = Counter()
-        # what leads on, with the points reached and minus the commands that it took
-        self._leading: dict[Standing, tuple[float, int, frozenset[str]]] = {}
+        self._from_places: Ways = {}  # by Spot
+        self._from_rooms: Ways = {}  # by Standing
 
     def __len__(self) -> int:
         """Different commands in different standings."""
@@ -42,25 +46,21 @@ class CommandMemory:
     @property
     def num_leading(self) -> int:
         """Those that lead on."""
-        return sum(len(commands) for *_, commands in self._leading.values())
+        return sum(len(commands) for *_, commands in self._from_rooms.values())
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "times": [(*key, times) for key, times in self._times.items()],
             "answers": list(self._answers.items()),
-            "leading": [
-                (*standing, score, length, sorted(commands))
-                for standing, (score, length, commands) in self._leading.items()
-            ],
+            "from_places": _plain(self._from_places),
+            "from_rooms": _plain(self._from_rooms),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
         self._answers = Counter(dict(state["answers"]))
-        self._leading = {
-            (place, score): (reached, length, frozenset(commands))
-            for place, score, reached, length, commands in state["leading"]
-        }
+        self._from_places = _ways(state["from_places"])
+        self._from_rooms = _ways(state["from_rooms"])
 
     def add(self, standing: Standing, command: str) -> int:
         """Count a command; returns how often it was given in this standing by now."""
@@ -82,13 +82,13 @@ class CommandMemory:
         if not self._return_first:
             return
         way = without_loops(history, now=now)
-        given: dict[Standing, set[str]] = {}
-        for step in way:
-            given.setdefault(step.standing, set()).add(step.action)
-        for standing, commands in given.items():
-            known = self._leading.get(standing)
-            if known is None or (now.score, -len(way)) > known[:2]:
-                self._leading[standing] = now.score, -len(way), frozenset(commands)
+        for known, key_of in (self._from_places, _spot), (self._from_rooms, attrgetter("standing")):
+            given: dict[Any, set[str]] = {}
+            for step in way:
+                given.setdefault(key_of(step), set()).add(step.action)
+            for key, commands in given.items():
+                if key not in known or (now.score, -len(way)) > known[key][:2]:
+                    known[key] = now.score, -len(way), frozenset(commands)
 
     def draw_leave(self, rng: np.random.Generator, *, share: float) -> int | None:
         """When an episode that begins now leaves the known way.
@@ -103,17 +103,29 @@ class CommandMemory:
         """
         if share == 0.0 or rng.random() >= share:
             return None
-        _, minus_length = max((known[:2] for known in self._leading.values()), default=(0.0, 0))
+        _, minus_length = max((known[:2] for known in self._from_rooms.values()), default=(0.0, 0))
         return int(rng.integers(1 - minus_length))
 
-    def tries(self, standing: Standing, commands: Sequence[str], *, in_vain: bool) -> np.ndarray:
-        """How often each command was given in this standing, ``[K]``; ``in_vain``: 0 for those that lead on."""
-        leading = self._leading_from(standing) if in_vain else ()
-        return np.array([0 if command in leading else self._times[(*standing, command)] for command in commands])
+    def tries(self, standing: Standing, commands: Sequence[str]) -> np.ndarray:
+        """How often each command was given in this standing, ``[K]``."""
+        return np.array([self._times[(*standing, command)] for command in commands])
 
-    def knows_the_way(self, standing: Standing, commands: Sequence[str]) -> bool:
-        """Whether one of these commands leads on from this standing."""
-        return not self._leading_from(standing).isdisjoint(commands)
+    def leading(self, state: GameState) -> np.ndarray:
+        """Which of the valid actions lead on from here, ``[K]`` of bool; none if no way is known."""
+        for known, key in (self._from_places, (state.place, state.score)), (self._from_rooms, state.standing):
+            leads = np.array([key in known and action in known[key][2] for action in state.valid_actions], dtype=bool)
+            if leads.any():
+                return leads
+        return np.zeros(len(state.valid_actions), dtype=bool)
 
-    def _leading_from(self, standing: Standing) -> frozenset[str]:
-        return self._leading[standing][2] if standing in self._leading else frozenset()
+
+def _spot(step: HistoryStep) -> Spot:
+    return step.place, step.standing[1]
+
+
+def _plain(ways: Ways) -> list[Any]:
+    return [(*key, reached, length, sorted(commands)) for key, (reached, length, commands) in ways.items()]
+
+
+def _ways(plain: list[Any]) -> Ways:
+    return {(where, score): (reached, length, frozenset(given)) for where, score, reached, length, given in plain}

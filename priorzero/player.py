@@ -51,14 +51,11 @@ class Lane:
     leave_after: int | None = None
     total_reward: float = 0.0
 
-    def knows_the_way(self, state: GameState) -> bool:
-        """Whether exploration follows known ways here, and one of the valid actions is on one."""
-        return self.follows and self.memory.knows_the_way(state.standing, state.valid_actions)
-
-    @property
-    def follows(self) -> bool:
-        """Whether exploration still follows known ways in this episode."""
-        return self.leave_after is None or len(self.history) < self.leave_after
+    def leading(self, state: GameState) -> np.ndarray:
+        """Which of the valid actions are on a way that exploration follows from here, ``[K]`` of bool."""
+        if self.leave_after is not None and len(self.history) >= self.leave_after:
+            return np.zeros(len(state.valid_actions), dtype=bool)
+        return self.memory.leading(state)
 
     def state_dict(self) -> Plain:
         """All but ``rng`` and ``memory``, which outlive the lane."""
@@ -220,8 +217,11 @@ class Player:
     ) -> Root:
         tries, noise, seed = None, None, 0
         if explore:
-            tries = lane.memory.tries(state.standing, state.valid_actions, in_vain=lane.follows)
-            if not lane.knows_the_way(state):
+            leading = lane.leading(state)
+            tries = np.where(leading, 0, lane.memory.tries(state.standing, state.valid_actions))
+            if leading.any():
+                noise = leading / leading.sum()
+            else:
                 noise = lane.rng.dirichlet(np.full(len(indices), self.settings.search.root_dirichlet_alpha))
             seed = int(lane.rng.integers(2**31))
         return Root(
@@ -241,7 +241,7 @@ class Player:
         if result is not None:
             shares = result.visit_counts / result.visit_counts.max()  # at most 1: a small temperature cannot overflow
             temperature = self.settings.search.temperature
-            if lane.knows_the_way(state):
+            if lane.leading(state).any():
                 temperature *= KNOWN_WAY_TEMPERATURE
             weights = shares ** (1.0 / temperature)
         elif prior is not None:

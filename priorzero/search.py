@@ -43,7 +43,8 @@ class Root:
         legal: indices of the valid actions, ``[K]``.
         prior_logprobs: the LLM's log-distribution over them, ``[K]``; None if it has no say.
         tries: how often each was given before in such a state, ``[K]``; None for never.
-        noise: a draw from the Dirichlet distribution, ``[K]``; None for no exploration noise.
+        noise: mixed into the root's prior with ``search.root_noise_weight``, a distribution ``[K]``: a draw from
+            Dirichlet's, or the known ways; None for nothing.
         seed: breaks ties.
     """
 

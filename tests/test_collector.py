@@ -447,7 +447,7 @@ def test_an_answer_heard_before_is_worth_less():
         [0.5, 0.5 / 2**0.5, 0.5 / 3**0.5]  # other commands, but the game says the same
     )
     assert collector._shaping(before, "act 1 0", other) == 0.5
-    assert collector.memory.tries(before.standing, ("act 1 0", "act 1 1"), in_vain=False).tolist() == [2, 1]
+    assert collector.memory.tries(before.standing, ("act 1 0", "act 1 1")).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(("end", "shaping"), [({"won": True}, 0.0), ({"truncated": True}, 0.5), ({}, -2.0)])
@@ -463,7 +463,7 @@ def test_exploration_knows_how_often_a_command_was_given():
     lane = collector._lanes[0]
     state, prior = lane.state, None
     root = collector._player._root(lane, state, np.arange(len(state.valid_actions)), prior, explore=True)
-    assert root.tries.tolist() == collector.memory.tries(state.standing, state.valid_actions, in_vain=True).tolist()
+    assert root.tries.tolist() == collector.memory.tries(state.standing, state.valid_actions).tolist()
     assert root.tries.sum() > 0 and root.noise is not None
     assert collector._player._root(lane, state, np.arange(len(state.valid_actions)), prior, explore=False).tries is None
 

@@ -34,46 +34,61 @@ def remembered(history, *, now, return_first=True):
     return memory
 
 
+def leading(memory, place, score, *commands):
+    """Those of the commands that lead on."""
+    state = GameState(feedback=place, valid_actions=commands, score=score, max_score=9.0, moves=0)
+    return [command for command, leads in zip(commands, memory.leading(state), strict=True) if leads]
+
+
 def test_the_direct_way_to_points_leads_on():
     memory = remembered(KITCHEN, now=at("b1", 2.0))
     assert memory.num_leading == 3
-    assert memory.tries(("a", 0.0), ("open", "go"), in_vain=True).tolist() == [0, 0]
-    assert memory.tries(("a", 1.0), ("take", "drop", "go", "wait"), in_vain=True).tolist() == [1, 1, 0, 0]
-    assert memory.tries(("a", 1.0), ("take", "drop", "go", "wait"), in_vain=False).tolist() == [1, 1, 1, 0]
-    assert memory.tries(("b", 1.0), ("put", "go"), in_vain=True).tolist() == [0, 0]
-    assert memory.knows_the_way(("a", 1.0), ("go", "wait")) and memory.knows_the_way(("b", 1.0), ("put",))
-    assert not memory.knows_the_way(("a", 1.0), ("take", "drop"))  # the way is known, but cannot be taken
-    assert not memory.knows_the_way(("c", 1.0), ("go",))
-    assert len(memory) == 5
+    assert leading(memory, "a", 0.0, "open", "go") == ["open"]
+    assert leading(memory, "a1", 1.0, "take", "drop", "go", "wait") == ["go"]
+    assert leading(memory, "b", 1.0, "put", "go") == ["put"]
+    assert leading(memory, "a1", 1.0, "take", "drop") == []  # the way is known, but cannot be taken
+    assert leading(memory, "c", 1.0, "go") == leading(memory, "a", 1.5, "go") == []
+
+
+def test_in_an_unknown_place_what_was_given_in_its_room_leads_on():
+    steps = walk(("a", 0.0, "take", 0.0), ("a1", 0.0, "go", 0.0), ("b", 0.0, "put", 1.0))
+    memory = remembered(steps, now=at("b1", 1.0))
+    state = GameState("", ("go", "take", "wait"), 0.0, 9.0, 0, look="a\nA lamp is here.")
+    assert state.standing == ("a", 0.0)
+    assert memory.leading(state).tolist() == [True, True, False]
+    assert leading(memory, "a", 0.0, "go", "take", "wait") == ["take"]
+    assert leading(memory, "a1", 0.0, "go", "take", "wait") == ["go"]
+    assert leading(memory, "a", 0.0, "go", "wait") == ["go"]  # the place's own command cannot be given
 
 
 def test_counts_go_on_where_a_command_led_on():
     memory = remembered(KITCHEN, now=at("b1", 2.0))
     assert memory.add(("a", 1.0), "go") == 2
-    assert memory.tries(("a", 1.0), ("go",), in_vain=True).tolist() == [0]
+    assert memory.tries(("a", 1.0), ("take", "drop", "go", "wait")).tolist() == [1, 1, 2, 0]
+    assert len(memory) == 5
 
 
 def test_points_lost_on_the_way_do_not_end_it():
     steps = walk(("a", 5.0, "fall", -1.0), ("b", 4.0, "climb", 0.0), ("c", 4.0, "win", 6.0))
     memory = remembered(steps, now=at("d", 10.0))
-    assert memory.num_leading == 3 and memory.knows_the_way(("a", 5.0), ("fall",))
+    assert memory.num_leading == 3 and leading(memory, "a", 5.0, "fall") == ["fall"]
 
 
 def test_the_way_to_most_points_leads_on_and_of_two_the_shorter():
     memory = remembered(KITCHEN, now=at("b1", 2.0))  # open, go, put
-    known = memory.state_dict()
     longer = walk(("a", 0.0, "open", 1.0), ("a1", 1.0, "take", 0.0), ("a2", 1.0, "go", 0.0), ("b2", 1.0, "put", 1.0))
     memory.earned(longer, now=at("b3", 2.0))
-    assert memory.state_dict() == known
+    assert memory.num_leading == 3 and leading(memory, "a1", 1.0, "take", "go") == ["go"]
+    assert leading(memory, "b2", 1.0, "put") == ["put"]  # it alone came here
     more = [*longer, *walk(("b3", 2.0, "cut", 1.0))]  # which needs what was taken
     memory.earned(more, now=at("b4", 3.0))
-    assert memory.num_leading == 5 and memory.knows_the_way(("a", 1.0), ("take",))
+    assert memory.num_leading == 5 and leading(memory, "a1", 1.0, "take", "go") == ["take"]
     known = memory.state_dict()
     memory.earned(KITCHEN, now=at("b1", 2.0))  # shorter, but it leads to less
     assert memory.state_dict() == known
     memory.earned(more[2:], now=at("b4", 3.0))  # "take" was not needed after all
-    assert memory.num_leading == 4 and not memory.knows_the_way(("a", 1.0), ("take",))
-    assert memory.knows_the_way(("a", 0.0), ("open",))  # nobody came to the same from there by fewer
+    assert memory.num_leading == 4
+    assert leading(memory, "a1", 1.0, "take", "go") == ["take"]  # nobody came to the same from there by fewer
     again = remembered(walk(("z", 1.0, "go", 1.0)), now=at("z1", 2.0))
     again.load_state_dict(memory.state_dict())
     assert again.state_dict() == memory.state_dict() and again.num_leading == 4
@@ -81,8 +96,8 @@ def test_the_way_to_most_points_leads_on_and_of_two_the_shorter():
 
 def test_without_return_first_commands_are_only_counted():
     memory = remembered(KITCHEN, now=at("b1", 2.0), return_first=False)
-    assert memory.num_leading == 0 and not memory.knows_the_way(("b", 1.0), ("put",))
-    assert memory.tries(("b", 1.0), ("put",), in_vain=True).tolist() == [1]
+    assert memory.num_leading == 0 and leading(memory, "b", 1.0, "put") == []
+    assert memory.tries(("b", 1.0), ("put",)).tolist() == [1]
 
 
 @pytest.mark.parametrize("known", [False, True])
@@ -96,7 +111,9 @@ def test_collection_explores_less_where_the_way_is_known(known):
         lane.memory.earned([HistoryStep("", state.valid_actions[0], 1.0, ("x",), state.standing)], now=state)
     player, indices = collector._player, np.arange(len(state.valid_actions))
     root = player._root(lane, state, indices, None, explore=True)
-    assert (root.noise is None) == known
+    assert root.noise.sum() == pytest.approx(1.0) and (root.noise.max() == 1.0) == known
+    if known:
+        assert root.noise.tolist() == [1.0] + [0.0] * (len(indices) - 1)
     visits = np.zeros(len(indices), dtype=np.int64)
     visits[:2] = 3, 1  # shares 3/4 and 1/4; squared and normalised 9/10 and 1/10
     result = type("Result", (), {"visit_counts": visits})()
@@ -149,7 +166,7 @@ def test_exploration_goes_on_where_the_known_way_is_left():
     for leave_after, follows in [(None, True), (len(lane.history) + 1, True), (len(lane.history), False), (0, False)]:
         lane.leave_after = leave_after
         root = player._root(lane, state, indices, None, explore=True)
-        assert (root.noise is None) == follows and root.tries[0] == (0 if follows else 1)
+        assert (root.noise[0] == 1.0) == follows and root.tries[0] == (0 if follows else 1)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
