@@ -125,8 +125,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "return_first": Option(
             False,
-            "while collecting, follow the shortest known ways to most points: their commands do not count as "
-            "tried, and where one is known there is no noise and half the temperature",
+            "while collecting, follow the ways to the most points that were found so far: where one is known, its "
+            "commands do not count as tried and take the noise's place, and the temperature is half",
         ),
         "explore_share": Option(
             0.0,
