@@ -113,9 +113,11 @@ class CommandMemory:
     def leading(self, state: GameState) -> np.ndarray:
         """Which of the valid actions lead on from here, ``[K]`` of bool; none if no way is known."""
         for known, key in (self._from_places, (state.place, state.score)), (self._from_rooms, state.standing):
-            leads = np.array([key in known and action in known[key][2] for action in state.valid_actions], dtype=bool)
-            if leads.any():
-                return leads
+            if key in known:
+                *_, commands = known[key]
+                leads = np.array([action in commands for action in state.valid_actions], dtype=bool)
+                if leads.any():
+                    return leads
         return np.zeros(len(state.valid_actions), dtype=bool)
 
 
