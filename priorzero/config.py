@@ -126,7 +126,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "return_first": Option(
             False,
             "while collecting, follow the ways to the most points that were found so far: where one is known, its "
-            "commands do not count as tried and take the noise's place, and the temperature is half",
+            "commands do not count as tried and take the noise's place, and the temperature is half; elsewhere one "
+            "command takes it, drawn from the LLM's prior (or evenly), over the square of 1 + N",
         ),
         "explore_share": Option(
             0.0,

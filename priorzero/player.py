@@ -219,10 +219,7 @@ class Player:
         if explore:
             leading = lane.leading(state)
             tries = np.where(leading, 0, lane.memory.tries(state.standing, state.valid_actions))
-            if leading.any():
-                noise = leading / leading.sum()
-            else:
-                noise = lane.rng.dirichlet(np.full(len(indices), self.settings.search.root_dirichlet_alpha))
+            noise = self._noise(lane, leading, tries, prior)
             seed = int(lane.rng.integers(2**31))
         return Root(
             features=np.stack(lane.features),
@@ -233,6 +230,21 @@ class Player:
             noise=noise,
             seed=seed,
         )
+
+    def _noise(self, lane: Lane, leading: np.ndarray, tries: np.ndarray, prior: ActionPrior | None) -> np.ndarray:
+        """What exploration mixes into the root's prior, a distribution ``[K]``: a draw from Dirichlet's.
+
+        With ``search.return_first`` it is evenly over the commands that lead on; where none does, on one command: drawn
+        with a probability in proportion to the LLM's (evenly without one) over (1 + tries) squared.
+        """
+        if leading.any():
+            return leading / leading.sum()
+        num_actions = len(leading)
+        if not self.settings.search.return_first:
+            return lane.rng.dirichlet(np.full(num_actions, self.settings.search.root_dirichlet_alpha))
+        weights = np.exp(prior.logprobs.astype(np.float64)) if prior is not None else np.ones(num_actions)
+        weights /= (1.0 + tries) ** 2
+        return np.eye(num_actions)[lane.rng.choice(num_actions, p=weights / weights.sum())]
 
     def _choose(
         self, lane: Lane, state: GameState, prior: ActionPrior | None, result: SearchResult | None, *, explore: bool

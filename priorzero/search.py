@@ -44,7 +44,7 @@ class Root:
         prior_logprobs: the LLM's log-distribution over them, ``[K]``; None if it has no say.
         tries: how often each was given before in such a state, ``[K]``; None for never.
         noise: mixed into the root's prior with ``search.root_noise_weight``, a distribution ``[K]``: a draw from
-            Dirichlet's, or the known ways; None for nothing.
+            Dirichlet's, or what ``search.return_first`` puts in its place; None for nothing.
         seed: breaks ties.
     """
 
