@@ -222,6 +222,30 @@ def test_value_targets_by_hand():
             assert target[1][row, u] == pytest.approx(want, abs=0.02), (t, u)  # categorical values round a little
 
 
+def test_the_bootstrap_of_value_targets_gets_observations_with_the_actions_that_were_taken_there():
+    config = demo_config(segment_length=10, batch_size=15)  # td_steps 2, 4 unroll steps
+    buffer = filled(config, [20])
+    target, asked = ConstantTarget(config), []
+
+    def initial_inference(obs, action, start_pos):
+        asked.append((obs.reshape(len(action), 5, -1)[..., 0].numpy(), action))
+        return ConstantTarget.initial_inference(target, obs, action, start_pos)
+
+    target.initial_inference = initial_inference
+    *_, drawn = buffer.sample(config.batch_size, SimpleNamespace(_target_model=target))
+    [(observations, actions)] = asked
+    compared = 0
+    for row, (segment, t) in enumerate(zip(drawn.segments, drawn.positions, strict=True)):
+        if t + 2 >= len(segment.records):
+            continue  # nothing to bootstrap from within the segment
+        first = segment.records[t].step + 2
+        known = range(first, min(first + 4, segment.records[0].step + len(segment.records)))
+        assert observations[row, : len(known)].tolist() == list(known)
+        assert actions[row, : len(known)].tolist() == [demo_record(step).action_index for step in known]
+        compared += len(known)
+    assert compared > 30
+
+
 def test_eviction_drops_as_many_look_ups_as_decisions():
     config = demo_config(segment_length=4, buffer_size=20, batch_size=4)
     buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(0))
