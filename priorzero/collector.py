@@ -86,6 +86,7 @@ class Collector:
         seed: what the lanes' random numbers come from.
         groups: how many groups; with one, the same parameters and seed play the same games.
         first_episode: number of the first episode; where several collect for one replay, their numbers must differ.
+        num_games: how many different games the workers play, in turn; what is remembered of one says nothing of another.
     """
 
     def __init__(
@@ -97,6 +98,7 @@ class Collector:
         seed: np.random.SeedSequence,
         groups: int = 1,
         first_episode: int = 0,
+        num_games: int = 1,
     ) -> None:
         self._workers = workers
         self._player = player
@@ -113,7 +115,8 @@ class Collector:
         self.num_steps_lost = 0  # taken, but their outcome is not known
         self._vain_begins = [0] * len(workers)
         self.recent_returns: deque[float] = deque(maxlen=20)
-        self.memory = CommandMemory(return_first=player.settings.search.return_first)
+        return_first = player.settings.search.return_first
+        self.memories = [CommandMemory(return_first=return_first) for _ in range(num_games)]
         self.collected = Collected()  # since the last call of collect() that was not cut short
 
     async def collect(self, num_steps: int, *, stop: Callable[[], bool] = lambda: False) -> Collected | None:
@@ -146,7 +149,7 @@ class Collector:
             "num_game_failures": self.num_game_failures,
             "num_steps_lost": self.num_steps_lost,
             "recent_returns": list(self.recent_returns),
-            "memory": self.memory.state_dict(),
+            "memories": [memory.state_dict() for memory in self.memories],
             "collected": self.collected.state_dict(table),
         }
 
@@ -167,7 +170,8 @@ class Collector:
         self.num_game_failures = state["num_game_failures"]
         self.num_steps_lost = state["num_steps_lost"]
         self.recent_returns.extend(state["recent_returns"])
-        self.memory.load_state_dict(state["memory"])
+        for memory, memory_state in zip(self.memories, state["memories"], strict=True):
+            memory.load_state_dict(memory_state)
         self.collected = Collected.from_state_dict(state["collected"], records, config=self._config)
         lanes = [(e, lane) for e, lane in enumerate(state["lanes"]) if lane is not None]
         await asyncio.gather(*(self._play_again(e, lane) for e, lane in lanes))
@@ -192,7 +196,7 @@ class Collector:
 
     def _new_lane(self, e: int, state: GameState) -> Lane:
         lane = self._player.new_lane(state, self._rngs[e])
-        lane.memory = self.memory
+        lane.memory = self.memories[e % len(self.memories)]
         return lane
 
     async def _play(self, group: Sequence[int], num_steps: int, stop: Callable[[], bool]) -> None:
@@ -241,7 +245,7 @@ class Collector:
         self._vain_begins[e] = 0
         lane = self._new_lane(e, state)
         share = self._player.settings.search.explore_share
-        lane.leave_after = self.memory.draw_leave(self._rngs[e], share=share)
+        lane.leave_after = lane.memory.draw_leave(self._rngs[e], share=share)
         self._lanes[e] = lane
 
     def _given_up(self, e: int) -> bool:
@@ -273,7 +277,7 @@ class Collector:
             chosen=decision.chosen,
             behaviour_prob=decision.behaviour_prob,
             reward=reward,
-            shaping=self._shaping(decision.state, decision.action_text, state),
+            shaping=self._shaping(lane.memory, decision.state, decision.action_text, state),
             done=state.done,
             episode=self._episode_numbers[e],
             step=len(lane.history),
@@ -287,7 +291,7 @@ class Collector:
             features=features,
         )
         if reward > 0:
-            self.memory.earned(lane.history, now=state)
+            lane.memory.earned(lane.history, now=state)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
         collected.env_steps += 1
         self._observe(decision, record, collected)
@@ -305,7 +309,7 @@ class Collector:
             self.num_episodes += 1
             self._lanes[e] = None
 
-    def _shaping(self, before: GameState, action: str, after: GameState) -> float:
+    def _shaping(self, memory: CommandMemory, before: GameState, action: str, after: GameState) -> float:
         """``train.novelty_bonus / sqrt(N)``, less ``train.loss_penalty`` for an end that is no win.
 
         It is the N-th time in the run that the command is given in a room with a score (MBIE-EB: Strehl & Littman 2008,
@@ -314,11 +318,11 @@ class Collector:
         which would make every end a discovery.
         """
         train = self._player.settings.train
-        times = self.memory.add(before.standing, action)  # whatever the bonus is for: the search asks for it
+        times = memory.add(before.standing, action)  # whatever the bonus is for: the search asks for it
         bonus = train.novelty_bonus / math.sqrt(times)
         over = after.done and not after.truncated
         if train.novelty_of == "answer":
-            bonus = 0.0 if over else train.novelty_bonus / math.sqrt(self.memory.add_answer(after.feedback))
+            bonus = 0.0 if over else train.novelty_bonus / math.sqrt(memory.add_answer(after.feedback))
         return bonus - (train.loss_penalty if over and not after.won else 0.0)
 
     def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:
@@ -345,8 +349,8 @@ class Collector:
         scalars = {
             "collector_iter/visit_entropy_mean": float(np.mean(collected.visit_entropies or [0.0])),
             "collector_iter/env_steps": float(self.env_steps),
-            "collector_iter/commands_tried": float(len(self.memory)),
-            "collector_iter/commands_leading_on": float(self.memory.num_leading),
+            "collector_iter/commands_tried": float(sum(map(len, self.memories))),
+            "collector_iter/commands_leading_on": float(sum(memory.num_leading for memory in self.memories)),
             "collector_iter/game_failures": float(self.num_game_failures),
             "collector_iter/games_given_up": float(sum(map(self._given_up, range(len(self._workers))))),
             "collector_iter/action_overflows": float(self._player.indexer.num_overflows),

@@ -118,13 +118,13 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "root_dirichlet_alpha": Option(0.3, "concentration of the root's exploration noise", above(0)),
         "root_noise_weight": Option(0.25, "share of noise in the root's prior while collecting", between(0, 1)),
         "tries_exponent": Option(
-            0.0,
+            0.5,
             "while collecting, the root's prior of a command that was given N times in this room with this score is "
             "divided by (1 + N) to this power",
             at_least(0),
         ),
         "return_first": Option(
-            False,
+            True,
             "while collecting, follow the ways to the most points that were found so far: where one is known, its "
             "commands do not count as tried and take the noise's place, and the temperature is half; elsewhere one "
             "command takes it, drawn from the LLM's prior (or evenly), over the square of 1 + N",

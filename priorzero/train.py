@@ -201,7 +201,12 @@ async def _train(
     policy, buffer, timeline = agent.policy, agent.buffer, agent.timeline
     names = ", ".join(game.name for game in games)
     collector = Collector(
-        workers, player=agent.player, config=agent.config, seed=collector_seed, groups=2 if overlap else 1
+        workers,
+        player=agent.player,
+        config=agent.config,
+        seed=collector_seed,
+        groups=2 if overlap else 1,
+        num_games=len(games),
     )
     evaluators = Evaluators(settings, games=games, unseen=unseen, player=agent.player)
     saver = Saver(folder, settings, games, policy, buffer, collector, agent.player.indexer, agent.engine)

@@ -103,7 +103,7 @@ class LastActionEngine:
     async def close(self): ...
 
 
-def build(*, num_games=3, groups=1, length=7, fail_at=(), **changes):
+def build(*, num_games=3, different=1, groups=1, length=7, fail_at=(), **changes):
     settings = make_settings(
         {
             "env": {"action_space_size": 512, "collector_env_num": num_games},
@@ -132,7 +132,9 @@ def build(*, num_games=3, groups=1, length=7, fail_at=(), **changes):
     )
     games = [CountingGame(g, length=length, fail_at=fail_at if g == 1 else ()) for g in range(num_games)]
     config = unizero_config(settings, feature_size=FEATURES, device="cpu")
-    return Collector(games, player=player, config=config, seed=np.random.SeedSequence(0), groups=groups), games, player
+    seed = np.random.SeedSequence(0)
+    collector = Collector(games, player=player, config=config, seed=seed, groups=groups, num_games=different)
+    return collector, games, player
 
 
 def collect(collector, steps):
@@ -443,27 +445,26 @@ def test_an_answer_heard_before_is_worth_less():
     collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "novelty_of": "answer"})
     before, after = state_of(0, 1, moves=1, length=9), state_of(0, 2, moves=2, length=9)
     other = dataclasses.replace(after, feedback="something else")
-    assert [collector._shaping(before, f"act 1 {n}", after) for n in range(3)] == pytest.approx(
+    assert [collector._shaping(collector.memories[0], before, f"act 1 {n}", after) for n in range(3)] == pytest.approx(
         [0.5, 0.5 / 2**0.5, 0.5 / 3**0.5]  # other commands, but the game says the same
     )
-    assert collector._shaping(before, "act 1 0", other) == 0.5
-    assert collector.memory.tries(before.standing, ("act 1 0", "act 1 1")).tolist() == [2, 1]
+    assert collector._shaping(collector.memories[0], before, "act 1 0", other) == 0.5
+    assert collector.memories[0].tries(before.standing, ("act 1 0", "act 1 1")).tolist() == [2, 1]
 
 
 @pytest.mark.parametrize(("end", "shaping"), [({"won": True}, 0.0), ({"truncated": True}, 0.5), ({}, -2.0)])
 def test_the_last_text_of_a_game_is_no_new_answer(end, shaping):
     collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "novelty_of": "answer", "loss_penalty": 2.0})
     before, after = state_of(0, 1, moves=8, length=9), state_of(0, 2, moves=9, length=9)
-    assert collector._shaping(before, "act 1 0", dataclasses.replace(after, done=True, **end)) == shaping
+    assert collector._shaping(collector.memories[0], before, "act 1 0", dataclasses.replace(after, done=True, **end)) == shaping
 
 
 def test_exploration_knows_how_often_a_command_was_given():
-    collector, _, _ = build(num_games=2)
+    collector, _, _ = build(num_games=2, search={"return_first": False})
     collect(collector, 20)
-    lane = collector._lanes[0]
-    state, prior = lane.state, None
+    lane, state, prior = collector._lanes[0], state_of(0, 1, moves=0, length=7), None
     root = collector._player._root(lane, state, np.arange(len(state.valid_actions)), prior, explore=True)
-    assert root.tries.tolist() == collector.memory.tries(state.standing, state.valid_actions).tolist()
+    assert root.tries.tolist() == collector.memories[0].tries(state.standing, state.valid_actions).tolist()
     assert root.tries.sum() > 0 and root.noise is not None
     assert collector._player._root(lane, state, np.arange(len(state.valid_actions)), prior, explore=False).tries is None
 
@@ -472,9 +473,10 @@ def test_exploration_knows_how_often_a_command_was_given():
 def test_only_a_lost_game_is_punished(end, shaping):
     collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "loss_penalty": 2.0})
     before, after = state_of(0, 1, moves=8, length=9), state_of(0, 2, moves=9, length=9)
-    assert collector._shaping(before, "act 1 0", dataclasses.replace(after, **end)) == shaping
-    assert collector._shaping(before, "act 1 1", before) == 0.5
-    assert collector._shaping(dataclasses.replace(before, score=7.0), "act 1 1", before) == 0.5
+    (memory,) = collector.memories
+    assert collector._shaping(memory, before, "act 1 0", dataclasses.replace(after, **end)) == shaping
+    assert collector._shaping(memory, before, "act 1 1", before) == 0.5
+    assert collector._shaping(memory, dataclasses.replace(before, score=7.0), "act 1 1", before) == 0.5
 
 
 def test_an_episode_tells_when_it_ended():

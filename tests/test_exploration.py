@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from test_collector import build, collect
+from test_collector import build, collect, state_of
 
 from priorzero.exploration import CommandMemory
 from priorzero.types import ActionPrior, GameState, HistoryStep
@@ -121,7 +121,7 @@ def test_where_no_way_is_known_one_command_takes_the_noise_s_place_mostly_one_th
 
 
 def test_without_return_first_the_noise_is_dirichlet_s():
-    collector, _, _ = build(num_games=1, search={"root_dirichlet_alpha": 1.0})
+    collector, _, _ = build(num_games=1, search={"root_dirichlet_alpha": 1.0, "return_first": False})
     collect(collector, 4)
     lane = collector._lanes[0]
     indices = np.arange(len(lane.state.valid_actions))
@@ -160,11 +160,24 @@ def test_a_collector_remembers_what_earned_points():
     collector, _, _ = build(num_games=2, search={"return_first": True})
     collected = collect(collector, 40)
     assert any(record.reward > 0 for segment in collected.segments for record in segment.records)
-    assert 0 < collector.memory.num_leading <= len(collector.memory)
-    assert collector.scalars(collected)["collector_iter/commands_leading_on"] == collector.memory.num_leading
-    plain, _, _ = build(num_games=2)
+    (memory,) = collector.memories
+    assert 0 < memory.num_leading <= len(memory)
+    assert collector.scalars(collected)["collector_iter/commands_leading_on"] == memory.num_leading
+    plain, _, _ = build(num_games=2, search={"return_first": False})
     collect(plain, 40)
-    assert plain.memory.num_leading == 0
+    assert plain.memories[0].num_leading == 0
+
+
+def test_what_is_known_of_one_game_says_nothing_of_another():
+    collector, _, _ = build(num_games=3, different=2)
+    collected = collect(collector, 60)
+    first, second = collector.memories
+    assert [lane.memory for lane in collector._lanes] == [first, second, first]
+    for number, own, other in (0, first, second), (1, second, first), (2, first, second):
+        start = state_of(number, 1, moves=0, length=7)
+        assert own.tries(start.standing, start.valid_actions).sum() > 0
+        assert other.tries(start.standing, start.valid_actions).sum() == 0
+    assert collector.scalars(collected)["collector_iter/commands_tried"] == len(first) + len(second)
 
 
 def test_some_episodes_leave_the_known_way_anywhere_on_it():

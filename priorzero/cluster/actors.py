@@ -385,6 +385,7 @@ class CollectorProcess:
             config=self._config,
             seed=seeds[3],
             first_episode=number * EPISODES_OF_A_COLLECTOR,
+            num_games=len(games),
         )
         self._evaluators: Evaluators | None = None
         self._is_loaded = True
