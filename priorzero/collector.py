@@ -86,7 +86,8 @@ class Collector:
         seed: what the lanes' random numbers come from.
         groups: how many groups; with one, the same parameters and seed play the same games.
         first_episode: number of the first episode; where several collect for one replay, their numbers must differ.
-        num_games: how many different games the workers play, in turn; what is remembered of one says nothing of another.
+        num_games: how many different games the workers play, in turn; each has a memory of its own, since rooms of
+            different games have the same names.
     """
 
     def __init__(

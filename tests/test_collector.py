@@ -456,7 +456,8 @@ def test_an_answer_heard_before_is_worth_less():
 def test_the_last_text_of_a_game_is_no_new_answer(end, shaping):
     collector, _, _ = build(num_games=1, train={"novelty_bonus": 0.5, "novelty_of": "answer", "loss_penalty": 2.0})
     before, after = state_of(0, 1, moves=8, length=9), state_of(0, 2, moves=9, length=9)
-    assert collector._shaping(collector.memories[0], before, "act 1 0", dataclasses.replace(after, done=True, **end)) == shaping
+    after = dataclasses.replace(after, done=True, **end)
+    assert collector._shaping(collector.memories[0], before, "act 1 0", after) == shaping
 
 
 def test_exploration_knows_how_often_a_command_was_given():
