@@ -118,7 +118,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "root_dirichlet_alpha": Option(0.3, "concentration of the root's exploration noise", above(0)),
         "root_noise_weight": Option(0.25, "share of noise in the root's prior while collecting", between(0, 1)),
         "tries_exponent": Option(
-            0.5,
+            0.0,
             "while collecting, the root's prior of a command that was given N times in this room with this score is "
             "divided by (1 + N) to this power",
             at_least(0),
