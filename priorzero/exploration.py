@@ -90,20 +90,24 @@ class CommandMemory:
                 if key not in known or (now.score, -len(way)) > known[key][:2]:
                     known[key] = now.score, -len(way), frozenset(commands)
 
-    def draw_leave(self, rng: np.random.Generator, *, share: float) -> int | None:
+    def draw_leave(self, rng: np.random.Generator, *, share: float, max_score: float) -> int | None:
         """When an episode that begins now leaves the known way.
 
         Args:
             rng: draws.
             share: of the episodes leave it, after a number of commands drawn uniformly from none to all of the way to
                 the most points.
+            max_score: the most points that the game can give, 0 if it does not say. Once a way to them is known,
+                there is nothing to leave it for.
 
         Returns:
             That number; None: it follows the known way to its end.
         """
         if share == 0.0 or rng.random() >= share:
             return None
-        _, minus_length = max((known[:2] for known in self._from_rooms.values()), default=(0.0, 0))
+        reached, minus_length = max((known[:2] for known in self._from_rooms.values()), default=(0.0, 0))
+        if 0 < max_score <= reached:
+            return None
         return int(rng.integers(1 - minus_length))
 
     def tries(self, standing: Standing, commands: Sequence[str]) -> np.ndarray:
