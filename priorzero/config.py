@@ -115,7 +115,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "search": {
         "num_simulations": Option(25, "simulations a decision", at_least(1)),
-        "root_dirichlet_alpha": Option(0.3, "concentration of the root's exploration noise", above(0)),
+        "root_dirichlet_alpha": Option(
+            0.3, "concentration of the root's exploration noise, without return_first", above(0)
+        ),
         "root_noise_weight": Option(0.25, "share of noise in the root's prior while collecting", between(0, 1)),
         "tries_exponent": Option(
             0.0,

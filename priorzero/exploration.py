@@ -75,6 +75,8 @@ class CommandMemory:
     def earned(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
         """Points were earned by the last decision: the way here leads on wherever it is the best so far.
 
+        Where the score was as high already it does not: points that are lost and earned again lead nowhere.
+
         Args:
             history: all decisions of the episode, at least one; loops in it lead nowhere and are left out.
             now: the state after them.
@@ -85,7 +87,8 @@ class CommandMemory:
         for known, key_of in (self._from_places, _spot), (self._from_rooms, attrgetter("standing")):
             given: dict[Any, set[str]] = {}
             for step in way:
-                given.setdefault(key_of(step), set()).add(step.action)
+                if step.standing[1] < now.score:
+                    given.setdefault(key_of(step), set()).add(step.action)
             for key, commands in given.items():
                 if key not in known or (now.score, -len(way)) > known[key][:2]:
                     known[key] = now.score, -len(way), frozenset(commands)

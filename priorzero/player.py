@@ -16,6 +16,7 @@ from priorzero.concurrency import OwnerThread
 from priorzero.engines import RobustPrior
 from priorzero.exploration import CommandMemory
 from priorzero.policy import PriorZeroPolicy
+from priorzero.priors import floored_probs
 from priorzero.prompts import Prompt, PromptStyle, render_prompt
 from priorzero.records import Plain
 from priorzero.search import Root, SearchResult
@@ -235,14 +236,16 @@ class Player:
         """What exploration mixes into the root's prior, a distribution ``[K]``: a draw from Dirichlet's.
 
         With ``search.return_first`` it is evenly over the commands that lead on; where none does, on one command: drawn
-        with a probability in proportion to the LLM's (evenly without one) over (1 + tries) squared.
+        with a probability in proportion to the LLM's with its floor (evenly without one) over (1 + tries) squared.
         """
         if leading.any():
             return leading / leading.sum()
         num_actions = len(leading)
         if not self.settings.search.return_first:
             return lane.rng.dirichlet(np.full(num_actions, self.settings.search.root_dirichlet_alpha))
-        weights = np.exp(prior.logprobs.astype(np.float64)) if prior is not None else np.ones(num_actions)
+        weights = np.ones(num_actions)
+        if prior is not None:
+            weights = floored_probs(prior.logprobs, floor=self.settings.prior.floor)
         weights /= (1.0 + tries) ** 2
         return np.eye(num_actions)[lane.rng.choice(num_actions, p=weights / weights.sum())]
 

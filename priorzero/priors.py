@@ -86,6 +86,11 @@ def prior_from_ranking(ranking: Sequence[int], num_actions: int, *, temperature:
     return prior_from_scores(np.log(weights), temperature=temperature)
 
 
+def floored_probs(prior_logprobs: np.ndarray, *, floor: float) -> np.ndarray:
+    """The prior's probabilities ``[K]``, float64, with a share ``floor`` of uniform probability among them."""
+    return (1.0 - floor) * np.exp(prior_logprobs.astype(np.float64)) + floor / len(prior_logprobs)
+
+
 def mix_root_logits(
     policy_logits: np.ndarray, prior_logprobs: np.ndarray | None, *, combine: str, alpha: float, floor: float
 ) -> np.ndarray:
@@ -106,7 +111,7 @@ def mix_root_logits(
     if prior_logprobs is None:
         mixed = own
     else:
-        prior = (1.0 - floor) * np.exp(prior_logprobs.astype(np.float64)) + floor / len(prior_logprobs)
+        prior = floored_probs(prior_logprobs, floor=floor)
         share = 1.0 if combine == "replace" else alpha
         with np.errstate(divide="ignore"):  # log(0) is floored below
             mixed = np.log(share * prior + (1.0 - share) * np.exp(own))

@@ -164,7 +164,7 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
     now = _now(state, style=style)
     parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
     parts.append("\n".join(["The game so far:", *lines, *([now] if now else [])]))
-    parts.append(f"Score: {state.score:g} of {state.max_score:g}.")
+    parts.append(f"Score: {state.score:g} of {state.max_score:g}." if state.max_score else f"Score: {state.score:g}.")
     if style.list_commands or style.mode == "rank":
         parts.append("Possible commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
     if style.mode == "score":

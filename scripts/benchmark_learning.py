@@ -8,10 +8,9 @@ Each (agent, game, seed) is a process of its own. random and prior do not learn;
 (``--set`` gives another number). Settings come from ``--config``, then the agent's differences, then ``--set``.
 
 OUT/results.jsonl gets one line for each finished run. Calling the same command again runs only what is missing there:
-a line counts if agent, label, game, seed, environment steps and all settings that differ from the defaults are equal
-(not those that only name or log a run, nor ``run.num_threads``). A change of the code or of a default does not count;
-the line's ``versions`` tell it. A run that fails or is interrupted leaves no line; its log stays in OUT/logs, and its
-folder in OUT/runs.
+a line counts if agent, label, game, seed, environment steps and all settings are equal (but those that only name or log
+a run, and ``run.num_threads``). A change of the code does not count; the line's ``versions`` tell it. A run that fails
+or is interrupted leaves no line; its log stays in OUT/logs, and its folder in OUT/runs.
 """
 
 from __future__ import annotations
@@ -131,9 +130,8 @@ def set_of(game: str) -> str:
 
 def digest_of(settings: Mapping[str, Mapping[str, Any]]) -> str:
     """Equal for runs that differ at most in game, seed, names and logging."""
-    changed = differences(settings)
-    changed["run"] = {key: value for key, value in changed.get("run", {}).items() if key not in NOT_IN_DIGEST}
-    return hashlib.sha256(json.dumps(changed, sort_keys=True).encode()).hexdigest()[:16]
+    run = {key: value for key, value in settings["run"].items() if key not in NOT_IN_DIGEST}
+    return hashlib.sha256(json.dumps({**settings, "run": run}, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def make_jobs(options: argparse.Namespace) -> list[Job]:

@@ -6,7 +6,9 @@
 Plays with the checkpoint's parameters, with exploration and a seed of its own, learns nothing, and compares for each
 decision the reward that the model predicts for the command given with the one that came, and the value that it predicts
 for the state, and that its search finds, with the discounted return that followed (complete episodes only). All are in
-the scaled points that the model learns from. Prints a table, and writes OUT/world_model.json.
+scaled points (``train.reward_scale``). What came is the game's points alone: where the run also learned from
+``train.novelty_bonus`` or ``train.loss_penalty``, which depend on what was seen by then, the predictions hold them as
+well, and differ from what came by that much. Prints a table, and writes OUT/world_model.json.
 """
 
 from __future__ import annotations
@@ -77,7 +79,13 @@ def compare(predicted: np.ndarray, happened: np.ndarray) -> dict[str, float]:
 async def play(agent: Agent, settings: Any, *, env_steps: int, seed: int) -> list[list[StepRecord]]:
     games = resolve_games(settings.run.env_id)
     workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=seed)
-    collector = Collector(workers, player=agent.player, config=agent.config, seed=np.random.SeedSequence(seed))
+    collector = Collector(
+        workers,
+        player=agent.player,
+        config=agent.config,
+        seed=np.random.SeedSequence(seed),
+        num_games=len(games),
+    )
     try:
         collected = await collector.collect(env_steps)
     finally:

@@ -160,6 +160,10 @@ def _with_deviation(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {statistics.stdev(values):.3f}"
 
 
+def _from_to(values: Sequence[float]) -> str:
+    return " to ".join(f"{value:g}" for value in sorted({min(values), max(values)}))
+
+
 def cells_of(row: Row, by: int) -> list[str]:
     """A row of the table."""
     runs, whole = len(row.lines), len(row.games) * len(row.seeds)
@@ -191,11 +195,16 @@ def table_of(rows: Sequence[Row], by: int) -> str:
         "runs solved", f"{unit} to solved", "wall time a run, s",
     ]  # fmt: skip
     lines = [head, ["---"] * len(head), *(cells_of(row, by) for row in rows)]
+    most: dict[str, list[float]] = {}
+    for row in rows:
+        most.setdefault(row.game_set, []).extend(line["max_score"] for line in row.lines)
+    points = "; ".join(f"{name} {_from_to(values)}" for name, values in most.items())
     return "".join(f"| {' | '.join(line)} |\n" for line in lines) + (
         "\nScores are shares of the most points a game can give: the mean of all training episodes, of those in the "
         "last 25% of the env steps, and of each run's best (random and prior: of all episodes, they do not train); ± "
         f"is the deviation over seeds. Solved is the first of five won episodes in a row; {unit} to solved is the "
-        "median over all runs, those never solved counting as later than any.\n"
+        "median over all runs, those never solved counting as later than any. All agents are given the valid actions. "
+        f"Most points a game can give: {points}.\n"
     )
 
 

@@ -287,14 +287,17 @@ def test_collection_that_was_cut_short_goes_on(tmp_path):
     def decisions(collected):
         return [(r.episode, r.step, r.action_text, r.reward) for s in collected.segments for r in s.records]
 
-    whole = collect(build()[0], 42)
+    changes = {"different": 2, "search": {"explore_share": 0.5}}
+    alone, _, _ = build(**changes)
+    whole = collect(alone, 39)
+    assert any(lane.leave_after is not None for lane in alone._lanes if lane is not None)
 
     async def in_parts():
-        collector, _, player = build()
+        collector, _, player = build(**changes)
         collected, parts = None, 0
         while collected is None:
             asked = iter([False] * 3)
-            collected = await collector.collect(42, stop=lambda asked=asked: next(asked, True))
+            collected = await collector.collect(39, stop=lambda asked=asked: next(asked, True))
             if collected is None:
                 parts += 1
                 table = RecordTable()
@@ -302,14 +305,19 @@ def test_collection_that_was_cut_short_goes_on(tmp_path):
                 torch.save({**state, "records": table.state_dict()}, tmp_path / "state.pt")
                 state = torch.load(tmp_path / "state.pt", weights_only=True)
                 numbering = player.indexer.state_dict()
-                collector, _, player = build()
+                collector, _, player = build(**changes)
                 player.indexer.load_state_dict(numbering)
                 await collector.load_state_dict(state, read_records(state.pop("records")))
         return collected, parts, collector
 
     collected, parts, collector = asyncio.run(in_parts())
     assert parts == 4 and decisions(collected) == decisions(whole)
-    assert collected.env_steps == whole.env_steps == collector.env_steps == 42
+    assert collected.env_steps == whole.env_steps == collector.env_steps == 39
+    memories = [[memory.state_dict() for memory in c.memories] for c in (collector, alone)]
+    assert memories[0] == memories[1] and memories[0][0] != memories[0][1]
+    assert [lane and lane.leave_after for lane in collector._lanes] == [
+        lane and lane.leave_after for lane in alone._lanes
+    ]
     assert collected.episodes == whole.episodes and collected.visit_entropies == whole.visit_entropies
     for a, b in zip(whole.segments, collected.segments, strict=True):
         for name in ("obs", "action", "reward", "root_value", "child_visit", "action_mask", "timestep"):

@@ -1,5 +1,7 @@
 """The memory of commands: counts, and which commands led on."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from test_collector import build, collect, state_of
@@ -74,6 +76,14 @@ def test_points_lost_on_the_way_do_not_end_it():
     assert memory.num_leading == 3 and leading(memory, "a", 5.0, "fall") == ["fall"]
 
 
+@pytest.mark.parametrize("back", [3.0, 5.0])
+def test_points_that_are_lost_and_earned_again_lead_nowhere(back):
+    steps = walk(("a", 10.0, "take egg", -5.0), ("b", 5.0, "put egg", back))
+    memory = remembered(steps, now=at("c", 5.0 + back))
+    assert leading(memory, "a", 10.0, "take egg", "wait") == []
+    assert leading(memory, "b", 5.0, "put egg", "wait") == ["put egg"] and memory.num_leading == 1
+
+
 def test_the_way_to_most_points_leads_on_and_of_two_the_shorter():
     memory = remembered(KITCHEN, now=at("b1", 2.0))  # open, go, put
     longer = walk(("a", 0.0, "open", 1.0), ("a1", 1.0, "take", 0.0), ("a2", 1.0, "go", 0.0), ("b2", 1.0, "put", 1.0))
@@ -114,10 +124,26 @@ def test_where_no_way_is_known_one_command_takes_the_noise_s_place_mostly_one_th
     if with_prior:
         share = np.arange(1.0, len(actions) + 1) / np.arange(1.0, len(actions) + 1).sum()
         prior = ActionPrior(np.log(share).astype(np.float32), source="score", version=0)
+        share = 0.98 * share + 0.02 / len(actions)  # prior.floor
     drawn = np.array([player._root(lane, lane.state, indices, prior, explore=True).noise for _ in range(4000)])
     assert ((drawn == 1.0).sum(axis=1) == 1).all() and (drawn.sum(axis=1) == 1.0).all()
     share[0] /= (1 + 3) ** 2
     assert drawn.mean(axis=0) == pytest.approx(share / share.sum(), abs=0.03)
+
+
+def test_a_prior_that_is_sure_of_itself_lets_others_be_tried():
+    """``prior.floor`` holds for what is drawn as well."""
+    collector, _, _ = build(num_games=1, prior={"floor": 0.5})
+    collect(collector, 4)
+    lane, player = collector._lanes[0], collector._player
+    lane.memory = CommandMemory(return_first=True)
+    indices = np.arange(len(lane.state.valid_actions))
+    logprobs = np.full(len(indices), -50.0, dtype=np.float32)
+    logprobs[0] = 0.0
+    prior = ActionPrior(logprobs, source="score", version=0)
+    drawn = np.array([player._root(lane, lane.state, indices, prior, explore=True).noise for _ in range(2000)])
+    even = 0.5 / len(indices)
+    assert drawn.mean(axis=0) == pytest.approx([0.5 + even, *[even] * (len(indices) - 1)], abs=0.04)
 
 
 def test_without_return_first_the_noise_is_dirichlet_s():
@@ -140,7 +166,10 @@ def test_collection_explores_less_where_the_way_is_known(known):
     lane.memory = CommandMemory(return_first=True)
     state = lane.state
     if known:
-        lane.memory.earned([HistoryStep("", state.valid_actions[0], 1.0, ("x",), state.standing)], now=state)
+        lane.memory.earned(
+            [HistoryStep("", state.valid_actions[0], 1.0, ("x",), state.standing)],
+            now=dataclasses.replace(state, score=state.score + 1),
+        )
     player, indices = collector._player, np.arange(len(state.valid_actions))
     root = player._root(lane, state, indices, None, explore=True)
     if known:
@@ -189,12 +218,8 @@ def test_some_episodes_leave_the_known_way_anywhere_on_it():
     assert set(left) == {0, 1, 2, 3}  # before the first command of the direct way, ..., after its last
     assert np.mean(left) == pytest.approx(1.5, abs=0.1)
     memory.earned(walk(("z", 0.0, "go", 0.5), ("z1", 0.5, "on", 1.0)), now=at("z2", 1.5))
-    assert {memory.draw_leave(rng, share=1.0, max_score=0.0) for _ in range(200)} == {
-        0,
-        1,
-        2,
-        3,
-    }  # another way, to less
+    # Another way, to less, changes nothing.
+    assert {memory.draw_leave(rng, share=1.0, max_score=0.0) for _ in range(200)} == {0, 1, 2, 3}
     assert {CommandMemory(return_first=True).draw_leave(rng, share=1.0, max_score=0.0) for _ in range(9)} == {0}
     assert {memory.draw_leave(rng, share=1.0, max_score=2.0) for _ in range(99)} == {None}  # there is nothing more
     again = CommandMemory(return_first=True)
@@ -211,7 +236,9 @@ def test_exploration_goes_on_where_the_known_way_is_left():
     state = lane.state
     known = state.valid_actions[0]
     lane.memory.add(state.standing, known)
-    lane.memory.earned([HistoryStep("", known, 1.0, ("x",), state.standing)], now=state)
+    lane.memory.earned(
+        [HistoryStep("", known, 1.0, ("x",), state.standing)], now=dataclasses.replace(state, score=state.score + 1)
+    )
     player, indices = collector._player, np.arange(len(state.valid_actions))
     for leave_after, follows in [(None, True), (len(lane.history) + 1, True), (len(lane.history), False), (0, False)]:
         lane.leave_after = leave_after
@@ -221,8 +248,21 @@ def test_exploration_goes_on_where_the_known_way_is_left():
         assert (set(drawn) == {0}) == follows
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_a_collector_draws_where_each_episode_leaves(share):
-    collector, _, _ = build(num_games=2, search={"return_first": True, "explore_share": share})
+@pytest.mark.parametrize(
+    ("share", "max_score", "leaves"), [(0.0, 1000.0, False), (1.0, 1000.0, True), (1.0, 9.0, False)]
+)
+def test_a_collector_draws_where_each_episode_leaves(share, max_score, leaves):
+    """Every episode, none, or none since a way to the most points is known."""
+    collector, games, _ = build(num_games=2, search={"explore_share": share})
+
+    def telling(begin):
+        async def reset():
+            return dataclasses.replace(await begin(), max_score=max_score)
+
+        return reset
+
+    for game in games:
+        game.reset = telling(game.reset)
     collect(collector, 30)
-    assert all((lane.leave_after is None) == (share == 0.0) for lane in collector._lanes if lane is not None)
+    lanes = [lane for lane in collector._lanes if lane is not None]
+    assert lanes and all((lane.leave_after is not None) == leaves for lane in lanes)

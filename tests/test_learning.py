@@ -77,6 +77,22 @@ def test_unizero_finds_the_coin_and_the_short_way_to_it(tmp_path):
     assert summary.evaluations["world_model"].wins == 1
 
 
+def test_what_was_found_once_is_found_again_by_going_back(tmp_path):
+    """The same game; what takes the test above 40 episodes takes a handful with the memory of ways."""
+    summary = train(
+        tmp_path,
+        {
+            "run": {"env_id": "textworld:coin-collector?level=3&seed=2", "max_env_step": 100},
+            "prior": {"enabled": False},
+            "eval": {"modes": ["world_model"], "episodes": 1},
+        },
+    )
+    lines = (summary.folder / "episodes.jsonl").read_text(encoding="utf-8").splitlines()
+    steps = [json.loads(line)["steps"] for line in lines]
+    print("commands an episode:", steps)
+    assert np.mean(steps[5:20]) < 4.5
+
+
 def test_the_prior_leads_a_search_that_knows_nothing(tmp_path):
     """Nothing is trained: what the agent scores beyond the world model alone is the LLM's doing."""
     summary = train(

@@ -53,7 +53,7 @@ from priorzero.types import GameState, HistoryStep, UserError
 SMALL = {
     "run": {"max_iter": 6, "checkpoint_every": 3, "num_threads": 1, "exp_name": "run"},
     "env": {"max_episode_steps": 8},
-    "search": {"num_simulations": 4, "return_first": True, "tries_exponent": 0.5},
+    "search": {"num_simulations": 4, "tries_exponent": 0.5, "explore_share": 0.5},
     "train": {"collect_env_steps": 10, "batch_size": 8, "update_per_collect": 2, "novelty_bonus": 0.1},
     "llm": {"batch_size": 2, "micro_batch_size": 1},
     "replay": {"segment_length": 5, "buffer_size": 30},
@@ -97,7 +97,7 @@ def learned(folder):
         prints["llm"] = (folder / "llm" / "model.safetensors").read_bytes().__hash__()
     records = {name: fingerprint(packed)["values"] for name, packed in
                ((n, {"values": p["values"]}) for n, p in state["records"]["arrays"].items())}  # fmt: skip
-    rngs = [state["buffer"]["rng"], state["collector"]["rngs"], state["collector"]["memory"]]
+    rngs = [state["buffer"]["rng"], state["collector"]["rngs"], state["collector"]["memories"]]
     return prints, records, state["records"]["scalars"], rngs, state["random"]["python"], state["counters"]
 
 
