@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import itertools
 import json
 import math
@@ -16,7 +17,7 @@ sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import benchmark_learning as bench
 import plot_learning as plot
 
-from priorzero.config import dump_settings, parse_assignments, read_config_file, resolve_settings
+from priorzero.config import OPTIONS, dump_settings, parse_assignments, read_config_file, resolve_settings
 
 GAME = "textworld:simple?seed=201"
 LOG_TAIL = "something broke"
@@ -148,6 +149,13 @@ def test_what_is_there_already_is_not_run_again(runs, call, capsys):
     # What does not learn has no environment steps to differ in.
     assert len(call("--agents", "random", "--env_steps", "60")[1]) == 9
     assert len(set(runs.names)) == 9
+
+
+def test_a_line_from_other_defaults_does_not_count(runs, call, monkeypatch):
+    assert len(call("--agents", "unizero")[1]) == 1
+    option = OPTIONS["search"]["return_first"]
+    monkeypatch.setitem(OPTIONS["search"], "return_first", dataclasses.replace(option, default=not option.default))
+    assert len(call("--agents", "unizero")[1]) == 2
 
 
 def test_a_run_that_fails_leaves_no_line_and_is_tried_again(runs, call, capsys):
@@ -283,7 +291,8 @@ def test_the_table_of_hand_made_lines(write):
         "coin-collector: unizero", "2 x 2", "100", "8", "0.650 ± 0.495", "0.775 ± 0.318", "0.775", "0.50", "never",
         "30",
     ]  # fmt: skip
-    assert plot.table_of(rows, plot.ENV_STEP).count("\n") == 6
+    table = plot.table_of(rows, plot.ENV_STEP)
+    assert table.count("\n") == 6 and "Most points a game can give: coin-collector 10 to 20." in table
 
 
 def test_the_time_to_solved_by_steps_and_by_wall(write):
