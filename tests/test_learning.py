@@ -78,7 +78,7 @@ def test_unizero_finds_the_coin_and_the_short_way_to_it(tmp_path):
 
 
 def test_what_was_found_once_is_found_again_by_going_back(tmp_path):
-    """The same game; what takes the test above 40 episodes takes a handful with the memory of ways."""
+    """The same game; what takes the test above some 30 episodes takes a handful with the memory of ways."""
     summary = train(
         tmp_path,
         {
