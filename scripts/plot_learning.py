@@ -2,6 +2,7 @@
 
     python scripts/plot_learning.py bench_results/learning/results.jsonl
     python scripts/plot_learning.py A/results.jsonl B/results.jsonl --table table.md --plot curves.svg --by wall
+    python scripts/plot_learning.py bench_results/learning/results.jsonl --each solved_at
 
 A row is an agent (and label) on a set of games; its runs must agree in all settings but game and seed. Where a run was
 made twice with different settings, the later line counts, and this is said. Shares are of the most points a game can
@@ -38,6 +39,8 @@ COLOURS = {
     "priorzero_sft": "#009E73",
     "priorzero_sft_rft": "#D55E00",
 }
+FIGURES = ("solved_at", "first_win_at", "mean_score", "last_mean_score", "best_score", "wall_s")  # --each
+GREEDY = ("world_model", "world_model_with_prior", "prior")  # modes of evaluation without chance
 LABEL_DASHES = ((5, 2), (1, 1), (5, 1, 1, 1), (3, 1, 1, 1, 1, 1))  # the lines of an agent's labels, in turn
 
 
@@ -160,6 +163,15 @@ def _with_deviation(values: Sequence[float]) -> str:
     return f"{mean:.3f} ± {statistics.stdev(values):.3f}"
 
 
+def greedy_wins(row: Row) -> str:
+    """For each mode of ``GREEDY``, the share of the last evaluation's episodes that were won, mean over the runs."""
+    shares = []
+    for mode in GREEDY:
+        last = [line["evaluations"][mode] for line in row.lines if mode in line["evaluations"]]
+        shares.append(f"{statistics.fmean(e['wins'] / e['episodes'] for e in last):.2f}" if last else "-")
+    return ", ".join(shares)
+
+
 def _from_to(values: Sequence[float]) -> str:
     return " to ".join(f"{value:g}" for value in sorted({min(values), max(values)}))
 
@@ -184,7 +196,7 @@ def cells_of(row: Row, by: int) -> list[str]:
         cells.append(f"{median:.0f}" if math.isfinite(median) else "never")
     else:
         cells += ["-", "-"]
-    return [*cells, f"{statistics.fmean(line['wall_s'] for line in row.lines):.0f}"]
+    return [*cells, greedy_wins(row), f"{statistics.fmean(line['wall_s'] for line in row.lines):.0f}"]
 
 
 def table_of(rows: Sequence[Row], by: int) -> str:
@@ -192,7 +204,8 @@ def table_of(rows: Sequence[Row], by: int) -> str:
     unit = "env steps" if by == ENV_STEP else "seconds"
     head = [
         "games: agent", "games x seeds", "env steps", "simulations", "mean score", "in the last 25%", "best episode",
-        "runs solved", f"{unit} to solved", "wall time a run, s",
+        "runs solved", f"{unit} to solved", "won by greedy play at the end: world model, with prior, LLM alone",
+        "wall time a run, s",
     ]  # fmt: skip
     lines = [head, ["---"] * len(head), *(cells_of(row, by) for row in rows)]
     most: dict[str, list[float]] = {}
@@ -206,6 +219,32 @@ def table_of(rows: Sequence[Row], by: int) -> str:
         "median over all runs, those never solved counting as later than any. All agents are given the valid actions. "
         f"Most points a game can give: {points}.\n"
     )
+
+
+def each_of(rows: Sequence[Row], figure: str) -> str:
+    """For each set of games a Markdown table of one of ``FIGURES``: a line a game, a column a row, seeds in order.
+
+    A dash is a run that has no such figure (never solved, never won), or one that was not made.
+    """
+    tables = []
+    for game_set in dict.fromkeys(row.game_set for row in rows):
+        columns = [row for row in rows if row.game_set == game_set]
+        lines = [
+            [
+                f"{game_set}: {figure}",
+                *(f"{row.name}, {row.env_steps} steps" if row.learns else row.name for row in columns),
+            ],
+            ["---"] * (len(columns) + 1),
+        ]
+        for game in dict.fromkeys(game for row in columns for game in row.games):
+            lines.append([game, *(_each(row, game, figure) for row in columns)])
+        tables.append("".join(f"| {' | '.join(line)} |\n" for line in lines))
+    return "\n".join(tables)
+
+
+def _each(row: Row, game: str, figure: str) -> str:
+    by_seed = {line["seed"]: line[figure] for line in row.lines if line["game"] == game}
+    return ", ".join("-" if by_seed.get(seed) is None else f"{by_seed[seed]:.4g}" for seed in row.seeds)
 
 
 # ---- curves ----
@@ -336,6 +375,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("results", nargs="+", type=Path, help="results.jsonl of scripts/benchmark_learning.py")
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the table there (default: print it)")
     parser.add_argument("--plot", type=_picture, metavar="FILE.svg|.png", help="draw learning curves")
+    parser.add_argument("--each", choices=FIGURES, help="add a table of this figure for every run")
     parser.add_argument("--by", choices=("steps", "wall"), default="steps", help="x axis and what is taken to solved")
     parser.add_argument("--bins", type=_bins, default=20, help="parts of the x axis (default: 20)")
     options = parser.parse_args(argv)
@@ -343,6 +383,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         rows = read_rows(options.results)
         table = table_of(rows, by)
+        if options.each is not None:
+            table += "\n" + each_of(rows, options.each)
         if options.table is None:
             print(table, end="")
         else:

@@ -248,6 +248,7 @@ def line_of(agent, game, seed, episodes=(), *, max_score=10.0, env_steps=100, me
         "episodes": [[at, score, score, won, wall] for at, score, won, wall in episodes],
         "mean_score": sum(scores) / len(scores),
         "best_score": max(scores),
+        "solved_at": 80 if learns and scores[-5:] == [10.0] * 5 else None,
         "evaluations": {} if learns else {bench.MODE_OF[agent]: {"mean_return": mean_return}},
         "wall_s": wall_s,
     }
@@ -283,13 +284,13 @@ def test_the_table_of_hand_made_lines(write):
     assert [row.name for row in rows] == ["random", "unizero"]
     random, unizero = (plot.cells_of(row, plot.ENV_STEP) for row in rows)
     # random: (1 of 10 + 2 of 20) / 2 = 0.1, one seed
-    assert random == ["coin-collector: random", "2 x 1", "-", "-", "0.100", "-", "0.100", "-", "-", "50"]
+    assert random == ["coin-collector: random", "2 x 1", "-", "-", "0.100", "-", "0.100", "-", "-", "-, -, -", "50"]
     # Seed 0: (0 + 4 + 8)/3 of 10 = 0.4 and (2 + 6)/2 of 20 = 0.2, mean 0.3; seed 1: 1 and 1. Mean 0.65, deviation
     # 0.7/sqrt(2) = 0.495. Last quarter: 0.8 and 0.3, mean 0.55; seed 1: 1; mean 0.775, deviation 0.45/sqrt(2) = 0.318.
     # Best: (0.8 + 0.3)/2 and 1. Solved: two of four, at 80 and 10; so the median lies between 80 and never.
     assert unizero == [
         "coin-collector: unizero", "2 x 2", "100", "8", "0.650 ± 0.495", "0.775 ± 0.318", "0.775", "0.50", "never",
-        "30",
+        "-, -, -", "30",
     ]  # fmt: skip
     table = plot.table_of(rows, plot.ENV_STEP)
     assert table.count("\n") == 6 and "Most points a game can give: coin-collector 10 to 20." in table
@@ -298,9 +299,27 @@ def test_the_table_of_hand_made_lines(write):
 def test_the_time_to_solved_by_steps_and_by_wall(write):
     lines = two_games_two_seeds()
     rows = plot.read_rows([write(*lines[:2], *lines[4:])])
-    assert [plot.cells_of(rows[1], by)[-2] for by in (plot.ENV_STEP, plot.WALL_S)] == ["45", "16"]  # 80, 10; 30, 3
+    assert [plot.cells_of(rows[1], by)[8] for by in (plot.ENV_STEP, plot.WALL_S)] == ["45", "16"]  # 80, 10; 30, 3
     incomplete = plot.read_rows([write(*lines[:5])])[1]
     assert plot.cells_of(incomplete, plot.ENV_STEP)[1] == "3 of 2 x 2"
+
+
+def test_wins_of_greedy_play_by_mode(write):
+    lines = two_games_two_seeds()
+    for line, wins in zip(lines[2:5], (1, 0, 1), strict=True):  # the fourth was not evaluated so
+        line["evaluations"] = {"world_model": {"wins": wins, "episodes": 1}, "prior": {"wins": 1, "episodes": 4}}
+    assert plot.greedy_wins(plot.read_rows([write(*lines)])[1]) == "0.67, -, 0.25"
+
+
+def test_a_figure_of_each_run(write, capsys):
+    lines = two_games_two_seeds()
+    assert plot.main([str(write(*lines[:5])), "--each", "solved_at"]) == 0  # the last run is missing
+    assert capsys.readouterr().out.endswith(
+        "\n| coin-collector: solved_at | random | unizero, 100 steps |\n| --- | --- | --- |\n"
+        f"| {A} | - | -, 80 |\n| {B} | - | -, - |\n"
+    )
+    assert plot.main([str(write(*lines)), "--each", "best_score"]) == 0
+    assert f"| {B} | 2 | 6, 20 |\n" in capsys.readouterr().out
 
 
 def test_no_episode_in_the_last_quarter(write):
