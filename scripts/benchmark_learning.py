@@ -52,11 +52,19 @@ AGENTS: dict[str, dict[str, str]] = {
 # agents that do not learn -> the evaluation mode that is their result
 MODE_OF = {"random": "random", "prior": "prior_sampled"}
 
-REPORT_SEEDS = range(201, 211)
+
+def _simple(seeds: Sequence[int], goal: str = "") -> tuple[str, ...]:
+    return tuple(f"textworld:simple?{goal and f'goal={goal}&'}seed={seed}" for seed in seeds)
+
+
+REPORT_SEEDS, TUNING_SEEDS = range(201, 211), range(101, 105)  # settings are chosen on the games of the second
 GAME_SETS: dict[str, tuple[str, ...]] = {
-    "textworld-simple": tuple(f"textworld:simple?seed={n}" for n in REPORT_SEEDS),
-    "textworld-simple-brief": tuple(f"textworld:simple?goal=brief&seed={n}" for n in REPORT_SEEDS),
-    "textworld-simple-none": tuple(f"textworld:simple?goal=none&seed={n}" for n in REPORT_SEEDS),
+    "textworld-simple": _simple(REPORT_SEEDS),
+    "textworld-simple-brief": _simple(REPORT_SEEDS, "brief"),
+    "textworld-simple-none": _simple(REPORT_SEEDS, "none"),
+    "textworld-tuning": _simple(TUNING_SEEDS),
+    "textworld-tuning-brief": _simple(TUNING_SEEDS, "brief"),
+    "textworld-tuning-none": _simple(TUNING_SEEDS, "none"),
     "coin-collector": tuple(f"textworld:coin-collector?level=5&seed={n}" for n in (1, 2, 3)),
     "detective": ("detective.z5",),
     "zork1": ("zork1.z5",),
