@@ -224,11 +224,14 @@ def table_of(rows: Sequence[Row], by: int) -> str:
 def each_of(rows: Sequence[Row], figure: str) -> str:
     """For each set of games a Markdown table of one of ``FIGURES``: a line a game, a column a row, seeds in order.
 
-    A dash is a run that has no such figure (never solved, never won), or one that was not made.
+    A dash is a run that has no such figure (never solved, never won), or one that was not made; rows without any are
+    left out.
     """
     tables = []
     for game_set in dict.fromkeys(row.game_set for row in rows):
-        columns = [row for row in rows if row.game_set == game_set]
+        columns = [
+            row for row in rows if row.game_set == game_set and any(line[figure] is not None for line in row.lines)
+        ]
         lines = [
             [
                 f"{game_set}: {figure}",

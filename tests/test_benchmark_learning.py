@@ -315,8 +315,7 @@ def test_a_figure_of_each_run(write, capsys):
     lines = two_games_two_seeds()
     assert plot.main([str(write(*lines[:5])), "--each", "solved_at"]) == 0  # the last run is missing
     assert capsys.readouterr().out.endswith(
-        "\n| coin-collector: solved_at | random | unizero, 100 steps |\n| --- | --- | --- |\n"
-        f"| {A} | - | -, 80 |\n| {B} | - | -, - |\n"
+        f"\n| coin-collector: solved_at | unizero, 100 steps |\n| --- | --- |\n| {A} | -, 80 |\n| {B} | -, - |\n"
     )
     assert plot.main([str(write(*lines)), "--each", "best_score"]) == 0
     assert f"| {B} | 2 | 6, 20 |\n" in capsys.readouterr().out
