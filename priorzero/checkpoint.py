@@ -21,7 +21,7 @@ from priorzero.policy import PriorZeroPolicy
 from priorzero.types import UserError
 from priorzero.vocabulary import ActionIndexer
 
-FORMAT = 5
+FORMAT = 6
 MANIFEST = "manifest.json"
 PACKAGES = ("priorzero", "torch", "transformers", "LightZero", "numpy")
 RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")

@@ -117,15 +117,27 @@ class CommandMemory:
         """How often each command was given in this standing, ``[K]``."""
         return np.array([self._times[(*standing, command)] for command in commands])
 
-    def leading(self, state: GameState) -> np.ndarray:
-        """Which of the valid actions lead on from here, ``[K]`` of bool; none if no way is known."""
-        for known, key in (self._from_places, (state.place, state.score)), (self._from_rooms, state.standing):
-            if key in known:
-                *_, commands = known[key]
+    def leading(self, state: GameState, *, ahead: float = 0.0) -> np.ndarray:
+        """Which of the valid actions lead on from here, ``[K]`` of bool; none if no way is known.
+
+        Args:
+            state: where to go on from.
+            ahead: points that this episode has earned aside from the known way. What is known of here with so many
+                points less is asked as well, and followed where more points are still to come by it.
+        """
+        to_come, best = 0.0, np.zeros(len(state.valid_actions), dtype=bool)
+        room, _ = state.standing
+        for score in dict.fromkeys((state.score, state.score - ahead)):
+            for known, key in (self._from_places, (state.place, score)), (self._from_rooms, (room, score)):
+                if key not in known:
+                    continue
+                reached, _, commands = known[key]
                 leads = np.array([action in commands for action in state.valid_actions], dtype=bool)
                 if leads.any():
-                    return leads
-        return np.zeros(len(state.valid_actions), dtype=bool)
+                    if reached - score > to_come:
+                        to_come, best = reached - score, leads
+                    break
+        return best
 
 
 def _spot(step: HistoryStep) -> Spot:

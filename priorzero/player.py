@@ -40,6 +40,7 @@ class Lane:
         history: all earlier decisions of the episode.
         memory: of the commands given in the run; exploration looks at it.
         leave_after: commands of this episode after which exploration no longer follows known ways; None: never.
+        ahead: points earned since then aside from them. Once there are any, exploration follows the known ways again.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 
@@ -50,13 +51,18 @@ class Lane:
     history: list[HistoryStep] = field(default_factory=list)
     memory: CommandMemory = field(default_factory=CommandMemory)
     leave_after: int | None = None
+    ahead: float = 0.0
     total_reward: float = 0.0
+
+    @property
+    def _has_left(self) -> bool:
+        return self.leave_after is not None and len(self.history) >= self.leave_after
 
     def leading(self, state: GameState) -> np.ndarray:
         """Which of the valid actions are on a way that exploration follows from here, ``[K]`` of bool."""
-        if self.leave_after is not None and len(self.history) >= self.leave_after:
+        if self._has_left and self.ahead <= 0:
             return np.zeros(len(state.valid_actions), dtype=bool)
-        return self.memory.leading(state)
+        return self.memory.leading(state, ahead=self.ahead)
 
     def state_dict(self) -> Plain:
         """All but ``rng`` and ``memory``, which outlive the lane."""
@@ -66,6 +72,7 @@ class Lane:
             "actions": list(self.actions),
             "history": [dataclasses.astuple(step) for step in self.history],
             "leave_after": self.leave_after,
+            "ahead": self.ahead,
             "total_reward": self.total_reward,
         }
 
@@ -77,12 +84,17 @@ class Lane:
         self.actions.extend(state["actions"])
         self.history = [HistoryStep(*step) for step in state["history"]]
         self.leave_after = state["leave_after"]
+        self.ahead = state["ahead"]
         self.total_reward = state["total_reward"]
 
     def advance(
         self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
     ) -> None:
         """Take note of what an action led to."""
+        if reward and self._has_left:
+            leads = self.memory.leading(self.state, ahead=self.ahead)
+            if not leads[self.state.valid_actions.index(action_text)]:
+                self.ahead += reward
         self.history.append(
             HistoryStep(self.state.feedback, action_text, reward, self.state.place, self.state.standing)
         )

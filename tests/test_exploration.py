@@ -1,12 +1,14 @@
 """The memory of commands: counts, and which commands led on."""
 
 import dataclasses
+from collections import deque
 
 import numpy as np
 import pytest
 from test_collector import build, collect, state_of
 
 from priorzero.exploration import CommandMemory
+from priorzero.player import Lane
 from priorzero.types import ActionPrior, GameState, HistoryStep
 
 
@@ -36,10 +38,10 @@ def remembered(history, *, now, return_first=True):
     return memory
 
 
-def leading(memory, place, score, *commands):
+def leading(memory, place, score, *commands, ahead=0.0):
     """Those of the commands that lead on."""
     state = GameState(feedback=place, valid_actions=commands, score=score, max_score=9.0, moves=0)
-    return [command for command, leads in zip(commands, memory.leading(state), strict=True) if leads]
+    return [command for command, leads in zip(commands, memory.leading(state, ahead=ahead), strict=True) if leads]
 
 
 def test_the_direct_way_to_points_leads_on():
@@ -226,6 +228,59 @@ def test_some_episodes_leave_the_known_way_anywhere_on_it():
     again.load_state_dict(memory.state_dict())
     twice = [m.draw_leave(np.random.default_rng(1), share=1.0, max_score=0.0) for m in (memory, again)]
     assert twice[0] == twice[1]
+
+
+def test_what_is_known_with_fewer_points_leads_on_for_who_is_ahead():
+    memory = remembered(walk(("a", 0.0, "go", 2.0), ("b", 2.0, "up", 3.0)), now=at("c", 5.0))
+    memory.earned(walk(("a", 0.0, "go", 2.0), ("b", 2.0, "take", 1.0), ("b1", 3.0, "sit", 0.5)), now=at("b2", 3.5))
+    commands = "go", "up", "take", "sit"
+    assert leading(memory, "b", 2.0, *commands) == ["up"]
+    assert leading(memory, "b1", 3.0, *commands) == ["sit"]
+    # In b half a point is to come with three points and three are with two, though only the room is known, not the place.
+    in_b = GameState("", commands, 3.0, 9.0, 0, look="b\nA lamp is here.")
+    assert in_b.standing == ("b", 3.0)
+    assert memory.leading(in_b).tolist() == [False, False, False, True]
+    assert memory.leading(in_b, ahead=1.0).tolist() == [False, True, False, False]
+    in_b = dataclasses.replace(in_b, valid_actions=("go", "sit"))
+    assert memory.leading(in_b, ahead=1.0).tolist() == [False, True]  # the better one cannot be given
+    assert leading(memory, "a", 1.5, *commands, ahead=1.5) == ["go"] and leading(memory, "a", 1.5, *commands) == []
+    assert leading(memory, "b", 2.0, *commands, ahead=-1.0) == ["up"]  # more is to come by what is known as it is
+
+
+def test_an_episode_that_has_earned_something_aside_follows_the_known_way_again():
+    def told(place, score):
+        return GameState(place, ("go", "up", "aside", "back"), score, 9.0, 0)
+
+    memory = remembered(walk(("a", 0.0, "go", 2.0), ("b", 2.0, "up", 3.0)), now=at("c", 5.0))
+    lane = Lane(told("a", 0.0), deque([np.zeros(1)]), deque(), np.random.default_rng(0), memory=memory, leave_after=1)
+
+    def give(command, reward, place):
+        state = told(place, lane.state.score + reward)
+        lane.advance(action_text=command, action_index=0, reward=reward, state=state, features=np.zeros(1))
+        return [action for action, leads in zip(state.valid_actions, lane.leading(state), strict=True) if leads]
+
+    assert lane.leading(lane.state).tolist() == [True, False, False, False]
+    assert give("go", 2.0, "b") == [] and lane.ahead == 0.0  # it has left
+    assert give("aside", -1.0, "z") == [] and lane.ahead == -1.0  # points lost: it stays away
+    assert give("aside", 3.0, "z1") == [] and lane.ahead == 2.0  # here no way is known
+    again = Lane(told("a", 0.0), deque(), deque(), np.random.default_rng(0), memory=memory)
+    again.load_state_dict(lane.state_dict())
+    assert again.ahead == 2.0
+    assert give("back", 0.0, "b") == ["up"]
+    assert give("up", 3.0, "c") == [] and lane.ahead == 2.0  # the known way's own points are not aside
+    assert lane.state.score == 7.0
+    memory.earned(lane.history, now=lane.state)
+    assert leading(memory, "b", 2.0, "up", "aside") == ["aside"]  # both together are the best way now
+
+
+def test_points_of_the_known_way_do_not_bring_an_episode_back_to_it():
+    memory = remembered(walk(("a", 0.0, "go", 2.0), ("b", 2.0, "up", 3.0)), now=at("c", 5.0))
+    state = GameState("a", ("go", "up"), 0.0, 9.0, 0)
+    for leave_after, command, ahead in [(0, "go", 0.0), (0, "up", 2.0), (None, "up", 0.0), (1, "up", 0.0)]:
+        lane = Lane(state, deque(), deque(), np.random.default_rng(0), memory=memory, leave_after=leave_after)
+        after = GameState("b", ("go", "up"), 2.0, 9.0, 1)
+        lane.advance(action_text=command, action_index=0, reward=2.0, state=after, features=np.zeros(1))
+        assert lane.ahead == ahead
 
 
 def test_exploration_goes_on_where_the_known_way_is_left():
