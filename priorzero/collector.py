@@ -297,6 +297,7 @@ class Collector:
         collected.env_steps += 1
         self._observe(decision, record, collected)
         if state.done:
+            lane.memory.ended(lane.history, now=state)
             collected.episodes.append(
                 Episode(
                     total_reward=lane.total_reward,

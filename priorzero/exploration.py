@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from operator import attrgetter
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,8 @@ from priorzero.types import GameState, HistoryStep
 
 Standing = tuple[str, float]
 Spot = tuple[tuple[str, ...], float]  # a place with a score
-# from where -> the points reached, minus the commands it took, what was given there
-Ways = dict[Any, tuple[float, int, frozenset[str]]]
+# from a spot, or from a standing -> the points reached, minus the commands it took, what was given there
+Ways = dict[Spot | Standing, tuple[float, int, frozenset[str]]]
 
 
 class CommandMemory:
@@ -26,7 +25,9 @@ class CommandMemory:
     reached from it (or to as many by fewer commands), leads on; in a place that is on no such way, those that were
     given in its room do. Collection goes back along them without detours and explores where none is known, as
     Go-Explore does (Ecoffet et al. 2021, "First return, then explore", which replaces what it keeps by the same rule),
-    but with the agent's own search in place of saved states. Evaluation knows nothing of this memory.
+    but with the agent's own search in place of saved states. While an episode lasts its points count as they come; once
+    it is over, as many as it ended with: a way to points that are lost again, by a death soon after, is worth less than
+    one that is survived. Evaluation knows nothing of this memory.
 
     Args:
         return_first: take note of what led on; otherwise commands are only counted.
@@ -36,8 +37,8 @@ class CommandMemory:
         self._return_first = return_first
         self._times: Counter[tuple[str, float, str]] = Counter()
         self._answers: Counter[str] = Counter()
-        self._from_places: Ways = {}  # by Spot
-        self._from_rooms: Ways = {}  # by Standing
+        self._hoped: Ways = {}  # as points came
+        self._kept: Ways = {}  # as episodes ended
 
     def __len__(self) -> int:
         """Different commands in different standings."""
@@ -46,21 +47,21 @@ class CommandMemory:
     @property
     def num_leading(self) -> int:
         """Those that lead on."""
-        return sum(len(commands) for *_, commands in self._from_rooms.values())
+        return sum(len(commands) for *_, commands in self._from_rooms())
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "times": [(*key, times) for key, times in self._times.items()],
             "answers": list(self._answers.items()),
-            "from_places": _plain(self._from_places),
-            "from_rooms": _plain(self._from_rooms),
+            "hoped": _plain(self._hoped),
+            "kept": _plain(self._kept),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._times = Counter({(place, score, command): times for place, score, command, times in state["times"]})
         self._answers = Counter(dict(state["answers"]))
-        self._from_places = _ways(state["from_places"])
-        self._from_rooms = _ways(state["from_rooms"])
+        self._hoped = _ways(state["hoped"])
+        self._kept = _ways(state["kept"])
 
     def add(self, standing: Standing, command: str) -> int:
         """Count a command; returns how often it was given in this standing by now."""
@@ -84,14 +85,29 @@ class CommandMemory:
         if not self._return_first:
             return
         way = without_loops(history, now=now)
-        for known, key_of in (self._from_places, _spot), (self._from_rooms, attrgetter("standing")):
-            given: dict[Any, set[str]] = {}
-            for step in way:
-                if step.standing[1] < now.score:
-                    given.setdefault(key_of(step), set()).add(step.action)
-            for key, commands in given.items():
-                if key not in known or (now.score, -len(way)) > known[key][:2]:
-                    known[key] = now.score, -len(way), frozenset(commands)
+        for key, commands in _given(way, below=now.score):
+            known = self._known(key)
+            if known is None or (now.score, -len(way)) > known[:2]:
+                self._hoped[key] = now.score, -len(way), commands
+
+    def ended(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
+        """The episode is over: the way to its most points is worth what it ended with.
+
+        Args:
+            history: all decisions of the episode, at least one.
+            now: the state after them.
+        """
+        if not self._return_first:
+            return
+        scores = [*(step.standing[1] for step in history), now.score]
+        most = scores.index(max(scores))
+        way = without_loops(history[:most], now=history[most] if most < len(history) else now)
+        for key, _ in _given(way, below=scores[most]):
+            if key in self._hoped and self._hoped[key][0] > now.score:
+                del self._hoped[key]
+        for key, commands in _given(way, below=now.score):
+            if key not in self._kept or (now.score, -len(way)) > self._kept[key][:2]:
+                self._kept[key] = now.score, -len(way), commands
 
     def draw_leave(self, rng: np.random.Generator, *, share: float, max_score: float) -> int | None:
         """When an episode that begins now leaves the known way.
@@ -108,7 +124,7 @@ class CommandMemory:
         """
         if share == 0.0 or rng.random() >= share:
             return None
-        reached, minus_length = max((known[:2] for known in self._from_rooms.values()), default=(0.0, 0))
+        reached, minus_length = max((known[:2] for known in self._from_rooms()), default=(0.0, 0))
         if 0 < max_score <= reached:
             return None
         return int(rng.integers(1 - minus_length))
@@ -128,10 +144,11 @@ class CommandMemory:
         to_come, best = 0.0, np.zeros(len(state.valid_actions), dtype=bool)
         room, _ = state.standing
         for score in dict.fromkeys((state.score, state.score - ahead)):
-            for known, key in (self._from_places, (state.place, score)), (self._from_rooms, (room, score)):
-                if key not in known:
+            for key in (state.place, score), (room, score):
+                known = self._known(key)
+                if known is None:
                     continue
-                reached, _, commands = known[key]
+                reached, _, commands = known
                 leads = np.array([action in commands for action in state.valid_actions], dtype=bool)
                 if leads.any():
                     if reached - score > to_come:
@@ -139,9 +156,29 @@ class CommandMemory:
                     break
         return best
 
+    def _known(self, key: Spot | Standing) -> tuple[float, int, frozenset[str]] | None:
+        """The better of what is hoped and what is kept."""
+        found = [ways[key] for ways in (self._hoped, self._kept) if key in ways]
+        return max(found, key=lambda way: way[:2], default=None)
 
-def _spot(step: HistoryStep) -> Spot:
-    return step.place, step.standing[1]
+    def _from_rooms(self) -> Iterator[tuple[float, int, frozenset[str]]]:
+        """The ways known from standings, in any place of the room."""
+        for key in self._hoped | self._kept:
+            known = self._known(key)
+            if isinstance(key[0], str) and known is not None:
+                yield known
+
+
+def _given(way: Sequence[HistoryStep], *, below: float) -> Iterator[tuple[Spot | Standing, frozenset[str]]]:
+    """What was given on a way with less than so many points, by spot and by standing."""
+    given: dict[Spot | Standing, set[str]] = {}
+    for step in way:
+        room, score = step.standing
+        if score < below:
+            given.setdefault((step.place, score), set()).add(step.action)
+            given.setdefault((room, score), set()).add(step.action)
+    for key, commands in given.items():
+        yield key, frozenset(commands)
 
 
 def _plain(ways: Ways) -> list[Any]:

@@ -121,7 +121,7 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
     return Prompt(text, dropped_history=len(shown), over_length=True)
 
 
-def without_loops(history: Sequence[HistoryStep], *, now: GameState) -> list[HistoryStep]:
+def without_loops(history: Sequence[HistoryStep], *, now: GameState | HistoryStep) -> list[HistoryStep]:
     """Past decisions less those that led back to a place, with nothing earned since it was left.
 
     What remains visits each place once, between rewards: what a walkthrough would say of the way to here, and the same

@@ -125,6 +125,7 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
     returns = np.concatenate([returns_to_go(r, discount=discount) for r in happened])
     records = [record for e in episodes for record in e]
     earned = rewards > 0
+    smallest = rewards[earned].min(initial=np.inf)
     return {
         "checkpoint": found[-1].name,
         "game": settings.run.env_id,
@@ -132,7 +133,7 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
         "decisions": len(records),
         "decisions_that_earned": int(earned.sum()),
         "of_these_expected": float((predicted[earned] > rewards[earned] / 2).mean()) if earned.any() else 0.0,
-        "expected_of_the_others": float((predicted[~earned] > rewards.max() / 2).mean()) if earned.any() else 0.0,
+        "expected_of_the_others": float((predicted[~earned] > smallest / 2).mean()) if earned.any() else 0.0,
         "reward": compare(predicted, rewards),
         "value": compare(np.array([r.predicted_value for r in records]), returns),
         "searched_value": compare(np.array([r.root_value for r in records]), returns),

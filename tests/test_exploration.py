@@ -236,7 +236,7 @@ def test_what_is_known_with_fewer_points_leads_on_for_who_is_ahead():
     commands = "go", "up", "take", "sit"
     assert leading(memory, "b", 2.0, *commands) == ["up"]
     assert leading(memory, "b1", 3.0, *commands) == ["sit"]
-    # In b half a point is to come with three points and three are with two, though only the room is known, not the place.
+    # In b half a point is to come with three points, and three are with two, though only the room is known.
     in_b = GameState("", commands, 3.0, 9.0, 0, look="b\nA lamp is here.")
     assert in_b.standing == ("b", 3.0)
     assert memory.leading(in_b).tolist() == [False, False, False, True]
