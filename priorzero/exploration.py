@@ -103,7 +103,7 @@ class CommandMemory:
         most = scores.index(max(scores))
         way = without_loops(history[:most], now=history[most] if most < len(history) else now)
         for key, _ in _given(way, below=scores[most]):
-            if key in self._hoped and self._hoped[key][0] > now.score:
+            if key in self._hoped and now.score < self._hoped[key][0] <= scores[most]:
                 del self._hoped[key]
         for key, commands in _given(way, below=now.score):
             if key not in self._kept or (now.score, -len(way)) > self._kept[key][:2]:

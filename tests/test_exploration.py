@@ -1,10 +1,13 @@
 """The memory of commands: counts, and which commands led on."""
 
 import dataclasses
+import itertools
 from collections import deque
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from test_collector import build, collect, state_of
 
 from priorzero.exploration import CommandMemory
@@ -76,6 +79,72 @@ def test_points_lost_on_the_way_do_not_end_it():
     steps = walk(("a", 5.0, "fall", -1.0), ("b", 4.0, "climb", 0.0), ("c", 4.0, "win", 6.0))
     memory = remembered(steps, now=at("d", 10.0))
     assert memory.num_leading == 3 and leading(memory, "a", 5.0, "fall") == ["fall"]
+
+
+def dark(*, score=5.0):
+    """Down without the lamp, to five points, and dead."""
+    return walk(("a", 0.0, "down", score), ("c", score, "walk", 0.0)), at("grue", score)
+
+
+def test_a_way_to_points_that_are_lost_again_is_worth_what_it_ended_with():
+    memory = CommandMemory(return_first=True)
+    steps, now = dark()
+    memory.earned(steps[:1], now=now)
+    assert leading(memory, "a", 0.0, "down", "lamp") == ["down"]
+    memory.ended(steps, now=dataclasses.replace(now, score=2.0))  # two are better than nothing
+    assert leading(memory, "a", 0.0, "down", "lamp") == ["down"] and leading(memory, "c", 5.0, "walk") == []
+    lamp = walk(("a", 0.0, "lamp", 0.0), ("a1", 0.0, "down", 3.0))
+    memory.earned(lamp, now=at("c1", 3.0))
+    memory.ended([*lamp, *walk(("c1", 3.0, "walk", 0.0))], now=at("d", 3.0))
+    assert leading(memory, "a", 0.0, "down", "lamp") == ["lamp"]  # three that stay
+    again = CommandMemory(return_first=True)
+    memory.earned(steps[:1], now=now)
+    assert leading(memory, "a", 0.0, "down", "lamp") == ["down"]  # five, as long as the episode lives
+    again.load_state_dict(memory.state_dict())
+    assert again.state_dict() == memory.state_dict() and leading(again, "a", 0.0, "down", "lamp") == ["down"]
+    for either in memory, again:
+        either.ended(steps, now=dataclasses.replace(now, score=2.0))
+        assert leading(either, "a", 0.0, "down", "lamp") == ["lamp"]
+        assert {either.draw_leave(np.random.default_rng(n), share=1.0, max_score=0.0) for n in range(99)} == {0, 1, 2}
+
+
+def test_who_dies_on_a_way_that_others_survive_does_not_end_it():
+    memory = CommandMemory(return_first=True)
+    steps, now = dark()
+    memory.earned(steps[:1], now=now)
+    memory.ended(steps, now=now)
+    memory.ended(steps, now=dataclasses.replace(now, score=-5.0))
+    assert leading(memory, "a", 0.0, "down", "lamp") == ["down"]
+    early = walk(("a", 0.0, "wait", 0.0))  # it had not come that far
+    memory.ended(early, now=at("a", -5.0))
+    assert leading(memory, "a", 0.0, "down", "lamp") == ["down"]
+
+
+@given(
+    st.lists(
+        st.tuples(st.integers(0, 1), st.sampled_from("abc"), st.integers(0, 2), st.booleans()), min_size=1, max_size=40
+    )
+)
+def test_ends_say_nothing_new_where_no_points_are_lost(decisions):
+    """Episodes in two lanes: place, points of the command, whether the episode ends with it."""
+    with_ends, without = CommandMemory(return_first=True), CommandMemory(return_first=True)
+    histories = [[], []]
+    for count, (lane, place, points, ends) in enumerate(decisions):
+        history = histories[lane]
+        score = history[-1].standing[1] + history[-1].reward if history else 0.0
+        history += walk((place, score, f"command {count % 3}", float(points)))
+        now = at("z", score + points)
+        for memory in (with_ends, without) if points else ():
+            memory.earned(history, now=now)
+        if ends:
+            with_ends.ended(history, now=now)
+            histories[lane] = []
+        for place_of, points_of in itertools.product("abc", range(6)):
+            commands = [f"command {n}" for n in range(3)]
+            assert leading(with_ends, place_of, points_of, *commands) == leading(
+                without, place_of, points_of, *commands
+            )
+    assert with_ends.num_leading == without.num_leading
 
 
 @pytest.mark.parametrize("back", [3.0, 5.0])
