@@ -262,6 +262,7 @@ def test_a_collector_remembers_what_earned_points():
     assert any(record.reward > 0 for segment in collected.segments for record in segment.records)
     (memory,) = collector.memories
     assert 0 < memory.num_leading <= len(memory)
+    assert collected.episodes and memory.state_dict()["kept"]  # what they ended with
     assert collector.scalars(collected)["collector_iter/commands_leading_on"] == memory.num_leading
     plain, _, _ = build(num_games=2, search={"return_first": False})
     collect(plain, 40)
