@@ -246,7 +246,7 @@ class Collector:
         self._vain_begins[e] = 0
         lane = self._new_lane(e, state)
         share = self._player.settings.search.explore_share
-        lane.leave_after = lane.memory.draw_leave(self._rngs[e], share=share, max_score=state.max_score)
+        lane.detour = lane.memory.draw_detour(self._rngs[e], share=share, max_score=state.max_score)
         self._lanes[e] = lane
 
     def _given_up(self, e: int) -> bool:

@@ -109,25 +109,28 @@ class CommandMemory:
             if key not in self._kept or (now.score, -len(way)) > self._kept[key][:2]:
                 self._kept[key] = now.score, -len(way), commands
 
-    def draw_leave(self, rng: np.random.Generator, *, share: float, max_score: float) -> int | None:
-        """When an episode that begins now leaves the known way.
+    def draw_detour(self, rng: np.random.Generator, *, share: float, max_score: float) -> tuple[int, int] | None:
+        """When an episode that begins now leaves the known way, and when it follows known ways again.
 
         Args:
             rng: draws.
             share: of the episodes leave it, after a number of commands drawn uniformly from none to all of the way to
-                the most points.
+                the most points, and for a number drawn from one to all of it.
             max_score: the most points that the game can give, 0 if it does not say. Once a way to them is known,
                 there is nothing to leave it for.
 
         Returns:
-            That number; None: it follows the known way to its end.
+            The commands of the episode after which it leaves, and those after which it is back; None: it follows the
+            known way to its end.
         """
         if share == 0.0 or rng.random() >= share:
             return None
         reached, minus_length = max((known[:2] for known in self._from_rooms()), default=(0.0, 0))
         if 0 < max_score <= reached:
             return None
-        return int(rng.integers(1 - minus_length))
+        length = -minus_length
+        leave = int(rng.integers(length + 1))
+        return leave, leave + 1 + int(rng.integers(max(1, length)))
 
     def tries(self, standing: Standing, commands: Sequence[str]) -> np.ndarray:
         """How often each command was given in this standing, ``[K]``."""

@@ -39,8 +39,9 @@ class Lane:
         actions: indices of the actions between them.
         history: all earlier decisions of the episode.
         memory: of the commands given in the run; exploration looks at it.
-        leave_after: commands of this episode after which exploration no longer follows known ways; None: never.
-        ahead: points earned since then aside from them. Once there are any, exploration follows the known ways again.
+        detour: commands of this episode after which exploration no longer follows known ways, and those after which it
+            does again; None: it always follows them.
+        ahead: points earned since then aside from them. Once there are any, it follows the known ways again as well.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 
@@ -50,17 +51,13 @@ class Lane:
     rng: np.random.Generator
     history: list[HistoryStep] = field(default_factory=list)
     memory: CommandMemory = field(default_factory=CommandMemory)
-    leave_after: int | None = None
+    detour: tuple[int, int] | None = None
     ahead: float = 0.0
     total_reward: float = 0.0
 
-    @property
-    def _has_left(self) -> bool:
-        return self.leave_after is not None and len(self.history) >= self.leave_after
-
     def leading(self, state: GameState) -> np.ndarray:
         """Which of the valid actions are on a way that exploration follows from here, ``[K]`` of bool."""
-        if self._has_left and self.ahead <= 0:
+        if self.detour is not None and self.detour[0] <= len(self.history) < self.detour[1] and self.ahead <= 0:
             return np.zeros(len(state.valid_actions), dtype=bool)
         return self.memory.leading(state, ahead=self.ahead)
 
@@ -71,7 +68,7 @@ class Lane:
             "features": [torch.from_numpy(features.copy()) for features in self.features],
             "actions": list(self.actions),
             "history": [dataclasses.astuple(step) for step in self.history],
-            "leave_after": self.leave_after,
+            "detour": self.detour,
             "ahead": self.ahead,
             "total_reward": self.total_reward,
         }
@@ -83,7 +80,7 @@ class Lane:
         self.features.extend(features.numpy() for features in state["features"])
         self.actions.extend(state["actions"])
         self.history = [HistoryStep(*step) for step in state["history"]]
-        self.leave_after = state["leave_after"]
+        self.detour = state["detour"]
         self.ahead = state["ahead"]
         self.total_reward = state["total_reward"]
 
@@ -91,7 +88,7 @@ class Lane:
         self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
     ) -> None:
         """Take note of what an action led to."""
-        if reward and self._has_left:
+        if reward and self.detour is not None and len(self.history) >= self.detour[0]:
             leads = self.memory.leading(self.state, ahead=self.ahead)
             if not leads[self.state.valid_actions.index(action_text)]:
                 self.ahead += reward

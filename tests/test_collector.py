@@ -290,7 +290,7 @@ def test_collection_that_was_cut_short_goes_on(tmp_path):
     changes = {"different": 2, "search": {"explore_share": 0.5}}
     alone, _, _ = build(**changes)
     whole = collect(alone, 39)
-    assert any(lane.leave_after is not None for lane in alone._lanes if lane is not None)
+    assert any(lane.detour is not None for lane in alone._lanes if lane is not None)
 
     async def in_parts():
         collector, _, player = build(**changes)
@@ -315,8 +315,8 @@ def test_collection_that_was_cut_short_goes_on(tmp_path):
     assert collected.env_steps == whole.env_steps == collector.env_steps == 39
     memories = [[memory.state_dict() for memory in c.memories] for c in (collector, alone)]
     assert memories[0] == memories[1] and memories[0][0] != memories[0][1]
-    assert [lane and lane.leave_after for lane in collector._lanes] == [
-        lane and lane.leave_after for lane in alone._lanes
+    assert [lane and lane.detour for lane in collector._lanes] == [
+        lane and lane.detour for lane in alone._lanes
     ]
     assert collected.episodes == whole.episodes and collected.visit_entropies == whole.visit_entropies
     for a, b in zip(whole.segments, collected.segments, strict=True):

@@ -105,7 +105,7 @@ def test_a_way_to_points_that_are_lost_again_is_worth_what_it_ended_with():
     for either in memory, again:
         either.ended(steps, now=dataclasses.replace(now, score=2.0))
         assert leading(either, "a", 0.0, "down", "lamp") == ["lamp"]
-        assert {either.draw_leave(np.random.default_rng(n), share=1.0, max_score=0.0) for n in range(99)} == {0, 1, 2}
+        assert {either.draw_detour(np.random.default_rng(n), share=1.0, max_score=0.0) for n in range(99)} == {0, 1, 2}
 
 
 def test_who_dies_on_a_way_that_others_survive_does_not_end_it():
@@ -283,20 +283,20 @@ def test_what_is_known_of_one_game_says_nothing_of_another():
 
 def test_some_episodes_leave_the_known_way_anywhere_on_it():
     memory, rng = remembered(KITCHEN, now=at("b1", 2.0)), np.random.default_rng(0)
-    assert [memory.draw_leave(rng, share=0.0, max_score=9.0) for _ in range(9)] == [None] * 9
-    drawn = [memory.draw_leave(rng, share=0.25, max_score=9.0) for _ in range(4000)]
+    assert [memory.draw_detour(rng, share=0.0, max_score=9.0) for _ in range(9)] == [None] * 9
+    drawn = [memory.draw_detour(rng, share=0.25, max_score=9.0) for _ in range(4000)]
     left = [n for n in drawn if n is not None]
     assert len(left) / len(drawn) == pytest.approx(0.25, abs=0.03)
     assert set(left) == {0, 1, 2, 3}  # before the first command of the direct way, ..., after its last
     assert np.mean(left) == pytest.approx(1.5, abs=0.1)
     memory.earned(walk(("z", 0.0, "go", 0.5), ("z1", 0.5, "on", 1.0)), now=at("z2", 1.5))
     # Another way, to less, changes nothing.
-    assert {memory.draw_leave(rng, share=1.0, max_score=0.0) for _ in range(200)} == {0, 1, 2, 3}
-    assert {CommandMemory(return_first=True).draw_leave(rng, share=1.0, max_score=0.0) for _ in range(9)} == {0}
-    assert {memory.draw_leave(rng, share=1.0, max_score=2.0) for _ in range(99)} == {None}  # there is nothing more
+    assert {memory.draw_detour(rng, share=1.0, max_score=0.0) for _ in range(200)} == {0, 1, 2, 3}
+    assert {CommandMemory(return_first=True).draw_detour(rng, share=1.0, max_score=0.0) for _ in range(9)} == {0}
+    assert {memory.draw_detour(rng, share=1.0, max_score=2.0) for _ in range(99)} == {None}  # there is nothing more
     again = CommandMemory(return_first=True)
     again.load_state_dict(memory.state_dict())
-    twice = [m.draw_leave(np.random.default_rng(1), share=1.0, max_score=0.0) for m in (memory, again)]
+    twice = [m.draw_detour(np.random.default_rng(1), share=1.0, max_score=0.0) for m in (memory, again)]
     assert twice[0] == twice[1]
 
 
