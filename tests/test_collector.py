@@ -315,9 +315,7 @@ def test_collection_that_was_cut_short_goes_on(tmp_path):
     assert collected.env_steps == whole.env_steps == collector.env_steps == 39
     memories = [[memory.state_dict() for memory in c.memories] for c in (collector, alone)]
     assert memories[0] == memories[1] and memories[0][0] != memories[0][1]
-    assert [lane and lane.detour for lane in collector._lanes] == [
-        lane and lane.detour for lane in alone._lanes
-    ]
+    assert [lane and lane.detour for lane in collector._lanes] == [lane and lane.detour for lane in alone._lanes]
     assert collected.episodes == whole.episodes and collected.visit_entropies == whole.visit_entropies
     for a, b in zip(whole.segments, collected.segments, strict=True):
         for name in ("obs", "action", "reward", "root_value", "child_visit", "action_mask", "timestep"):
