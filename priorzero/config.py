@@ -133,8 +133,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "explore_share": Option(
             0.0,
-            "return_first: share of the training episodes that leave the known way at a point drawn from it, and "
-            "explore from there on; none once a way to the game's most points is known",
+            "return_first: share of the training episodes that leave the known way for a while, at a point drawn from "
+            "it, and explore; none once a way to the game's most points is known",
             between(0, 1),
         ),
         "pb_c_base": Option(19652, "PUCT constant", at_least(1)),
