@@ -26,8 +26,8 @@ class CommandMemory:
     given in its room do. Collection goes back along them without detours and explores where none is known, as
     Go-Explore does (Ecoffet et al. 2021, "First return, then explore", which replaces what it keeps by the same rule),
     but with the agent's own search in place of saved states. While an episode lasts its points count as they come; once
-    it is over, as many as it ended with: a way to points that are lost again, by a death soon after, is worth less than
-    one that is survived. Evaluation knows nothing of this memory.
+    it has ended in the game, as many as it ended with: a way to points that are lost again, by a death soon after, is
+    worth less than one that is survived. Evaluation knows nothing of this memory.
 
     Args:
         return_first: take note of what led on; otherwise commands are only counted.

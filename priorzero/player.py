@@ -41,7 +41,8 @@ class Lane:
         memory: of the commands given in the run; exploration looks at it.
         detour: commands of this episode after which exploration no longer follows known ways, and those after which it
             does again; None: it always follows them.
-        ahead: points earned since then aside from them. Once there are any, it follows the known ways again as well.
+        ahead: points earned since it left, by commands that no known way had (lost ones less). As soon as they are more
+            than none, it follows the known ways again.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 

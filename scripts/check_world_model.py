@@ -8,7 +8,8 @@ decision the reward that the model predicts for the command given with the one t
 for the state, and that its search finds, with the discounted return that followed (complete episodes only). All are in
 scaled points (``train.reward_scale``). What came is the game's points alone: where the run also learned from
 ``train.novelty_bonus`` or ``train.loss_penalty``, which depend on what was seen by then, the predictions hold them as
-well, and differ from what came by that much. Prints a table, and writes OUT/world_model.json.
+well, and differ from what came by that much: a command may be expected to earn something for its bonus alone. Prints
+a table, and writes OUT/world_model.json.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
         "decisions": len(records),
         "decisions_that_earned": int(earned.sum()),
         "of_these_expected": float((predicted[earned] > rewards[earned] / 2).mean()) if earned.any() else 0.0,
-        "expected_of_the_others": float((predicted[~earned] > smallest / 2).mean()) if earned.any() else 0.0,
+        "expected_of_the_others": float((predicted[~earned] > smallest / 2).sum() / max(1, (~earned).sum())),
         "reward": compare(predicted, rewards),
         "value": compare(np.array([r.predicted_value for r in records]), returns),
         "searched_value": compare(np.array([r.root_value for r in records]), returns),
