@@ -290,6 +290,7 @@ class Collector:
             reward=reward,
             state=state,
             features=features,
+            promised=decision.promised,
         )
         if reward > 0:
             lane.memory.earned(lane.history, now=state)

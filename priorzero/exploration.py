@@ -91,7 +91,8 @@ class CommandMemory:
                 self._hoped[key] = now.score, -len(way), commands
 
     def ended(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
-        """The episode is over: the way to its most points is worth what it ended with.
+        """The episode is over: the way to its most points is worth what it ended with. Where it lost points, what it
+        had hoped of its ways to more is forgotten.
 
         Args:
             history: all decisions of the episode, at least one.
@@ -100,11 +101,17 @@ class CommandMemory:
         if not self._return_first:
             return
         scores = [*(step.standing[1] for step in history), now.score]
-        most = scores.index(max(scores))
-        way = without_loops(history[:most], now=history[most] if most < len(history) else now)
-        for key, _ in _given(way, below=scores[most]):
-            if key in self._hoped and now.score < self._hoped[key][0] <= scores[most]:
-                del self._hoped[key]
+
+        def way_to(t: int) -> list[HistoryStep]:
+            return without_loops(history[:t], now=history[t] if t < len(history) else now)
+
+        for t in range(1, len(scores)):
+            if scores[t - 1] < scores[t] > now.score:
+                for key, commands in _given(way_to(t), below=scores[t]):
+                    reached, _, hoped = self._hoped.get(key, (now.score, 0, frozenset()))
+                    if now.score < reached <= scores[t] and commands & hoped:
+                        del self._hoped[key]
+        way = way_to(scores.index(max(scores)))
         for key, commands in _given(way, below=now.score):
             if key not in self._kept or (now.score, -len(way)) > self._kept[key][:2]:
                 self._kept[key] = now.score, -len(way), commands
@@ -117,7 +124,7 @@ class CommandMemory:
             share: of the episodes leave it, after a number of commands drawn uniformly from none to all of the way to
                 the most points, and for a number drawn from one to all of it.
             max_score: the most points that the game can give, 0 if it does not say. Once a way to them is known,
-                there is nothing to leave it for.
+                there is nothing to leave it for; before any is known, nothing to leave.
 
         Returns:
             The commands of the episode after which it leaves, and those after which it is back; None: it follows the
@@ -126,30 +133,34 @@ class CommandMemory:
         if share == 0.0 or rng.random() >= share:
             return None
         reached, minus_length = max((known[:2] for known in self._from_rooms()), default=(0.0, 0))
-        if 0 < max_score <= reached:
+        if minus_length == 0 or 0 < max_score <= reached:
             return None
-        length = -minus_length
-        leave = int(rng.integers(length + 1))
-        return leave, leave + 1 + int(rng.integers(max(1, length)))
+        leave = int(rng.integers(1 - minus_length))
+        return leave, leave + 1 + int(rng.integers(-minus_length))
 
     def tries(self, standing: Standing, commands: Sequence[str]) -> np.ndarray:
         """How often each command was given in this standing, ``[K]``."""
         return np.array([self._times[(*standing, command)] for command in commands])
 
-    def leading(self, state: GameState, *, ahead: float = 0.0) -> np.ndarray:
-        """Which of the valid actions lead on from here, ``[K]`` of bool; none if no way is known.
+    def way_on(self, state: GameState, *, ahead: float = 0.0) -> tuple[np.ndarray, float]:
+        """The way that is known from here.
 
         Args:
             state: where to go on from.
             ahead: points that this episode has earned aside from the known way. What is known of here with so many
-                points less is asked as well, and followed where more points are still to come by it.
+                points less is asked as well, and followed where more points are still to come by it, if it leads to
+                more than the episode has: a way to what it has just earned does not. Where the way holds some of those
+                points itself, they are expected twice.
+
+        Returns:
+            Which of the valid actions lead on, ``[K]`` of bool, none if no way is known; and the points still to come.
         """
         to_come, best = 0.0, np.zeros(len(state.valid_actions), dtype=bool)
         room, _ = state.standing
         for score in dict.fromkeys((state.score, state.score - ahead)):
             for key in (state.place, score), (room, score):
                 known = self._known(key)
-                if known is None:
+                if known is None or known[0] <= state.score:
                     continue
                 reached, _, commands = known
                 leads = np.array([action in commands for action in state.valid_actions], dtype=bool)
@@ -157,7 +168,7 @@ class CommandMemory:
                     if reached - score > to_come:
                         to_come, best = reached - score, leads
                     break
-        return best
+        return best, to_come
 
     def _known(self, key: Spot | Standing) -> tuple[float, int, frozenset[str]] | None:
         """The better of what is hoped and what is kept."""

@@ -41,8 +41,8 @@ class Lane:
         memory: of the commands given in the run; exploration looks at it.
         detour: commands of this episode after which exploration no longer follows known ways, and those after which it
             does again; None: it always follows them.
-        ahead: points earned since it left, by commands that no known way had (lost ones less). As soon as they are more
-            than none, it follows the known ways again.
+        ahead: points earned since it left by commands that no known way to more has, less those lost. As soon as they
+            are more than none, it follows the known ways again.
         rng: draws this lane's noise and actions, so that lanes do not disturb one another.
     """
 
@@ -60,7 +60,14 @@ class Lane:
         """Which of the valid actions are on a way that exploration follows from here, ``[K]`` of bool."""
         if self.detour is not None and self.detour[0] <= len(self.history) < self.detour[1] and self.ahead <= 0:
             return np.zeros(len(state.valid_actions), dtype=bool)
-        return self.memory.leading(state, ahead=self.ahead)
+        leads, _ = self.memory.way_on(state, ahead=self.ahead)
+        return leads
+
+    def promised(self, state: GameState, chosen: int) -> float:
+        """Points still to come by the known way that a valid action follows, whether or not exploration does; 0 if it
+        follows none."""
+        leads, to_come = self.memory.way_on(state, ahead=self.ahead)
+        return to_come if leads[chosen] else 0.0
 
     def state_dict(self) -> Plain:
         """All but ``rng`` and ``memory``, which outlive the lane."""
@@ -86,13 +93,18 @@ class Lane:
         self.total_reward = state["total_reward"]
 
     def advance(
-        self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
+        self,
+        *,
+        action_text: str,
+        action_index: int,
+        reward: float,
+        state: GameState,
+        features: np.ndarray,
+        promised: float = 0.0,
     ) -> None:
-        """Take note of what an action led to."""
-        if reward and self.detour is not None and len(self.history) >= self.detour[0]:
-            leads = self.memory.leading(self.state, ahead=self.ahead)
-            if not leads[self.state.valid_actions.index(action_text)]:
-                self.ahead += reward
+        """Take note of what an action led to; ``promised``: :meth:`promised` of it when it was chosen."""
+        if self.detour is not None and len(self.history) >= self.detour[0] and promised <= max(reward, 0.0):
+            self.ahead += reward
         self.history.append(
             HistoryStep(self.state.feedback, action_text, reward, self.state.place, self.state.standing)
         )
@@ -114,6 +126,7 @@ class Decision:
         result: None when no search took part.
         chosen: position of the action in the valid actions.
         behaviour_prob: probability with which it was drawn; 1 if it was not.
+        promised: :meth:`Lane.promised` of it, while exploring.
     """
 
     state: GameState
@@ -123,6 +136,7 @@ class Decision:
     result: SearchResult | None
     chosen: int
     behaviour_prob: float
+    promised: float = 0.0
 
     @property
     def action_text(self) -> str:
@@ -216,12 +230,14 @@ class Player:
             results = await self.world_model_thread.run(
                 "search", self.policy.search, roots, num_actions=self.indexer.num_used
             )
-        return [
-            Decision(state, index, prompt, prior, result, *self._choose(lane, state, prior, result, explore=explore))
-            for lane, state, index, prompt, prior, result in zip(
-                lanes, states, indices, prompts, priors, results, strict=True
-            )
-        ]
+        decisions = []
+        for lane, state, index, prompt, prior, result in zip(
+            lanes, states, indices, prompts, priors, results, strict=True
+        ):
+            chosen, prob = self._choose(lane, state, prior, result, explore=explore)
+            promised = lane.promised(state, chosen) if explore else 0.0
+            decisions.append(Decision(state, index, prompt, prior, result, chosen, prob, promised))
+        return decisions
 
     def _root(
         self, lane: Lane, state: GameState, indices: np.ndarray, prior: ActionPrior | None, *, explore: bool

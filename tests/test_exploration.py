@@ -44,7 +44,8 @@ def remembered(history, *, now, return_first=True):
 def leading(memory, place, score, *commands, ahead=0.0):
     """Those of the commands that lead on."""
     state = GameState(feedback=place, valid_actions=commands, score=score, max_score=9.0, moves=0)
-    return [command for command, leads in zip(commands, memory.leading(state, ahead=ahead), strict=True) if leads]
+    leads, _ = memory.way_on(state, ahead=ahead)
+    return [command for command, on in zip(commands, leads, strict=True) if on]
 
 
 def test_the_direct_way_to_points_leads_on():
@@ -62,7 +63,7 @@ def test_in_an_unknown_place_what_was_given_in_its_room_leads_on():
     memory = remembered(steps, now=at("b1", 1.0))
     state = GameState("", ("go", "take", "wait"), 0.0, 9.0, 0, look="a\nA lamp is here.")
     assert state.standing == ("a", 0.0)
-    assert memory.leading(state).tolist() == [True, True, False]
+    assert memory.way_on(state)[0].tolist() == [True, True, False]
     assert leading(memory, "a", 0.0, "go", "take", "wait") == ["take"]
     assert leading(memory, "a1", 0.0, "go", "take", "wait") == ["go"]
     assert leading(memory, "a", 0.0, "go", "wait") == ["go"]  # the place's own command cannot be given
@@ -107,6 +108,25 @@ def test_a_way_to_points_that_are_lost_again_is_worth_what_it_ended_with():
         assert leading(either, "a", 0.0, "down", "lamp") == ["lamp"]
         drawn = [either.draw_detour(np.random.default_rng(n), share=1.0, max_score=0.0) for n in range(99)]
         assert {detour[0] for detour in drawn if detour} == {0, 1, 2}
+
+
+def test_only_what_an_episode_did_is_forgotten_at_its_end():
+    memory = CommandMemory(return_first=True)
+    memory.earned(walk(("a", 0.0, "lamp", 5.0)), now=at("c", 5.0))
+    longer = walk(("a", 0.0, "down", 0.0), ("b", 0.0, "get", 5.0))
+    memory.earned(longer, now=at("c", 5.0))
+    memory.ended([*longer, *walk(("c", 5.0, "walk", -5.0))], now=at("grue", 0.0))
+    assert leading(memory, "a", 0.0, "lamp", "down") == ["lamp"] and leading(memory, "b", 0.0, "get") == []
+
+
+def test_points_after_a_loss_are_forgotten_as_well():
+    memory = CommandMemory(return_first=True)
+    steps = walk(("a", 0.0, "up", 10.0), ("b", 10.0, "fall", -5.0), ("f", 5.0, "down", 3.0), ("g", 8.0, "walk", -3.0))
+    memory.earned(steps[:1], now=at("b", 10.0))
+    memory.earned(steps[:3], now=at("g", 8.0))
+    assert leading(memory, "f", 5.0, "down") == ["down"]
+    memory.ended(steps, now=at("grue", 5.0))
+    assert leading(memory, "f", 5.0, "down") == [] and leading(memory, "a", 0.0, "up") == ["up"]
 
 
 def test_who_dies_on_a_way_that_others_survive_does_not_end_it():
@@ -294,7 +314,7 @@ def test_some_episodes_leave_the_known_way_anywhere_on_it():
     memory.earned(walk(("z", 0.0, "go", 0.5), ("z1", 0.5, "on", 1.0)), now=at("z2", 1.5))
     # Another way, to less, changes nothing.
     assert {memory.draw_detour(rng, share=1.0, max_score=0.0) for _ in range(400)} == set(detours)
-    assert {CommandMemory(return_first=True).draw_detour(rng, share=1.0, max_score=0.0) for _ in range(9)} == {(0, 1)}
+    assert {CommandMemory(return_first=True).draw_detour(rng, share=1.0, max_score=0.0) for _ in range(9)} == {None}
     assert {memory.draw_detour(rng, share=1.0, max_score=2.0) for _ in range(99)} == {None}  # there is nothing more
     again = CommandMemory(return_first=True)
     again.load_state_dict(memory.state_dict())
@@ -311,48 +331,99 @@ def test_what_is_known_with_fewer_points_leads_on_for_who_is_ahead():
     # In b half a point is to come with three points, and three are with two, though only the room is known.
     in_b = GameState("", commands, 3.0, 9.0, 0, look="b\nA lamp is here.")
     assert in_b.standing == ("b", 3.0)
-    assert memory.leading(in_b).tolist() == [False, False, False, True]
-    assert memory.leading(in_b, ahead=1.0).tolist() == [False, True, False, False]
+    leads, to_come = memory.way_on(in_b)
+    assert leads.tolist() == [False, False, False, True] and to_come == 0.5
+    leads, to_come = memory.way_on(in_b, ahead=1.0)
+    assert leads.tolist() == [False, True, False, False] and to_come == 3.0
     in_b = dataclasses.replace(in_b, valid_actions=("go", "sit"))
-    assert memory.leading(in_b, ahead=1.0).tolist() == [False, True]  # the better one cannot be given
+    assert memory.way_on(in_b, ahead=1.0)[0].tolist() == [False, True]  # the better one cannot be given
     assert leading(memory, "a", 1.5, *commands, ahead=1.5) == ["go"] and leading(memory, "a", 1.5, *commands) == []
     assert leading(memory, "b", 2.0, *commands, ahead=-1.0) == ["up"]  # more is to come by what is known as it is
 
 
+MAIN_WAY = walk(("a", 0.0, "go", 2.0), ("b", 2.0, "up", 3.0), ("c", 5.0, "up", 4.0))  # to nine points
+
+
+class Walker:
+    """An episode in a lane, by hand: what the player and the collector tell it and the memory."""
+
+    def __init__(self, memory, *, detour):
+        start = self.told("a", 0.0)
+        self.lane = Lane(start, deque(), deque(), np.random.default_rng(0), memory=memory, detour=detour)
+
+    def told(self, place, score):
+        return GameState(place, ("go", "up", "aside", "back"), score, 99.0, 0)
+
+    def give(self, command, place, reward=0.0):
+        """Returns what exploration follows then."""
+        lane, state = self.lane, self.told(place, self.lane.state.score + reward)
+        promised = lane.promised(lane.state, lane.state.valid_actions.index(command))
+        lane.advance(
+            action_text=command, action_index=0, reward=reward, state=state, features=np.zeros(1), promised=promised
+        )
+        if reward > 0:
+            lane.memory.earned(lane.history, now=state)
+        return self.follows()
+
+    def follows(self):
+        state = self.lane.state
+        return [action for action, leads in zip(state.valid_actions, self.lane.leading(state), strict=True) if leads]
+
+
 def test_an_episode_that_has_earned_something_aside_follows_the_known_way_again():
-    def told(place, score):
-        return GameState(place, ("go", "up", "aside", "back"), score, 9.0, 0)
-
-    memory = remembered(walk(("a", 0.0, "go", 2.0), ("b", 2.0, "up", 3.0)), now=at("c", 5.0))
-    lane = Lane(told("a", 0.0), deque([np.zeros(1)]), deque(), np.random.default_rng(0), memory=memory, detour=(1, 9))
-
-    def give(command, reward, place):
-        state = told(place, lane.state.score + reward)
-        lane.advance(action_text=command, action_index=0, reward=reward, state=state, features=np.zeros(1))
-        return [action for action, leads in zip(state.valid_actions, lane.leading(state), strict=True) if leads]
-
-    assert lane.leading(lane.state).tolist() == [True, False, False, False]
-    assert give("go", 2.0, "b") == [] and lane.ahead == 0.0  # it has left
-    assert give("aside", -1.0, "z") == [] and lane.ahead == -1.0  # points lost: it stays away
-    assert give("aside", 3.0, "z1") == [] and lane.ahead == 2.0  # here no way is known
-    again = Lane(told("a", 0.0), deque(), deque(), np.random.default_rng(0), memory=memory)
+    memory = remembered(MAIN_WAY, now=at("d", 9.0))
+    walker = Walker(memory, detour=(1, 99))
+    lane = walker.lane
+    assert walker.follows() == ["go"]
+    assert walker.give("go", "b", 2.0) == [] and lane.ahead == 0.0  # it has left
+    assert walker.give("aside", "y") == []
+    assert walker.give("aside", "z", -1.0) == [] and lane.ahead == -1.0  # points lost: it stays away
+    assert walker.give("aside", "z1", 3.0) == [] and lane.ahead == 2.0  # here no way is known
+    again = Walker(memory, detour=None).lane
     again.load_state_dict(lane.state_dict())
-    assert again.ahead == 2.0
-    assert give("back", 0.0, "b") == ["up"]
-    assert give("up", 3.0, "c") == [] and lane.ahead == 2.0  # the known way's own points are not aside
-    assert lane.state.score == 7.0
-    memory.earned(lane.history, now=lane.state)
+    assert again.ahead == 2.0 and again.detour == (1, 99)
+    assert walker.give("back", "y") == []  # its own way to what it has now leads nowhere
+    assert walker.give("back", "b") == ["up"]
+    assert walker.give("up", "c", 3.0) == ["up"] and lane.ahead == 2.0  # the known way's own points are not aside
+    assert walker.give("up", "d", 4.0) == [] and lane.state.score == 11.0
     assert leading(memory, "b", 2.0, "up", "aside") == ["aside"]  # both together are the best way now
 
 
+def test_who_finds_again_what_another_found_aside_is_ahead_as_well():
+    memory = remembered(MAIN_WAY, now=at("d", 9.0))
+    for _ in range(2):  # the first does not come back
+        walker = Walker(memory, detour=(1, 99))
+        walker.give("go", "b", 2.0)
+        assert walker.give("aside", "z") == []
+        assert walker.give("aside", "z1", 1.0) == [] and walker.lane.ahead == 1.0
+    assert walker.give("back", "b") == ["up"]
+
+
+def test_what_is_earned_where_no_way_is_known_leads_nowhere_once_it_is_had():
+    memory = remembered(MAIN_WAY, now=at("d", 9.0))
+    walker = Walker(memory, detour=(0, 1))
+    for command, place, reward in [("go", "b", 2.0), ("up", "c", 3.0), ("up", "d", 4.0), ("aside", "e", 0.0)]:
+        walker.give(command, place, reward)
+    assert walker.give("go", "e1", 1.0) == [] and walker.give("back", "d") == [] and walker.give("aside", "e") == []
+
+
+def test_whether_points_are_aside_is_told_by_what_was_known_when_the_command_was_chosen():
+    memory = remembered(MAIN_WAY, now=at("d", 9.0))
+    lane = Walker(memory, detour=(0, 1)).lane
+    promised = lane.promised(lane.state, 0)
+    assert promised == 9.0 and lane.promised(lane.state, 1) == 0.0
+    memory.earned(walk(("a", 0.0, "back", 30.0)), now=at("x", 30.0))  # another episode, in between
+    assert lane.promised(lane.state, 0) == 0.0
+    after = GameState("b", ("go", "up"), 2.0, 99.0, 1)
+    lane.advance(action_text="go", action_index=0, reward=2.0, state=after, features=np.zeros(1), promised=promised)
+    assert lane.ahead == 0.0
+
+
 def test_points_of_the_known_way_do_not_bring_an_episode_back_to_it():
-    memory = remembered(walk(("a", 0.0, "go", 2.0), ("b", 2.0, "up", 3.0)), now=at("c", 5.0))
-    state = GameState("a", ("go", "up"), 0.0, 9.0, 0)
     for detour, command, ahead in [((0, 1), "go", 0.0), ((0, 1), "up", 2.0), (None, "up", 0.0), ((1, 2), "up", 0.0)]:
-        lane = Lane(state, deque(), deque(), np.random.default_rng(0), memory=memory, detour=detour)
-        after = GameState("b", ("go", "up"), 2.0, 9.0, 1)
-        lane.advance(action_text=command, action_index=0, reward=2.0, state=after, features=np.zeros(1))
-        assert lane.ahead == ahead
+        walker = Walker(remembered(MAIN_WAY, now=at("d", 9.0)), detour=detour)
+        walker.give(command, "b", 2.0)
+        assert walker.lane.ahead == ahead
 
 
 def test_exploration_goes_on_where_the_known_way_is_left():

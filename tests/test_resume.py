@@ -461,7 +461,7 @@ def test_exploration_comes_back(tmp_path):
     again.load_state_dict(torch.load(tmp_path / "memory.pt", weights_only=True))
     assert again.tries(("Room", 1.0), ["go", "wait", "up"]).tolist() == [2, 1, 0]
     here = GameState(feedback="Room", valid_actions=("wait", "go"), score=1.0, max_score=9.0, moves=1)
-    assert again.leading(here).tolist() == [False, True]
+    assert again.way_on(here)[0].tolist() == [False, True]
     assert again.num_leading == 1 and again.add(("Room", 1.0), "go") == 3
     assert again.add_answer("Taken.") == 2 and again.add_answer("Dropped.") == 1
 
