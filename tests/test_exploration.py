@@ -399,14 +399,6 @@ def test_who_finds_again_what_another_found_aside_is_ahead_as_well():
     assert walker.give("back", "b") == ["up"]
 
 
-def test_what_is_earned_where_no_way_is_known_leads_nowhere_once_it_is_had():
-    memory = remembered(MAIN_WAY, now=at("d", 9.0))
-    walker = Walker(memory, detour=(0, 1))
-    for command, place, reward in [("go", "b", 2.0), ("up", "c", 3.0), ("up", "d", 4.0), ("aside", "e", 0.0)]:
-        walker.give(command, place, reward)
-    assert walker.give("go", "e1", 1.0) == [] and walker.give("back", "d") == [] and walker.give("aside", "e") == []
-
-
 def test_whether_points_are_aside_is_told_by_what_was_known_when_the_command_was_chosen():
     memory = remembered(MAIN_WAY, now=at("d", 9.0))
     lane = Walker(memory, detour=(0, 1)).lane
@@ -417,6 +409,21 @@ def test_whether_points_are_aside_is_told_by_what_was_known_when_the_command_was
     after = GameState("b", ("go", "up"), 2.0, 99.0, 1)
     lane.advance(action_text="go", action_index=0, reward=2.0, state=after, features=np.zeros(1), promised=promised)
     assert lane.ahead == 0.0
+
+
+def test_a_collector_tells_a_lane_what_was_promised(monkeypatch):
+    told = []
+    advance = Lane.advance
+
+    def advancing(lane, *, promised, **what):
+        told.append(promised)
+        advance(lane, promised=promised, **what)
+
+    monkeypatch.setattr(Lane, "promised", lambda lane, state, chosen: 7.0)
+    monkeypatch.setattr(Lane, "advance", advancing)
+    collector, _, _ = build(num_games=2)
+    collect(collector, 6)
+    assert told == [7.0] * 6
 
 
 def test_points_of_the_known_way_do_not_bring_an_episode_back_to_it():
