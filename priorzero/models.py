@@ -163,13 +163,22 @@ class LanguageModel:
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest sequence that the model takes; None if it does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        """Tokens of the longest sequence that the model takes; None if it does not say.
+
+        No more than the window of layers that look no further back (such as Gemma 3's): up to there they see all of a
+        packed row, as :func:`~priorzero.completions.pack` has it.
+        """
+        config = self.model.config
+        kinds = getattr(config, "layer_types", None)
+        windowed = kinds is None or "sliding_attention" in kinds
+        window = getattr(config, "sliding_window", None) if windowed else None
+        limits = [limit for limit in (getattr(config, "max_position_embeddings", None), window) if limit is not None]
+        return min(limits, default=None)
 
     def check_length(self, length: int) -> None:
         """Raises PromptTooLong if a sequence of ``length`` tokens does not fit into the model."""
         if self.max_length is not None and length > self.max_length:
-            raise PromptTooLong(f"{length} tokens do not fit into a model of {self.max_length} positions")
+            raise PromptTooLong(f"{length} tokens do not fit into a model that sees {self.max_length} at once")
 
     def token_logprobs(self, rows: Sequence[PromptRow], *, past: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the tokens of all completions.
@@ -281,7 +290,8 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
         device: where it goes.
 
     Raises:
-        UserError: the model cannot be found or loaded, or has no chat template.
+        UserError: the model cannot be found or loaded, has no chat template, cannot score packed rows, or takes less
+            than a prompt.
     """
     from transformers import AutoModelForCausalLM
 
@@ -301,7 +311,38 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
         reference = copy.deepcopy(model).requires_grad_(False)
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     compute_dtype = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
-    return LanguageModel(model, tokenizer, compute_dtype, reference)
+    llm = LanguageModel(model, tokenizer, compute_dtype, reference)
+    if llm.max_length is not None and cfg.prompt_max_len >= llm.max_length:
+        raise UserError(
+            f"llm.prompt_max_len={cfg.prompt_max_len}: {cfg.path} sees {llm.max_length} tokens at once, prompt and "
+            f"command; type --set llm.prompt_max_len={llm.max_length * 7 // 8}"
+        )
+    _check_packing(llm, path=cfg.path)
+    return llm
+
+
+@torch.no_grad()
+def _check_packing(llm: LanguageModel, *, path: str) -> None:
+    """Raises UserError if the model does not keep to the attention mask of packed rows, as recurrent layers do not."""
+    row = llm.row("You are in a kitchen. You", [" open the door and go north", " take the lamp"], end_of_turn=False)
+
+    def logprobs(row: PromptRow) -> torch.Tensor:
+        batch = pack([row], dtype=torch.float32, device=llm.device)
+        return completion_logprobs(llm.model, batch).sum(dim=1)
+
+    try:
+        alone = torch.cat([logprobs(PromptRow(row.prompt_ids, [completion])) for completion in row.completions])
+        difference = float((logprobs(row) - alone).abs().max())
+    except (TypeError, ValueError, RuntimeError) as error:  # it takes no such mask, or no positions
+        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    else:
+        if difference < 0.01:
+            return
+        said = f"log-probabilities differ by {difference:.2g} from those of each command alone"
+    raise UserError(
+        f"llm.path={path}: a model of type {llm.model.config.model_type} cannot score commands together ({said}); give "
+        "one with attention alone, such as Qwen2.5, Llama or SmolLM2"
+    )
 
 
 def _with_lora(model: Any, *, r: int, alpha: int) -> Any:

@@ -18,10 +18,12 @@ import bench_prior
 import bench_search
 import bench_tools
 import compare_llm_losses
+import compare_prompts
 import profile_quick_test
 from bench_tools import Row
 
 from priorzero.completions import PromptRow
+from priorzero.types import ActionPrior, PriorRequest
 
 
 def test_one_row_an_action_is_the_same_learning_step(smollm2):
@@ -112,3 +114,33 @@ def test_losses_that_cannot_be_compared_are_told_at_once(capsys, arguments, mess
     assert compare_llm_losses.main(arguments) == 2
     told = capsys.readouterr().err
     assert told.startswith("error: ") and message in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--prompts", "walkthrough,poem"], "--prompts poem: there are question, question_short"),
+        (["--goals", "long"], "--goals long: there are detailed, brief, none"),
+        (["--games", "textworld:simple?seed=1&goal=brief"], "give generated games and no goal"),
+        (["--games", "nowhere.z5"], "nowhere.z5"),
+        (["--llm", "./nowhere"], "llm.path=./nowhere: no such folder"),
+    ],
+)
+def test_prompts_that_cannot_be_compared_are_told_at_once(capsys, arguments, message):
+    assert compare_prompts.main(arguments) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and message in told
+
+
+def test_where_the_right_command_stands():
+    questions, answers = [], []
+    for probs, right in [([0.5, 0.3, 0.2], 0), ([0.5, 0.3, 0.2], 2), ([0.4, 0.4, 0.1, 0.1], 1)]:
+        actions = tuple("abcd"[: len(probs)])
+        questions.append(compare_llm_losses.Question(None, PriorRequest("", actions), right))
+        answers.append(ActionPrior(np.log(np.array(probs, dtype=np.float32)), "score", version=0))
+    assert compare_prompts.figures(questions, answers) == pytest.approx(
+        {"place": 5 / 3, "first": 2 / 3, "log-prob": (np.log(0.5) + np.log(0.2) + np.log(0.4)) / 3}
+    )
+    assert compare_prompts.chance(questions) == pytest.approx(
+        {"place": 6.5 / 3, "first": 11 / 36, "log-prob": -(2 * np.log(3) + np.log(4)) / 3}
+    )

@@ -6,8 +6,9 @@ import pytest
 import torch
 from conftest import make_settings
 
+from priorzero.completions import PromptRow
 from priorzero.models import choose_device, load_language_model, resolve_model
-from priorzero.types import UserError
+from priorzero.types import PromptTooLong, UserError
 
 
 def test_names(tmp_path):
@@ -68,3 +69,71 @@ def test_device_choice(monkeypatch):
         choose_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("auto") == torch.device("cuda")
+
+
+def save_model(folder, config, tokenizer):
+    """A small random model of another kind, behind a real tokenizer."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config.vocab_size = len(tokenizer)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def gemma(window):
+    from transformers import Gemma3TextConfig
+
+    return Gemma3TextConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=8, sliding_window=window, layer_types=["sliding_attention", "full_attention"],
+        max_position_embeddings=4096, initializer_range=0.2, query_pre_attn_scalar=8,
+    )  # fmt: skip
+
+
+def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2):
+    folder = save_model(tmp_path / "gemma", gemma(96), smollm2.tokenizer)
+    with pytest.raises(UserError, match=r"sees 96 tokens at once.*llm.prompt_max_len=84"):
+        load_language_model(make_settings({"llm": {"path": str(folder)}}).llm, device=torch.device("cpu"))
+    cfg = make_settings({"llm": {"path": str(folder), "prompt_max_len": 84}}).llm
+    llm = load_language_model(cfg, device=torch.device("cpu"))
+    assert llm.max_length == 96
+
+    def differ(length):
+        """How far the packed row is from what the model says of the same tokens one after another."""
+        ids = torch.randint(100, 1000, (1, length), generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            packed, _ = llm.token_logprobs([PromptRow(ids[0, :-4].tolist(), [ids[0, -4:].tolist(), [7, 7]])])
+            plain = llm.model(input_ids=ids).logits.log_softmax(-1)[0, -5:-1]
+        return float((packed[0] - plain.gather(1, ids[0, -4:, None])[:, 0]).abs().max())
+
+    assert differ(96) < 1e-3 < differ(120)
+    words = " north" * 93
+    assert len(llm.row(words, [" go on"], end_of_turn=False).prompt_ids) == 93
+    with pytest.raises(PromptTooLong, match="a model that sees 96 at once"):
+        llm.row(words + " north", [" go on and on"], end_of_turn=False)
+
+
+def test_layers_that_are_not_said_to_slide_do_not_limit_it(tmp_path, smollm2):
+    from transformers import Qwen2Config
+
+    config = Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        sliding_window=64, use_sliding_window=False, max_position_embeddings=4096,
+    )  # fmt: skip
+    folder = save_model(tmp_path / "qwen", config, smollm2.tokenizer)
+    llm = load_language_model(make_settings({"llm": {"path": str(folder)}}).llm, device=torch.device("cpu"))
+    assert llm.max_length == 4096
+
+
+def test_layers_that_carry_a_state_along_are_refused(tmp_path, smollm2):
+    from transformers import Lfm2Config
+
+    config = Lfm2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        layer_types=["conv", "full_attention"], max_position_embeddings=4096, initializer_range=0.2,
+    )  # fmt: skip
+    folder = save_model(tmp_path / "lfm2", config, smollm2.tokenizer)
+    with pytest.raises(UserError, match=r"of type lfm2 cannot score commands together \(log-probabilities differ"):
+        load_language_model(make_settings({"llm": {"path": str(folder)}}).llm, device=torch.device("cpu"))

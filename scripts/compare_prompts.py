@@ -1,0 +1,160 @@
+"""Which prompt a language model can use: where it puts the right command, in states of games whose solution is known.
+
+    python scripts/compare_prompts.py                             # some ten minutes on two cores
+    python scripts/compare_prompts.py --llm FOLDER --goals detailed --prompts walkthrough,question
+
+In every state along the solutions of generated games the LLM is asked for its prior over the valid commands, with each
+prompt and each goal; the prompt holds the solution's own past. Prints, for each, the mean place of the right command
+(1 is the LLM's favourite; equals share the better place), how often it is first, its mean log-probability (nats),
+tokens of prompt, and seconds a state. The row "chance" is a prior that is the same for all commands. Writes
+OUT/prompts.json, anew after each row.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path[:0] = [str(ROOT)]
+
+from bench_tools import RESULTS, print_table
+from compare_llm_losses import Question, priors, questions_of
+
+from priorzero.config import read_config_file, resolve_settings
+from priorzero.engines import PriorMaker
+from priorzero.envs import resolve_game
+from priorzero.models import LanguageModel, choose_device, load_language_model
+from priorzero.policy import prompt_style
+from priorzero.types import ActionPrior, UserError
+
+QUESTION = {
+    "prompt_layout": "transcript", "history": "all", "history_length": 20, "history_chars": 0,
+    "show_observation": True, "observation_chars": 200, "list_commands": False,
+}  # fmt: skip
+WALKTHROUGH = QUESTION | {"prompt_layout": "walkthrough", "history": "direct", "show_observation": False}
+# prompt -> the group llm of the settings, on top of --config
+PROMPTS: dict[str, dict[str, Any]] = {
+    "question": QUESTION,
+    "question_short": QUESTION | {"history_length": 3},
+    "question_answers": QUESTION | {"history_length": 5, "history_chars": 300, "observation_chars": 0},
+    "question_no_observation": QUESTION | {"show_observation": False},
+    "question_commands": QUESTION | {"list_commands": True},
+    "walkthrough": WALKTHROUGH,
+    "walkthrough_observation": WALKTHROUGH | {"show_observation": True},
+    "walkthrough_commands": WALKTHROUGH | {"list_commands": True},
+}
+GOALS = "detailed", "brief", "none"
+
+
+def figures(questions: Sequence[Question], answers: Sequence[ActionPrior]) -> dict[str, float]:
+    """Where the right commands stand."""
+    right = np.array([answer.logprobs[q.right] for q, answer in zip(questions, answers, strict=True)])
+    pairs = zip(right, answers, strict=True)
+    place = np.array([1 + np.sum(answer.logprobs > logprob) for logprob, answer in pairs])
+    return {"place": float(place.mean()), "first": float(np.mean(place == 1)), "log-prob": float(right.mean())}
+
+
+def chance(questions: Sequence[Question]) -> dict[str, float]:
+    """The same of a prior that knows nothing; its place is the mean over all orders."""
+    counts = np.array([len(question.request.valid_actions) for question in questions])
+    return {
+        "place": float((counts + 1).mean() / 2),
+        "first": float((1 / counts).mean()),
+        "log-prob": float(-np.log(counts).mean()),
+    }
+
+
+def ask(llm: LanguageModel, settings: Any, *, games: Sequence[str]) -> tuple[dict[str, float], list[Question]]:
+    """One prompt's figures, and what was asked."""
+    style = prompt_style(settings)
+    questions = [q for game in games for q in questions_of(game, style=style, tokenizer=llm.tokenizer)]
+    maker = PriorMaker(llm, style, settings.prior.normalise, settings.prior.temperature)
+    started = time.perf_counter()
+    answers = priors(maker, questions)
+    spent = time.perf_counter() - started
+    tokens = [len(llm.tokenizer(q.request.prompt, add_special_tokens=False)["input_ids"]) for q in questions]
+    return {
+        **figures(questions, answers),
+        "tokens": float(np.mean(tokens)),
+        "s a state": spent / len(questions),
+    }, questions
+
+
+def chosen(given: str, known: Sequence[str], *, flag: str) -> list[str]:
+    """The names in a comma-separated list.
+
+    Raises:
+        UserError: one that there is not.
+    """
+    names = given.split(",")
+    if unknown := [name for name in names if name not in known]:
+        raise UserError(f"{flag} {','.join(unknown)}: there are {', '.join(known)}")
+    return names
+
+
+def run(options: argparse.Namespace) -> None:
+    """Compare, print and write.
+
+    Raises:
+        UserError: a prompt, a goal or a game that there is not, or an LLM that cannot be loaded.
+    """
+    goals = chosen(options.goals, GOALS, flag="--goals")
+    names = chosen(options.prompts, list(PROMPTS), flag="--prompts")
+    games = options.games.split(",")
+    for game in games:
+        if resolve_game(game).kind != "textworld" or "goal=" in game:
+            raise UserError(f"--games {game}: give generated games and no goal, as textworld:simple?seed=101")
+    base = read_config_file(options.config)
+    llm_cfg = {"prompt_max_len": options.prompt_max_len} | ({} if options.llm is None else {"path": options.llm})
+    prior = {"mode": "score", "normalise": options.normalise}
+    settings = {name: resolve_settings(base, {"prior": prior, "llm": PROMPTS[name] | llm_cfg}) for name in names}
+    first = settings[names[0]]
+    llm = load_language_model(first.llm, device=choose_device(first.run.device))
+    options.out.mkdir(parents=True, exist_ok=True)
+    file = options.out / "prompts.json"
+    what = {"llm": first.llm.path, "games": games, "normalise": options.normalise, "tokens": options.prompt_max_len}
+    rows: dict[str, dict[str, float]] = {}
+    for goal in goals:
+        here = [f"{game}{'&' if '?' in game else '?'}goal={goal}" for game in games]
+        for name in names:
+            row, questions = ask(llm, settings[name], games=here)
+            rows[f"{goal}: chance"] = chance(questions) | {"tokens": 0.0, "s a state": 0.0}
+            rows[f"{goal}: {name}"] = row
+            file.write_text(json.dumps({**what, "states": len(questions), "rows": rows}, indent=2) + "\n", "utf-8")
+            print(f"{goal}, {name}: done")
+    print_table("the right command", rows)
+    print(f"written to {file}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "learning_textworld.yaml", metavar="FILE")
+    parser.add_argument("--llm", metavar="PATH", help="as llm.path, in place of the configuration's")
+    parser.add_argument("--prompt_max_len", type=int, default=2048, help="as llm.prompt_max_len (default: %(default)s)")
+    parser.add_argument("--prompts", default=",".join(PROMPTS), help="some of %(default)s")
+    parser.add_argument("--goals", default=",".join(GOALS), help="some of %(default)s")
+    parser.add_argument("--normalise", choices=("mean", "sum"), default="mean", help="as prior.normalise")
+    parser.add_argument(
+        "--games",
+        default=",".join(f"textworld:simple?seed={seed}" for seed in (101, 102, 103)),
+        help="generated games (default: %(default)s)",
+    )
+    parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
+    try:
+        run(parser.parse_args(argv))
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
