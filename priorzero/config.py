@@ -132,7 +132,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "command takes it, drawn from the LLM's prior (or evenly), over the square of 1 + N",
         ),
         "explore_share": Option(
-            0.0,
+            0.3,
             "return_first: share of the training episodes that leave the known way for a while, at a point drawn from "
             "it, and explore; none once a way to the game's most points is known",
             between(0, 1),
