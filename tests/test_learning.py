@@ -20,6 +20,7 @@ from priorzero.train import run_training
 from priorzero.types import ActionPrior
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
+import check_world_model
 from compare_llm_losses import Question, decision, good_visits, priors, questions_of, right_probs
 
 pytestmark = [pytest.mark.slow, pytest.mark.learn]
@@ -75,6 +76,10 @@ def test_unizero_finds_the_coin_and_the_short_way_to_it(tmp_path):
     print("commands an episode:", steps)
     assert np.mean(steps[:20]) > 6 and np.mean(steps[-20:]) < 4.5
     assert summary.evaluations["world_model"].wins == 1
+    known = check_world_model.check(summary.folder, env_steps=60, seed=1)
+    print("what it expects:", known)
+    assert known["decisions_that_earned"] >= 8 and known["of_these_expected"] > 0.8
+    assert known["expected_of_the_others"] < 0.1
 
 
 def test_what_was_found_once_is_found_again_by_going_back(tmp_path):
