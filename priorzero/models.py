@@ -165,15 +165,18 @@ class LanguageModel:
     def max_length(self) -> int | None:
         """Tokens of the longest sequence that the model takes; None if it does not say.
 
-        No more than the window of layers that look no further back (such as Gemma 3's): up to there they see all of a
-        packed row, as :func:`~priorzero.completions.pack` has it.
+        No more than what layers see that look back over a window (such as Gemma 3's) or see a chunk (Llama 4's): up to
+        there they see all of a packed row, as :func:`~priorzero.completions.pack` has it.
         """
-        config = self.model.config
+        config = self.model.config.get_text_config(decoder=True)
+        names = ["max_position_embeddings"]
         kinds = getattr(config, "layer_types", None)
-        windowed = kinds is None or "sliding_attention" in kinds
-        window = getattr(config, "sliding_window", None) if windowed else None
-        limits = [limit for limit in (getattr(config, "max_position_embeddings", None), window) if limit is not None]
-        return min(limits, default=None)
+        if kinds is None or "sliding_attention" in kinds:
+            names.append("sliding_window")
+        if kinds is not None and "chunked_attention" in kinds:
+            names.append("attention_chunk_size")
+        limits = [getattr(config, name, None) for name in names]
+        return min((limit for limit in limits if limit is not None), default=None)
 
     def check_length(self, length: int) -> None:
         """Raises PromptTooLong if a sequence of ``length`` tokens does not fit into the model."""
@@ -290,8 +293,7 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
         device: where it goes.
 
     Raises:
-        UserError: the model cannot be found or loaded, has no chat template, cannot score packed rows, or takes less
-            than a prompt.
+        UserError: the model cannot be found or loaded, has no chat template, or cannot score packed rows.
     """
     from transformers import AutoModelForCausalLM
 
@@ -312,10 +314,10 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     compute_dtype = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
     llm = LanguageModel(model, tokenizer, compute_dtype, reference)
-    if llm.max_length is not None and cfg.prompt_max_len >= llm.max_length:
-        raise UserError(
-            f"llm.prompt_max_len={cfg.prompt_max_len}: {cfg.path} sees {llm.max_length} tokens at once, prompt and "
-            f"command; type --set llm.prompt_max_len={llm.max_length * 7 // 8}"
+    if llm.max_length is not None and cfg.prompt_max_len > llm.max_length:
+        logger.warning(
+            f"llm.prompt_max_len={cfg.prompt_max_len}: {cfg.path} sees {llm.max_length} tokens at once; longer prompts "
+            f"get no prior of it (prior/too_long); with --set llm.prompt_max_len={llm.max_length * 3 // 4} they are cut"
         )
     _check_packing(llm, path=cfg.path)
     return llm
@@ -333,10 +335,12 @@ def _check_packing(llm: LanguageModel, *, path: str) -> None:
     try:
         alone = torch.cat([logprobs(PromptRow(row.prompt_ids, [completion])) for completion in row.completions])
         difference = float((logprobs(row) - alone).abs().max())
-    except (TypeError, ValueError, RuntimeError) as error:  # it takes no such mask, or no positions
+    except torch.OutOfMemoryError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # it takes no such mask, or no positions
         said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
-        if difference < 0.01:
+        if difference < 0.03:  # rounding on a GPU stays below; layers that carry a state are beyond
             return
         said = f"log-probabilities differ by {difference:.2g} from those of each command alone"
     raise UserError(

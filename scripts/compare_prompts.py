@@ -5,7 +5,7 @@
 
 In every state along the solutions of generated games the LLM is asked for its prior over the valid commands, with each
 prompt and each goal; the prompt holds the solution's own past. Prints, for each, the mean place of the right command
-(1 is the LLM's favourite; equals share the better place), how often it is first, its mean log-probability (nats),
+(1 is the favourite; equals share the mean of their places), how often it is first, its mean log-probability (nats),
 tokens of prompt, and seconds a state. The row "chance" is a prior that is the same for all commands. Writes
 OUT/prompts.json, anew after each row.
 """
@@ -57,8 +57,9 @@ GOALS = "detailed", "brief", "none"
 def figures(questions: Sequence[Question], answers: Sequence[ActionPrior]) -> dict[str, float]:
     """Where the right commands stand."""
     right = np.array([answer.logprobs[q.right] for q, answer in zip(questions, answers, strict=True)])
-    pairs = zip(right, answers, strict=True)
-    place = np.array([1 + np.sum(answer.logprobs > logprob) for logprob, answer in pairs])
+    above = np.array([np.sum(answer.logprobs > logprob) for logprob, answer in zip(right, answers, strict=True)])
+    equal = np.array([np.sum(answer.logprobs == logprob) for logprob, answer in zip(right, answers, strict=True)])
+    place = above + (equal + 1) / 2
     return {"place": float(place.mean()), "first": float(np.mean(place == 1)), "log-prob": float(right.mean())}
 
 
@@ -73,13 +74,21 @@ def chance(questions: Sequence[Question]) -> dict[str, float]:
 
 
 def ask(llm: LanguageModel, settings: Any, *, games: Sequence[str]) -> tuple[dict[str, float], list[Question]]:
-    """One prompt's figures, and what was asked."""
+    """One prompt's figures, and what was asked.
+
+    Raises:
+        UserError: a prompt does not fit into the model.
+    """
     style = prompt_style(settings)
     questions = [q for game in games for q in questions_of(game, style=style, tokenizer=llm.tokenizer)]
     maker = PriorMaker(llm, style, settings.prior.normalise, settings.prior.temperature)
     started = time.perf_counter()
     answers = priors(maker, questions)
     spent = time.perf_counter() - started
+    if any(answer.source != "score" for answer in answers):
+        raise UserError(
+            f"prompts do not fit into the {llm.max_length} tokens of this model; give less --prompt_max_len"
+        )
     tokens = [len(llm.tokenizer(q.request.prompt, add_special_tokens=False)["input_ids"]) for q in questions]
     return {
         **figures(questions, answers),
@@ -110,8 +119,9 @@ def run(options: argparse.Namespace) -> None:
     names = chosen(options.prompts, list(PROMPTS), flag="--prompts")
     games = options.games.split(",")
     for game in games:
-        if resolve_game(game).kind != "textworld" or "goal=" in game:
-            raise UserError(f"--games {game}: give generated games and no goal, as textworld:simple?seed=101")
+        if not game.startswith("textworld:simple?") or "goal=" in game:
+            raise UserError(f"--games {game}: give games of textworld:simple and no goal, as textworld:simple?seed=101")
+        resolve_game(game)
     base = read_config_file(options.config)
     llm_cfg = {"prompt_max_len": options.prompt_max_len} | ({} if options.llm is None else {"path": options.llm})
     prior = {"mode": "score", "normalise": options.normalise}
@@ -123,7 +133,7 @@ def run(options: argparse.Namespace) -> None:
     what = {"llm": first.llm.path, "games": games, "normalise": options.normalise, "tokens": options.prompt_max_len}
     rows: dict[str, dict[str, float]] = {}
     for goal in goals:
-        here = [f"{game}{'&' if '?' in game else '?'}goal={goal}" for game in games]
+        here = [f"{game}&goal={goal}" for game in games]
         for name in names:
             row, questions = ask(llm, settings[name], games=here)
             rows[f"{goal}: chance"] = chance(questions) | {"tokens": 0.0, "s a state": 0.0}

@@ -42,10 +42,9 @@ def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageM
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=1024,
         initializer_range=0.2,
         eos_token_id=tokenizer.eos_token_id,
-        **changes,
+        **{"max_position_embeddings": 1024, **changes},
     )
     model = LlamaForCausalLM(config)
     model.set_attn_implementation("sdpa")

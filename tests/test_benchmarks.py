@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -121,7 +122,8 @@ def test_losses_that_cannot_be_compared_are_told_at_once(capsys, arguments, mess
     [
         (["--prompts", "walkthrough,poem"], "--prompts poem: there are question, question_short"),
         (["--goals", "long"], "--goals long: there are detailed, brief, none"),
-        (["--games", "textworld:simple?seed=1&goal=brief"], "give generated games and no goal"),
+        (["--games", "textworld:simple?seed=1&goal=brief"], "give games of textworld:simple and no goal"),
+        (["--games", "textworld:coin-collector?level=5"], "give games of textworld:simple and no goal"),
         (["--games", "nowhere.z5"], "nowhere.z5"),
         (["--llm", "./nowhere"], "llm.path=./nowhere: no such folder"),
     ],
@@ -139,8 +141,23 @@ def test_where_the_right_command_stands():
         questions.append(compare_llm_losses.Question(None, PriorRequest("", actions), right))
         answers.append(ActionPrior(np.log(np.array(probs, dtype=np.float32)), "score", version=0))
     assert compare_prompts.figures(questions, answers) == pytest.approx(
-        {"place": 5 / 3, "first": 2 / 3, "log-prob": (np.log(0.5) + np.log(0.2) + np.log(0.4)) / 3}
+        {"place": 5.5 / 3, "first": 1 / 3, "log-prob": (np.log(0.5) + np.log(0.2) + np.log(0.4)) / 3}
     )
     assert compare_prompts.chance(questions) == pytest.approx(
         {"place": 6.5 / 3, "first": 11 / 36, "log-prob": -(2 * np.log(3) + np.log(4)) / 3}
     )
+
+
+def test_prompts_that_do_not_fit_are_no_answer(smollm2, tmp_path, monkeypatch, capsys):
+    """A prior that is the same for all would have the right command in the first place."""
+    monkeypatch.setattr(compare_prompts, "load_language_model", lambda cfg, *, device: tiny)
+    arguments = ["--games", "textworld:simple?seed=101", "--goals", "brief", "--prompts", "walkthrough"]
+    arguments += ["--out", str(tmp_path)]
+    tiny = make_tiny_llm(smollm2.tokenizer)
+    assert compare_prompts.main(arguments) == 0
+    rows = json.loads((tmp_path / "prompts.json").read_text())["rows"]
+    assert set(rows) == {"brief: chance", "brief: walkthrough"}
+    assert 1 < rows["brief: walkthrough"]["place"] < 2 * rows["brief: chance"]["place"]
+    tiny = make_tiny_llm(smollm2.tokenizer, max_position_embeddings=100)
+    assert compare_prompts.main(arguments) == 2
+    assert "do not fit into the 100 tokens" in capsys.readouterr().err

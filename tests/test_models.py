@@ -7,7 +7,7 @@ import torch
 from conftest import make_settings
 
 from priorzero.completions import PromptRow
-from priorzero.models import choose_device, load_language_model, resolve_model
+from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model
 from priorzero.types import PromptTooLong, UserError
 
 
@@ -92,13 +92,14 @@ def gemma(window):
     )  # fmt: skip
 
 
-def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2):
+def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2, monkeypatch):
     folder = save_model(tmp_path / "gemma", gemma(96), smollm2.tokenizer)
-    with pytest.raises(UserError, match=r"sees 96 tokens at once.*llm.prompt_max_len=84"):
-        load_language_model(make_settings({"llm": {"path": str(folder)}}).llm, device=torch.device("cpu"))
-    cfg = make_settings({"llm": {"path": str(folder), "prompt_max_len": 84}}).llm
+    cfg = make_settings({"llm": {"path": str(folder), "prompt_max_len": 1024}}).llm
+    said = []
+    monkeypatch.setattr("priorzero.models.logger.warning", said.append)
     llm = load_language_model(cfg, device=torch.device("cpu"))
     assert llm.max_length == 96
+    assert len(said) == 1 and "sees 96 tokens at once" in said[0] and "llm.prompt_max_len=72" in said[0]
 
     def differ(length):
         """How far the packed row is from what the model says of the same tokens one after another."""
@@ -115,16 +116,30 @@ def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2):
         llm.row(words + " north", [" go on and on"], end_of_turn=False)
 
 
-def test_layers_that_are_not_said_to_slide_do_not_limit_it(tmp_path, smollm2):
-    from transformers import Qwen2Config
+@pytest.mark.parametrize(
+    ("changes", "longest"),
+    [
+        ({"layer_types": ["full_attention"] * 2, "sliding_window": 64}, 4096),
+        ({"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 128}, 128),
+        ({"layer_types": None, "sliding_window": 64}, 64),
+        ({"layer_types": None, "sliding_window": None}, 4096),
+    ],
+)
+def test_what_a_configuration_says_of_windows(tiny_llm, monkeypatch, changes, longest):
+    for key, value in {"max_position_embeddings": 4096, **changes}.items():
+        monkeypatch.setattr(tiny_llm.model.config, key, value, raising=False)
+    assert tiny_llm.max_length == longest
 
-    config = Qwen2Config(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        sliding_window=64, use_sliding_window=False, max_position_embeddings=4096,
-    )  # fmt: skip
-    folder = save_model(tmp_path / "qwen", config, smollm2.tokenizer)
-    llm = load_language_model(make_settings({"llm": {"path": str(folder)}}).llm, device=torch.device("cpu"))
-    assert llm.max_length == 4096
+
+def test_the_window_of_a_model_that_sees_pictures_too(smollm2):
+    """Its limits are those of its part for text."""
+    from transformers import AutoModelForCausalLM, Gemma3Config
+
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = Gemma3Config(text_config=gemma(96), vision_config={**vision, "image_size": 28, "patch_size": 14})
+    model = AutoModelForCausalLM.from_config(config)
+    assert not hasattr(config, "sliding_window")
+    assert LanguageModel(model, smollm2.tokenizer, torch.float32).max_length == 96
 
 
 def test_layers_that_carry_a_state_along_are_refused(tmp_path, smollm2):
