@@ -23,7 +23,7 @@ class CommandMemory:
 
     With ``return_first``, the command that was given in a place with a score, on the direct way to the most points ever
     reached from it (or to as many by fewer commands), leads on; in a place that is on no such way, those that were
-    given in its room do. Collection goes back along them without detours and explores where none is known, as
+    given in its room do. Collection goes back along them and explores where none is known, as
     Go-Explore does (Ecoffet et al. 2021, "First return, then explore", which replaces what it keeps by the same rule),
     but with the agent's own search in place of saved states. While an episode lasts its points count as they come; once
     it has ended in the game, as many as it ended with: a way to points that are lost again, by a death soon after, is
