@@ -314,13 +314,18 @@ def load_language_model(cfg: Any, *, device: torch.device) -> LanguageModel:
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     compute_dtype = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
     llm = LanguageModel(model, tokenizer, compute_dtype, reference)
-    if llm.max_length is not None and cfg.prompt_max_len > llm.max_length:
-        logger.warning(
-            f"llm.prompt_max_len={cfg.prompt_max_len}: {cfg.path} sees {llm.max_length} tokens at once; longer prompts "
-            f"get no prior of it (prior/too_long); with --set llm.prompt_max_len={llm.max_length * 3 // 4} they are cut"
-        )
     _check_packing(llm, path=cfg.path)
     return llm
+
+
+def warn_of_long_prompts(llm: LanguageModel, cfg: Any) -> None:
+    """Say so in the log if the settings allow prompts that do not fit into the model."""
+    if llm.max_length is not None and cfg.prompt_max_len > llm.max_length:
+        logger.warning(
+            f"llm.prompt_max_len={cfg.prompt_max_len}, but {cfg.path} sees {llm.max_length} tokens at once, prompt and "
+            "command: for longer ones the search goes on with a uniform prior (prior/too_long counts them). With "
+            f"--set llm.prompt_max_len={llm.max_length * 7 // 8} the oldest history is left out instead"
+        )
 
 
 @torch.no_grad()

@@ -35,7 +35,7 @@ from priorzero.envs import GameSpec, make_worker, resolve_games
 from priorzero.evaluator import Evaluation, Evaluator
 from priorzero.lightzero import unizero_config
 from priorzero.metrics import MetricsWriter, count_moved, fingerprint, open_logs, peak_memory_mb, table
-from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model
+from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model, warn_of_long_prompts
 from priorzero.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
 from priorzero.records import Plain
@@ -219,6 +219,8 @@ async def _train(
             f"{group}.{key}={value}" for group, own in differences(settings).items() for key, value in own.items()
         ]
         logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
+        if agent.llm is not None:
+            warn_of_long_prompts(agent.llm, settings.llm)
         if checkpoint is not None:
             counters, phase, told, before = await _go_on(saver, agent.dropped, checkpoint)
             if counters["iteration"] >= run.max_iter or counters["env_step"] >= run.max_env_step:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import importlib.metadata
 import json
@@ -14,6 +15,31 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent.parent / "bench_results"
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of ``--out``.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    from priorzero.types import UserError  # late: not all benchmarks put the package on the path
+
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: cannot be made ({error.strerror}); give a folder that can be") from error
+
+
+def at_least(least: int) -> Callable[[str], int]:
+    """For argparse's ``type``: a whole number from ``least`` on."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from {least} on")
+        return int(text)
+
+    return number
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,8 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
+from bench_tools import at_least, make_folder
+
 from priorzero.concurrency import gather_or_cancel
 from priorzero.config import differences, parse_assignments, read_config_file, resolve_settings
 from priorzero.envs.games import resolve_game
@@ -451,7 +453,7 @@ def _agents(text: str) -> list[str]:
 def _seeds(text: str) -> list[int]:
     names = _names(text)
     if not all(name.isdecimal() for name in names):
-        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers, such as 0,1,2")
+        raise argparse.ArgumentTypeError(f"{text!r}: give whole numbers from 0 on, such as 0,1,2")
     return list(dict.fromkeys(map(int, names)))
 
 
@@ -459,12 +461,6 @@ def _label(text: str) -> str:
     if not re.fullmatch(r"[\w.+-]{0,20}", text):
         raise argparse.ArgumentTypeError(f"{text!r}: use at most 20 letters, digits and . _ + -")
     return text
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from 1 on")
-    return int(text)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -476,10 +472,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--games", type=_names, required=True, help="sets of games or games, separated by commas")
     parser.add_argument("--agents", type=_agents, default=list(AGENTS), help="separated by commas (default: all)")
     parser.add_argument("--seeds", type=_seeds, default=[0], help="separated by commas (default: 0)")
-    parser.add_argument("--env_steps", type=_positive, help="of each run that learns (default: the file's)")
+    parser.add_argument("--env_steps", type=at_least(1), help="of each run that learns (default: the file's)")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "learning_textworld.yaml", help="YAML file")
     parser.add_argument("--out", type=Path, default=ROOT / "bench_results" / "learning", help="folder of the results")
-    parser.add_argument("--jobs", type=_positive, default=1, help="runs side by side; from 2 on with one thread each")
+    parser.add_argument("--jobs", type=at_least(1), default=1, help="runs side by side; from 2 on with one thread each")
     parser.add_argument(
         "--set", action="append", default=[], dest="assignments", metavar="GROUP.KEY=VALUE", help="for every agent"
     )
@@ -492,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = build_parser().parse_args(argv)
     try:
         jobs = make_jobs(options)
-        options.out.mkdir(parents=True, exist_ok=True)
+        make_folder(options.out)
         failures = asyncio.run(run_all(jobs, config=options.config, out=options.out, side_by_side=options.jobs))
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -28,11 +28,10 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench_tools import RESULTS
+from bench_tools import RESULTS, at_least, make_folder
 
-from priorzero.checkpoint import load_world_model, saved_checkpoints
+from priorzero.checkpoint import load_world_model, read_checkpoint, saved_checkpoints
 from priorzero.collector import Collector
-from priorzero.config import read_config_file, resolve_settings
 from priorzero.envs import resolve_games
 from priorzero.losses import returns_to_go
 from priorzero.models import choose_device
@@ -101,12 +100,15 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
     """All comparisons.
 
     Raises:
-        UserError: the folder holds no checkpoint, or no episode was completed.
+        UserError: the folder holds no checkpoint, or a damaged one, or no episode was completed.
     """
     found = [folder] if (folder / "world_model.pt").is_file() else saved_checkpoints(folder)
     if not found:
         raise UserError(f"{folder}: holds no checkpoint; name a run's folder, or one under its checkpoints")
-    settings = resolve_settings(read_config_file(found[-1] / "config.yaml"))
+    try:
+        settings = read_checkpoint(found[-1]).settings
+    except ValueError as error:
+        raise UserError(f"{found[-1]}: cannot be used ({error}); name another checkpoint or run") from error
     if settings.prior.enabled:
         settings.llm.path = str(found[-1] / "llm")
     seeds = np.random.SeedSequence(seed).spawn(4)
@@ -118,7 +120,8 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
         load_world_model(found[-1], policy=agent.policy, indexer=agent.player.indexer)
         episodes = asyncio.run(play(agent, settings, env_steps=env_steps, seed=seed))
     if not episodes:
-        raise UserError(f"no episode was completed in {env_steps} steps; give more --env_steps")
+        longest = settings.env.max_episode_steps * settings.env.collector_env_num
+        raise UserError(f"no episode was completed in {env_steps} steps; {longest} are enough: --env_steps {longest}")
     scale, discount = settings.train.reward_scale, settings.search.discount_factor
     happened = [np.array([r.reward for r in e]) * scale for e in episodes]
     rewards = np.concatenate(happened)
@@ -145,17 +148,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0 done, 2 something to put right."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("run", type=Path, help="a run's folder, or that of a checkpoint")
-    parser.add_argument("--env_steps", type=int, default=400, help="to play (default: 400)")
-    parser.add_argument("--seed", type=int, default=10_007, help="of the games and of exploration")
+    parser.add_argument("--env_steps", type=at_least(1), default=400, help="to play (default: 400)")
+    parser.add_argument("--seed", type=at_least(0), default=10_007, help="of the games and of exploration")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     options = parser.parse_args(argv)
     try:
+        make_folder(options.out)
         found = check(options.run, env_steps=options.env_steps, seed=options.seed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "world_model.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     print(f"{found['game']}, {found['checkpoint']}: {found['decisions']} decisions of {found['episodes']} episodes")
     print(
         f"{found['decisions_that_earned']} decisions earned points, of which {found['of_these_expected']:.0%} were "
@@ -166,6 +168,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = found[name]
         errors = f"{row['mean_absolute_error']:.3f} | {row['error_of_the_mean']:.3f}"
         print(f"| {name} | {errors} | {row['correlation']:.2f} |")
+    (options.out / "world_model.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     return 0
 
 

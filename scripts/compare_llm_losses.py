@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench_tools import RESULTS, print_table
+from bench_tools import RESULTS, make_folder, print_table
 
 from priorzero.config import read_config_file, resolve_settings
 from priorzero.engines import PriorMaker, TransformersEngine
@@ -193,7 +193,7 @@ def run(options: argparse.Namespace) -> None:
     settings = {
         name: resolve_settings(base, {"run": {"seed": options.seed}, "llm": PLAIN | VARIANTS[name]}) for name in names
     }
-    options.out.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out)
     file = options.out / "llm_losses.json"
     what = {"game": games[0], "unseen": games[1], **{k: getattr(options, k) for k in ("rounds", "repeats", "seed")}}
     rows: dict[str, dict[str, float]] = {}

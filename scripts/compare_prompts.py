@@ -7,7 +7,7 @@ In every state along the solutions of generated games the LLM is asked for its p
 prompt and each goal; the prompt holds the solution's own past. Prints, for each, the mean place of the right command
 (1 is the favourite; equals share the mean of their places), how often it is first, its mean log-probability (nats),
 tokens of prompt, and seconds a state. The row "chance" is a prior that is the same for all commands. Writes
-OUT/prompts.json, anew after each row.
+OUT/prompts.json after each row; rows of earlier calls with the same LLM, games and settings stay.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench_tools import RESULTS, print_table
+from bench_tools import RESULTS, make_folder, print_table
 from compare_llm_losses import Question, priors, questions_of
 
 from priorzero.config import read_config_file, resolve_settings
@@ -33,7 +33,7 @@ from priorzero.engines import PriorMaker
 from priorzero.envs import resolve_game
 from priorzero.models import LanguageModel, choose_device, load_language_model
 from priorzero.policy import prompt_style
-from priorzero.types import ActionPrior, UserError
+from priorzero.types import ActionPrior, PromptTooLong, UserError
 
 QUESTION = {
     "prompt_layout": "transcript", "history": "all", "history_length": 20, "history_chars": 0,
@@ -73,28 +73,32 @@ def chance(questions: Sequence[Question]) -> dict[str, float]:
     }
 
 
-def ask(llm: LanguageModel, settings: Any, *, games: Sequence[str]) -> tuple[dict[str, float], list[Question]]:
-    """One prompt's figures, and what was asked.
-
-    Raises:
-        UserError: a prompt does not fit into the model.
-    """
+def questions_on(llm: LanguageModel, settings: Any, *, games: Sequence[str]) -> list[Question]:
+    """One prompt's questions, in all states of the solutions."""
     style = prompt_style(settings)
-    questions = [q for game in games for q in questions_of(game, style=style, tokenizer=llm.tokenizer)]
-    maker = PriorMaker(llm, style, settings.prior.normalise, settings.prior.temperature)
+    return [q for game in games for q in questions_of(game, style=style, tokenizer=llm.tokenizer)]
+
+
+def ask(llm: LanguageModel, settings: Any, questions: Sequence[Question]) -> dict[str, float]:
+    """One prompt's figures."""
+    maker = PriorMaker(llm, prompt_style(settings), settings.prior.normalise, settings.prior.temperature)
     started = time.perf_counter()
     answers = priors(maker, questions)
     spent = time.perf_counter() - started
-    if any(answer.source != "score" for answer in answers):
+    tokens = [len(maker.row(question.request).prompt_ids) for question in questions]
+    return {**figures(questions, answers), "tokens": float(np.mean(tokens)), "s a state": spent / len(questions)}
+
+
+def check_length(llm: LanguageModel, settings: Any, questions: Sequence[Question], *, name: str) -> None:
+    """Raises UserError if a prompt does not fit into the model: then the LLM would not be asked."""
+    maker = PriorMaker(llm, prompt_style(settings), settings.prior.normalise, settings.prior.temperature)
+    try:
+        for question in questions:
+            maker.row(question.request)
+    except PromptTooLong as error:
         raise UserError(
-            f"prompts do not fit into the {llm.max_length} tokens of this model; give less --prompt_max_len"
-        )
-    tokens = [len(llm.tokenizer(q.request.prompt, add_special_tokens=False)["input_ids"]) for q in questions]
-    return {
-        **figures(questions, answers),
-        "tokens": float(np.mean(tokens)),
-        "s a state": spent / len(questions),
-    }, questions
+            f"--prompts {name}: {error}; leave it out, or give less --prompt_max_len than {settings.llm.prompt_max_len}"
+        ) from error
 
 
 def chosen(given: str, known: Sequence[str], *, flag: str) -> list[str]:
@@ -103,10 +107,27 @@ def chosen(given: str, known: Sequence[str], *, flag: str) -> list[str]:
     Raises:
         UserError: one that there is not.
     """
-    names = given.split(",")
+    names = [name.strip() for name in given.split(",")]
     if unknown := [name for name in names if name not in known]:
         raise UserError(f"{flag} {','.join(unknown)}: there are {', '.join(known)}")
     return names
+
+
+def read_rows(file: Path, what: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The rows that an earlier call with the same settings has written.
+
+    Raises:
+        UserError: they were made with other settings, or cannot be read.
+    """
+    if not file.exists():
+        return {}
+    try:
+        found = json.loads(file.read_text("utf-8"))
+        if {key: found.get(key) for key in what} == what:
+            return dict(found["rows"])
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{file}: is not what this script writes ({error}); give another --out") from error
+    raise UserError(f"{file}: holds figures of another LLM, other games or settings; give another --out")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -127,19 +148,21 @@ def run(options: argparse.Namespace) -> None:
     prior = {"mode": "score", "normalise": options.normalise}
     settings = {name: resolve_settings(base, {"prior": prior, "llm": PROMPTS[name] | llm_cfg}) for name in names}
     first = settings[names[0]]
-    llm = load_language_model(first.llm, device=choose_device(first.run.device))
-    options.out.mkdir(parents=True, exist_ok=True)
-    file = options.out / "prompts.json"
+    make_folder(options.out)
     what = {"llm": first.llm.path, "games": games, "normalise": options.normalise, "tokens": options.prompt_max_len}
-    rows: dict[str, dict[str, float]] = {}
+    file = options.out / "prompts.json"
+    rows = read_rows(file, what)
+    llm = load_language_model(first.llm, device=choose_device(first.run.device))
+    asked: dict[tuple[str, str], list[Question]] = {}
     for goal in goals:
-        here = [f"{game}&goal={goal}" for game in games]
         for name in names:
-            row, questions = ask(llm, settings[name], games=here)
-            rows[f"{goal}: chance"] = chance(questions) | {"tokens": 0.0, "s a state": 0.0}
-            rows[f"{goal}: {name}"] = row
-            file.write_text(json.dumps({**what, "states": len(questions), "rows": rows}, indent=2) + "\n", "utf-8")
-            print(f"{goal}, {name}: done")
+            asked[goal, name] = questions_on(llm, settings[name], games=[f"{game}&goal={goal}" for game in games])
+            check_length(llm, settings[name], asked[goal, name], name=name)
+    for (goal, name), questions in asked.items():
+        rows[f"{goal}: chance"] = chance(questions) | {"tokens": 0.0, "s a state": 0.0}
+        rows[f"{goal}: {name}"] = ask(llm, settings[name], questions)
+        file.write_text(json.dumps({**what, "states": len(questions), "rows": rows}, indent=2) + "\n", "utf-8")
+        print(f"{goal}, {name}: done")
     print_table("the right command", rows)
     print(f"written to {file}")
 

@@ -18,6 +18,7 @@ import bench_loop
 import bench_prior
 import bench_search
 import bench_tools
+import check_world_model
 import compare_llm_losses
 import compare_prompts
 import profile_quick_test
@@ -108,7 +109,7 @@ def test_what_a_sample_was_busy_with(stack, part):
         (["--rounds", "0"], "--rounds 0 --repeats 2: both must be 1 or more"),
         (["--unseen", "textworld:simple?seed=101"], "is the game that is learned from"),
         (["--game", "nowhere.z5"], "nowhere.z5"),
-        (["--out", __file__], "File exists"),
+        (["--out", __file__], f"--out {__file__}: cannot be made (File exists)"),
     ],
 )
 def test_losses_that_cannot_be_compared_are_told_at_once(capsys, arguments, message):
@@ -158,6 +159,33 @@ def test_prompts_that_do_not_fit_are_no_answer(smollm2, tmp_path, monkeypatch, c
     rows = json.loads((tmp_path / "prompts.json").read_text())["rows"]
     assert set(rows) == {"brief: chance", "brief: walkthrough"}
     assert 1 < rows["brief: walkthrough"]["place"] < 2 * rows["brief: chance"]["place"]
+    assert compare_prompts.main([*arguments[:4], "--prompts", "question", *arguments[6:]]) == 0
+    assert len(json.loads((tmp_path / "prompts.json").read_text())["rows"]) == 3  # the earlier row stays
+    assert compare_prompts.main([*arguments, "--normalise", "sum"]) == 2
+    assert "holds figures of another LLM, other games or settings" in capsys.readouterr().err
     tiny = make_tiny_llm(smollm2.tokenizer, max_position_embeddings=100)
     assert compare_prompts.main(arguments) == 2
-    assert "do not fit into the 100 tokens" in capsys.readouterr().err
+    assert "--prompts walkthrough: 1" in (told := capsys.readouterr().err) and "sees 100 at once; leave it out" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", __file__], f"--out {__file__}: cannot be made (File exists)"),
+        ([], "holds no checkpoint"),
+        (["--seed", "-1"], "give a whole number from 0 on"),
+        (["--env_steps", "0"], "give a whole number from 1 on"),
+    ],
+)
+def test_a_world_model_that_cannot_be_checked_is_told_at_once(tmp_path, capsys, arguments, message):
+    try:
+        code = check_world_model.main([str(tmp_path), *arguments])
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    assert code == 2 and message in capsys.readouterr().err
+
+
+def test_a_damaged_checkpoint_is_not_checked(tmp_path, capsys):
+    (tmp_path / "world_model.pt").write_bytes(b"PK")
+    assert check_world_model.main([str(tmp_path), "--out", str(tmp_path)]) == 2
+    assert "cannot be used (manifest.json cannot be read" in capsys.readouterr().err

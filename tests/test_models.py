@@ -7,7 +7,13 @@ import torch
 from conftest import make_settings
 
 from priorzero.completions import PromptRow
-from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model
+from priorzero.models import (
+    LanguageModel,
+    choose_device,
+    load_language_model,
+    resolve_model,
+    warn_of_long_prompts,
+)
 from priorzero.types import PromptTooLong, UserError
 
 
@@ -95,11 +101,15 @@ def gemma(window):
 def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2, monkeypatch):
     folder = save_model(tmp_path / "gemma", gemma(96), smollm2.tokenizer)
     cfg = make_settings({"llm": {"path": str(folder), "prompt_max_len": 1024}}).llm
-    said = []
-    monkeypatch.setattr("priorzero.models.logger.warning", said.append)
     llm = load_language_model(cfg, device=torch.device("cpu"))
     assert llm.max_length == 96
-    assert len(said) == 1 and "sees 96 tokens at once" in said[0] and "llm.prompt_max_len=72" in said[0]
+    said = []
+    monkeypatch.setattr("priorzero.models.logger.warning", said.append)
+    warn_of_long_prompts(llm, cfg)
+    assert len(said) == 1 and "sees 96 tokens at once" in said[0] and "llm.prompt_max_len=84" in said[0]
+    cfg.prompt_max_len = 84
+    warn_of_long_prompts(llm, cfg)
+    assert len(said) == 1
 
     def differ(length):
         """How far the packed row is from what the model says of the same tokens one after another."""
