@@ -161,7 +161,10 @@ def make_jobs(options: argparse.Namespace) -> list[Job]:
         raise UserError(f"{options.config}: run.max_env_step={env_steps} trains nothing; give --env_steps")
     games = games_of(options.games)
     for game in games:
-        resolve_game(game)  # what is missing is told now, not after the runs before it
+        try:
+            resolve_game(game)  # what is missing is told now, not after the runs before it
+        except UserError as error:
+            raise UserError(f"--games {game}: {error}\nSets of games: {', '.join(GAME_SETS)}") from error
     templates = {}
     for agent in options.agents:
         changes = {"run.max_env_step": str(env_steps), **AGENTS[agent]}
