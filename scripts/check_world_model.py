@@ -28,7 +28,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench_tools import RESULTS, at_least, make_folder
+from bench_tools import RESULTS, at_least, exit_code, make_folder
 
 from priorzero.checkpoint import load_world_model, read_checkpoint, saved_checkpoints
 from priorzero.collector import Collector
@@ -144,20 +144,14 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
     }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 something to put right."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("run", type=Path, help="a run's folder, or that of a checkpoint")
-    parser.add_argument("--env_steps", type=at_least(1), default=400, help="to play (default: 400)")
-    parser.add_argument("--seed", type=at_least(0), default=10_007, help="of the games and of exploration")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
-    options = parser.parse_args(argv)
-    try:
-        make_folder(options.out)
-        found = check(options.run, env_steps=options.env_steps, seed=options.seed)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run(options: argparse.Namespace) -> None:
+    """Compare, print and write.
+
+    Raises:
+        UserError: as :func:`check`, or the folder for the figures cannot be made.
+    """
+    make_folder(options.out)
+    found = check(options.run, env_steps=options.env_steps, seed=options.seed)
     print(f"{found['game']}, {found['checkpoint']}: {found['decisions']} decisions of {found['episodes']} episodes")
     print(
         f"{found['decisions_that_earned']} decisions earned points, of which {found['of_these_expected']:.0%} were "
@@ -169,7 +163,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors = f"{row['mean_absolute_error']:.3f} | {row['error_of_the_mean']:.3f}"
         print(f"| {name} | {errors} | {row['correlation']:.2f} |")
     (options.out / "world_model.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0 done, 2 something to put right."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("run", type=Path, help="a run's folder, or that of a checkpoint")
+    parser.add_argument("--env_steps", type=at_least(1), default=400, help="to play (default: 400)")
+    parser.add_argument("--seed", type=at_least(0), default=10_007, help="of the games and of exploration")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
+    return exit_code(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

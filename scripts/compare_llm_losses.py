@@ -29,7 +29,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench_tools import RESULTS, make_folder, print_table
+from bench_tools import RESULTS, exit_code, make_folder, print_table
 
 from priorzero.config import read_config_file, resolve_settings
 from priorzero.engines import PriorMaker, TransformersEngine
@@ -215,12 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=2, help="updates from each draw (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
-    try:
-        run(parser.parse_args(argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT)]
 
-from bench_tools import RESULTS, make_folder, print_table
+from bench_tools import RESULTS, exit_code, make_folder, print_table
 from compare_llm_losses import Question, priors, questions_of
 
 from priorzero.config import read_config_file, resolve_settings
@@ -181,12 +181,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         help="generated games (default: %(default)s)",
     )
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER")
-    try:
-        run(parser.parse_args(argv))
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

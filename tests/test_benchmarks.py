@@ -150,7 +150,7 @@ def test_where_the_right_command_stands():
 
 
 def test_prompts_that_do_not_fit_are_no_answer(smollm2, tmp_path, monkeypatch, capsys):
-    """A prior that is the same for all would have the right command in the first place."""
+    """The LLM is not asked then, and the prior is the same for all commands: chance, not the LLM's figure."""
     monkeypatch.setattr(compare_prompts, "load_language_model", lambda cfg, *, device: tiny)
     arguments = ["--games", "textworld:simple?seed=101", "--goals", "brief", "--prompts", "walkthrough"]
     arguments += ["--out", str(tmp_path)]
@@ -179,7 +179,7 @@ def test_prompts_that_do_not_fit_are_no_answer(smollm2, tmp_path, monkeypatch, c
 )
 def test_a_world_model_that_cannot_be_checked_is_told_at_once(tmp_path, capsys, arguments, message):
     try:
-        code = check_world_model.main([str(tmp_path), *arguments])
+        code = check_world_model.main([str(tmp_path), "--out", str(tmp_path), *arguments])
     except SystemExit as ended:  # argparse
         code = ended.code
     assert code == 2 and message in capsys.readouterr().err
