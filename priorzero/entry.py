@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from priorzero.concurrency import signals_end_at_once
+from priorzero.runtime.concurrency import signals_end_at_once
 from priorzero.types import UserError
 
 EXAMPLES = """examples:
@@ -102,11 +102,11 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Any, Any]:
     """The settings and the checkpoint to go on from; None if a new run begins.
 
     The run has the settings that it had. Those that are given win; where they matter they must be the same, which
-    :func:`priorzero.checkpoint.check_same` sees to.
+    :func:`priorzero.runs.checkpoint.check_same` sees to.
     """
-    from priorzero.checkpoint import find_checkpoint  # late: brings in torch and LightZero
     from priorzero.config import resolve_settings
-    from priorzero.saving import set_unsaved_aside
+    from priorzero.runs.checkpoint import find_checkpoint
+    from priorzero.runs.folder import set_unsaved_aside
 
     base, flags = layers_from(arguments)
     says_all = arguments.quick_test or arguments.config is not None
@@ -159,7 +159,7 @@ def _run(arguments: argparse.Namespace) -> int:
             settings, checkpoint = settings_from(arguments), None
         else:
             settings, checkpoint = resume_from(arguments)
-        from priorzero.train import run_training  # late: brings in torch and LightZero
+        from priorzero.train import run_training
 
         run_training(settings, checkpoint=checkpoint)
     except UserError as error:

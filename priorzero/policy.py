@@ -8,36 +8,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from easydict import EasyDict
 from loguru import logger
 
-from priorzero.buffer import SampledSegments
-from priorzero.lightzero import quiet, unizero_config
-from priorzero.llm_learner import LLMLearner
-from priorzero.models import LanguageModel
-from priorzero.prompts import PromptStyle
-from priorzero.search import Root, SearchResult, WorldModelInference, search
-from priorzero.types import NotFinite
+from priorzero.llm.fine_tuning import LLMLearner
+from priorzero.llm.models import LanguageModel
+from priorzero.llm.prompts import prompt_style
+from priorzero.runtime.quiet import quiet
+from priorzero.search.base import Root, SearchResult
+from priorzero.search.mcts import search
+from priorzero.search.root import mix_root_logits, root_probs
+from priorzero.settings import Settings
+from priorzero.types import NonFiniteError, UserError
+from priorzero.world_model.inference import WorldModelInference
+from priorzero.world_model.lightzero import unizero_config
+from priorzero.world_model.replay import SampledSegments
 
 with quiet():
     from ding.utils import POLICY_REGISTRY
     from lzero.policy.unizero import UniZeroPolicy
-
-
-def prompt_style(settings: Any) -> PromptStyle:
-    """The prompt settings, as the renderer, the engine and the learner share them."""
-    return PromptStyle(
-        mode=settings.prior.mode,
-        use_cot=settings.prior.use_cot,
-        history_length=settings.llm.history_length,
-        max_tokens=settings.llm.prompt_max_len,
-        history_chars=settings.llm.history_chars,
-        observation_chars=settings.llm.observation_chars,
-        list_commands=settings.llm.list_commands,
-        layout=settings.llm.prompt_layout,
-        history=settings.llm.history,
-        show_observation=settings.llm.show_observation,
-    )
 
 
 @POLICY_REGISTRY.register("priorzero")
@@ -51,17 +39,10 @@ class PriorZeroPolicy(UniZeroPolicy):
         llm: the language model; None for plain UniZero.
     """
 
-    def __init__(self, settings: Any, *, feature_size: int, device: str, llm: LanguageModel | None) -> None:
+    def __init__(self, settings: Settings, *, feature_size: int, device: str, llm: LanguageModel | None) -> None:
         with quiet():
             super().__init__(unizero_config(settings, feature_size=feature_size, device=device))
-        self.search_cfg = EasyDict(
-            {
-                **settings.search,
-                "combine": settings.prior.combine,
-                "alpha": settings.prior.alpha,
-                "floor": settings.prior.floor,
-            }
-        )
+        self.search_cfg, self.prior_cfg = settings.search, settings.prior
         self.inference = WorldModelInference(self._model, to_scalar=self.inverse_scalar_transform_handle)
         self.llm_learner: LLMLearner | None = None
         if llm is not None:
@@ -69,12 +50,11 @@ class PriorZeroPolicy(UniZeroPolicy):
                 llm,
                 settings.llm,
                 style=prompt_style(settings),
-                normalise=settings.prior.normalise,
                 temperature=settings.prior.temperature,
             )
         self.llm_batch_size = settings.llm.batch_size
         self.llm_version = 0
-        self.features_are_fitted = not settings.encoder.standardise
+        self.features_are_fitted = False
         self._is_weights: torch.Tensor | None = None
         self._value_logits: torch.Tensor | None = None
         for encoder in self._encoders():
@@ -102,7 +82,7 @@ class PriorZeroPolicy(UniZeroPolicy):
             n for n, p in self.trained_world_model_parameters() if p.grad is not None and not p.grad.isfinite().all()
         ]
         if wrong:
-            raise NotFinite(f"the gradient of {wrong[0]} and {len(wrong) - 1} other parameters is not finite")
+            raise NonFiniteError(f"the gradient of {wrong[0]} and {len(wrong) - 1} other parameters is not finite")
 
     def _running_statistics(self) -> list[torch.Tensor]:
         """What a forward pass alone changes: batch normalisation's means and variances, of the model and its target."""
@@ -129,6 +109,7 @@ class PriorZeroPolicy(UniZeroPolicy):
         models = (self._uncompiled(self._model), self._uncompiled(self._target_model._model))
         return [model.world_model.tokenizer.encoder for model in models]
 
+    @torch.no_grad()
     def search(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
         """MCTS from some roots; the result of one does not depend on the others.
 
@@ -137,7 +118,38 @@ class PriorZeroPolicy(UniZeroPolicy):
             num_actions: indices below this have been given out by the vocabulary.
         """
         self._model.eval()
-        return search(self.inference, roots, cfg=self.search_cfg, num_actions=num_actions)
+        contexts = self.inference.root_contexts(roots)
+        policy_logits, values = self.inference.predict(contexts)
+        if not (np.isfinite(policy_logits).all() and np.isfinite(values).all()):
+            raise UserError("the world model's outputs are not finite; lower train.learning_rate or train.grad_clip")
+        own_logits = [logits[root.legal_actions] for root, logits in zip(roots, policy_logits, strict=True)]
+        prior = self.prior_cfg
+        root_logits = [
+            mix_root_logits(logits, root.prior_logprobs, combine=prior.combine, alpha=prior.alpha, floor=prior.floor)
+            for root, logits in zip(roots, own_logits, strict=True)
+        ]
+        trees = search(
+            self.inference,
+            contexts,
+            legal_actions=[root.legal_actions for root in roots],
+            priors=[
+                root_probs(logits, root.noise, noise_weight=self.search_cfg.root_noise_weight)
+                for root, logits in zip(roots, root_logits, strict=True)
+            ],
+            seeds=[root.seed for root in roots],
+            cfg=self.search_cfg,
+            num_actions=num_actions,
+        )
+        return [
+            SearchResult(
+                visit_counts=tree.visit_counts,
+                root_value=tree.root.value,
+                predicted_value=float(value),
+                policy_logits=own,
+                root_logits=logits,
+            )
+            for tree, value, own, logits in zip(trees, values, own_logits, root_logits, strict=True)
+        ]
 
     def _forward_collect(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
         return self.search(roots, num_actions=num_actions)
@@ -170,26 +182,26 @@ class PriorZeroPolicy(UniZeroPolicy):
             Scalars under ``train/``, and ``priorities`` ``[B]``: the absolute error of each sequence's first value.
 
         Raises:
-            NotFinite: what is not, of the sample, the losses and the gradients; nothing has changed.
+            NonFiniteError: what is not, of the sample, the losses and the gradients; nothing has changed.
         """
         current_batch, target_batch = batch[0], batch[1]
         sampled = {"features": current_batch[0], "rewards": target_batch[0], "value targets": target_batch[1]}
         for name, values in sampled.items():
             if not np.isfinite(np.asarray(values, dtype=np.float64)).all():
-                raise NotFinite(f"the world model's {name} are not finite in update {train_iter}")
+                raise NonFiniteError(f"the world model's {name} are not finite in update {train_iter}")
         statistics = [(b, b.clone()) for b in self._running_statistics()]
         self._is_weights = torch.as_tensor(current_batch[5], dtype=torch.float32, device=self._cfg.device)
         try:
             log = super()._forward_learn([current_batch, target_batch, train_iter])
-        except (AssertionError, ValueError, NotFinite) as error:  # the first two are what LightZero raises for a loss
-            if not isinstance(error, NotFinite) and "NaN" not in str(error) and "Inf" not in str(error):
+        except (AssertionError, ValueError, NonFiniteError) as error:  # the first two are what LightZero raises for a loss
+            if not isinstance(error, NonFiniteError) and "NaN" not in str(error) and "Inf" not in str(error):
                 raise
             for buffer, before in statistics:
                 buffer.copy_(before)
             named = re.search(r"element '(\w+)'", str(error))  # what LightZero calls the head whose loss it is
             loss = f"{named.group(1) if named else 'total'} loss is not finite"
-            raise NotFinite(
-                f"the world model: {error if isinstance(error, NotFinite) else loss} in update {train_iter}; lower "
+            raise NonFiniteError(
+                f"the world model: {error if isinstance(error, NonFiniteError) else loss} in update {train_iter}; lower "
                 f"train.learning_rate={self._cfg.learning_rate:g} or train.grad_clip={self._cfg.grad_clip_value:g}"
             ) from error
         finally:

@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_from(arguments, os.environ)
         if importlib.util.find_spec("ray") is None:
             raise UserError("Ray is not installed; type: pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
-        from priorzero.cluster.loop import run_on_cluster  # late: brings in torch, LightZero and Ray
+        from priorzero.cluster.train import run_on_cluster
 
         run_on_cluster(settings)
     except UserError as error:

@@ -5,46 +5,38 @@ from __future__ import annotations
 import asyncio
 import copy
 import errno
-import importlib.util
-import os
-import random
-import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 import torch
 from loguru import logger
 
-from priorzero.buffer import PriorZeroGameBuffer, SampledSegments
-from priorzero.checkpoint import (
-    RUN_NAME,
+from priorzero.config import differences
+from priorzero.envs import GameSpec, resolve_games
+from priorzero.llm.engines import cores_for_training
+from priorzero.llm.models import choose_device, warn_of_long_prompts
+from priorzero.play.collector import Collected, Collector
+from priorzero.play.evaluator import Evaluation
+from priorzero.policy import PriorZeroPolicy
+from priorzero.runs.checkpoint import (
     Checkpoint,
     check_same,
     remove_leftovers,
     saved_checkpoints,
     set_damaged_aside,
 )
-from priorzero.collector import Collected, Collector
-from priorzero.concurrency import OwnerThread, StopRequest
-from priorzero.config import differences, dump_settings
-from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine, cores_for_training
-from priorzero.envs import GameSpec, make_worker, resolve_games
-from priorzero.evaluator import Evaluation, Evaluator
-from priorzero.lightzero import unizero_config
-from priorzero.metrics import MetricsWriter, count_moved, fingerprint, open_logs, peak_memory_mb, table
-from priorzero.models import LanguageModel, choose_device, load_language_model, resolve_model, warn_of_long_prompts
-from priorzero.player import Player
-from priorzero.policy import PriorZeroPolicy, prompt_style
-from priorzero.records import Plain
-from priorzero.saving import DroppedUpdates, Saver, claim, cut_files, plain_batch
-from priorzero.teller import Teller
-from priorzero.text_encoder import TextEncoder
-from priorzero.timeline import Timeline
-from priorzero.types import EngineFailed, GameWorkerError, NotFinite, PriorEngine, UserError
-from priorzero.vocabulary import make_action_indexer
+from priorzero.runs.folder import claim, cut_files
+from priorzero.runs.logger import Teller
+from priorzero.runs.metrics import MetricsWriter, count_moved, fingerprint, peak_memory_mb, table
+from priorzero.runs.nonfinite import DroppedUpdates, plain_batch
+from priorzero.runs.saver import Saver
+from priorzero.runtime.concurrency import StopRequest
+from priorzero.settings import Settings
+from priorzero.types import EngineError, GameWorkerError, NonFiniteError, Plain, UserError
+from priorzero.world_model.replay import PriorZeroGameBuffer, SampledSegments
 
 
 @dataclass(frozen=True)
@@ -66,7 +58,7 @@ class RunSummary:
     stopped: bool
 
 
-def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunSummary:
+def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) -> RunSummary:
     """Train as ``settings`` (from :func:`priorzero.config.resolve_settings`) say.
 
     Ctrl-C or SIGTERM ends a run early: it finishes its step, is saved and returns.
@@ -112,7 +104,7 @@ def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunS
             f"the game cannot go on: {error}. If it needs more time, --set env.step_timeout_s="
             f"{10 * settings.env.step_timeout_s:g}; what was learned until the last checkpoint is in {folder}"
         ) from error
-    except EngineFailed as error:
+    except EngineError as error:
         raise UserError(f"the LLM engine cannot go on: {error}. The run's files are in {folder}") from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO):
@@ -125,59 +117,8 @@ def run_training(settings: Any, *, checkpoint: Checkpoint | None = None) -> RunS
             lock.close()
 
 
-def check_games(settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
-    """Raises UserError if a run cannot be on these games."""
-    if not games:
-        raise UserError("run.env_id is empty; name a game, such as zork1.z5 or textworld:simple?seed=7")
-    if settings.env.collector_env_num % len(games):
-        raise UserError(
-            f"env.collector_env_num={settings.env.collector_env_num} must be a multiple of the {len(games)} games of "
-            f"run.env_id; type --set env.collector_env_num={len(games)}"
-        )
-    both = {game.md5 for game in games} & {game.md5 for game in unseen}
-    if both:
-        names = ", ".join(game.env_id for game in unseen if game.md5 in both)
-        raise UserError(f"eval.unseen: {names} is trained on (run.env_id); name other games")
-
-
-def choose_engine(engine: str, *, device: torch.device) -> str:
-    """``auto`` takes vLLM on a GPU and the in-process engine on a CPU.
-
-    Raises:
-        UserError: vLLM is to be used and is not installed.
-    """
-    chosen = engine if engine != "auto" else "vllm" if device.type == "cuda" else "transformers"
-    if chosen == "vllm" and importlib.util.find_spec("vllm") is None:
-        how = "pip install --no-deps -r requirements/gpu.txt" if device.type == "cuda" else "scripts/set_up.sh test"
-        raise UserError(
-            f"prior.engine={engine}: vLLM is not installed; type {how}, or --engine transformers to do without it"
-        )
-    return chosen
-
-
-@dataclass(frozen=True)
-class Agent:
-    """Both models and what they are fed with.
-
-    ``world_model_thread`` alone touches the world model and the replay buffer while the loop runs; ``llm_thread`` alone
-    changes the training copy of the LLM.
-    """
-
-    llm: LanguageModel | None
-    engine: PriorEngine | None
-    prior: RobustPrior | None
-    policy: PriorZeroPolicy
-    buffer: PriorZeroGameBuffer
-    player: Player
-    config: Any
-    timeline: Timeline
-    world_model_thread: OwnerThread
-    llm_thread: OwnerThread
-    dropped: DroppedUpdates
-
-
 async def _train(
-    settings: Any,
+    settings: Settings,
     *,
     games: Sequence[GameSpec],
     unseen: Sequence[GameSpec],
@@ -292,7 +233,7 @@ async def _train(
                 played = await stop.before(evaluate_all(evaluators))
                 evaluations = teller.tell_evaluations(played, env_step=0) if played is not None else {}
         teller.progress.end()
-    except (asyncio.CancelledError, GameWorkerError, EngineFailed, UserError, OSError) as error:
+    except (asyncio.CancelledError, GameWorkerError, EngineError, UserError, OSError) as error:
         await _stop_learning(agent, learning)  # it ends its step first
         if isinstance(error, OSError) and phase in ("store", "learn"):  # cannot be told; the last checkpoint is left
             raise
@@ -354,163 +295,7 @@ async def _go_on(
     return state["counters"], state["phase"], told, told["before"]
 
 
-def begin_files(settings: Any, folder: Path, *, again: bool) -> TextIO | None:
-    """Open a run's folder and logs; returns the lock of a new run (one that goes on has been locked).
-
-    Raises:
-        UserError: the folder cannot be written to.
-    """
-    try:
-        (folder / "log").mkdir(parents=True, exist_ok=again)
-        (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
-    except OSError as error:
-        where = settings.run.output_dir
-        raise UserError(f"run.output_dir={where}: cannot be written ({error}); give another folder") from error
-    open_logs(folder / "log")
-    return None if again else claim(folder)
-
-
-def seed_globals(seeds: Sequence[np.random.SeedSequence]) -> None:
-    """LightZero draws from global generators: padding actions from numpy's, dropout and parameters from torch's."""
-    numbers = [int(seed.generate_state(1)[0]) for seed in seeds]
-    random.seed(numbers[0])
-    np.random.seed(numbers[1])
-    torch.manual_seed(numbers[2])
-
-
-async def _load(
-    settings: Any,
-    *,
-    games: Sequence[GameSpec],
-    device: torch.device,
-    buffer_seed: np.random.SeedSequence,
-    folder: Path,
-) -> tuple[Agent, list[Any]]:
-    """Both models, and the games to collect from, which load in their processes while the models load in this one."""
-    workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
-    starting = asyncio.gather(*(worker.start() for worker in workers), return_exceptions=True)
-    await asyncio.sleep(0)  # now every process has been started
-    try:
-        agent = load_agent(settings, device=device, buffer_seed=buffer_seed, folder=folder)
-        for outcome in await starting:
-            if isinstance(outcome, UserError):  # after any other failure the collector tries once more
-                raise outcome
-    except BaseException:
-        starting.cancel()
-        await asyncio.gather(starting, return_exceptions=True)  # taken note of: what counts is what is raised here
-        await asyncio.gather(*(worker.close() for worker in workers))
-        raise
-    return agent, workers
-
-
-def load_agent(settings: Any, *, device: torch.device, buffer_seed: np.random.SeedSequence, folder: Path) -> Agent:
-    """Both models and what they are fed with; nothing is learned or played yet.
-
-    Args:
-        settings: all settings.
-        device: where the models live.
-        buffer_seed: replay draws from it.
-        folder: the run's, for vLLM's log and what is kept of updates that are left out.
-
-    Raises:
-        UserError: a model cannot be loaded, or settings do not go with it.
-    """
-    timeline = Timeline(keep=settings.run.trace_iterations)
-    world_model_thread = OwnerThread("world-model", timeline)
-    encoder = make_encoder(settings, device=device)
-    llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
-    policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
-    config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
-    engine, prior = None, None
-    if llm is not None:
-        engine = make_engine(settings, llm=llm, log_file=folder / "log" / "vllm.log")
-        prior = RobustPrior(
-            engine,
-            attempts=settings.prior.attempts,
-            backoff_s=settings.prior.backoff_s,
-            timeout_s=settings.prior.timeout_s,
-            sync_every=settings.vllm.sync_every,
-            max_staleness=settings.vllm.max_staleness,
-            learner_version=lambda: policy.llm_version,
-            timeline=timeline,
-        )
-    player = Player(
-        settings,
-        policy=policy,
-        encoder=encoder,
-        indexer=make_action_indexer(settings.env.action_space, settings.env.action_space_size),
-        prior=prior,
-        style=prompt_style(settings),
-        tokenizer=llm.tokenizer if llm is not None else None,
-        world_model_thread=world_model_thread,
-        timeline=timeline,
-    )
-    return Agent(
-        llm=llm,
-        engine=engine,
-        prior=prior,
-        policy=policy,
-        buffer=PriorZeroGameBuffer(config, rng=np.random.default_rng(buffer_seed)),
-        player=player,
-        config=config,
-        timeline=timeline,
-        world_model_thread=world_model_thread,
-        llm_thread=OwnerThread("llm", timeline),
-        dropped=DroppedUpdates(folder / "not_finite", limit=settings.train.max_not_finite),
-    )
-
-
-def make_encoder(settings: Any, *, device: torch.device) -> TextEncoder:
-    """The frozen text encoder."""
-    return TextEncoder(
-        settings.encoder.path,
-        device=device,
-        pooling=settings.encoder.pooling,
-        parts=settings.encoder.parts,
-        cache_size=settings.encoder.cache_size,
-        with_look=settings.env.look_and_inventory,
-        max_moves=settings.env.max_episode_steps,
-    )
-
-
-def make_engine(settings: Any, *, llm: LanguageModel, log_file: Path) -> PriorEngine:
-    """The prior engine that ``prior.engine`` names (not ``auto``); it has yet to be started.
-
-    Raises:
-        UserError: settings of vLLM that this model or machine does not take.
-    """
-    maker = PriorMaker(
-        llm,
-        prompt_style(settings),
-        normalise=settings.prior.normalise,
-        temperature=settings.prior.temperature,
-        generate_max_len=settings.llm.generate_max_len,
-    )
-    if settings.prior.engine == "transformers":
-        if llm.device.type == "cpu":  # a row alone keeps a CPU busy, and can go on where an earlier prompt ended
-            return TransformersEngine(maker, rows_per_forward=1, prompt_cache_tokens=settings.prior.prompt_cache_tokens)
-        return TransformersEngine(maker, rows_per_forward=16)
-    longest = max(4096, 2 * (settings.llm.prompt_max_len + settings.llm.generate_max_len))
-    if llm.max_length is not None:
-        longest = min(longest, llm.max_length)
-        if settings.vllm.max_model_len > llm.max_length:
-            raise UserError(
-                f"vllm.max_model_len={settings.vllm.max_model_len} is more than the {llm.max_length} tokens that "
-                "the model takes; leave it at 0"
-            )
-    if settings.vllm.sleep and llm.device.type == "cpu":
-        raise UserError("vllm.sleep=True frees a GPU's memory, and this run is on a CPU; leave it out")
-    return VLLMEngine(
-        maker,
-        model=resolve_model(settings.llm.path, setting="llm.path"),
-        cfg=settings.vllm,
-        max_model_len=settings.vllm.max_model_len or longest,
-        log_file=log_file,
-        trust_remote_code=settings.llm.trust_remote_code,
-    )
-
-
-async def _learn(agent: Agent, settings: Any, counters: dict[str, int], writer: MetricsWriter) -> None:
+async def _learn(agent: Agent, settings: Settings, counters: dict[str, int], writer: MetricsWriter) -> None:
     """An iteration's updates: the world model's, then, when it is its turn, the LLM's.
 
     The LLM's first update learns from the sample of the world model's last, each further one from a draw of its own.
@@ -576,7 +361,7 @@ def update_world_model(
     batch = buffer.sample(batch_size, policy)
     try:
         metrics = policy.learn_world_model(batch, train_iter=counters["train_iter"])
-    except NotFinite as error:
+    except NonFiniteError as error:
         dropped.dropped("world model", error, records=batch[2].records(), arrays=plain_batch(batch))
         return batch, {}
     counters["train_iter"] += 1
@@ -588,7 +373,7 @@ def update_world_model(
 def _update_llm(agent: Agent, drawn: SampledSegments) -> dict[str, float]:
     try:
         metrics = agent.policy.learn_llm(drawn)
-    except NotFinite as error:
+    except NonFiniteError as error:
         agent.dropped.dropped("LLM", error, records=drawn.records(), arrays={})
         return {}
     agent.dropped.applied("LLM")
@@ -604,86 +389,6 @@ async def _stop_learning(agent: Agent, learning: asyncio.Task[None] | None) -> N
             learning.exception()  # taken note of: the run ends for another reason, or for this one, raised elsewhere
     agent.world_model_thread.close()
     agent.llm_thread.close()
-
-
-def new_run_folder(settings: Any, games: Sequence[GameSpec]) -> Path:
-    """The run's folder, not made yet. A name that was given must be new; a made-up one is."""
-    root, name = Path(settings.run.output_dir), settings.run.exp_name
-    if name:
-        if not RUN_NAME.fullmatch(name):
-            raise UserError(
-                f"run.exp_name={name!r}: use at most 100 letters, digits and . _ + -, for example zork1_try2"
-            )
-        if (root / name).exists():
-            raise UserError(
-                f"run.exp_name={name}: {root / name} exists and is left as it is; "
-                "give another name, or none to get a new one"
-            )
-    else:
-        several = f"_and_{len(games) - 1}_more" if len(games) > 1 else ""
-        stem = f"{games[0].name}{several}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-        names = [stem, *(f"{stem}_{n}" for n in range(2, 100))]
-        name = next(n for n in names if not (root / n).exists())
-    existing = next(p for p in (root, *root.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run.output_dir={root}: {existing} is not a folder that can be written to; give another one")
-    return root / name
-
-
-def make_workers(settings: Any, games: Sequence[GameSpec], *, count: int, first_seed: int) -> list[Any]:
-    """``count`` workers in all, for the games in turn."""
-    env = settings.env
-    return [
-        make_worker(
-            games[e % len(games)],
-            seed=first_seed + e,
-            max_episode_steps=env.max_episode_steps,
-            look_and_inventory=env.look_and_inventory,
-            drop_inert_commands=env.drop_inert_commands,
-            timeout_s=env.step_timeout_s,
-        )
-        for e in range(count)
-    ]
-
-
-class Evaluators:
-    """An evaluator for each game that is trained on and for each that is not.
-
-    Attributes:
-        seen: of the games of ``run.env_id``.
-        unseen: of the games of ``eval.unseen``.
-        workers: of all of them.
-    """
-
-    def __init__(self, settings: Any, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec], player: Player) -> None:
-        self.modes = settings.eval.modes
-        self.workers: list[Any] = []
-        first_seed = settings.run.seed + 10_000
-
-        def evaluators(chosen: Sequence[GameSpec]) -> list[Evaluator]:
-            made = []
-            for game in chosen:
-                workers = make_workers(settings, [game], count=settings.env.evaluator_env_num, first_seed=first_seed)
-                self.workers += workers
-                made.append(
-                    Evaluator(game.name, workers, player=player, episodes=settings.eval.episodes, seed=first_seed)
-                )
-            return made
-
-        self.seen, self.unseen = evaluators(games), evaluators(unseen)
-
-
-async def evaluate_all(evaluators: Evaluators) -> dict[tuple[str, bool], dict[str, Evaluation]]:
-    """``(mode, unseen)`` to the evaluation of each game. A game that cannot be played is left out, and this is said."""
-    played: dict[tuple[str, bool], dict[str, Evaluation]] = {}
-    for unseen, chosen in ((False, evaluators.seen), (True, evaluators.unseen)):
-        for mode in evaluators.modes:
-            for evaluator in chosen:
-                try:
-                    played.setdefault((mode, unseen), {})[evaluator.game] = await evaluator.evaluate(mode)
-                except GameWorkerError as error:
-                    logger.error(f"evaluation, {mode}: {evaluator.game} is left out ({error})")
-    return {key: of_games for key, of_games in played.items() if of_games}
 
 
 def _fingerprints(policy: PriorZeroPolicy) -> dict[str, dict[str, int]]:
@@ -707,7 +412,7 @@ def buffer_scalars(buffer: PriorZeroGameBuffer) -> dict[str, float]:
 class _Teller(Teller):
     """Tells what the loop of this module does."""
 
-    def __init__(self, folder: Path, settings: Any, agent: Agent, *, told: Plain | None) -> None:
+    def __init__(self, folder: Path, settings: Settings, agent: Agent, *, told: Plain | None) -> None:
         """``told``: what a run that goes on had told before."""
         super().__init__(folder, settings, told=told)
         self.agent = agent
@@ -753,7 +458,7 @@ def _log_segments(collected: Collected, iteration: int) -> None:
         )
 
 
-def _count_rows(settings: Any, counters: dict[str, int], collector: Collector, *, with_llm: bool) -> dict[str, Any]:
+def _count_rows(settings: Settings, counters: dict[str, int], collector: Collector, *, with_llm: bool) -> dict[str, Any]:
     nothing_learned = f"0 (fewer than train.batch_size={settings.train.batch_size} decisions were stored)"
     return {
         "iterations": counters["iteration"],

@@ -1,4 +1,4 @@
-"""Records and protocols shared by every other module (floor 0: standard library and numpy only).
+"""Records and protocols that all modules share. This module needs numpy only.
 
 Letters in shapes: ``K`` valid actions of one state, ``A`` size of the action vocabulary, ``F`` feature size.
 """
@@ -7,56 +7,59 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
+# Plain data: tensors, numbers, texts, lists and dicts. Checkpoints contain nothing else, so that
+# ``torch.load(weights_only=True)`` reads them and no code in a file is ever run.
+Plain = dict[str, Any]
+
 
 class UserError(Exception):
-    """Something a person can put right. The message says what was given, what is allowed and what to type.
+    """An error that the user can correct. The message says what was given, what is allowed and what to type.
 
     The command line prints the message without a stack trace and exits with code 2.
     """
 
 
-class NotFinite(UserError):
-    """Something in an update is NaN or infinite. The update was not applied: the parameters are as they were."""
+class NonFiniteError(UserError):
+    """Something in an update is NaN or infinite. The update was not applied, and the parameters are unchanged."""
 
 
 class GameWorkerError(RuntimeError):
-    """A game's worker process hung past its time limit, crashed or answered with an error."""
+    """A game's worker process exceeded its time limit, crashed or replied with an error."""
 
 
-class EngineFailed(RuntimeError):
-    """The prior engine is lost for the rest of the run, or does not answer from the parameters it was given."""
+class EngineError(RuntimeError):
+    """The prior engine cannot be used for the rest of the run, or does not serve the parameters that it was given."""
 
 
-class PartFailed(RuntimeError):
-    """A process of a run on a cluster died, or did not answer in time."""
+class ProcessError(RuntimeError):
+    """A process of a run on a cluster died, or did not reply in time."""
 
 
-class PromptTooLong(ValueError):
-    """A prompt with its answers does not fit into the language model."""
+class PromptTooLongError(ValueError):
+    """A prompt and its completions do not fit into the language model."""
 
 
 @dataclass(frozen=True, slots=True)
 class GameState:
-    """What a game shows at one moment.
+    """The state of a game as the player sees it.
 
     Attributes:
-        feedback: what the game printed in answer to the last command.
-        valid_actions: commands that make sense here, without duplicates, in a reproducible order. Empty only when
-            ``done``.
+        feedback: the game's reply to the last command.
+        valid_actions: the valid commands, without duplicates, in a reproducible order. Empty only if ``done``.
         score: points so far.
-        max_score: the most points this game can give (0 if the game does not say).
-        moves: commands given since the episode began.
-        done: the episode has ended (won, lost, or the move limit was reached).
+        max_score: the largest possible score; 0 if the game does not say.
+        moves: number of commands in the episode so far.
+        done: the episode has ended: won, lost or truncated.
         won: the episode ended with a win.
-        look: the room description, taken without spending a move ("" when not asked for).
-        inventory: what the player carries, likewise.
-        goal: the game's own statement of the task ("" if it has none).
-        truncated: the episode was cut by the move limit rather than by the game.
-        actions_are_fallback: the game offered no valid actions, so a fixed short list stands in.
+        look: the room description, observed without spending a move; "" if it is not observed.
+        inventory: the player's inventory, observed likewise.
+        goal: the game's own statement of the task; "" if there is none.
+        truncated: the episode was ended by the limit of moves, not by the game.
+        actions_are_fallback: the game offered no valid actions, and ``valid_actions`` is a fixed short list.
     """
 
     feedback: str
@@ -74,18 +77,17 @@ class GameState:
 
     @property
     def place(self) -> tuple[str, ...]:
-        """What tells states of the world apart: room and inventory where these are observed, else the last answer."""
+        """Identifies the state of the world: room description and inventory if they are observed, else the feedback."""
         return (self.look, self.inventory) if self.look or self.inventory else (self.feedback,)
 
     @property
-    def standing(self) -> tuple[str, float]:
-        """How far the player has come: where (the first line of the room description, which names the room; of the last
-        answer where rooms are not observed) and with how many points."""
-        return (self.look or self.feedback).strip().split("\n", 1)[0], self.score
+    def room(self) -> str:
+        """The room's name: the first line of its description if it is observed, else of the feedback."""
+        return (self.look or self.feedback).strip().split("\n", 1)[0]
 
     @property
     def raw_obs_text(self) -> str:
-        """Feedback, then the room and the inventory where they were asked for and say something new."""
+        """The feedback, then the room description and the inventory unless the feedback contains them."""
         parts = [self.feedback.strip()]
         for extra in (self.look.strip(), self.inventory.strip()):
             if extra and extra not in parts[0]:
@@ -94,39 +96,49 @@ class GameState:
 
 
 class TextGame(Protocol):
-    """A text game in this process. ``step`` must only be called with one of the state's valid actions."""
+    """A text game in this process."""
 
-    def reset(self) -> GameState: ...
-
-    def step(self, action: str) -> tuple[GameState, float]:
-        """Give a command; return the new state and the reward (points gained by this command)."""
+    def reset(self) -> GameState:
+        """Begin a new episode."""
         ...
 
-    def close(self) -> None: ...
+    def step(self, action: str) -> tuple[GameState, float]:
+        """Take an action, which must be one of the state's valid actions.
+
+        Returns:
+            The new state and the reward: the points that the action gained.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the game's resources."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryStep:
-    """One past decision as the prompt shows it.
+    """One past decision of an episode.
 
     Attributes:
-        feedback: what the game had said.
-        action: what was done.
-        reward: what it earned.
-        place: :attr:`GameState.place` of the state it was done in.
-        standing: its :attr:`GameState.standing`.
+        feedback: feedback of the state in which the action was taken.
+        action: the action.
+        reward: points that it gained.
+        place: :attr:`GameState.place` of the state in which it was taken.
+        room: :attr:`GameState.room` of that state.
+        score: score of that state.
     """
 
     feedback: str
     action: str
     reward: float
     place: tuple[str, ...] = ()
-    standing: tuple[str, float] = ("", 0.0)
+    room: str = ""
+    score: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class PriorRequest:
-    """A question to a prior engine: the rendered prompt and the actions to spread probability over."""
+    """A request for a prior: the rendered prompt and the valid actions."""
 
     prompt: str
     valid_actions: tuple[str, ...]
@@ -137,12 +149,12 @@ class ActionPrior:
     """A distribution over the valid actions of one state, in their order.
 
     Attributes:
-        logprobs: normalised log-probabilities ``[K]``, float32; ``logsumexp == 0``.
-        source: ``"score"``, ``"rank"`` or ``"uniform"`` (the engine failed, or the prompt is too long).
-        version: how many LLM updates the parameters that made this prior had seen.
-        completion: what the LLM wrote (``rank`` only).
-        parsed: False if nothing usable could be read from the completion.
-        rollout_logprobs: log-probability of each action's text, summed over its tokens, ``[K]`` (``score`` only).
+        logprobs: normalised log-probabilities ``[K]``, float32.
+        source: ``"score"``, ``"rank"``, or ``"uniform"`` (the engine failed, or the prompt is too long).
+        version: number of LLM updates of the parameters that computed the prior.
+        completion: the text that the LLM generated (``rank`` only).
+        parsed: False if no valid action could be read from the completion.
+        rollout_logprobs: log-probability of each action's text, the sum over its tokens, ``[K]`` (``score`` only).
     """
 
     logprobs: np.ndarray
@@ -154,82 +166,86 @@ class ActionPrior:
 
 
 class PriorEngine(Protocol):
-    """Turns prompts into action priors.
+    """Computes priors with a language model.
 
     Attributes:
-        version: how many LLM updates the parameters that answer have seen.
-        exclusive: nobody may ask while the LLM learns, because both use the same parameters or the same memory.
+        version: number of LLM updates of the parameters that are served.
+        exclusive: no request may run while the LLM learns, since both use the same parameters or the same memory.
     """
 
     version: int
     exclusive: bool
 
     async def ready(self) -> None:
-        """Start, or start again after a crash, and wait until questions can be asked. Does nothing if they can.
+        """Start the engine, or restart it after a crash, and wait until it accepts requests.
 
         Raises:
-            EngineFailed: it cannot be brought (back) to life.
+            EngineError: it cannot be started.
         """
         ...
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """One prior per request, in order. Raises on failure; retries and fallbacks are the caller's.
+        """One prior for each request, in order. Errors are raised; the caller retries.
 
-        A prompt that does not fit into the model is no failure: its prior is uniform, and it is counted.
+        A prompt that does not fit into the model is not an error: its prior is uniform, and it is counted.
         """
         ...
 
     async def check(self) -> None:
-        """Find out, after questions that were not answered in time, whether it still lives; if it does not, it counts
-        as crashed, which :meth:`ready` sees to. One that is slow is left alone."""
-        ...
+        """Test, after requests that timed out, whether the engine still works.
 
-    async def suspend(self) -> None:
-        """Free what the learner needs; the next ``sync_weights`` ends it. Only if ``exclusive``."""
-        ...
-
-    async def sync_weights(self, version: int) -> None:
-        """Make every later answer come from the current training parameters, and call them ``version``.
-
-        Raises:
-            EngineFailed: the engine does not compute what the training copy computes.
+        An engine that hangs is marked as crashed, and :meth:`ready` restarts it. A slow one is left alone.
         """
         ...
 
-    async def forget(self) -> None:
-        """Drop what is kept of earlier questions: later answers depend on the parameters and the question alone."""
+    async def suspend(self) -> None:
+        """Free the memory that the learner needs, until the next :meth:`sync_weights`. Only if ``exclusive``."""
+        ...
+
+    async def sync_weights(self, version: int) -> None:
+        """Serve the current training parameters from now on, as ``version``.
+
+        Raises:
+            EngineError: the engine's results differ from the training copy's.
+        """
+        ...
+
+    async def clear_cache(self) -> None:
+        """Drop cached results: later priors depend on the parameters and the request only."""
         ...
 
     def take_statistics(self) -> dict[str, float]:
         """Metrics under ``prior/`` since the last call."""
         ...
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        """Free the engine's resources."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """Everything known about one decision, written once, when the reward of its action is known.
+    """Everything about one decision. It is written once, when the reward of the action is known.
 
-    The world model's arrays and the LLM's training samples are both derived from this record, so the reward, the
-    prompt, the prior and the visits of a decision cannot come apart.
+    The training data of the world model and of the LLM are both derived from this record, so reward, prompt, prior and
+    visit counts always belong to the same decision.
 
     Attributes:
-        state: what the game showed before the action.
-        features: frozen text-encoder features of ``state``, ``[F]`` float32.
+        state: the state before the action.
+        features: the text encoder's features of ``state``, ``[F]`` float32.
         action_indices: vocabulary index of each valid action, ``[K]`` int64.
-        prompt: the text the LLM was asked with ("" when no LLM took part).
-        prior: the LLM's prior (None when no LLM took part).
-        visit_counts: root visits per valid action, ``[K]`` int64.
-        root_value: searched value of the root.
+        prompt: the LLM's prompt; "" without an LLM.
+        prior: the LLM's prior; None without an LLM.
+        visit_counts: visit counts of the root's actions, ``[K]`` int64.
+        root_value: value of the root after the search.
         predicted_value: the network's value of the root before the search.
-        chosen: position in ``state.valid_actions`` of the action that was played.
-        reward: points that the action earned.
-        behaviour_prob: probability with which that action was drawn; 1 if it was not.
-        shaping: what the world model's reward has on top, in points: ``train.novelty_bonus``, ``train.loss_penalty``.
+        chosen: position of the chosen action in ``state.valid_actions``.
+        reward: points that the action gained.
         done: the episode ended with this action.
-        episode: number of the episode this decision belongs to, unique within a run.
-        step: index of the decision within its episode, from 0.
+        episode: number of the episode, unique within a run.
+        step: index of the decision in its episode, from 0.
+        shaping: addition to the world model's reward, in points: ``train.novelty_bonus`` and ``train.loss_penalty``.
+        behaviour_prob: probability with which the action was sampled; 1 if it was not sampled.
     """
 
     state: GameState
@@ -250,10 +266,12 @@ class StepRecord:
 
     @property
     def action_text(self) -> str:
+        """The chosen action."""
         return self.state.valid_actions[self.chosen]
 
     @property
     def action_index(self) -> int:
+        """Its index in the vocabulary."""
         return int(self.action_indices[self.chosen])
 
     def visit_probs(self) -> np.ndarray:

@@ -22,11 +22,11 @@ import numpy as np
 import torch
 from bench_tools import Row, report, seconds
 
-from priorzero.completions import PromptRow
+from priorzero.agent import make_engine
 from priorzero.config import PRESETS, resolve_settings
-from priorzero.models import LanguageModel, load_language_model
+from priorzero.llm.models import LanguageModel, load_language_model
+from priorzero.llm.packing import PromptRow
 from priorzero.policy import prompt_style
-from priorzero.train import make_engine
 from priorzero.types import PriorRequest
 
 COMMANDS = (

@@ -40,13 +40,14 @@ import torch
 from bench_tools import Row, report, seconds
 
 from priorzero.config import PRESETS, resolve_settings
-from priorzero.lightzero import quiet, unizero_config
-from priorzero.llm_learner import LLMLearner, LLMSample
-from priorzero.losses import gradient_norm, sft_loss
-from priorzero.models import LanguageModel, load_language_model, resolve_model
+from priorzero.llm.fine_tuning import LLMLearner, LLMSample
+from priorzero.llm.losses import gradient_norm, sft_loss
+from priorzero.llm.models import LanguageModel, load_language_model, resolve_model
+from priorzero.play.text_encoder import TextEncoder
 from priorzero.policy import PriorZeroPolicy, prompt_style
-from priorzero.text_encoder import TextEncoder
+from priorzero.runtime.quiet import quiet
 from priorzero.types import GameState, StepRecord
+from priorzero.world_model.lightzero import unizero_config
 
 with quiet():
     from lzero.policy.unizero import UniZeroPolicy

@@ -31,13 +31,13 @@ from bench_tools import Row, print_table, report, seconds
 from loguru import logger
 
 from priorzero import train
-from priorzero.collector import Collector
 from priorzero.config import OPTIONS, PRESETS, resolve_settings
-from priorzero.engines import PriorMaker
 from priorzero.envs import GameSpec, resolve_game
 from priorzero.envs.games import make_game
-from priorzero.player import Player
-from priorzero.search import Root, SearchResult
+from priorzero.llm.engines import PriorMaker
+from priorzero.play.collector import Collector
+from priorzero.play.player import Player
+from priorzero.search.base import Root, SearchResult
 from priorzero.types import ActionPrior, GameState, PriorRequest, UserError
 
 # Prompt, command, reward, log-probabilities of the prior, visit counts.

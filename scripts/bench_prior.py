@@ -27,14 +27,14 @@ import numpy as np
 import torch
 from bench_tools import Row, matmul_rate, print_table, report, seconds
 
-from priorzero.completions import PromptRow, pack
 from priorzero.config import PRESETS, resolve_settings
-from priorzero.engines import PriorMaker, TransformersEngine
 from priorzero.envs import resolve_game
 from priorzero.envs.games import make_game
-from priorzero.models import LanguageModel, load_language_model
+from priorzero.llm.engines import PriorMaker, TransformersEngine
+from priorzero.llm.models import LanguageModel, load_language_model
+from priorzero.llm.packing import PromptRow, pack
+from priorzero.llm.prompts import PromptStyle, render_prompt
 from priorzero.policy import prompt_style
-from priorzero.prompts import PromptStyle, render_prompt
 from priorzero.types import HistoryStep, PriorRequest
 
 GAME = "textworld:simple?seed=7"

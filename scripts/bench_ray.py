@@ -46,7 +46,7 @@ def timeline(folder: Path, tag: str) -> list[tuple[float, float]]:
 
 
 def run(folder: Path, name: str, **groups: dict[str, Any]) -> Path:
-    from priorzero.cluster.loop import run_on_cluster
+    from priorzero.cluster.train import run_on_cluster
     from priorzero.config import PRESETS, resolve_settings
 
     settings = resolve_settings(

@@ -27,7 +27,8 @@ from bench_tools import Row, report, seconds
 
 from priorzero.config import PRESETS, resolve_settings
 from priorzero.policy import PriorZeroPolicy
-from priorzero.search import Root, SearchResult, WorldModelInference
+from priorzero.search.base import Root, SearchResult
+from priorzero.world_model.inference import WorldModelInference
 
 FEATURE_SIZE = 3 * 384 + 128  # what the default encoder makes of feedback, room and inventory
 SIZES = (("quick_test", 100, 12), ("standard", 256, 20))  # preset, actions given out, valid ones

@@ -24,7 +24,7 @@ def make_folder(path: Path) -> None:
     Raises:
         UserError: it cannot be made.
     """
-    from priorzero.types import UserError  # late: not all benchmarks put the package on the path
+    from priorzero.types import UserError
 
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -34,7 +34,7 @@ def make_folder(path: Path) -> None:
 
 def exit_code(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     """Run a script: 0, or 2 after the message of what its user can put right."""
-    from priorzero.types import UserError  # late: as above
+    from priorzero.types import UserError
 
     try:
         run(options)

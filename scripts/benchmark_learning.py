@@ -36,9 +36,9 @@ sys.path[:0] = [str(ROOT)]
 
 from bench_tools import at_least, make_folder
 
-from priorzero.concurrency import gather_or_cancel
 from priorzero.config import differences, parse_assignments, read_config_file, resolve_settings
 from priorzero.envs.games import resolve_game
+from priorzero.runtime.concurrency import gather_or_cancel
 from priorzero.types import UserError
 
 EVALUATION_ONLY = {"run.max_env_step": "0", "eval.episodes": "50"}

@@ -30,14 +30,15 @@ sys.path[:0] = [str(ROOT)]
 
 from bench_tools import RESULTS, at_least, exit_code, make_folder
 
-from priorzero.checkpoint import load_world_model, read_checkpoint, saved_checkpoints
-from priorzero.collector import Collector
+from priorzero.agent import Agent, load_agent, make_workers
 from priorzero.envs import resolve_games
-from priorzero.losses import returns_to_go
-from priorzero.models import choose_device
-from priorzero.search import Root
-from priorzero.train import Agent, load_agent, make_workers, seed_globals
+from priorzero.llm.models import choose_device
+from priorzero.play.collector import Collector
+from priorzero.runs.checkpoint import load_world_model, read_checkpoint, saved_checkpoints
+from priorzero.runtime.random_state import seed_globals
+from priorzero.search.base import Root
 from priorzero.types import StepRecord, UserError
+from priorzero.world_model.returns import returns_to_go
 
 
 def episodes_of(segments: Sequence[Any]) -> list[list[StepRecord]]:

@@ -32,12 +32,12 @@ sys.path[:0] = [str(ROOT)]
 from bench_tools import RESULTS, exit_code, make_folder, print_table
 
 from priorzero.config import read_config_file, resolve_settings
-from priorzero.engines import PriorMaker, TransformersEngine
 from priorzero.envs import make_game, resolve_game
-from priorzero.llm_learner import LLMLearner
-from priorzero.models import choose_device, load_language_model
+from priorzero.llm.engines import PriorMaker, TransformersEngine
+from priorzero.llm.fine_tuning import LLMLearner
+from priorzero.llm.models import choose_device, load_language_model
+from priorzero.llm.prompts import render_prompt
 from priorzero.policy import prompt_style
-from priorzero.prompts import render_prompt
 from priorzero.types import ActionPrior, GameState, HistoryStep, PriorRequest, StepRecord, UserError
 
 PLAIN = {"enable_sft": False, "enable_rft": False, "rft_baseline": "value", "rft_clip": 0.0, "kl_weight": 0.0}

@@ -29,11 +29,11 @@ from bench_tools import RESULTS, exit_code, make_folder, print_table
 from compare_llm_losses import Question, priors, questions_of
 
 from priorzero.config import read_config_file, resolve_settings
-from priorzero.engines import PriorMaker
 from priorzero.envs import resolve_game
-from priorzero.models import LanguageModel, choose_device, load_language_model
+from priorzero.llm.engines import PriorMaker
+from priorzero.llm.models import LanguageModel, choose_device, load_language_model
 from priorzero.policy import prompt_style
-from priorzero.types import ActionPrior, PromptTooLong, UserError
+from priorzero.types import ActionPrior, PromptTooLongError, UserError
 
 QUESTION = {
     "prompt_layout": "transcript", "history": "all", "history_length": 20, "history_chars": 0,
@@ -95,7 +95,7 @@ def check_length(llm: LanguageModel, settings: Any, questions: Sequence[Question
     try:
         for question in questions:
             maker.row(question.request)
-    except PromptTooLong as error:
+    except PromptTooLongError as error:
         raise UserError(
             f"--prompts {name}: {error}; leave it out, or give less --prompt_max_len than {settings.llm.prompt_max_len}"
         ) from error

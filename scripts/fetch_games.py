@@ -21,7 +21,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
 
-from priorzero.envs.games import cache_dir, supported_games
+from priorzero.envs.cache import cache_dir
+from priorzero.envs.games import supported_games
 from priorzero.types import UserError
 
 BASE_URL = "https://raw.githubusercontent.com/BYU-PCCL/z-machine-games/master/jericho-game-suite/"

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import make_tiny_llm
+
+from tests.helpers.models import make_tiny_llm
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 
@@ -24,7 +25,7 @@ import compare_prompts
 import profile_quick_test
 from bench_tools import Row
 
-from priorzero.completions import PromptRow
+from priorzero.llm.packing import PromptRow
 from priorzero.types import ActionPrior, PriorRequest
 
 

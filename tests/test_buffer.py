@@ -14,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from priorzero.buffer import PriorZeroGameBuffer
 from priorzero.config import default_settings
-from priorzero.demo import COMMANDS, FEATURE_SIZE, demo_config, demo_episode, demo_record, demo_segments
-from priorzero.lightzero import quiet, unizero_config
-from priorzero.segment import PriorZeroGameSegment, SegmentWriter
+from priorzero.runtime.quiet import quiet
 from priorzero.types import ActionPrior, GameState, StepRecord, UserError
+from priorzero.world_model.lightzero import unizero_config
+from priorzero.world_model.replay import PriorZeroGameBuffer
+from priorzero.world_model.segment import PriorZeroGameSegment, SegmentWriter
+from tests.helpers.segments import COMMANDS, FEATURE_SIZE, demo_config, demo_episode, demo_record, demo_segments
 
 with quiet():
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer

@@ -15,25 +15,24 @@ import psutil
 import pytest
 import ray
 import torch
-from conftest import make_settings, make_tiny_llm
-from test_llm_learner import ACTIONS, record
-from test_resume import lines
-from test_train import read_events
 
-import priorzero.cluster.loop as loop
+import priorzero.cluster.train as loop
 from priorzero import ray_entry
-from priorzero.checkpoint import load_world_model
 from priorzero.cluster.actors import PriorServer, Registry, SharedVocabulary, load_trained_parameters
-from priorzero.cluster.calls import Durable, answer
-from priorzero.cluster.orz_ppo import SEAM, OrzPPOEngine, jericho_reward_trainer, orz_config
+from priorzero.cluster.handles import Durable, answer
+from priorzero.cluster.ppo.orz_engine import SEAM, OrzPPOEngine, jericho_reward_trainer, orz_config
+from priorzero.cluster.ppo.torch_engine import TorchPPOEngine
+from priorzero.cluster.ppo.trajectories import Trajectory
 from priorzero.cluster.resources import Share, plan_resources
-from priorzero.cluster.torch_ppo import TorchPPOEngine
-from priorzero.completions import PromptRow
-from priorzero.models import load_language_model
+from priorzero.llm.models import load_language_model
+from priorzero.llm.packing import PromptRow
+from priorzero.play.action_vocabulary import make_action_indexer
 from priorzero.policy import PriorZeroPolicy
-from priorzero.ppo.trajectories import Trajectory
-from priorzero.types import ActionPrior, PartFailed, PriorRequest, UserError
-from priorzero.vocabulary import make_action_indexer
+from priorzero.runs.checkpoint import load_world_model
+from priorzero.types import ActionPrior, PriorRequest, ProcessError, UserError
+from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.records import ACTIONS, record
+from tests.helpers.runs import lines, read_events
 
 # ---- what needs no cluster ----
 
@@ -140,7 +139,7 @@ class Part:
     async def add(self, value):
         if value in self.dies_at:
             self.dies_at.remove(value)
-            raise PartFailed(f"died at {value}")
+            raise ProcessError(f"died at {value}")
         self.state.append(value)
         return sum(self.state)
 
@@ -172,7 +171,7 @@ def test_a_learner_that_dies_too_often_ends_the_run(tmp_path):
     part = Part()
 
     async def die():
-        raise PartFailed("the part died")
+        raise ProcessError("the part died")
 
     durable = Durable(part, name="part", folder=tmp_path, save_every=4, max_restarts=2)
     with pytest.raises(UserError, match=r"the part died; the part has been started again 2 times already"):
@@ -181,7 +180,7 @@ def test_a_learner_that_dies_too_often_ends_the_run(tmp_path):
 
 
 def test_every_wait_has_a_limit():
-    with pytest.raises(PartFailed, match=r"the part did not answer within 0\.05 s"):
+    with pytest.raises(ProcessError, match=r"the part did not answer within 0\.05 s"):
         asyncio.run(answer(asyncio.sleep(5), timeout_s=0.05, who="the part"))
 
 

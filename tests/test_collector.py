@@ -8,18 +8,18 @@ import itertools
 
 import numpy as np
 import pytest
-from conftest import make_settings
 
-from priorzero.collector import Collector
-from priorzero.concurrency import OwnerThread
-from priorzero.engines import RobustPrior
-from priorzero.evaluator import Evaluator
-from priorzero.lightzero import unizero_config
-from priorzero.player import Player
+from priorzero.llm.engines import RobustPrior
+from priorzero.play.action_vocabulary import ActionVocabulary
+from priorzero.play.collector import Collector
+from priorzero.play.evaluator import Evaluator
+from priorzero.play.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
-from priorzero.timeline import Timeline
+from priorzero.runtime.concurrency import OwnerThread
+from priorzero.runtime.timeline import Timeline
 from priorzero.types import ActionPrior, GameState, GameWorkerError
-from priorzero.vocabulary import ActionVocabulary
+from priorzero.world_model.lightzero import unizero_config
+from tests.helpers.models import make_settings
 
 FEATURES = 4
 
@@ -282,7 +282,7 @@ def test_collection_that_was_cut_short_goes_on(tmp_path):
     """Left off at every third decision, written and read back: the same decisions as in one go."""
     import torch
 
-    from priorzero.records import RecordTable, read_records
+    from priorzero.world_model.records import RecordTable, read_records
 
     def decisions(collected):
         return [(r.episode, r.step, r.action_text, r.reward) for s in collected.segments for r in s.records]
@@ -324,7 +324,7 @@ def test_collection_that_was_cut_short_goes_on(tmp_path):
 
 
 def test_a_game_that_cannot_be_brought_back_is_cut_and_counted(tmp_path):
-    from priorzero.records import RecordTable, read_records
+    from priorzero.world_model.records import RecordTable, read_records
 
     async def check():
         collector, _, _ = build()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_tiny_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from priorzero.completions import PromptRow, completion_logprobs, pack
+from priorzero.llm.packing import PromptRow, completion_logprobs, pack
+from tests.helpers.models import make_tiny_llm
 
 token = st.integers(0, 99)
 row = st.builds(

@@ -14,8 +14,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from priorzero.concurrency import STOP_SIGNALS, Gate, OwnerThread, gather_or_cancel, signals_end_at_once
-from priorzero.timeline import Timeline
+from priorzero.runtime.concurrency import STOP_SIGNALS, Gate, OwnerThread, gather_or_cancel, signals_end_at_once
+from priorzero.runtime.timeline import Timeline
 
 
 def test_an_owner_runs_one_call_at_a_time_in_their_order_and_the_loop_goes_on():

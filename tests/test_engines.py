@@ -11,12 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import make_settings, make_tiny_llm
 
-from priorzero.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine
+from priorzero.llm.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine
+from priorzero.llm.prompts import render_prompt
 from priorzero.policy import prompt_style
-from priorzero.prompts import render_prompt
-from priorzero.types import ActionPrior, EngineFailed, GameState, PriorRequest
+from priorzero.types import ActionPrior, EngineError, GameState, PriorRequest
+from tests.helpers.models import make_settings, make_tiny_llm
 
 STATE = GameState(
     "West of House\nYou are standing in an open field west of a white house. There is a small mailbox here.",
@@ -303,10 +303,10 @@ def test_an_engine_that_is_lost_is_not_papered_over():
     engine = Failing(GOOD)
 
     async def lost():
-        raise EngineFailed("gone for good")
+        raise EngineError("gone for good")
 
     engine.ready = lost
-    with pytest.raises(EngineFailed, match="gone for good"):
+    with pytest.raises(EngineError, match="gone for good"):
         robust(engine)
 
 
@@ -494,7 +494,7 @@ def vllm_engine(smollm2, tmp_path, monkeypatch):
 
     monkeypatch.setattr(engine, "_start_process", start)
     monkeypatch.setattr(engine, "_row_logprobs", same_as_the_training_copy)
-    monkeypatch.setattr("priorzero.engines.vllm.CHECK_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("priorzero.llm.engines.vllm.CHECK_TIMEOUT_S", 0.5)
     return engine
 
 
@@ -520,7 +520,7 @@ def test_a_vllm_that_hangs_is_started_again_and_a_slow_one_is_left_alone(vllm_en
         engine.processes[1].seconds = 60
         await asyncio.gather(engine.check(), engine.check())
         assert engine.processes[1].aborted > 0 and not engine.processes[1].ended
-        with pytest.raises(EngineFailed, match="restarted 1 times already"):
+        with pytest.raises(EngineError, match="restarted 1 times already"):
             await engine.ready()
         assert engine.processes[1].ended
         await engine.close()
@@ -564,7 +564,7 @@ def test_after_a_failed_takeover_whoever_asks_is_told():
     )
 
     async def fails(version):
-        raise EngineFailed("not taken over")
+        raise EngineError("not taken over")
 
     async def update():
         learner[0] += 1
@@ -572,10 +572,10 @@ def test_after_a_failed_takeover_whoever_asks_is_told():
 
     async def run():
         engine.sync_weights = fails
-        with pytest.raises(EngineFailed):
+        with pytest.raises(EngineError):
             await prior.learn(update)
         async with asyncio.timeout(1):
             await prior.priors(ONE)
 
-    with pytest.raises(EngineFailed, match="not taken over"):
+    with pytest.raises(EngineError, match="not taken over"):
         asyncio.run(run())

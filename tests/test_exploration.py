@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_collector import build, collect, state_of
 
-from priorzero.exploration import CommandMemory
-from priorzero.player import Lane
+from priorzero.play.exploration import CommandMemory
+from priorzero.play.player import Lane
 from priorzero.types import ActionPrior, GameState, HistoryStep
 
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_settings, make_tiny_llm
-from faults import RATES, FaultPlan
-from test_resume import lines
-from test_train import read_events
 
-from priorzero.checkpoint import newest_checkpoint
+from priorzero.runs.checkpoint import newest_checkpoint
 from priorzero.train import run_training
 from priorzero.types import UserError
+from tests.helpers.faults import RATES, FaultPlan
+from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.runs import lines, read_events
 
 
 def settings_for(folder, llm, **run):
@@ -28,7 +27,7 @@ def settings_for(folder, llm, **run):
             "env": {"max_episode_steps": 10},
             "world_model": {"embed_dim": 64, "num_heads": 2},
             "search": {"num_simulations": 4},
-            "train": {"collect_env_steps": 4, "batch_size": 8, "update_per_collect": 1, "max_not_finite": 5},
+            "train": {"collect_env_steps": 4, "batch_size": 8, "update_per_collect": 1, "max_nonfinite_updates": 5},
             "prior": {"timeout_s": 0.5, "backoff_s": 0.01, "attempts": 2},
             "llm": {"path": str(llm), "batch_size": 2, "micro_batch_size": 1},
             "replay": {"segment_length": 5, "buffer_size": 200},
@@ -90,7 +89,7 @@ def test_two_hundred_iterations_under_faults_lose_nothing(tmp_path, tiny_llm_fol
 @pytest.mark.slow
 def test_updates_that_are_never_finite_end_the_run_with_a_message(tmp_path, tiny_llm_folder, monkeypatch):
     plan = FaultPlan(0, {**dict.fromkeys(RATES, 0.0), "batch poisoned": 1.0}, delay_s=0.0)
-    message = r"5 updates in a row were left out \(train\.max_not_finite\): the world model's rewards are not finite"
+    message = r"5 updates in a row were left out \(train\.max_nonfinite_updates\): the world model's rewards are not finite"
     with plan.at_work(monkeypatch), pytest.raises(UserError, match=message):
         run_training(settings_for(tmp_path, tiny_llm_folder))
     assert plan.done["batch poisoned"] == 5

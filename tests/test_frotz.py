@@ -6,9 +6,9 @@ from collections import deque
 
 import numpy as np
 import pytest
-from game_files import story
 
 from priorzero.envs.frotz import MAX_SEARCHES_ALONE, PORTIONS, ReproducibleFrotzEnv, _work, state_digest
+from tests.helpers.game_files import story
 
 
 @pytest.fixture

@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from game_files import session_cache, story
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,6 +13,7 @@ from priorzero.envs import textworld_files
 from priorzero.envs.games import resolve_game, resolve_games, supported_games
 from priorzero.envs.textworld_files import CHALLENGES, get_or_make, parse_request
 from priorzero.types import UserError
+from tests.helpers.game_files import session_cache, story
 
 ZORK1_MD5 = "b732a93a6244ddd92a9b9a3e3a46c687"
 

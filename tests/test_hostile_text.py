@@ -8,21 +8,21 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import make_settings, make_tiny_llm
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from priorzero.demo import demo_config, demo_record
-from priorzero.engines import PriorMaker
-from priorzero.exploration import CommandMemory
+from priorzero.llm.engines import PriorMaker
+from priorzero.llm.priors import parse_ranking
+from priorzero.llm.prompts import render_prompt
+from priorzero.play.action_vocabulary import make_action_indexer
+from priorzero.play.exploration import CommandMemory
+from priorzero.play.text_encoder import TextEncoder
 from priorzero.policy import prompt_style
-from priorzero.priors import parse_ranking
-from priorzero.prompts import render_prompt
-from priorzero.records import RecordTable, read_records
-from priorzero.segment import SegmentWriter
-from priorzero.text_encoder import TextEncoder
-from priorzero.types import GameState, HistoryStep, PriorRequest, PromptTooLong
-from priorzero.vocabulary import make_action_indexer
+from priorzero.types import GameState, HistoryStep, PriorRequest, PromptTooLongError
+from priorzero.world_model.records import RecordTable, read_records
+from priorzero.world_model.segment import SegmentWriter
+from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.segments import demo_config, demo_record
 
 NASTY = [
     "",
@@ -104,7 +104,7 @@ def test_every_action_gets_a_share_or_the_prompt_is_too_long(llm, valid):
     maker = PriorMaker(llm, prompt_style(make_settings()))
     try:
         row = maker.row(PriorRequest("Next command?", valid))
-    except PromptTooLong:
+    except PromptTooLongError:
         assert any(len(action) > 900 for action in valid)
         return
     special = set(llm.tokenizer.all_special_ids)

@@ -5,11 +5,11 @@ import subprocess
 import sys
 
 import pytest
-from game_files import story
 
 from priorzero.envs.frotz import state_digest
 from priorzero.envs.jericho_game import FALLBACK_ACTIONS, JerichoGame
 from priorzero.types import GameState, UserError
+from tests.helpers.game_files import story
 
 TO_THE_HOUSE = ["s", "e", "open window", "w", "w", "take lamp", "take sword"]
 TO_THE_TROLL = [*TO_THE_HOUSE, "move rug", "open trapdoor", "turn on lamp", "d", "n"]

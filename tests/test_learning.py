@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import make_settings
 from easydict import EasyDict
 
-from priorzero.engines import PriorMaker
-from priorzero.llm_learner import LLMLearner
-from priorzero.models import LanguageModel, load_language_model
+from priorzero.llm.engines import PriorMaker
+from priorzero.llm.fine_tuning import LLMLearner
+from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.policy import prompt_style
 from priorzero.train import run_training
 from priorzero.types import ActionPrior
+from tests.helpers.models import make_settings
 
 sys.path.append(str(Path(__file__).parent.parent / "scripts"))
 import check_world_model

@@ -9,35 +9,15 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import make_settings, make_tiny_llm
 
-from priorzero.completions import PromptRow
-from priorzero.engines import PriorMaker, TransformersEngine
-from priorzero.llm_learner import LLMLearner, choose_answers
-from priorzero.losses import kl_loss
+from priorzero.llm.engines import PriorMaker, TransformersEngine
+from priorzero.llm.fine_tuning import LLMLearner, choose_answers
+from priorzero.llm.losses import kl_loss
+from priorzero.llm.packing import PromptRow
 from priorzero.policy import prompt_style
-from priorzero.types import ActionPrior, GameState, PriorRequest, StepRecord, UserError
-
-ACTIONS = ("open mailbox", "go north", "eat the old brown sack", "wait")
-
-
-def record(step=0, *, visits=(6, 3, 1, 0), chosen=0, prompt="Where to?", completion=None, predicted=0.0, rollout=None):
-    prior = ActionPrior(np.log(np.full(4, 0.25)), "score", 0, completion, rollout_logprobs=rollout)
-    return StepRecord(
-        state=GameState("West of House", ACTIONS, 0.0, 10.0, step),
-        features=np.zeros(3),
-        action_indices=np.arange(4),
-        prompt=f"{prompt} {step}" if prompt else "",
-        prior=prior,
-        visit_counts=np.array(visits),
-        root_value=0.0,
-        predicted_value=predicted,
-        chosen=chosen,
-        reward=0.0,
-        done=False,
-        episode=0,
-        step=step,
-    )
+from priorzero.types import PriorRequest, UserError
+from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.records import record
 
 
 def learner(smollm2, *, seed=0, **llm):

@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.losses import (
-    action_logprobs,
-    gradient_norm,
-    kl_loss,
-    normalised_advantages,
-    returns_to_go,
-    rft_loss,
-    sft_loss,
-)
+from priorzero.llm.losses import action_logprobs, gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
+from priorzero.world_model.returns import returns_to_go
 
 LOG2, LOG4, LOG10 = math.log(0.5), math.log(0.25), math.log(0.1)
 

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import make_settings
 
-from priorzero.completions import PromptRow
-from priorzero.models import (
-    LanguageModel,
-    choose_device,
-    load_language_model,
-    resolve_model,
-    warn_of_long_prompts,
-)
-from priorzero.types import PromptTooLong, UserError
+from priorzero.llm.models import LanguageModel, choose_device, load_language_model, resolve_model, warn_of_long_prompts
+from priorzero.llm.packing import PromptRow
+from priorzero.types import PromptTooLongError, UserError
+from tests.helpers.models import make_settings
 
 
 def test_names(tmp_path):
@@ -104,7 +98,7 @@ def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2, mo
     llm = load_language_model(cfg, device=torch.device("cpu"))
     assert llm.max_length == 96
     said = []
-    monkeypatch.setattr("priorzero.models.logger.warning", said.append)
+    monkeypatch.setattr("priorzero.llm.models.logger.warning", said.append)
     warn_of_long_prompts(llm, cfg)
     assert len(said) == 1 and "sees 96 tokens at once" in said[0] and "llm.prompt_max_len=84" in said[0]
     cfg.prompt_max_len = 84
@@ -122,7 +116,7 @@ def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2, mo
     assert differ(96) < 1e-3 < differ(120)
     words = " north" * 93
     assert len(llm.row(words, [" go on"], end_of_turn=False).prompt_ids) == 93
-    with pytest.raises(PromptTooLong, match="a model that sees 96 at once"):
+    with pytest.raises(PromptTooLongError, match="a model that sees 96 at once"):
         llm.row(words + " north", [" go on and on"], end_of_turn=False)
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import make_tiny_llm
 
-from priorzero.buffer import PriorZeroGameBuffer
 from priorzero.config import resolve_settings
-from priorzero.demo import FEATURE_SIZE, demo_segments
-from priorzero.lightzero import unizero_config
 from priorzero.policy import PriorZeroPolicy
-from priorzero.search import Root
-from priorzero.types import NotFinite, UserError
+from priorzero.search.base import Root
+from priorzero.types import NonFiniteError, UserError
+from priorzero.world_model.lightzero import unizero_config
+from priorzero.world_model.replay import PriorZeroGameBuffer
+from tests.helpers.models import make_tiny_llm
+from tests.helpers.segments import FEATURE_SIZE, demo_segments
 
 
 def setup(llm=None, *, dropout=0.0, seed=0):
@@ -120,7 +120,7 @@ def test_parameters_that_are_not_finite_end_in_a_message():
     batch = buffer.sample(8, policy)
     with torch.no_grad():
         policy._model.world_model.head_value.head_module[-1].bias.fill_(float("nan"))
-    with pytest.raises(NotFinite, match=r"value loss .* update 3; lower train\.learning_rate"):
+    with pytest.raises(NonFiniteError, match=r"value loss .* update 3; lower train\.learning_rate"):
         policy.learn_world_model(batch, train_iter=3)
     root = Root(np.zeros((1, FEATURE_SIZE), np.float32), np.zeros(0, np.int64), np.arange(3))
     with pytest.raises(UserError, match=r"not finite; lower train\.learning_rate"):
@@ -138,7 +138,7 @@ def test_a_batch_that_is_not_finite_is_not_learned_from(part, index, words):
     batch = buffer.sample(8, policy)
     batch[part][index] = np.array(batch[part][index], dtype=np.float32)
     batch[part][index].flat[3] = np.inf
-    with pytest.raises(NotFinite, match=f"{words} are not finite in update 7"):
+    with pytest.raises(NonFiniteError, match=f"{words} are not finite in update 7"):
         policy.learn_world_model(batch, train_iter=7)
     assert unchanged(policy, before)
 
@@ -150,7 +150,7 @@ def test_a_gradient_that_is_not_finite_is_not_applied():
     parameter = policy._model.world_model.head_rewards.head_module[0].weight
     hook = parameter.register_hook(lambda gradient: gradient * float("nan"))
     # The name in the message is the first in the model's order: clipping spreads it over all of them.
-    with pytest.raises(NotFinite, match=r"the gradient of .* is not finite in update 5"):
+    with pytest.raises(NonFiniteError, match=r"the gradient of .* is not finite in update 5"):
         policy.learn_world_model(buffer.sample(8, policy), train_iter=5)
     assert unchanged(policy, before)
     hook.remove()

@@ -8,19 +8,20 @@ import io
 import numpy as np
 import pytest
 import torch
-from conftest import make_settings, make_tiny_llm
 from hypothesis import given
 from hypothesis import strategies as st
-from test_llm_learner import record
 
-from priorzero.demo import demo_config, demo_episode
-from priorzero.losses import clipped_value_loss, generalised_advantages, rft_loss
+from priorzero.cluster.ppo.learner import PPOLearner
+from priorzero.cluster.ppo.losses import clipped_value_loss, generalised_advantages
+from priorzero.cluster.ppo.trajectories import Trajectory, credit_weights, newest, trajectories_from, turn_rewards
+from priorzero.llm.losses import rft_loss
 from priorzero.policy import prompt_style
-from priorzero.ppo.learner import PPOLearner
-from priorzero.ppo.trajectories import Trajectory, credit_weights, newest, trajectories_from, turn_rewards
-from priorzero.process_group import ProcessGroup
-from priorzero.segment import SegmentWriter
+from priorzero.runtime.process_group import ProcessGroup
 from priorzero.types import ActionPrior
+from priorzero.world_model.segment import SegmentWriter
+from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.records import record
+from tests.helpers.segments import demo_config, demo_episode
 
 numbers = st.floats(-5, 5, allow_nan=False)
 

@@ -9,15 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from priorzero.priors import (
-    LOGIT_FLOOR,
-    entropy,
-    mix_root_logits,
-    parse_ranking,
-    prior_from_ranking,
-    prior_from_scores,
-    uniform_prior,
-)
+from priorzero.llm.priors import entropy, parse_ranking, prior_from_ranking, prior_from_scores, uniform_prior
+from priorzero.search.root import LOGIT_FLOOR, mix_root_logits
 
 ACTIONS = ("open mailbox", "go north", "take the brass lantern", "say 'hello'", "go")
 

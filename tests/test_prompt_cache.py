@@ -8,17 +8,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import make_settings, make_tiny_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from priorzero.completions import PromptRow, pack
-from priorzero.engines import PriorMaker, TransformersEngine
-from priorzero.engines.prompt_cache import PromptCache
-from priorzero.models import _with_lora
+from priorzero.llm.engines import PriorMaker, TransformersEngine
+from priorzero.llm.engines.prompt_cache import PromptCache
+from priorzero.llm.models import _with_lora
+from priorzero.llm.packing import PromptRow, pack
+from priorzero.llm.prompts import render_prompt
 from priorzero.policy import prompt_style
-from priorzero.prompts import render_prompt
 from priorzero.types import GameState, HistoryStep, PriorRequest
+from tests.helpers.models import make_settings, make_tiny_llm
 
 ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # three tokens only, so that beginnings meet
 

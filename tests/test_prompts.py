@@ -8,15 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from priorzero.prompts import (
-    PromptStyle,
-    answer_text,
-    build_messages,
-    first_shown,
-    learning_context,
-    render_prompt,
-    without_loops,
-)
+from priorzero.envs.history import without_loops
+from priorzero.llm.prompts import PromptStyle, answer_text, build_messages, first_shown, learning_context, render_prompt
 from priorzero.types import GameState, HistoryStep
 
 STATE = GameState(

@@ -17,13 +17,12 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import make_settings, make_tiny_llm
-from faults import RATES, FaultPlan
 from hypothesis import given
 from hypothesis import strategies as st
-from test_train import read_events
 
-from priorzero.checkpoint import (
+from priorzero.entry import build_parser, main, resume_from
+from priorzero.play.exploration import CommandMemory
+from priorzero.runs.checkpoint import (
     find_checkpoint,
     newest_checkpoint,
     read_checkpoint,
@@ -33,22 +32,17 @@ from priorzero.checkpoint import (
     saved_checkpoints,
     set_damaged_aside,
 )
-from priorzero.concurrency import StopRequest
-from priorzero.demo import demo_record
-from priorzero.entry import build_parser, main, resume_from
-from priorzero.exploration import CommandMemory
-from priorzero.metrics import fingerprint
-from priorzero.records import (
-    RecordTable,
-    global_random_state,
-    pack_arrays,
-    read_records,
-    set_global_random_state,
-    unpack_arrays,
-)
-from priorzero.saving import claim, cut_files
+from priorzero.runs.folder import claim, cut_files
+from priorzero.runs.metrics import fingerprint
+from priorzero.runtime.concurrency import StopRequest
+from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.train import run_training
 from priorzero.types import GameState, HistoryStep, UserError
+from priorzero.world_model.records import RecordTable, pack_arrays, read_records, unpack_arrays
+from tests.helpers.faults import RATES, FaultPlan
+from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.runs import lines, read_events
+from tests.helpers.segments import demo_record
 
 SMALL = {
     "run": {"max_iter": 6, "checkpoint_every": 3, "num_threads": 1, "exp_name": "run"},
@@ -72,11 +66,6 @@ def train(folder, *layers, checkpoint=None):
         return run_training(settings_for(folder, *layers), checkpoint=checkpoint)
     finally:
         torch.set_num_threads(threads)
-
-
-def lines(folder, name):
-    found = [json.loads(line) for line in (folder / name).read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "wall_s"} for line in found]
 
 
 def charts(folder):

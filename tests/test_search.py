@@ -11,10 +11,10 @@ import torch
 from easydict import EasyDict
 
 from priorzero.config import resolve_settings
-from priorzero.demo import FEATURE_SIZE
-from priorzero.lightzero import quiet
 from priorzero.policy import PriorZeroPolicy
-from priorzero.search import Root
+from priorzero.runtime.quiet import quiet
+from priorzero.search.base import Root
+from tests.helpers.segments import FEATURE_SIZE
 
 with quiet():
     from lzero.mcts.ptree import ptree_mz
@@ -241,7 +241,7 @@ def test_the_search_finds_a_reward_behind_a_step(tree):
                 [5.0 if a == 1 and len(c) == 1 else 0.0 for c, a in zip(contexts, actions, strict=True)]
             )
 
-    from priorzero.search import search
+    from priorzero.search.mcts import search
 
     cfg = EasyDict(
         num_simulations=40, tree=tree, pb_c_base=19652, pb_c_init=1.25, discount_factor=0.9, root_noise_weight=0.25,
@@ -263,7 +263,7 @@ def test_the_tree_is_lightzeros_digit_for_digit(monkeypatch, ties):
                 last.bias.zero_()
     roots = [make_root(s, length=1 + s % 4, legal=range(11 - s, -1, -1), noise=s % 2 == 0) for s in range(10)]
     ours = policy.search(roots, num_actions=NUM_ACTIONS)
-    monkeypatch.setattr("priorzero.search.python_tree", ptree_mz)
+    monkeypatch.setattr("priorzero.search.mcts.python_tree", ptree_mz)
     for a, b in zip(ours, policy.search(roots, num_actions=NUM_ACTIONS), strict=True):
         assert a.visit_counts.tolist() == b.visit_counts.tolist()
         assert a.root_value == b.root_value

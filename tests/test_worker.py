@@ -7,14 +7,14 @@ import time
 from pathlib import Path
 
 import pytest
-from game_files import story
+
+from tests.helpers.game_files import story
 
 sys.path.insert(0, str(Path(__file__).parent))  # worker processes import fake_games, however pytest imports tests
 
-from fake_games import ACTIONS, FakeGame, NotAGame
-
 from priorzero.envs import GameWorker, make_worker, resolve_game
 from priorzero.types import GameWorkerError, UserError
+from tests.helpers.fake_games import ACTIONS, FakeGame, NotAGame
 
 
 def fake_worker(*, timeout_s: float = 20.0, start_timeout_s: float = 20.0, **arguments) -> GameWorker:
@@ -296,7 +296,7 @@ def test_large_answers_and_what_the_process_imports():
 
 PARENT = """
 import asyncio, os, sys
-from fake_games import FakeGame
+from tests.helpers.fake_games import FakeGame
 from priorzero.envs import GameWorker
 async def main():
     worker = GameWorker(FakeGame, {}, timeout_s=100.0)

@@ -19,40 +19,33 @@ import ray
 import torch
 from loguru import logger
 
-from priorzero.buffer import PriorZeroGameBuffer
-from priorzero.checkpoint import read_state, save_checkpoint
-from priorzero.cluster.calls import answer
-from priorzero.collector import Collected, Collector
-from priorzero.concurrency import Gate, OwnerThread
-from priorzero.engines import RobustPrior
+from priorzero.agent import Evaluators, choose_engine, make_encoder, make_engine, make_workers
+from priorzero.cluster.handles import answer
+from priorzero.cluster.ppo.trajectories import trajectories_from
 from priorzero.envs import resolve_games
-from priorzero.evaluator import Evaluation
-from priorzero.lightzero import unizero_config
-from priorzero.models import choose_device, load_language_model, load_tokenizer
-from priorzero.player import Player
+from priorzero.llm.engines import RobustPrior
+from priorzero.llm.models import choose_device, load_language_model, load_tokenizer
+from priorzero.play.action_vocabulary import ActionVocabulary, make_action_indexer
+from priorzero.play.collector import Collected, Collector
+from priorzero.play.evaluator import Evaluation, evaluate_all
+from priorzero.play.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
-from priorzero.ppo.trajectories import trajectories_from
-from priorzero.records import RecordTable, global_random_state, read_records, set_global_random_state
-from priorzero.saving import DroppedUpdates
-from priorzero.timeline import Timeline
-from priorzero.train import (
-    Evaluators,
-    buffer_scalars,
-    choose_engine,
-    evaluate_all,
-    make_encoder,
-    make_engine,
-    make_workers,
-    seed_globals,
-    update_world_model,
-)
-from priorzero.types import ActionPrior, EngineFailed, PartFailed, PriorRequest
-from priorzero.vocabulary import ActionVocabulary, make_action_indexer
+from priorzero.runs.checkpoint import read_state, save_checkpoint
+from priorzero.runs.nonfinite import DroppedUpdates
+from priorzero.runtime.concurrency import Gate, OwnerThread
+from priorzero.runtime.random_state import global_random_state, seed_globals, set_global_random_state
+from priorzero.runtime.timeline import Timeline
+from priorzero.settings import Settings
+from priorzero.train import buffer_scalars, update_world_model
+from priorzero.types import ActionPrior, EngineError, PriorRequest, ProcessError
+from priorzero.world_model.lightzero import unizero_config
+from priorzero.world_model.records import RecordTable, read_records
+from priorzero.world_model.replay import PriorZeroGameBuffer
 
 EPISODES_OF_A_COLLECTOR = 10**9  # numbers that belong to one collector
 
 
-def settle(settings: Any, *, threads: int = 1) -> torch.device:
+def settle(settings: Settings, *, threads: int = 1) -> torch.device:
     """What every process does first: short log lines, its threads; returns where its models live."""
     logger.remove()
     logger.add(sys.stderr, level="INFO", format="{level: <7} {message}", filter=lambda r: "topic" not in r["extra"])
@@ -78,7 +71,7 @@ def save_tensors(state: Any, path: Path) -> None:
 class Registry:
     """Numbers the actions for all collectors, and knows the LLM parameters that were published last."""
 
-    def __init__(self, settings: Any) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._indexer = make_action_indexer("vocabulary", settings.env.action_space_size)
         self._collectors = 0
         self._version = 0
@@ -94,7 +87,7 @@ class Registry:
         return self._indexer.indices(actions), self._indexer.num_used, self._indexer.num_overflows
 
     def actions(self) -> dict[str, Any]:
-        """All of them, as :meth:`priorzero.vocabulary.ActionVocabulary.state_dict`."""
+        """All of them, as :meth:`priorzero.play.action_vocabulary.ActionVocabulary.state_dict`."""
         return self._indexer.state_dict()
 
     def publish(self, version: int, parameters: list[Any]) -> None:
@@ -106,7 +99,7 @@ class Registry:
 
 
 class SharedVocabulary:
-    """An :class:`~priorzero.vocabulary.ActionIndexer` whose numbers are the registry's.
+    """An :class:`~priorzero.play.action_vocabulary.ActionIndexer` whose numbers are the registry's.
 
     What was numbered once is not asked for again, as long as there are free numbers. When they run out, numbers are
     given anew (counted); a collector that has not asked since goes on using the old ones until it does.
@@ -169,7 +162,7 @@ class PriorServer:
         log_file: where vLLM's own log goes.
     """
 
-    def __init__(self, settings: Any, registry: str, log_file: str) -> None:
+    def __init__(self, settings: Settings, registry: str, log_file: str) -> None:
         """Nothing is loaded yet: what is raised here would reach nobody."""
         self._settings = settings
         self._registry_name = registry
@@ -184,7 +177,7 @@ class PriorServer:
 
         Raises:
             UserError: the model cannot be loaded.
-            EngineFailed: vLLM cannot be started.
+            EngineError: vLLM cannot be started.
         """
         async with self._starting:
             if self._prior is None:
@@ -207,7 +200,7 @@ class PriorServer:
         return self._prior.engine.version
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """As :meth:`priorzero.engines.RobustPrior.priors`: retried, and then answered for with a uniform prior."""
+        """As :meth:`priorzero.llm.engines.RobustPrior.priors`: retried, and then answered for with a uniform prior."""
         await self.ready()
         assert self._prior is not None
         async with self._gate.together():
@@ -281,16 +274,16 @@ class RemoteEngine:
             try:
                 version = await answer(self._server.ready.remote(), timeout_s=max(1.0, left), who="the prior server")
                 self.version, self._is_up = max(self.version, version), True
-            except PartFailed as error:
+            except ProcessError as error:
                 if left < 1.0:
-                    raise EngineFailed(str(error)) from error
+                    raise EngineError(str(error)) from error
                 await asyncio.sleep(1.0)  # Ray is starting it again
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         reference = self._server.priors.remote(list(requests))
         try:
             priors: list[ActionPrior] = await answer(reference, timeout_s=self._timeout_s, who="the prior server")
-        except PartFailed:
+        except ProcessError:
             self._is_up = False
             raise
         except asyncio.CancelledError:
@@ -306,7 +299,7 @@ class RemoteEngine:
 
     async def sync_weights(self, version: int) -> None: ...
 
-    async def forget(self) -> None: ...
+    async def clear_cache(self) -> None: ...
 
     def take_statistics(self) -> dict[str, float]:
         return {}
@@ -326,7 +319,7 @@ class CollectorProcess:
         servers: names of the prior servers, of which it asks one.
     """
 
-    def __init__(self, settings: Any, registry: str, servers: Sequence[str]) -> None:
+    def __init__(self, settings: Settings, registry: str, servers: Sequence[str]) -> None:
         """Nothing is loaded yet: what is raised here would reach nobody."""
         self.settings = settings
         self._registry, self._servers = registry, list(servers)
@@ -462,7 +455,7 @@ class WorldModelProcess:
         folder: the run's.
     """
 
-    def __init__(self, settings: Any, feature_size: int, folder: str) -> None:
+    def __init__(self, settings: Settings, feature_size: int, folder: str) -> None:
         device = settle(settings)
         *global_seeds, buffer_seed, _ = np.random.SeedSequence(settings.run.seed).spawn(5)
         seed_globals(global_seeds)
@@ -470,7 +463,7 @@ class WorldModelProcess:
         self._policy = PriorZeroPolicy(settings, feature_size=feature_size, device=device.type, llm=None)
         self._config = unizero_config(settings, feature_size=feature_size, device=device.type)
         self._buffer = PriorZeroGameBuffer(self._config, rng=np.random.default_rng(buffer_seed))
-        self._dropped = DroppedUpdates(Path(folder, "not_finite"), limit=settings.train.max_not_finite)
+        self._dropped = DroppedUpdates(Path(folder, "not_finite"), limit=settings.train.max_nonfinite_updates)
         self._counters = {"train_iter": 0}
         self._version = 0
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
+from priorzero.settings import Settings
 from priorzero.types import UserError
 
 
@@ -16,7 +16,7 @@ class Share:
     num_gpus: float
 
 
-def plan_resources(settings: Any, *, cpus: float, gpus: float) -> dict[str, Share]:
+def plan_resources(settings: Settings, *, cpus: float, gpus: float) -> dict[str, Share]:
     """The share of each process of a role: ``collector``, ``server``, ``world_model``, ``learner``.
 
     A CPU each, if there are enough; otherwise none is set aside, and the processes share what there is. With fewer GPUs

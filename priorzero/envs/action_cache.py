@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -10,7 +9,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from priorzero.envs.games import cache_dir
+from priorzero.envs.cache import cache_dir, digest
 
 CACHE_VARIABLE = "PRIORZERO_ACTION_CACHE"
 MAX_ROWS = 200_000  # about 0.7 kB each
@@ -18,15 +17,6 @@ BUSY_TIMEOUT_S = 2.0  # transactions take a millisecond; whoever blocks longer i
 _CHECKSUM_SIZE = 16  # bytes
 
 logger = logging.getLogger(__name__)
-
-
-def digest(*fields: bytes) -> bytes:
-    """32 bytes that stand for these fields in this order: moving a byte from one field to the next changes them."""
-    result = hashlib.blake2b(digest_size=32)
-    for field in fields:
-        result.update(len(field).to_bytes(8, "big"))
-        result.update(field)
-    return result.digest()
 
 
 def cache_file() -> Path | None:

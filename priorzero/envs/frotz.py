@@ -16,7 +16,7 @@ from typing import Any
 import jericho
 import numpy as np
 
-from priorzero.envs.action_cache import digest
+from priorzero.envs.cache import digest
 from priorzero.types import UserError
 
 # Part of the key under which valid actions are kept on disk: raise it when a change makes other ones of the same state.

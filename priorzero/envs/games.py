@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from priorzero.envs import textworld_files
+from priorzero.envs.cache import cache_dir
 from priorzero.types import TextGame, UserError
 
 GAMES_VARIABLE = "PRIORZERO_GAMES"
@@ -34,12 +35,6 @@ class GameSpec:
     path: Path
     md5: str
     name: str
-
-
-def cache_dir() -> Path:
-    """Where fetched and generated games are kept: ``priorzero/games`` in the user's cache folder."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "priorzero" / "games"
 
 
 def supported_games() -> dict[str, str]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from priorzero.envs.action_cache import ActionCache, cache_file, digest
+from priorzero.envs.action_cache import ActionCache, cache_file
+from priorzero.envs.cache import digest
 from priorzero.envs.frotz import ReproducibleFrotzEnv, state_digest
 from priorzero.types import GameState
 

@@ -1,0 +1,25 @@
+"""Exploration strategies."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from priorzero.play.exploration.base import Exploration, RootNoise
+from priorzero.play.exploration.dirichlet import Dirichlet
+from priorzero.play.exploration.go_explore import GoExplore
+from priorzero.play.novelty import NoveltyCounts
+from priorzero.settings import Settings
+
+__all__ = ["Dirichlet", "Exploration", "GoExplore", "RootNoise", "make_exploration"]
+
+
+def make_exploration(settings: Settings, counts: Sequence[NoveltyCounts]) -> Exploration:
+    """The strategy that ``search.exploration`` names.
+
+    Args:
+        settings: all settings.
+        counts: the counts of each game; environment ``e`` plays game ``e % len(counts)``.
+    """
+    if settings.search.exploration == "dirichlet":
+        return Dirichlet(settings.search.root_dirichlet_alpha)
+    return GoExplore(counts, deviation_prob=settings.search.deviation_prob, prior_floor=settings.prior.floor)

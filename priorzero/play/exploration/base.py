@@ -1,0 +1,87 @@
+"""Exploration strategies: what collection adds to the root of a search. Evaluation uses none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from priorzero.types import ActionPrior, GameState, HistoryStep, Plain
+
+
+@dataclass(frozen=True)
+class RootNoise:
+    """Exploration at one root.
+
+    Attributes:
+        probs: distribution over the valid actions that is mixed into the root's prior with the weight
+            ``search.root_noise_weight``, ``[K]``.
+        temperature_scale: factor of ``search.temperature`` when the action is sampled from the visit counts.
+    """
+
+    probs: np.ndarray
+    temperature_scale: float = 1.0
+
+
+class Exploration(Protocol):
+    """An exploration strategy for all environments of a run. To add one, write a class with these methods and name it in
+    :func:`priorzero.play.exploration.make_exploration`.
+
+    The methods are called in this order for each environment: ``begin_episode``, then ``root_noise`` and ``observe``
+    for each decision, then ``end_episode``. An episode whose game crashes has no ``end_episode``.
+    """
+
+    def begin_episode(self, env: int, state: GameState, *, rng: np.random.Generator) -> None:
+        """A new episode begins in environment ``env``."""
+        ...
+
+    def root_noise(
+        self, env: int, state: GameState, prior: ActionPrior | None, *, rng: np.random.Generator
+    ) -> RootNoise:
+        """Exploration for the next decision.
+
+        Args:
+            env: the environment.
+            state: its state, with the valid actions that the search considers.
+            prior: the LLM's prior over them; None without an LLM.
+            rng: the environment's generator.
+        """
+        ...
+
+    def observe(
+        self,
+        env: int,
+        *,
+        before: GameState,
+        position: int,
+        reward: float,
+        after: GameState,
+        history: Sequence[HistoryStep],
+    ) -> None:
+        """The outcome of the decision.
+
+        Args:
+            env: the environment.
+            before: the state that ``root_noise`` was given.
+            position: position of the chosen action in its valid actions.
+            reward: points that the action gained.
+            after: the state after it.
+            history: all decisions of the episode, this one included.
+        """
+        ...
+
+    def end_episode(self, env: int, state: GameState, history: Sequence[HistoryStep]) -> None:
+        """The episode has ended in ``state`` after the decisions in ``history``."""
+        ...
+
+    def scalars(self) -> dict[str, float]:
+        """Metrics under ``collector_iter/``."""
+        ...
+
+    def state_dict(self) -> Plain:
+        """Everything that later decisions depend on."""
+        ...
+
+    def load_state_dict(self, state: Plain) -> None: ...

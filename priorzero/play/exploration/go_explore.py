@@ -1,0 +1,309 @@
+"""Go-Explore as an exploration strategy (Ecoffet et al. 2021, "First return, then explore").
+
+1. The archive stores, for each cell, the best trajectory known from there: the score that it reached, its length, and
+   the actions that it took in the cell. A cell is a place (room description and inventory) or a room, with a score.
+2. If the archive knows a trajectory to more points from the present state, the root noise goes to its actions and the
+   sampling temperature is halved: the episode returns along the best trajectory.
+3. Otherwise the noise goes to one action, sampled from the LLM's prior divided by (1 + count)^2: the episode explores.
+4. With the probability ``search.deviation_prob`` an episode deviates: in a random stretch of the best trajectory it
+   ignores the archive and explores, until the stretch ends or it has gained points that the archive did not expect.
+5. A trajectory counts with the score it reached while its episode goes on, and with the episode's final score
+   afterwards. So a trajectory to points that are lost again is worth less.
+
+Unlike the original, nothing is restored: the agent's own search replays the trajectory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from priorzero.envs.history import without_loops
+from priorzero.play.exploration.base import RootNoise
+from priorzero.play.novelty import NoveltyCounts
+from priorzero.search.root import floored_probs
+from priorzero.types import ActionPrior, GameState, HistoryStep, Plain
+
+RETURN_TEMPERATURE_SCALE = 0.5  # on a known trajectory actions are sampled from the squared visit counts
+
+Place = tuple[str, ...]
+Cell = tuple[Place | str, float]  # a place or a room, with a score
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The best known way on from a cell.
+
+    Attributes:
+        score: the score that it reached.
+        length: number of actions from the beginning of the episode to that score.
+        actions: the actions that it took in the cell.
+    """
+
+    score: float
+    length: int
+    actions: frozenset[str]
+
+    def is_better_than(self, other: Trajectory | None) -> bool:
+        """A higher score is better, then a shorter trajectory."""
+        return other is None or (self.score, -self.length) > (other.score, -other.length)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the archive suggests in a state.
+
+    Attributes:
+        actions: which valid actions lead on, ``[K]`` of bool; none if no trajectory is known.
+        expected_gain: points still to be gained along the trajectory.
+    """
+
+    actions: np.ndarray
+    expected_gain: float = 0.0
+
+
+class Archive:
+    """The best trajectories of one game, by cell."""
+
+    def __init__(self) -> None:
+        self._provisional: dict[Cell, Trajectory] = {}  # by the score reached, while the episode goes on
+        self._confirmed: dict[Cell, Trajectory] = {}  # by the final score of the episode
+
+    @property
+    def num_actions(self) -> int:
+        """Number of actions known to lead on, over all rooms and scores."""
+        return sum(len(trajectory.actions) for trajectory in self._from_rooms())
+
+    def best(self) -> Trajectory | None:
+        """The best trajectory from any room; None if there is none."""
+        return max(self._from_rooms(), key=lambda t: (t.score, -t.length), default=None)
+
+    def add_reward(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
+        """The last decision gained points: store the trajectory that led here, wherever it is the best so far.
+
+        Cells that had as many points already are left out: points that are lost and gained again lead nowhere.
+
+        Args:
+            history: all decisions of the episode, at least one.
+            now: the state after them.
+        """
+        path = without_loops(history, now=now)
+        for cell, actions in _actions_by_cell(path, below=now.score):
+            trajectory = Trajectory(now.score, len(path), actions)
+            if trajectory.is_better_than(self._known(cell)):
+                self._provisional[cell] = trajectory
+
+    def add_episode(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
+        """The episode has ended: store the trajectory to its highest score with its final score.
+
+        Provisional trajectories of this episode to points that it lost again are removed.
+
+        Args:
+            history: all decisions of the episode, at least one.
+            now: the state after them.
+        """
+        scores = [*(step.score for step in history), now.score]
+
+        def path_to(t: int) -> list[HistoryStep]:
+            return without_loops(history[:t], now=history[t] if t < len(history) else now)
+
+        for t in range(1, len(scores)):
+            if scores[t - 1] < scores[t] > now.score:
+                self._remove_lost(path_to(t), lost_score=scores[t], final_score=now.score)
+        path = path_to(scores.index(max(scores)))
+        for cell, actions in _actions_by_cell(path, below=now.score):
+            trajectory = Trajectory(now.score, len(path), actions)
+            if trajectory.is_better_than(self._confirmed.get(cell)):
+                self._confirmed[cell] = trajectory
+
+    def _remove_lost(self, path: Sequence[HistoryStep], *, lost_score: float, final_score: float) -> None:
+        for cell, actions in _actions_by_cell(path, below=lost_score):
+            known = self._provisional.get(cell)
+            if known is not None and final_score < known.score <= lost_score and actions & known.actions:
+                del self._provisional[cell]
+
+    def plan(self, state: GameState, *, off_path_reward: float = 0.0) -> Plan:
+        """The known trajectory from a state to more points.
+
+        Args:
+            state: the state.
+            off_path_reward: points that this episode has gained off the known trajectories. Cells with that many
+                points less are looked up as well, and the trajectory with the larger gain is taken. Points of
+                ``off_path_reward`` that the trajectory itself contains are counted twice.
+        """
+        best = Plan(np.zeros(len(state.valid_actions), dtype=bool))
+        for score in dict.fromkeys((state.score, state.score - off_path_reward)):
+            for cell in (state.place, score), (state.room, score):
+                known = self._known(cell)
+                if known is None or known.score <= state.score:
+                    continue
+                actions = np.array([action in known.actions for action in state.valid_actions], dtype=bool)
+                if actions.any():
+                    if known.score - score > best.expected_gain:
+                        best = Plan(actions, known.score - score)
+                    break
+        return best
+
+    def state_dict(self) -> Plain:
+        return {"provisional": _to_plain(self._provisional), "confirmed": _to_plain(self._confirmed)}
+
+    def load_state_dict(self, state: Plain) -> None:
+        self._provisional = _from_plain(state["provisional"])
+        self._confirmed = _from_plain(state["confirmed"])
+
+    def _known(self, cell: Cell) -> Trajectory | None:
+        provisional, confirmed = self._provisional.get(cell), self._confirmed.get(cell)
+        if confirmed is None or (provisional is not None and not confirmed.is_better_than(provisional)):
+            return provisional
+        return confirmed
+
+    def _from_rooms(self) -> Iterator[Trajectory]:
+        for cell in self._provisional | self._confirmed:
+            known = self._known(cell)
+            if isinstance(cell[0], str) and known is not None:
+                yield known
+
+
+@dataclass
+class _EpisodeProgress:
+    """Exploration in one episode.
+
+    Attributes:
+        deviation: the episode ignores the archive from its ``deviation[0]``-th action up to, not including, its
+            ``deviation[1]``-th; None: it does not deviate.
+        off_path_reward: points gained since the deviation began by actions that were on no known trajectory. Once
+            they are positive, the deviation is over.
+        num_actions: actions so far.
+        plan: the archive's plan for the present decision.
+    """
+
+    deviation: tuple[int, int] | None
+    off_path_reward: float = 0.0
+    num_actions: int = 0
+    plan: Plan | None = None
+
+    @property
+    def deviates(self) -> bool:
+        if self.deviation is None or self.off_path_reward > 0:
+            return False
+        return self.deviation[0] <= self.num_actions < self.deviation[1]
+
+
+class GoExplore:
+    """The strategy, see the module's docstring; ``search.exploration=go_explore``.
+
+    Args:
+        counts: the counts of each game; environment ``e`` plays game ``e % len(counts)``.
+        deviation_prob: ``search.deviation_prob``.
+        prior_floor: ``prior.floor``.
+    """
+
+    def __init__(self, counts: Sequence[NoveltyCounts], *, deviation_prob: float, prior_floor: float) -> None:
+        self._counts = counts
+        self._deviation_prob = deviation_prob
+        self._prior_floor = prior_floor
+        self.archives = [Archive() for _ in counts]
+        self._progress: dict[int, _EpisodeProgress] = {}
+
+    def _archive(self, env: int) -> Archive:
+        return self.archives[env % len(self.archives)]
+
+    def begin_episode(self, env: int, state: GameState, *, rng: np.random.Generator) -> None:
+        deviation = self._sample_deviation(self._archive(env), max_score=state.max_score, rng=rng)
+        self._progress[env] = _EpisodeProgress(deviation)
+
+    def _sample_deviation(
+        self, archive: Archive, *, max_score: float, rng: np.random.Generator
+    ) -> tuple[int, int] | None:
+        """The stretch of actions in which an episode deviates; None: it does not.
+
+        Its beginning and its length are uniform over the best trajectory. There is no deviation while no trajectory is
+        known, nor once one reaches ``max_score``.
+        """
+        if self._deviation_prob == 0.0 or rng.random() >= self._deviation_prob:
+            return None
+        best = archive.best()
+        if best is None or 0 < max_score <= best.score:
+            return None
+        begin = int(rng.integers(best.length + 1))
+        return begin, begin + 1 + int(rng.integers(best.length))
+
+    def root_noise(
+        self, env: int, state: GameState, prior: ActionPrior | None, *, rng: np.random.Generator
+    ) -> RootNoise:
+        progress = self._progress[env]
+        progress.plan = self._archive(env).plan(state, off_path_reward=progress.off_path_reward)
+        known = progress.plan.actions
+        if known.any() and not progress.deviates:
+            return RootNoise(known / known.sum(), RETURN_TEMPERATURE_SCALE)
+        weights = np.ones(len(known))
+        if prior is not None:
+            weights = floored_probs(prior.logprobs, floor=self._prior_floor)
+        weights /= (1.0 + self._counts[env % len(self._counts)].of_actions(state)) ** 2
+        chosen = rng.choice(len(known), p=weights / weights.sum())
+        return RootNoise(np.eye(len(known))[chosen])
+
+    def observe(
+        self,
+        env: int,
+        *,
+        before: GameState,
+        position: int,
+        reward: float,
+        after: GameState,
+        history: Sequence[HistoryStep],
+    ) -> None:
+        progress = self._progress[env]
+        assert progress.plan is not None
+        expected_gain = progress.plan.expected_gain if progress.plan.actions[position] else 0.0
+        began = progress.deviation is not None and progress.num_actions >= progress.deviation[0]
+        if began and expected_gain <= max(reward, 0.0):
+            progress.off_path_reward += reward
+        progress.num_actions += 1
+        progress.plan = None
+        if reward > 0:
+            self._archive(env).add_reward(history, now=after)
+
+    def end_episode(self, env: int, state: GameState, history: Sequence[HistoryStep]) -> None:
+        self._archive(env).add_episode(history, now=state)
+
+    def scalars(self) -> dict[str, float]:
+        return {"collector_iter/commands_leading_on": float(sum(archive.num_actions for archive in self.archives))}
+
+    def state_dict(self) -> Plain:
+        return {
+            "archives": [archive.state_dict() for archive in self.archives],
+            "progress": {
+                env: (progress.deviation, progress.off_path_reward, progress.num_actions)
+                for env, progress in self._progress.items()
+            },
+        }
+
+    def load_state_dict(self, state: Plain) -> None:
+        for archive, own in zip(self.archives, state["archives"], strict=True):
+            archive.load_state_dict(own)
+        self._progress = {env: _EpisodeProgress(*own) for env, own in state["progress"].items()}
+
+
+def _actions_by_cell(path: Sequence[HistoryStep], *, below: float) -> Iterator[tuple[Cell, frozenset[str]]]:
+    """The actions of a path at scores below ``below``, by place and by room."""
+    actions: dict[Cell, set[str]] = {}
+    for step in path:
+        if step.score < below:
+            actions.setdefault((step.place, step.score), set()).add(step.action)
+            actions.setdefault((step.room, step.score), set()).add(step.action)
+    for cell, own in actions.items():
+        yield cell, frozenset(own)
+
+
+def _to_plain(trajectories: dict[Cell, Trajectory]) -> list[tuple[Place | str, float, float, int, list[str]]]:
+    return [(*cell, t.score, t.length, sorted(t.actions)) for cell, t in trajectories.items()]
+
+
+def _from_plain(plain: Sequence[tuple[Place | str, float, float, int, list[str]]]) -> dict[Cell, Trajectory]:
+    return {
+        (where, cell_score): Trajectory(score, length, frozenset(actions))
+        for where, cell_score, score, length, actions in plain
+    }

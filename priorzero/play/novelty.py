@@ -1,0 +1,73 @@
+"""Counts of actions and feedback in a game, and the reward shaping that uses them."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from priorzero.settings import TrainSettings
+from priorzero.types import GameState, Plain
+
+
+@dataclass
+class NoveltyCounts:
+    """How often each action was taken in each room with each score, and how often the game gave each feedback.
+
+    There is one object for each game of a run, since rooms of different games may have the same name.
+    """
+
+    actions: Counter[tuple[str, float, str]] = field(default_factory=Counter)
+    feedback: Counter[str] = field(default_factory=Counter)
+
+    def of_actions(self, state: GameState) -> np.ndarray:
+        """Counts of the state's valid actions in its room with its score, ``[K]``."""
+        return np.array([self.actions[state.room, state.score, action] for action in state.valid_actions])
+
+    def state_dict(self) -> Plain:
+        return {
+            "actions": [(*key, count) for key, count in self.actions.items()],
+            "feedback": list(self.feedback.items()),
+        }
+
+    def load_state_dict(self, state: Plain) -> None:
+        self.actions = Counter({(room, score, action): count for room, score, action, count in state["actions"]})
+        self.feedback = Counter(dict(state["feedback"]))
+
+
+def shaped_reward(
+    counts: NoveltyCounts, *, before: GameState, action: str, after: GameState, cfg: TrainSettings
+) -> float:
+    """Count a step and return what the world model's reward gets in addition to the points.
+
+    This is ``novelty_bonus / sqrt(N)``, minus ``loss_penalty`` if the step loses the game. N counts the action in its
+    room with its score (MBIE-EB, Strehl & Littman 2008, section 3.2), or the game's feedback (Yuan et al. 2018,
+    "Counting to explore and generalize in text-based games"). The last feedback of a game gets no bonus: it contains
+    the number of turns, so it is always new.
+
+    Args:
+        counts: the game's counts, which are updated.
+        before: the state in which the action was taken.
+        action: the action.
+        after: the state after it.
+        cfg: the ``train`` group of the settings.
+    """
+    key = (before.room, before.score, action)
+    counts.actions[key] += 1
+    game_over = after.done and not after.truncated
+    if cfg.novelty_of == "action":
+        bonus = cfg.novelty_bonus / math.sqrt(counts.actions[key])
+    elif game_over:
+        bonus = 0.0
+    else:
+        counts.feedback[after.feedback] += 1
+        bonus = cfg.novelty_bonus / math.sqrt(counts.feedback[after.feedback])
+    return bonus - (cfg.loss_penalty if game_over and not after.won else 0.0)
+
+
+def make_counts(num_games: int) -> Sequence[NoveltyCounts]:
+    """One object for each game."""
+    return [NoveltyCounts() for _ in range(num_games)]

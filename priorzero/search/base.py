@@ -1,0 +1,67 @@
+"""What a search takes and returns, and the model that it needs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Root:
+    """The state that a search starts from.
+
+    Attributes:
+        features: features of the last observations of the episode, oldest first, ``[n, F]`` with
+            ``1 <= n <= context_length / 2``.
+        actions: indices of the actions between them, ``[n - 1]``.
+        legal_actions: indices of the valid actions, ``[K]``.
+        prior_logprobs: the LLM's log-probabilities of the valid actions, ``[K]``; None without an LLM.
+        noise: exploration noise, a distribution over the valid actions, ``[K]``; None for none.
+        seed: seed of the generator that breaks ties between actions.
+    """
+
+    features: np.ndarray
+    actions: np.ndarray
+    legal_actions: np.ndarray
+    prior_logprobs: np.ndarray | None = None
+    noise: np.ndarray | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """The result for one root, over its K valid actions in their order.
+
+    Attributes:
+        visit_counts: ``[K]`` int64; the sum is the number of simulations.
+        root_value: value of the root after the search.
+        predicted_value: the network's value of the root before the search.
+        policy_logits: the world model's, ``[K]``.
+        root_logits: policy and prior combined, before noise, ``[K]``.
+    """
+
+    visit_counts: np.ndarray
+    root_value: float
+    predicted_value: float
+    policy_logits: np.ndarray
+    root_logits: np.ndarray
+
+
+class SearchModel(Protocol):
+    """The model of a search. A context stands for a state: the tokens of its history, ``[t, E]``."""
+
+    def root_contexts(self, roots: Sequence[Root]) -> list[Tensor]:
+        """One context for each root."""
+        ...
+
+    def predict(self, contexts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+        """Policy logits ``[n, A]`` and values ``[n]`` of n contexts."""
+        ...
+
+    def step(self, contexts: Sequence[Tensor], actions: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
+        """The contexts after one action ``[n]`` in each, and the predicted rewards ``[n]``."""
+        ...

@@ -1,0 +1,103 @@
+"""Our settings in the words of LightZero 0.2.0, and its import without the side effects."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from easydict import EasyDict
+
+from priorzero.runtime.quiet import quiet
+from priorzero.settings import Settings
+
+
+def unizero_config(settings: Settings, *, feature_size: int, device: str) -> EasyDict:
+    """LightZero's policy configuration for UniZero on vector observations.
+
+    Args:
+        settings: all settings, ``settings.group.key``.
+        feature_size: ``F``, the size of an observation.
+        device: ``"cpu"`` or ``"cuda"``.
+    """
+    with quiet():
+        from lzero.policy.unizero import UniZeroPolicy
+    wm, search, replay, train = settings.world_model, settings.search, settings.replay, settings.train
+    actions = settings.env.action_space_size
+    world_model_cfg = dict(
+        continuous_action_space=False,
+        obs_type="vector",
+        tokens_per_block=2,
+        max_blocks=wm.num_unroll_steps,
+        max_tokens=2 * wm.num_unroll_steps,
+        context_length=wm.context_length,
+        action_space_size=actions,
+        num_layers=wm.num_layers,
+        num_heads=wm.num_heads,
+        embed_dim=wm.embed_dim,
+        embed_pdrop=wm.dropout,
+        resid_pdrop=wm.dropout,
+        attn_pdrop=wm.dropout,
+        support_size=2 * wm.support_scale + 1,
+        policy_entropy_weight=wm.policy_entropy_weight,
+        env_num=1,
+        num_simulations=1,  # sizes key-value pools that our inference does not use
+        group_size=8,
+        device=device,
+        num_unroll_steps=wm.num_unroll_steps,
+    )
+    changes = dict(
+        device=device,
+        cuda=device == "cuda",
+        multi_gpu=False,
+        type="priorzero",
+        model=dict(
+            observation_shape=feature_size,
+            action_space_size=actions,
+            model_type="mlp",
+            support_scale=wm.support_scale,
+            reward_support_size=2 * wm.support_scale + 1,
+            value_support_size=2 * wm.support_scale + 1,
+            norm_type="BN",
+            world_model_cfg=world_model_cfg,
+        ),
+        env_type="not_board_games",
+        # Visit targets are stored over the whole vocabulary: the varied form breaks on padded segments.
+        action_type="fixed_action_space",
+        num_simulations=search.num_simulations,
+        root_dirichlet_alpha=search.root_dirichlet_alpha,
+        root_noise_weight=search.root_noise_weight,
+        pb_c_base=search.pb_c_base,
+        pb_c_init=search.pb_c_init,
+        discount_factor=search.discount_factor,
+        td_steps=train.td_steps,
+        reward_scale=train.reward_scale,
+        num_unroll_steps=wm.num_unroll_steps,
+        game_segment_length=replay.segment_length,
+        batch_size=train.batch_size,
+        update_per_collect=train.update_per_collect,
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        grad_clip_value=train.grad_clip,
+        target_update_theta=train.target_update_theta,
+        replay_buffer_size=replay.buffer_size,
+        use_priority=replay.use_priority,
+        priority_prob_alpha=replay.priority_prob_alpha,
+        priority_prob_beta=replay.priority_prob_beta,
+        reanalyze_ratio=0.0,
+        collector_env_num=settings.env.collector_env_num,
+        evaluator_env_num=settings.env.evaluator_env_num,
+        cos_lr_scheduler=False,
+        piecewise_decay_lr_scheduler=False,
+        use_wandb=False,
+        accumulation_steps=1,
+    )
+    config = UniZeroPolicy.default_config()
+    _merge(config, changes)
+    return config
+
+
+def _merge(config: EasyDict, changes: dict[str, Any]) -> None:
+    for key, value in changes.items():
+        if isinstance(value, dict) and isinstance(config.get(key), dict):
+            _merge(config[key], value)
+        else:
+            config[key] = EasyDict(value) if isinstance(value, dict) else value

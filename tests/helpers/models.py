@@ -1,0 +1,37 @@
+"""Settings and language models for tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from priorzero.config import PRESETS, resolve_settings
+from priorzero.llm.models import LanguageModel
+from priorzero.settings import Settings
+
+
+def make_settings(*layers: dict[str, dict[str, Any]]) -> Settings:
+    """The quick test's settings with changes."""
+    return resolve_settings(PRESETS["quick_test"], *layers)
+
+
+def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageModel:
+    """A small random Llama behind a real tokenizer: a real model for tests that train it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        initializer_range=0.2,
+        eos_token_id=tokenizer.eos_token_id,
+        **{"max_position_embeddings": 1024, **changes},
+    )
+    model = LlamaForCausalLM(config)
+    model.set_attn_implementation("sdpa")
+    return LanguageModel(model.eval(), tokenizer, torch.float32)
