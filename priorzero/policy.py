@@ -193,7 +193,11 @@ class PriorZeroPolicy(UniZeroPolicy):
         self._is_weights = torch.as_tensor(current_batch[5], dtype=torch.float32, device=self._cfg.device)
         try:
             log = super()._forward_learn([current_batch, target_batch, train_iter])
-        except (AssertionError, ValueError, NonFiniteError) as error:  # the first two are what LightZero raises for a loss
+        except (
+            AssertionError,
+            ValueError,
+            NonFiniteError,
+        ) as error:  # the first two are what LightZero raises for a loss
             if not isinstance(error, NonFiniteError) and "NaN" not in str(error) and "Inf" not in str(error):
                 raise
             for buffer, before in statistics:

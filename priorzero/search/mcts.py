@@ -108,7 +108,9 @@ def select(
         The position of the action, and the mean value used for actions without visits.
     """
     # Summed in the order of the actions, since the last digits depend on it.
-    q_values = {k: node.children[k].reward + cfg.discount_factor * node.children[k].value for k in sorted(node.children)}
+    q_values = {
+        k: node.children[k].reward + cfg.discount_factor * node.children[k].value for k in sorted(node.children)
+    }
     total = 0.0
     for q in q_values.values():
         total += q

@@ -79,5 +79,3 @@ def read_records(state: Plain) -> list[StepRecord]:
         fields: dict[str, Any] = {name: values[n] for name, values in (*arrays.items(), *state["scalars"].items())}
         records.append(StepRecord(state=GameState(*game_state), prior=prior, **fields))
     return records
-
-

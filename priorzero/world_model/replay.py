@@ -125,6 +125,14 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         """The features of all stored decisions, ``[n, F]``."""
         return np.stack([record.features for segment in self.game_segment_buffer for record in segment.records])
 
+    def scalars(self) -> dict[str, float]:
+        """Metrics under ``buffer/``."""
+        return {
+            "buffer/decisions": float(self.get_num_of_transitions()),
+            "buffer/segments": float(self.get_num_of_game_segments()),
+            "buffer/evicted": float(self.num_evicted),
+        }
+
     def _sample_orig_data(self, batch_size: int) -> tuple[Any, ...]:
         priorities = self.game_pos_priorities
         if not self._cfg.use_priority:
