@@ -3,8 +3,8 @@
 The results are those of LightZero 0.2.0's Python tree, digit for digit; a test compares them. Three things differ from
 LightZero's search as a whole:
 
-* A node has its own context, which is passed through the transformer as a whole. LightZero keeps key-value caches
-  that survive learning steps and episodes. Here a search depends neither on other roots nor on earlier searches.
+* A node has its own context, which is passed through the transformer as a whole, so a search depends neither on other
+  roots nor on earlier searches. LightZero's key-value caches outlive learning steps and episodes.
 * Below the root only the actions that the vocabulary contains are expanded. LightZero expands all A.
 * Ties are broken by a generator with the root's seed. LightZero's C++ tree uses the clock.
 """
