@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from priorzero.runtime.concurrency import signals_end_at_once
+from priorzero.runtime.concurrency import exit_immediately_on_signal
 from priorzero.types import UserError
 
 EXAMPLES = """examples:
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     A signal that comes before the run has begun, or after its last save, ends the process with exit code 130.
     """
     arguments = build_parser().parse_args(argv)
-    with signals_end_at_once():
+    with exit_immediately_on_signal():
         return _run(arguments)
 
 

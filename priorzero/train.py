@@ -189,12 +189,12 @@ async def _train(
             await agent.engine.sync_weights(policy.llm_version)
         elif agent.engine is not None:
             await agent.engine.ready()
-        with stop.listening():
-            timeline.skip()
-            while not stop.asked and (phase == "evaluate" or not finished()):
+        with stop.handle_signals():
+            timeline.discard_interval()
+            while not stop.requested and (phase == "evaluate" or not finished()):
                 if phase == "collect":
                     # ---- collect: the LLM proposes, UniZero searches, the games answer ----
-                    complete = await collector.collect(settings.train.collect_env_steps, stop=lambda: stop.asked)
+                    complete = await collector.collect(settings.train.collect_env_steps, stop=lambda: stop.requested)
                     if complete is not None:
                         collected, phase = complete, "store"
                     if learning is not None:
@@ -211,26 +211,26 @@ async def _train(
                 evaluates = finished() or counters["iteration"] % settings.eval.every == 0
                 saves = finished() or (run.checkpoint_every > 0 and counters["iteration"] % run.checkpoint_every == 0)
                 if phase == "learn":
-                    if learning is not None and (evaluates or saves or stop.asked or not overlap):
+                    if learning is not None and (evaluates or saves or stop.requested or not overlap):
                         await learning  # otherwise it goes on while the next decisions are made
                     teller.tell(counters, collected, collector)
 
                 # ---- evaluate, save ----
                 phase = "evaluate" if evaluates else "collect"
                 if evaluates:
-                    played = await stop.before(evaluate_all(evaluators))
+                    played = await stop.run_or_cancel(evaluate_all(evaluators))
                     if played is None:  # a search may not have come to its end
                         await agent.world_model_thread.run("search", lambda: None)
                         break
                     evaluations = teller.tell_evaluations(played, env_step=counters["env_step"])
                     phase = "collect"
-                    timeline.skip()
+                    timeline.discard_interval()
                 if saves:
                     await saver.save(counters, phase=phase, told=teller.told(before))
-            if stop.asked and counters["env_step"] + collector.collected.env_steps:
+            if stop.requested and counters["env_step"] + collector.collected.env_steps:
                 await saver.save(counters, phase=phase, told=teller.told(before))
-            if run.max_env_step == 0 and not stop.asked:
-                played = await stop.before(evaluate_all(evaluators))
+            if run.max_env_step == 0 and not stop.requested:
+                played = await stop.run_or_cancel(evaluate_all(evaluators))
                 evaluations = teller.tell_evaluations(played, env_step=0) if played is not None else {}
         teller.progress.end()
     except (asyncio.CancelledError, GameWorkerError, EngineError, UserError, OSError) as error:
@@ -273,7 +273,7 @@ async def _train(
         "charts": f"tensorboard --logdir {run.output_dir}",
     }
     cut = run.max_env_step == 0 and not evaluations
-    stopped = stop.asked and (phase == "evaluate" or not finished() or cut)
+    stopped = stop.requested and (phase == "evaluate" or not finished() or cut)
     logger.info(f"{'stopped' if stopped else 'done'}:\n" + table(rows))
     if stopped and saver.last is not None:
         logger.info(f"to go on: python -m priorzero.entry --resume {folder}")
@@ -428,7 +428,7 @@ class _Teller(Teller):
         writer.write(buffer_scalars(agent.buffer), step=iteration)
         if agent.prior is not None:
             self.tell_prior(agent.prior.take_statistics(), iteration=iteration)
-        shares = agent.timeline.take()
+        shares = agent.timeline.finish_interval()
         writer.write({**shares.scalars(), "memory/peak_mb": peak_memory_mb()}, step=iteration)
         logger.debug(f"iteration {iteration}, {shares.wall:.1f} s: {shares.describe()}")
         _log_segments(collected, iteration)

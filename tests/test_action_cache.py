@@ -477,7 +477,7 @@ def test_worker_processes_share_the_file(open_game, path):
     calls = asked(game)
     assert game.reset().valid_actions == found
     assert calls == []  # this process got it from the worker's
-    game._cache.put(next(iter(game._remembered)), ("from the file",))
+    game._cache.put(next(iter(game._known_actions)), ("from the file",))
     assert asyncio.run(first_actions()) == ("from the file",)  # and the worker from this one's
 
 

@@ -127,15 +127,15 @@ def test_taking_look_and_inventory_and_valid_actions_changes_nothing():
 def test_remembered_valid_actions_are_those_that_would_be_found():
     game = open_game(look_and_inventory=False)
     first = play(game, choices=2, steps=15)
-    known = len(game._remembered)
+    known = len(game._known_actions)
     assert play(game, choices=2, steps=15) == first
-    assert len(game._remembered) == known  # the second time, everything was remembered
+    assert len(game._known_actions) == known  # the second time, everything was remembered
     play(game, choices=4, steps=15)
-    assert len(game._remembered) > known
+    assert len(game._known_actions) > known
     player = random.Random(2)
     game.reset()
     for state in first[:-1]:
-        game._remembered.clear()
+        game._known_actions.clear()
         assert game._valid_actions() == state.valid_actions
         game.step(player.choice(state.valid_actions))
 
@@ -163,7 +163,7 @@ def test_memory_is_bounded(monkeypatch):
     monkeypatch.setattr("priorzero.envs.jericho_game.MAX_REMEMBERED_STATES", 3)
     game = open_game(look_and_inventory=False)
     play(game, choices=0, steps=6)
-    assert len(game._remembered) == 3
+    assert len(game._known_actions) == 3
 
 
 def test_move_limit():

@@ -56,7 +56,7 @@ class JerichoGame:
         self._look_and_inventory = look_and_inventory
         self._max_score = float(self._env.get_max_score())
         self._scope = self._env.scope()
-        self._remembered: dict[bytes, tuple[str, ...]] = {}
+        self._known_actions: dict[bytes, tuple[str, ...]] = {}
         self._cache = ActionCache(cache_file())
         self._state: GameState | None = None
 
@@ -128,15 +128,15 @@ class JerichoGame:
 
     def _valid_actions(self) -> tuple[str, ...]:
         key = digest(self._scope, state_digest(self._env.get_state()))
-        if key not in self._remembered:
+        if key not in self._known_actions:
             actions = self._cache.get(key)
             if actions is None:
                 actions = self._find_valid_actions()
                 self._cache.put(key, actions)
-            if len(self._remembered) >= MAX_REMEMBERED_STATES:
-                del self._remembered[next(iter(self._remembered))]  # the oldest
-            self._remembered[key] = actions
-        return self._remembered[key]
+            if len(self._known_actions) >= MAX_REMEMBERED_STATES:
+                del self._known_actions[next(iter(self._known_actions))]  # the oldest
+            self._known_actions[key] = actions
+        return self._known_actions[key]
 
     def _find_valid_actions(self) -> tuple[str, ...]:
         # No pool of processes: it would be forked, from a process that may hold threads.
