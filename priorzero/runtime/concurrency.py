@@ -189,7 +189,7 @@ class StopRequest:
 
 
 async def gather_or_cancel(*work: Coroutine[Any, Any, T]) -> list[T]:
-    """Like :func:`asyncio.gather`, but if one coroutine fails, the others are cancelled and awaited before it raises."""
+    """Like :func:`asyncio.gather`, but when one coroutine fails, the others are cancelled and awaited first."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return list(await asyncio.gather(*tasks))

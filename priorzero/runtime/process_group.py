@@ -124,7 +124,7 @@ class TorchGroup(ProcessGroup):
         return module
 
     def accumulate(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        # FSDP reduces the gradients of every micro-batch into its shards: the result is the same, but more data is sent.
+        # FSDP reduces the gradients of each micro-batch into its shards. The result is the same; more data is sent.
         return contextlib.nullcontext() if last or self._sharding == "fsdp" else module.no_sync()  # type: ignore[operator]
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
