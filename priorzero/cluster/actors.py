@@ -32,7 +32,7 @@ from priorzero.play.player import Player
 from priorzero.policy import PriorZeroPolicy, prompt_style
 from priorzero.runs.checkpoint import read_state, save_checkpoint
 from priorzero.runs.nonfinite import DroppedUpdates
-from priorzero.runtime.concurrency import Gate, OwnerThread
+from priorzero.runtime.concurrency import OwnerThread, ReadersWriterLock
 from priorzero.runtime.random_state import global_random_state, seed_globals, set_global_random_state
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import Settings
@@ -167,7 +167,7 @@ class PriorServer:
         self._settings = settings
         self._registry_name = registry
         self._log_file = Path(log_file)
-        self._gate = Gate()
+        self._lock = ReadersWriterLock()
         self._starting = asyncio.Lock()
         self._prior: RobustPrior | None = None
         self._llm: Any = None
@@ -203,7 +203,7 @@ class PriorServer:
         """As :meth:`priorzero.llm.engines.RobustPrior.priors`: retried, and then answered for with a uniform prior."""
         await self.ready()
         assert self._prior is not None
-        async with self._gate.together():
+        async with self._lock.shared():
             return await self._prior.priors(requests)
 
     async def take_over(self, version: int, parameters: list[Any]) -> int:
@@ -213,7 +213,7 @@ class PriorServer:
         engine = self._prior.engine
         if version != engine.version:
             state = await parameters[0]
-            async with self._gate.alone():
+            async with self._lock.exclusive():
                 await engine.suspend()
                 await self._load(engine, version, state)
         return engine.version
@@ -424,7 +424,7 @@ class CollectorProcess:
             "episodes": collected.episodes,
             "env_steps": collected.env_steps,
             "pid": os.getpid(),
-            "shares": self._player.timeline.take(),
+            "shares": self._player.timeline.finish_interval(),
             "trajectories": trajectories_from(collected.segments),
         }
         return {"segments": segments, "records": table.state_dict()}, told
@@ -438,7 +438,7 @@ class CollectorProcess:
             games, unseen = (resolve_games(names) for names in (self.settings.run.env_id, self.settings.eval.unseen))
             self._evaluators = Evaluators(self.settings, games=games, unseen=unseen, player=self._player)
         played = self._loop.run_until_complete(evaluate_all(self._evaluators))
-        self._player.timeline.skip()
+        self._player.timeline.discard_interval()
         self._prior.take_statistics()  # not the next iteration's
         return played
 

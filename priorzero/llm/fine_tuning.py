@@ -242,7 +242,7 @@ class LLMLearner:
         for start in range(0, len(samples), self.micro_batch_size):
             micro = samples[start : start + self.micro_batch_size]
             last = start + self.micro_batch_size >= len(samples)
-            with self.group.accumulating(self.scorer, last=last):
+            with self.group.accumulate(self.scorer, last=last):
                 sums = self._losses(micro)
                 # The group averages gradients, and each divides by the units of all.
                 loss = sum(loss_weights[name] * value / units[name] for name, value in sums.items())

@@ -11,7 +11,7 @@ import numpy as np
 from loguru import logger
 
 from priorzero.llm.priors import uniform_prior
-from priorzero.runtime.concurrency import Gate
+from priorzero.runtime.concurrency import ReadersWriterLock
 from priorzero.runtime.timeline import Timeline
 from priorzero.types import ActionPrior, EngineError, PriorEngine, PriorRequest
 
@@ -91,7 +91,7 @@ class RobustPrior:
         self.learner_version = learner_version or (lambda: engine.version)
         self.timeline = timeline or Timeline()
         self.statistics = PriorStatistics()
-        self._gate = Gate()
+        self._lock = ReadersWriterLock()
         self._lost: EngineError | None = None  # why a takeover failed; whoever asks is told
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
@@ -103,14 +103,14 @@ class RobustPrior:
         while True:
             if self._lost is not None:
                 raise self._lost
-            async with self._gate.together():
+            async with self._lock.shared():
                 priors = await self._ask(requests)
             staleness = [self.learner_version() - prior.version for prior in priors]
             if max(staleness, default=0) <= self.max_staleness:
                 self.statistics.staleness += staleness
                 return priors
             self.statistics.outdated += len(requests)
-            await asyncio.sleep(0)  # let the learner's side reach the gate
+            await asyncio.sleep(0)  # let the learner acquire the lock
 
     async def learn(self, update: Callable[[], Awaitable[int]]) -> None:
         """Run an update of the LLM and let the engine take over its result when that is due.
@@ -119,13 +119,13 @@ class RobustPrior:
             update: one learning step; returns the learner's version afterwards.
         """
         if self.engine.exclusive:
-            async with self._gate.alone():
+            async with self._lock.exclusive():
                 await self.engine.suspend()
                 await self._take_over(await update())
             return
         version = await update()
         if version - self.engine.version >= self.sync_every:
-            async with self._gate.alone():
+            async with self._lock.exclusive():
                 await self._take_over(version)
 
     async def _take_over(self, version: int) -> None:
