@@ -26,7 +26,7 @@ from priorzero.agent import make_engine
 from priorzero.config import PRESETS, resolve_settings
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PromptRow
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import PriorRequest
 
 COMMANDS = (
@@ -97,7 +97,7 @@ def main() -> int:
         local = make_engine(settings, llm=llm, log_file=Path(log))
         start_s, _ = seconds(lambda: runner.run(engine.ready()), repeats=1)
         torch.set_num_threads(cores)
-        row = engine.maker.row(requests[0])
+        row = engine.builder.row(requests[0])
 
         def cold(work):
             """``work()`` with an empty prefix cache."""
@@ -131,7 +131,7 @@ def main() -> int:
         ]
 
         def ask(which):
-            which.memory.clear()
+            which.cache.clear()
             local.prompts.clear()
             return runner.run(which.priors(requests))
 
@@ -141,8 +141,8 @@ def main() -> int:
 
         for mode in ("score", "rank"):
             for which in (engine, local):
-                which.maker = dataclasses.replace(
-                    which.maker,
+                which.builder = dataclasses.replace(
+                    which.builder,
                     style=prompt_style(resolve_settings(PRESETS["quick_test"], {"prior": {"mode": mode}})),
                 )
             vllm_s, one = seconds(vllm_cold)

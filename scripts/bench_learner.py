@@ -44,7 +44,8 @@ from priorzero.llm.fine_tuning import LLMLearner, LLMSample
 from priorzero.llm.losses import gradient_norm, sft_loss
 from priorzero.llm.models import LanguageModel, load_language_model, resolve_model
 from priorzero.play.text_encoder import TextEncoder
-from priorzero.policy import PriorZeroPolicy, prompt_style
+from priorzero.llm.prompts import prompt_style
+from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.quiet import quiet
 from priorzero.types import GameState, StepRecord
 from priorzero.world_model.batch import ReplayBatch, SampledSequences

@@ -34,7 +34,7 @@ from priorzero import train
 from priorzero.config import OPTIONS, PRESETS, resolve_settings
 from priorzero.envs import GameSpec, resolve_game
 from priorzero.envs.games import make_game
-from priorzero.llm.engines import PriorMaker
+from priorzero.llm.engines import PriorBuilder
 from priorzero.play.collector import Collector
 from priorzero.play.player import Player
 from priorzero.search.base import Root, SearchResult
@@ -52,8 +52,8 @@ class PlainEngine:
     exclusive = True
     version = 0
 
-    def __init__(self, maker: PriorMaker) -> None:
-        self.maker = maker
+    def __init__(self, builder: PriorBuilder) -> None:
+        self.builder = builder
 
     async def ready(self) -> None: ...
 
@@ -61,10 +61,10 @@ class PlainEngine:
         return [self._prior(request) for request in requests]
 
     def _prior(self, request: PriorRequest) -> ActionPrior:
-        row = self.maker.row(request)
+        row = self.builder.row(request)
         ends = np.cumsum([len(c) for c in row.completions])
-        logprobs = np.split(one_prompt_an_action(self.maker.llm, row), ends[:-1])
-        return self.maker.from_logprobs(logprobs, version=0)
+        logprobs = np.split(one_prompt_an_action(self.builder.llm, row), ends[:-1])
+        return self.builder.from_logprobs(logprobs, version=0)
 
 
 class PlainPolicy:
@@ -130,7 +130,7 @@ def collect(settings: Any, *, steps: int, plain: bool) -> tuple[float, list[Note
         player = agent.player
         if plain:
             assert player.prior is not None
-            player.prior.engine = PlainEngine(agent.engine.maker)
+            player.prior.engine = PlainEngine(agent.engine.builder)
             player.policy = PlainPolicy(player.policy)
             player.__class__ = PlainPlayer
             workers: list[Any] = [PlainWorker(spec, seed=e, env=settings.env) for e in range(GAMES)]

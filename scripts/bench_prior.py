@@ -30,11 +30,11 @@ from bench_tools import Row, matmul_rate, print_table, report, seconds
 from priorzero.config import PRESETS, resolve_settings
 from priorzero.envs import resolve_game
 from priorzero.envs.games import make_game
-from priorzero.llm.engines import PriorMaker, TransformersEngine
+from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PromptRow, pack
 from priorzero.llm.prompts import PromptStyle, render_prompt
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import HistoryStep, PriorRequest
 
 GAME = "textworld:simple?seed=7"
@@ -99,12 +99,12 @@ class Ours:
         self.logprobs: list[np.ndarray] = []
         outer = self
 
-        class Maker(PriorMaker):
+        class Builder(PriorBuilder):
             def from_logprobs(self, logprobs: Sequence[np.ndarray], *, version: int):
                 outer.logprobs.append(np.concatenate(logprobs))
                 return super().from_logprobs(logprobs, version=version)
 
-        self.engine = TransformersEngine(Maker(llm, style), rows_per_forward=1, prompt_cache_tokens=prompt_cache_tokens)
+        self.engine = TransformersEngine(Builder(llm, style), rows_per_forward=1, prompt_cache_tokens=prompt_cache_tokens)
 
     def ask(self, requests: Sequence[PriorRequest]) -> list[np.ndarray]:
         """One question after the other, as an episode brings them, from a standing start."""
@@ -175,7 +175,7 @@ def main() -> int:
     ):
         ours = Ours(llm, defaults, prompt_cache_tokens=tokens_kept)
         assert len(set(requests)) == len(requests), "a question that comes again is answered from memory"
-        packed = [ours.engine.maker.row(request) for request in requests]
+        packed = [ours.engine.builder.row(request) for request in requests]
         ours.ask(requests[:1])  # warm
         ours_s, got = seconds(lambda: ours.ask(requests), repeats=3 if len(requests) == 1 else 1)  # noqa: B023
         every = min(every, len(packed))
@@ -186,11 +186,11 @@ def main() -> int:
         rows.append(Row(name, ours_s, asked_s * sum(sent) / sum(sent[t] for t in asked), goal, equal))
         floors[name] = tokens(packed) | {"floor_s": operations(llm, packed) / rate, "ours_s": ours_s}
         floors[name] |= {"steps": len(packed), "plain steps run": len(asked)}
-    maker = PriorMaker(llm, defaults)
+    builder = PriorBuilder(llm, defaults)
     kinds = ("new", "plain", "plain / new", "prompt mean", "actions mean")
     counts = {name: {kind: figures[kind] for kind in kinds} for name, figures in floors.items()}
     counts[f"{args.steps}-step episode, its own actions"] = tokens(
-        [maker.row(request) for request in episode(llm, steps=args.steps, style=defaults)]
+        [builder.row(request) for request in episode(llm, steps=args.steps, style=defaults)]
     )
     print_table("tokens", counts)
     print_table(

@@ -33,11 +33,11 @@ from bench_tools import RESULTS, exit_code, make_folder, print_table
 
 from priorzero.config import read_config_file, resolve_settings
 from priorzero.envs import make_game, resolve_game
-from priorzero.llm.engines import PriorMaker, TransformersEngine
+from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.fine_tuning import LLMLearner
 from priorzero.llm.models import choose_device, load_language_model
 from priorzero.llm.prompts import render_prompt
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import ActionPrior, GameState, HistoryStep, PriorRequest, StepRecord, UserError
 
 PLAIN = {"enable_sft": False, "enable_rft": False, "rft_baseline": "value", "rft_clip": 0.0, "kl_weight": 0.0}
@@ -125,9 +125,9 @@ def right_probs(questions: Sequence[Question], answers: Sequence[ActionPrior]) -
     return np.exp([float(answer.logprobs[q.right]) for q, answer in zip(questions, answers, strict=True)])
 
 
-def priors(maker: PriorMaker, questions: Sequence[Question]) -> list[ActionPrior]:
+def priors(builder: PriorBuilder, questions: Sequence[Question]) -> list[ActionPrior]:
     """What the LLM says now, in process."""
-    engine = TransformersEngine(maker, rows_per_forward=1, prompt_cache_tokens=4096)
+    engine = TransformersEngine(builder, rows_per_forward=1, prompt_cache_tokens=4096)
     return asyncio.run(engine.priors([question.request for question in questions]))
 
 
@@ -143,10 +143,10 @@ def compare(settings: Any, *, games: Sequence[str], rounds: int, repeats: int) -
     learner = LLMLearner(
         llm, cfg, style=style, normalise=settings.prior.normalise, temperature=settings.prior.temperature
     )
-    maker = PriorMaker(llm, style, settings.prior.normalise, settings.prior.temperature)
+    builder = PriorBuilder(llm, style, temperature=settings.prior.temperature)
     trained, unseen = (questions_of(game, style=style, tokenizer=llm.tokenizer) for game in games)
     rng = np.random.default_rng(settings.run.seed)
-    before = priors(maker, [*trained, *unseen])
+    before = priors(builder, [*trained, *unseen])
     now = before[: len(trained)]
     for _ in range(rounds):
         records = []
@@ -159,8 +159,8 @@ def compare(settings: Any, *, games: Sequence[str], rounds: int, repeats: int) -
             raise UserError(f"{left_out} of {len(records)} decisions cannot be learned from; use prior.mode=score")
         for _ in range(repeats):
             learner.learn(samples)
-        now = priors(maker, trained)
-    after = [*now, *priors(maker, unseen)]
+        now = priors(builder, trained)
+    after = [*now, *priors(builder, unseen)]
     was, becomes, n = right_probs([*trained, *unseen], before), right_probs([*trained, *unseen], after), len(trained)
     moved = [float((np.exp(a.logprobs) * (a.logprobs - b.logprobs)).sum()) for a, b in zip(after, before, strict=True)]
     return {

@@ -30,9 +30,9 @@ from compare_llm_losses import Question, priors, questions_of
 
 from priorzero.config import read_config_file, resolve_settings
 from priorzero.envs import resolve_game
-from priorzero.llm.engines import PriorMaker
+from priorzero.llm.engines import PriorBuilder
 from priorzero.llm.models import LanguageModel, choose_device, load_language_model
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import ActionPrior, PromptTooLongError, UserError
 
 QUESTION = {
@@ -81,20 +81,20 @@ def questions_on(llm: LanguageModel, settings: Any, *, games: Sequence[str]) -> 
 
 def ask(llm: LanguageModel, settings: Any, questions: Sequence[Question]) -> dict[str, float]:
     """One prompt's figures."""
-    maker = PriorMaker(llm, prompt_style(settings), settings.prior.normalise, settings.prior.temperature)
+    builder = PriorBuilder(llm, prompt_style(settings), temperature=settings.prior.temperature)
     started = time.perf_counter()
-    answers = priors(maker, questions)
+    answers = priors(builder, questions)
     spent = time.perf_counter() - started
-    tokens = [len(maker.row(question.request).prompt_ids) for question in questions]
+    tokens = [len(builder.row(question.request).prompt_ids) for question in questions]
     return {**figures(questions, answers), "tokens": float(np.mean(tokens)), "s a state": spent / len(questions)}
 
 
 def check_length(llm: LanguageModel, settings: Any, questions: Sequence[Question], *, name: str) -> None:
     """Raises UserError if a prompt does not fit into the model: then the LLM would not be asked."""
-    maker = PriorMaker(llm, prompt_style(settings), settings.prior.normalise, settings.prior.temperature)
+    builder = PriorBuilder(llm, prompt_style(settings), temperature=settings.prior.temperature)
     try:
         for question in questions:
-            maker.row(question.request)
+            builder.row(question.request)
     except PromptTooLongError as error:
         raise UserError(
             f"--prompts {name}: {error}; leave it out, or give less --prompt_max_len than {settings.llm.prompt_max_len}"

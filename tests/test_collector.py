@@ -9,12 +9,13 @@ import itertools
 import numpy as np
 import pytest
 
-from priorzero.llm.engines import RobustPrior
+from priorzero.llm.engines import RetryingPrior
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.collector import Collector
 from priorzero.play.evaluator import Evaluator
 from priorzero.play.player import Player
-from priorzero.policy import PriorZeroPolicy, prompt_style
+from priorzero.llm.prompts import prompt_style
+from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
 from priorzero.types import ActionPrior, GameState, GameWorkerError
@@ -124,7 +125,7 @@ def build(*, num_games=3, different=1, groups=1, length=7, fail_at=(), **changes
         policy=PriorZeroPolicy(settings, feature_size=FEATURES, device="cpu", llm=None),
         encoder=RoomEncoder(),
         indexer=ActionVocabulary(512),
-        prior=RobustPrior(LastActionEngine(), attempts=1, backoff_s=0, timeout_s=5, timeline=timeline),
+        prior=RetryingPrior(LastActionEngine(), attempts=1, backoff_s=0, timeout_s=5, timeline=timeline),
         style=prompt_style(settings),
         tokenizer=WhitespaceTokenizer(),
         world_model_thread=OwnerThread("world-model", timeline),

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.llm.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine
+from priorzero.llm.engines import PriorBuilder, RetryingPrior, TransformersEngine, VLLMEngine
 from priorzero.llm.prompts import render_prompt
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import ActionPrior, EngineError, GameState, PriorRequest
 from tests.helpers.models import make_settings, make_tiny_llm
 
@@ -31,12 +31,12 @@ def make_engine(llm, **changes):
     prior = {"mode": "score", **changes.pop("prior", {})}
     engine_changes = {key: changes.pop(key) for key in ("rows_per_forward", "cache_size") if key in changes}
     return TransformersEngine(
-        PriorMaker(llm, prompt_style(make_settings({"prior": prior})), **changes), **engine_changes
+        PriorBuilder(llm, prompt_style(make_settings({"prior": prior})), **changes), **engine_changes
     )
 
 
 def request(engine, state=STATE):
-    prompt = render_prompt(state, [], style=engine.maker.style, tokenizer=engine.maker.llm.tokenizer).text
+    prompt = render_prompt(state, [], style=engine.builder.style, tokenizer=engine.builder.llm.tokenizer).text
     return PriorRequest(prompt, state.valid_actions)
 
 
@@ -94,7 +94,7 @@ def test_the_same_question_is_computed_once_until_the_parameters_change(smollm2)
     first = ask(engine, asked, asked)[0]
     assert engine.take_statistics()["prior/remembered"] == 0.5
     with torch.no_grad():
-        for p in engine.maker.llm.model.parameters():
+        for p in engine.builder.llm.model.parameters():
             p += 0.3 * torch.randn_like(p)
     assert ask(engine, asked)[0].logprobs.tolist() == first.logprobs.tolist()  # not told of it yet
     asyncio.run(engine.sync_weights(1))
@@ -173,7 +173,7 @@ def test_an_answer_that_is_no_ranking_leaves_all_actions_alike_and_is_counted(sm
         return torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], dim=1)
 
     monkeypatch.setattr(llm.model, "generate", generate)
-    prior = RobustPrior(make_engine(llm, prior={"mode": "rank"}), attempts=1, backoff_s=0, timeout_s=60)
+    prior = RetryingPrior(make_engine(llm, prior={"mode": "rank"}), attempts=1, backoff_s=0, timeout_s=60)
     (answer,) = asyncio.run(prior.priors([PriorRequest("What now?", ("open door", "", "wait"))]))
     assert not answer.parsed and answer.completion == written
     assert np.exp(answer.logprobs) == pytest.approx([1 / 3] * 3)
@@ -209,7 +209,7 @@ def test_what_was_computed_before_the_time_ran_out_is_not_lost(smollm2, monkeypa
         return score(chunk, rows, stop)
 
     monkeypatch.setattr(engine, "_score", slow)
-    prior = RobustPrior(engine, attempts=10, backoff_s=0, timeout_s=0.35)
+    prior = RetryingPrior(engine, attempts=10, backoff_s=0, timeout_s=0.35)
     answers = asyncio.run(prior.priors(many))
     assert [a.source for a in answers] == ["score"] * 6
     assert prior.statistics.timeouts >= 1 and sorted(r.prompt for r in computed) == [r.prompt for r in many]
@@ -258,7 +258,7 @@ BAD = [
 
 
 def robust(engine):
-    prior = RobustPrior(engine, attempts=3, backoff_s=0.01, timeout_s=0.2)
+    prior = RetryingPrior(engine, attempts=3, backoff_s=0.01, timeout_s=0.2)
     return prior, asyncio.run(prior.priors(ASKED))
 
 
@@ -345,7 +345,7 @@ ONE = [PriorRequest("p", ("a",))]
 def run_beside(*, exclusive, updates=4, **changes):
     """Ask all the time while an LLM is updated several times."""
     engine, learner = Versioned(exclusive=exclusive), [0]
-    prior = RobustPrior(engine, attempts=1, backoff_s=0, timeout_s=1, learner_version=lambda: learner[0], **changes)
+    prior = RetryingPrior(engine, attempts=1, backoff_s=0, timeout_s=1, learner_version=lambda: learner[0], **changes)
     used = []
 
     async def ask_on(stop):
@@ -407,8 +407,8 @@ def test_no_prior_is_staler_than_allowed(sync_every, max_staleness):
 def test_on_a_shared_gpu_vllm_sleeps_while_the_llm_learns(smollm2, tmp_path):
     """The order of calls, on a double: sleep mode needs a GPU."""
     settings = make_settings({"prior": {"engine": "vllm"}, "vllm": {"sleep": True}})
-    maker = PriorMaker(make_tiny_llm(smollm2.tokenizer), prompt_style(settings))
-    engine = VLLMEngine(maker, model="base", cfg=settings.vllm, max_model_len=512, log_file=tmp_path / "vllm.log")
+    builder = PriorBuilder(make_tiny_llm(smollm2.tokenizer), prompt_style(settings))
+    engine = VLLMEngine(builder, model="base", cfg=settings.vllm, max_model_len=512, log_file=tmp_path / "vllm.log")
     calls = []
 
     class Double:
@@ -429,11 +429,11 @@ def test_on_a_shared_gpu_vllm_sleeps_while_the_llm_learns(smollm2, tmp_path):
 
     engine._engine, engine._alive = Double(), True
     engine._row_logprobs = same_as_the_training_copy
-    prior = RobustPrior(engine, attempts=1, backoff_s=0, timeout_s=1)
+    prior = RetryingPrior(engine, attempts=1, backoff_s=0, timeout_s=1)
 
     async def update():
         calls.append(("update",))
-        for p in maker.llm.trainable_parameters():
+        for p in builder.llm.trainable_parameters():
             p.data += 0.01
         return 1
 
@@ -480,8 +480,8 @@ def vllm_engine(smollm2, tmp_path, monkeypatch):
     assert SamplingParams and vllm.v1.engine.exceptions
 
     settings = make_settings({"prior": {"engine": "vllm"}})
-    maker = PriorMaker(make_tiny_llm(smollm2.tokenizer), prompt_style(settings))
-    engine = VLLMEngine(maker, model="base", cfg=settings.vllm, max_model_len=512, log_file=tmp_path / "vllm.log")
+    builder = PriorBuilder(make_tiny_llm(smollm2.tokenizer), prompt_style(settings))
+    engine = VLLMEngine(builder, model="base", cfg=settings.vllm, max_model_len=512, log_file=tmp_path / "vllm.log")
     engine.processes = []
 
     def start(model):
@@ -559,7 +559,7 @@ def test_rankings_are_the_models_own_text(smollm2):
 
 def test_after_a_failed_takeover_whoever_asks_is_told():
     engine, learner = Versioned(exclusive=False), [0]
-    prior = RobustPrior(
+    prior = RetryingPrior(
         engine, attempts=1, backoff_s=0, timeout_s=1, max_staleness=0, learner_version=lambda: learner[0]
     )
 

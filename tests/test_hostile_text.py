@@ -11,13 +11,13 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from priorzero.llm.engines import PriorMaker
+from priorzero.llm.engines import PriorBuilder
 from priorzero.llm.priors import parse_ranking
 from priorzero.llm.prompts import render_prompt
 from priorzero.play.action_vocabulary import make_action_indexer
 from priorzero.play.exploration import CommandMemory
 from priorzero.play.text_encoder import TextEncoder
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import GameState, HistoryStep, PriorRequest, PromptTooLongError
 from priorzero.world_model.records import RecordTable, read_records
 from priorzero.world_model.segment import SegmentWriter
@@ -101,9 +101,9 @@ def test_leaving_out_the_goal_makes_no_token_of_what_remains(llm, goal, layout):
 @relaxed
 @given(valid=actions)
 def test_every_action_gets_a_share_or_the_prompt_is_too_long(llm, valid):
-    maker = PriorMaker(llm, prompt_style(make_settings()))
+    builder = PriorBuilder(llm, prompt_style(make_settings()))
     try:
-        row = maker.row(PriorRequest("Next command?", valid))
+        row = builder.row(PriorRequest("Next command?", valid))
     except PromptTooLongError:
         assert any(len(action) > 900 for action in valid)
         return
@@ -114,7 +114,7 @@ def test_every_action_gets_a_share_or_the_prompt_is_too_long(llm, valid):
     with torch.inference_mode():
         logprobs, mask = llm.token_logprobs([row])
     lengths = mask.sum(dim=1).tolist()
-    prior = maker.from_logprobs([logprobs[r, : lengths[r]].numpy() for r in range(len(valid))], version=0)
+    prior = builder.from_logprobs([logprobs[r, : lengths[r]].numpy() for r in range(len(valid))], version=0)
     assert prior.logprobs.shape == (len(valid),) and np.isfinite(prior.logprobs).all()
     assert np.exp(prior.logprobs.astype(np.float64)).sum() == pytest.approx(1, abs=1e-4)
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from easydict import EasyDict
 
-from priorzero.llm.engines import PriorMaker
+from priorzero.llm.engines import PriorBuilder
 from priorzero.llm.fine_tuning import LLMLearner
 from priorzero.llm.models import LanguageModel, load_language_model
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.train import run_training
 from priorzero.types import ActionPrior
 from tests.helpers.models import make_settings
@@ -126,7 +126,7 @@ def walk(llm: LanguageModel) -> list[Question]:
 
 
 def answers_of(llm: LanguageModel, questions: list[Question]) -> list[ActionPrior]:
-    return priors(PriorMaker(llm, STYLE), questions)
+    return priors(PriorBuilder(llm, STYLE), questions)
 
 
 def learner(llm: LanguageModel, **changes: bool | float) -> LLMLearner:

@@ -15,7 +15,7 @@ from priorzero.cluster.ppo.learner import PPOLearner
 from priorzero.cluster.ppo.losses import clipped_value_loss, generalised_advantages
 from priorzero.cluster.ppo.trajectories import Trajectory, credit_weights, newest, trajectories_from, turn_rewards
 from priorzero.llm.losses import rft_loss
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.runtime.process_group import ProcessGroup
 from priorzero.types import ActionPrior
 from priorzero.world_model.segment import SegmentWriter
@@ -163,7 +163,7 @@ def played(learner, choices, *, version=0):
     """One-step trajectories in which the LLM's own prior drew ``choices``; "go north" (1) earns a point."""
     samples, _ = learner.actor.prepare([record(t, rollout=np.zeros(4)) for t in range(len(choices))])
     with torch.no_grad():
-        shares = [learner.actor._units([s], *learner.llm.token_logprobs([s.row]))[0][:, 0].numpy() for s in samples]
+        shares = [learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][:, 0].numpy() for s in samples]
     trajectories = []
     for t, (choice, logprobs) in enumerate(zip(choices, shares, strict=True)):
         prior = ActionPrior(logprobs, "score", version, rollout_logprobs=np.zeros(4))
@@ -178,7 +178,7 @@ def played(learner, choices, *, version=0):
 def logprobs_of_rewarded(learner, trajectories):
     samples, _ = learner.actor.prepare([t.records[0] for t in trajectories])
     with torch.no_grad():
-        return [float(learner.actor._units([s], *learner.llm.token_logprobs([s.row]))[0][1, 0]) for s in samples]
+        return [float(learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][1, 0]) for s in samples]
 
 
 @pytest.mark.slow

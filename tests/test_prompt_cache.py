@@ -11,12 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from priorzero.llm.engines import PriorMaker, TransformersEngine
+from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.engines.prompt_cache import PromptCache
 from priorzero.llm.models import _with_lora
 from priorzero.llm.packing import PromptRow, pack
 from priorzero.llm.prompts import render_prompt
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import GameState, HistoryStep, PriorRequest
 from tests.helpers.models import make_settings, make_tiny_llm
 
@@ -124,8 +124,8 @@ def test_adapters_and_bfloat16(smollm2, kind):
 
 
 def make_engine(llm, *, tokens):
-    maker = PriorMaker(llm, prompt_style(make_settings()))
-    return TransformersEngine(maker, rows_per_forward=1, prompt_cache_tokens=tokens)
+    builder = PriorBuilder(llm, prompt_style(make_settings()))
+    return TransformersEngine(builder, rows_per_forward=1, prompt_cache_tokens=tokens)
 
 
 def episode(llm, *, steps):
@@ -168,7 +168,7 @@ def test_no_answer_comes_from_another_version_of_the_parameters(smollm2):
     with torch.no_grad():
         for p in llm.model.parameters():
             p += 0.3 * torch.randn_like(p)
-    engine.memory.clear()
+    engine.cache.clear()
     stale = asyncio.run(engine.priors([second]))[0]
     fresh = asyncio.run(make_engine(llm, tokens=0).priors([second]))[0]
     assert np.abs(stale.logprobs - fresh.logprobs).max() > 1e-3
@@ -176,4 +176,4 @@ def test_no_answer_comes_from_another_version_of_the_parameters(smollm2):
 
 def test_prompts_are_kept_for_single_rows_only(llm):
     with pytest.raises(ValueError, match="rows_per_forward=1"):
-        TransformersEngine(PriorMaker(llm, prompt_style(make_settings())), rows_per_forward=4, prompt_cache_tokens=10)
+        TransformersEngine(PriorBuilder(llm, prompt_style(make_settings())), rows_per_forward=4, prompt_cache_tokens=10)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from priorzero.envs.history import without_loops
-from priorzero.llm.prompts import PromptStyle, answer_text, build_messages, first_shown, learning_context, render_prompt
+from priorzero.llm.prompts import PromptStyle, completion_text, build_messages, first_shown, learning_context, render_prompt
 from priorzero.types import GameState, HistoryStep
 
 STATE = GameState(
@@ -132,8 +132,8 @@ def test_what_is_learned_after_with_chain_of_thought(completion, context):
 
 
 def test_answers():
-    assert answer_text("go north", style=STYLE) == "go north"
-    assert answer_text("go north", style=dataclasses.replace(STYLE, mode="rank")) == "1. go north\n"
+    assert completion_text("go north", style=STYLE) == "go north"
+    assert completion_text("go north", style=dataclasses.replace(STYLE, mode="rank")) == "1. go north\n"
     assert learning_context("P", "whatever", style=STYLE) == "P"
 
 
@@ -214,6 +214,6 @@ def test_the_observation_can_be_left_out_where_there_is_a_goal():
 
 
 def test_answers_end_a_line_in_a_walkthrough_and_a_turn_in_a_transcript():
-    assert answer_text("go north", style=WALKTHROUGH) == "go north\n" and not WALKTHROUGH.ends_turn
-    assert answer_text("go north", style=STYLE) == "go north" and STYLE.ends_turn
+    assert completion_text("go north", style=WALKTHROUGH) == "go north\n" and not WALKTHROUGH.ends_turn
+    assert completion_text("go north", style=STYLE) == "go north" and STYLE.ends_turn
     assert not dataclasses.replace(STYLE, mode="rank").ends_turn

@@ -17,11 +17,11 @@ import torch
 
 from priorzero.agent import make_engine
 from priorzero.envs import make_game, resolve_game
-from priorzero.llm.engines import RobustPrior, TransformersEngine
+from priorzero.llm.engines import RetryingPrior, TransformersEngine
 from priorzero.llm.losses import sft_loss
 from priorzero.llm.models import load_language_model
 from priorzero.llm.prompts import render_prompt
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.runs.checkpoint import newest_checkpoint
 from priorzero.train import run_training
 from priorzero.types import EngineError, HistoryStep, PriorRequest, UserError
@@ -98,7 +98,7 @@ def requests(llm):
 
 def in_process(engine, requests):
     """The training copy's own answers."""
-    return asyncio.run(TransformersEngine(engine.maker).priors(requests))
+    return asyncio.run(TransformersEngine(engine.builder).priors(requests))
 
 
 def largest_difference(one, other):
@@ -126,7 +126,7 @@ def test_log_probabilities_that_the_cache_would_hide_are_computed(runner, engine
     command = "take the long golden key from the wooden chest and put it on the table " * 4  # several blocks
     question = PriorRequest("You are in a room. What now?", (command + "now", "wait"))
     first = runner.run(engine.priors([question]))
-    engine.memory.clear()
+    engine.cache.clear()
     engine.take_statistics()
     again = runner.run(engine.priors([question]))
     assert engine.take_statistics()["prior/rescored"] == 1
@@ -145,7 +145,7 @@ def test_rankings_are_the_greedy_text_of_the_model(runner, engine, requests, llm
     import dataclasses
 
     style = prompt_style(make_settings(SETTINGS, {"prior": {"mode": "rank"}}))
-    monkeypatch.setattr(engine, "maker", dataclasses.replace(engine.maker, style=style))
+    monkeypatch.setattr(engine, "builder", dataclasses.replace(engine.builder, style=style))
     asked = [PriorRequest(r.prompt.replace("Answer with", "Write"), r.valid_actions) for r in requests[:4]]
     answers = runner.run(engine.priors(asked))
     for answer, other in zip(answers, in_process(engine, asked), strict=True):
@@ -154,14 +154,14 @@ def test_rankings_are_the_greedy_text_of_the_model(runner, engine, requests, llm
 
 
 def test_running_out_of_time_aborts_and_the_next_question_is_answered(runner, engine, requests):
-    engine.memory.clear()
-    prior = RobustPrior(engine, attempts=2, backoff_s=0.01, timeout_s=0.05)
+    engine.cache.clear()
+    prior = RetryingPrior(engine, attempts=2, backoff_s=0.01, timeout_s=0.05)
     answers = runner.run(prior.priors(requests))
     assert {a.source for a in answers} == {"uniform"}
     statistics = prior.take_statistics()
     assert statistics["prior/timeouts"] == 2 and statistics["prior/aborted"] > 10
     assert engine._engine.get_num_unfinished_requests() == 0
-    patient = RobustPrior(engine, attempts=1, backoff_s=0, timeout_s=60)
+    patient = RetryingPrior(engine, attempts=1, backoff_s=0, timeout_s=60)
     answers = runner.run(patient.priors(requests[:2]))
     assert largest_difference(answers, in_process(engine, requests[:2])) < 1e-3
 
@@ -245,15 +245,15 @@ def core():
 
 
 def test_a_slow_engine_is_left_alone_and_one_that_hangs_is_started_again(runner, engine, requests, monkeypatch):
-    engine.memory.clear()
-    impatient = RobustPrior(engine, attempts=1, backoff_s=0, timeout_s=0.01)
+    engine.cache.clear()
+    impatient = RetryingPrior(engine, attempts=1, backoff_s=0, timeout_s=0.01)
     assert {a.source for a in runner.run(impatient.priors(requests[:2]))} == {"uniform"}
     assert engine._alive
 
     monkeypatch.setattr("priorzero.llm.engines.vllm.CHECK_TIMEOUT_S", 5)
     stopped = vllm_processes()
     core().send_signal(signal.SIGSTOP)
-    prior = RobustPrior(engine, attempts=2, backoff_s=0.1, timeout_s=60)
+    prior = RetryingPrior(engine, attempts=2, backoff_s=0.1, timeout_s=60)
     prior.timeout_s = 1
     assert {a.source for a in runner.run(prior.priors(requests[:2]))} == {"uniform"}
     assert not engine._alive and prior.statistics.timeouts == 2
@@ -268,8 +268,8 @@ def test_a_slow_engine_is_left_alone_and_one_that_hangs_is_started_again(runner,
 
 def test_an_engine_that_is_killed_too_often_is_given_up_with_a_reason(runner, engine, requests):
     """Whoever asks and whoever waits for parameters to be taken over are both told."""
-    engine.memory.clear()
-    prior = RobustPrior(engine, attempts=3, backoff_s=2, timeout_s=60)
+    engine.cache.clear()
+    prior = RetryingPrior(engine, attempts=3, backoff_s=2, timeout_s=60)
 
     async def ask_and_kill():
         asking = asyncio.ensure_future(prior.priors(requests[:8]))

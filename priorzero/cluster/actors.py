@@ -23,13 +23,14 @@ from priorzero.agent import Evaluators, choose_engine, make_encoder, make_engine
 from priorzero.cluster.handles import answer
 from priorzero.cluster.ppo.trajectories import trajectories_from
 from priorzero.envs import resolve_games
-from priorzero.llm.engines import RobustPrior
+from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.models import choose_device, load_language_model, load_tokenizer
 from priorzero.play.action_vocabulary import ActionVocabulary, make_action_indexer
 from priorzero.play.collector import Collected, Collector
 from priorzero.play.evaluator import Evaluation, evaluate_all
 from priorzero.play.player import Player
-from priorzero.policy import PriorZeroPolicy, prompt_style
+from priorzero.llm.prompts import prompt_style
+from priorzero.policy import PriorZeroPolicy
 from priorzero.runs.checkpoint import read_state, save_checkpoint
 from priorzero.runs.nonfinite import DroppedUpdates
 from priorzero.runtime.concurrency import OwnerThread, ReadersWriterLock
@@ -169,7 +170,7 @@ class PriorServer:
         self._log_file = Path(log_file)
         self._lock = ReadersWriterLock()
         self._starting = asyncio.Lock()
-        self._prior: RobustPrior | None = None
+        self._prior: RetryingPrior | None = None
         self._llm: Any = None
 
     async def ready(self) -> int:
@@ -186,7 +187,7 @@ class PriorServer:
                 settings.prior.engine = choose_engine(settings.prior.engine, device=device)
                 self._llm = load_language_model(settings.llm, device=device)
                 engine = make_engine(settings, llm=self._llm, log_file=self._log_file)
-                prior = RobustPrior(
+                prior = RetryingPrior(
                     engine,
                     attempts=settings.prior.attempts,
                     backoff_s=settings.prior.backoff_s,
@@ -200,7 +201,7 @@ class PriorServer:
         return self._prior.engine.version
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """As :meth:`priorzero.llm.engines.RobustPrior.priors`: retried, and then answered for with a uniform prior."""
+        """As :meth:`priorzero.llm.engines.RetryingPrior.priors`: retried, and then answered for with a uniform prior."""
         await self.ready()
         assert self._prior is not None
         async with self._lock.shared():
@@ -344,7 +345,7 @@ class CollectorProcess:
         self._config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
         self._versions = {"world model": -1, "LLM": 0}
         timeline = Timeline()
-        self._prior = RobustPrior(
+        self._prior = RetryingPrior(
             RemoteEngine(
                 ray.get_actor(servers[number % len(servers)]),
                 start_timeout_s=cluster.start_timeout_s,

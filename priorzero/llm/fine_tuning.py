@@ -15,7 +15,7 @@ from loguru import logger
 from priorzero.llm.losses import action_logprobs, gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.packing import PromptRow
-from priorzero.llm.prompts import PromptStyle, answer_text, learning_context
+from priorzero.llm.prompts import PromptStyle, completion_text, learning_context
 from priorzero.runtime.process_group import ProcessGroup
 from priorzero.settings import LLMSettings
 from priorzero.types import NonFiniteError, StepRecord, UserError
@@ -103,7 +103,7 @@ class LLMLearner:
         auto = "actions" if style.mode == "score" else "tokens"
         self.objective = auto if cfg.objective == "auto" else cfg.objective
         self.micro_batch_size = cfg.micro_batch_size
-        self.is_whole = True  # False after an optimiser step that did not come to its end
+        self.is_consistent = True  # False after an optimiser step that did not come to its end
         self._clips = cfg.enable_rft and cfg.rft_clip > 0
         # No weight decay: a batch that teaches nothing must move nothing.
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
@@ -144,7 +144,7 @@ class LLMLearner:
                 positions, probs = list(range(len(record.visit_counts))), record.visit_probs()
             else:
                 positions, probs = choose_answers(record, top=self.cfg.sft_top_actions if self.cfg.enable_sft else 0)
-            answers = [answer_text(record.state.valid_actions[k], style=self.style) for k in positions]
+            answers = [completion_text(record.state.valid_actions[k], style=self.style) for k in positions]
             try:
                 row = self.llm.row(context, answers, end_of_turn=self.style.ends_turn)
             except ValueError:
@@ -161,7 +161,7 @@ class LLMLearner:
             return None
         return prior.logprobs if self.objective == "actions" else prior.rollout_logprobs
 
-    def _units(self, samples: Sequence[LLMSample], logprobs: torch.Tensor, mask: torch.Tensor) -> Any:
+    def objective_logprobs(self, samples: Sequence[LLMSample], logprobs: torch.Tensor, mask: torch.Tensor) -> Any:
         """What the losses are made of: tokens as they are, or one unit an action, its share among the valid ones."""
         if self.objective == "tokens":
             return logprobs, mask
@@ -215,14 +215,14 @@ class LLMLearner:
         return self.learn(samples)
 
     def _step(self) -> None:
-        self.is_whole = False
+        self.is_consistent = False
         try:
             self.optimizer.step()
         except torch.OutOfMemoryError as error:
             raise UserError(
                 "out of GPU memory for the LLM's optimiser, in the middle of its step; type --set llm.use_lora=true"
             ) from error
-        self.is_whole = True
+        self.is_consistent = True
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gradient(self, samples: Sequence[LLMSample]) -> dict[str, float]:
@@ -264,7 +264,7 @@ class LLMLearner:
     def _losses(self, micro: Sequence[LLMSample]) -> dict[str, torch.Tensor]:
         """Summed losses of a micro-batch."""
         token_logprobs, completion_mask = self.scorer([s.row for s in micro])  # (R, T)
-        logprobs, mask = self._units(micro, token_logprobs, completion_mask)  # (R, T) or (R, 1)
+        logprobs, mask = self.objective_logprobs(micro, token_logprobs, completion_mask)  # (R, T) or (R, 1)
         target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro]).to(logprobs.device)  # (R,)
         sums = {"sft_loss": sft_loss(logprobs, mask, target_probs)[0]}
         firsts = np.cumsum([0, *(len(s.row.completions) for s in micro[:-1])])
@@ -276,7 +276,7 @@ class LLMLearner:
         )
         if self.cfg.kl_weight > 0:
             reference = self.llm.reference_logprobs([s.row for s in micro])
-            reference, _ = self._units(micro, reference, completion_mask)
+            reference, _ = self.objective_logprobs(micro, reference, completion_mask)
             sums["kl_loss"], _ = kl_loss(logprobs[played], reference[played], mask[played])
         return sums
 

@@ -226,7 +226,7 @@ def learning_context(prompt: str, completion: str | None, *, style: PromptStyle)
     return prompt + (completion or "")[: ends[-1].end()] + "\n"
 
 
-def answer_text(action: str, *, style: PromptStyle) -> str:
+def completion_text(action: str, *, style: PromptStyle) -> str:
     """How an answer that puts ``action`` first begins; in ``score`` mode that is the whole answer."""
     if style.mode == "rank":
         return f"1. {action}\n"

@@ -20,8 +20,8 @@ from priorzero.cluster.ppo.engine import Capabilities
 from priorzero.cluster.ppo.trajectories import Trajectory, turn_rewards
 from priorzero.cluster.resources import Share
 from priorzero.llm.models import load_tokenizer, resolve_model
-from priorzero.llm.prompts import answer_text
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import completion_text
+from priorzero.llm.prompts import prompt_style
 from priorzero.settings import Settings
 from priorzero.types import UserError
 from priorzero.world_model.returns import returns_to_go
@@ -153,7 +153,7 @@ class OrzPPOEngine:
                 if self._version - record.prior.version > self._settings.ppo.max_staleness:
                     stale += 1
                     continue
-                command = answer_text(record.action_text, style=self._style)
+                command = completion_text(record.action_text, style=self._style)
                 if self._style.ends_turn:
                     command += self._trainer.tokenizer.eos_token
                 made.append((record.prompt, {"command": command, "reward": float(value)}))

@@ -19,7 +19,7 @@ from priorzero.cluster.ppo.learner import PPOLearner
 from priorzero.cluster.ppo.trajectories import Trajectory
 from priorzero.cluster.resources import Share
 from priorzero.llm.models import load_language_model, save_parameters
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.runs.checkpoint import read_state, save_checkpoint
 from priorzero.runtime.process_group import ProcessGroup, TorchGroup
 from priorzero.settings import Settings

@@ -12,12 +12,12 @@ from loguru import logger
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.packing import PromptRow, without_special_tokens
 from priorzero.llm.priors import parse_ranking, prior_from_ranking, prior_from_scores, uniform_prior
-from priorzero.llm.prompts import PromptStyle, answer_text
+from priorzero.llm.prompts import PromptStyle, completion_text
 from priorzero.types import ActionPrior, PriorRequest
 
 
 @dataclass(frozen=True)
-class PriorMaker:
+class PriorBuilder:
     """How a question is put to the LLM and its answer read.
 
     Attributes:
@@ -41,7 +41,7 @@ class PriorMaker:
         """
         if not request.valid_actions:
             raise ValueError("a prior needs at least one valid action")
-        answers = [answer_text(action, style=self.style) for action in request.valid_actions]
+        answers = [completion_text(action, style=self.style) for action in request.valid_actions]
         return self.llm.row(request.prompt, answers, end_of_turn=self.style.ends_turn)
 
     def prompt_ids(self, request: PriorRequest) -> list[int]:
@@ -83,16 +83,16 @@ class PriorMaker:
         return ActionPrior(logprobs=logprobs, source="rank", version=version, completion=text, parsed=bool(ranking))
 
 
-class AnswerMemory:
+class PriorCache:
     """The latest answers under the current parameters, so that the same question is not computed twice.
 
     Args:
-        maker: puts the questions.
+        builder: puts the questions.
         size: answers kept.
     """
 
-    def __init__(self, maker: PriorMaker, *, size: int) -> None:
-        self._maker = maker
+    def __init__(self, builder: PriorBuilder, *, size: int) -> None:
+        self._maker = builder
         self._size = size
         self._answers: OrderedDict[PriorRequest, ActionPrior] = OrderedDict()
         self.asked = 0

@@ -50,7 +50,7 @@ class PriorStatistics:
         }
 
 
-class RobustPrior:
+class RetryingPrior:
     """Asks an engine up to ``attempts`` times; when all fail, every valid action is made alike.
 
     When all were too late, the engine is to find out whether it hangs: then the next question starts it again.

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from loguru import logger
 
-from priorzero.llm.engines.base import AnswerMemory, PriorMaker
+from priorzero.llm.engines.base import PriorCache, PriorBuilder
 from priorzero.llm.engines.vllm_worker import OWNER_VARIABLE, WorkerExtension
 from priorzero.llm.models import save_parameters
 from priorzero.llm.packing import PromptRow
@@ -100,7 +100,7 @@ class VLLMEngine:
     start, vLLM's log-probabilities on a fixed question must be those of the training copy.
 
     Args:
-        maker: puts the questions; its ``llm`` is the training copy.
+        builder: puts the questions; its ``llm`` is the training copy.
         model: what vLLM loads at first: the folder or hub id that the training copy was loaded from.
         cfg: the ``vllm`` group of the settings.
         max_model_len: tokens of the longest sequence.
@@ -111,7 +111,7 @@ class VLLMEngine:
 
     def __init__(
         self,
-        maker: PriorMaker,
+        builder: PriorBuilder,
         *,
         model: str,
         cfg: VLLMSettings,
@@ -121,17 +121,17 @@ class VLLMEngine:
         cache_size: int = 4096,
     ) -> None:
         self.version = 0
-        self.maker = maker
+        self.builder = builder
         self.model = model
         self.cfg = cfg
         self.max_model_len = max_model_len
         self.log_file = log_file
         self.trust_remote_code = trust_remote_code
         self.exclusive = cfg.sleep
-        self.memory = AnswerMemory(maker, size=cache_size)
+        self.cache = PriorCache(builder, size=cache_size)
         self.restarts = 0
-        self._uses_lora = hasattr(maker.llm.model, "peft_config")
-        self._dtype = maker.llm.compute_dtype
+        self._uses_lora = hasattr(builder.llm.model, "peft_config")
+        self._dtype = builder.llm.compute_dtype
         self._tolerance = cfg.parity_tolerance or PARITY_TOLERANCE[self._dtype]
         self._engine: Any = None
         self._alive = False
@@ -190,7 +190,7 @@ class VLLMEngine:
         try:
             async with asyncio.timeout(limit):
                 await self._generate(
-                    [self.maker.llm.tokenizer.eos_token_id], max_tokens=1, temperature=0.0, detokenize=False
+                    [self.builder.llm.tokenizer.eos_token_id], max_tokens=1, temperature=0.0, detokenize=False
                 )
         except _Died:
             pass  # taken note of
@@ -217,7 +217,7 @@ class VLLMEngine:
             await self._shut_down()
             raise
         except Exception as error:
-            memory = "cpu_kv_cache_gib" if self.maker.llm.device.type == "cpu" else "gpu_memory_utilization"
+            memory = "cpu_kv_cache_gib" if self.builder.llm.device.type == "cpu" else "gpu_memory_utilization"
             raise EngineError(
                 f"vLLM did not start: {self._cause(error)}. Its log is {self.log_file}; what it takes of the memory is "
                 f"vllm.{memory}={getattr(self.cfg, memory):g}; --engine transformers does without vLLM"
@@ -259,7 +259,7 @@ class VLLMEngine:
             "trust_remote_code": self.trust_remote_code,
             "seed": 0,
         }
-        if self.maker.llm.device.type == "cpu":
+        if self.builder.llm.device.type == "cpu":
             # Fixed cache and no compiling: a start of 20 instead of 80 seconds. 32 is this build's smallest block.
             arguments |= {
                 "kv_cache_memory_bytes": int(self.cfg.cpu_kv_cache_gib * 2**30),
@@ -267,7 +267,7 @@ class VLLMEngine:
                 "block_size": 32,
             }
         if self._uses_lora:
-            adapter = next(iter(self.maker.llm.model.peft_config.values()))
+            adapter = next(iter(self.builder.llm.model.peft_config.values()))
             arguments |= {
                 "enable_lora": True,
                 "max_lora_rank": next((r for r in (8, 16, 32, 64, 128, 256, 320, 512) if r >= adapter.r), adapter.r),
@@ -330,10 +330,10 @@ class VLLMEngine:
 
     async def clear_cache(self) -> None:
         """As the protocol says, but for rounding: vLLM itself keeps what it computed for earlier prompts."""
-        self.memory.clear()
+        self.cache.clear()
 
     async def close(self) -> None:
-        self.memory.clear()
+        self.cache.clear()
         async with self._starting:
             await self._shut_down()
         self._scratch_owner.cleanup()
@@ -348,7 +348,7 @@ class VLLMEngine:
             ValueError: a request has no valid actions.
             RuntimeError: vLLM died; :meth:`ready` starts it again.
         """
-        answers, new = self.memory.look_up(requests)
+        answers, new = self.cache.look_up(requests)
         with self._busy():
             computed = await gather_or_cancel(*(self._answer(request) for request in new))
         answers.update(zip(new, computed, strict=True))
@@ -356,15 +356,15 @@ class VLLMEngine:
 
     async def _answer(self, request: PriorRequest) -> ActionPrior:
         try:
-            if self.maker.style.mode == "score":
-                row = self.maker.row(request)
+            if self.builder.style.mode == "score":
+                row = self.builder.row(request)
                 self._check_length(len(row.prompt_ids) + max(map(len, row.completions)) + 1)
-                prior = self.maker.from_logprobs(await self._row_logprobs(row), version=self.version)
+                prior = self.builder.from_logprobs(await self._row_logprobs(row), version=self.version)
             else:
-                prior = self.maker.from_text(await self._write(request), request, version=self.version)
+                prior = self.builder.from_text(await self._write(request), request, version=self.version)
         except PromptTooLongError as error:
-            return self.memory.uniform(request, error, version=self.version)
-        self.memory.put(request, prior)  # at once: a try that runs out of time leaves less to do for the next one
+            return self.cache.uniform(request, error, version=self.version)
+        self.cache.put(request, prior)  # at once: a try that runs out of time leaves less to do for the next one
         return prior
 
     def _check_length(self, length: int) -> None:
@@ -372,12 +372,12 @@ class VLLMEngine:
             raise PromptTooLongError(f"{length} tokens do not fit into vLLM's {self.max_model_len}")
 
     async def _write(self, request: PriorRequest) -> str:
-        prompt_ids = self.maker.prompt_ids(request)
-        self._check_length(len(prompt_ids) + self.maker.generate_max_len)
-        tokenizer = self.maker.llm.tokenizer
+        prompt_ids = self.builder.prompt_ids(request)
+        self._check_length(len(prompt_ids) + self.builder.generate_max_len)
+        tokenizer = self.builder.llm.tokenizer
         output = await self._generate(
             prompt_ids,
-            max_tokens=self.maker.generate_max_len,
+            max_tokens=self.builder.generate_max_len,
             temperature=0.0,
             stop_token_ids=[tokenizer.eos_token_id],
             detokenize=False,
@@ -467,7 +467,7 @@ class VLLMEngine:
         taken, self._statistics = self._statistics, _Statistics()
         parity, self._parity = self._parity, {}
         return {
-            **self.memory.take_statistics(),
+            **self.cache.take_statistics(),
             **taken.scalars(),
             **parity,
             "prior/engine_restarts": float(self.restarts),
@@ -498,7 +498,7 @@ class VLLMEngine:
             raise EngineError(
                 f"the LLM's parameters could not be written for vLLM ({error}); TMPDIR names another place"
             ) from error
-        self.memory.clear()
+        self.cache.clear()
         if self._alive:
             try:
                 async with asyncio.timeout(self.cfg.sync_timeout_s):
@@ -543,7 +543,7 @@ class VLLMEngine:
             await engine.add_lora(self._lora_request())
         else:
             await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(published.folder or self.model)})
-            if self.maker.llm.device.type == "cpu":
+            if self.builder.llm.device.type == "cpu":
                 await engine.collective_rpc("repack_output_layers")
         if self._asleep:
             await engine.wake_up(["kv_cache"])
@@ -568,7 +568,7 @@ class VLLMEngine:
 
     @torch.inference_mode()
     def _write_parameters(self, version: int) -> _Published:
-        llm = self.maker.llm
+        llm = self.builder.llm
         token_logprobs, mask = llm.token_logprobs([self._parity_row()])
         values = token_logprobs.cpu().numpy()
         reference = [values[r, : int(n)] for r, n in enumerate(mask.sum(dim=1))]
@@ -585,7 +585,7 @@ class VLLMEngine:
         return _Published(version, folder, reference)
 
     def _parity_row(self) -> PromptRow:
-        llm = self.maker.llm
+        llm = self.builder.llm
         context = llm.tokenizer.apply_chat_template(PARITY_MESSAGES, tokenize=False, add_generation_prompt=True)
         return llm.row(context, PARITY_ANSWERS, end_of_turn=True)
 

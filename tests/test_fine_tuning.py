@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.llm.engines import PriorMaker, TransformersEngine
+from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.fine_tuning import LLMLearner, choose_answers
 from priorzero.llm.losses import kl_loss
 from priorzero.llm.packing import PromptRow
-from priorzero.policy import prompt_style
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import PriorRequest, UserError
 from tests.helpers.models import make_settings, make_tiny_llm
 from tests.helpers.records import record
@@ -112,8 +112,8 @@ def test_the_objective_over_actions_is_the_cross_entropy_of_the_prior(smollm2):
     """Against the prior that the engine makes of the same question."""
     made = learner(smollm2, objective="actions", enable_rft=False)
     samples, _ = made.samples(RECORDS, RETURNS)
-    maker = PriorMaker(made.llm, made.style)
-    engine = TransformersEngine(maker, rows_per_forward=1)
+    builder = PriorBuilder(made.llm, made.style)
+    engine = TransformersEngine(builder, rows_per_forward=1)
     priors = asyncio.run(engine.priors([PriorRequest(r.prompt, r.state.valid_actions) for r in RECORDS]))
     want = -np.mean([r.visit_probs() @ prior.logprobs for r, prior in zip(RECORDS, priors, strict=True)])
     losses = made.learn(samples)
@@ -129,7 +129,7 @@ def test_the_ratio_over_actions_is_that_of_the_prior(smollm2):
     norms = []
     for clip in (0.0, 0.2):
         made = learner(smollm2, objective="actions", enable_sft=False, rft_clip=clip)
-        engine = TransformersEngine(PriorMaker(made.llm, made.style), rows_per_forward=1)
+        engine = TransformersEngine(PriorBuilder(made.llm, made.style), rows_per_forward=1)
         priors = asyncio.run(engine.priors([PriorRequest(r.prompt, r.state.valid_actions) for r in RECORDS]))
         records = [dataclasses.replace(r, prior=prior) for r, prior in zip(RECORDS, priors, strict=True)]
         samples, skipped = made.samples(records, RETURNS)
