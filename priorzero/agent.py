@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from priorzero.envs import GameSpec, GameWorker, make_worker
-from priorzero.llm.engines import PriorMaker, RobustPrior, TransformersEngine, VLLMEngine
+from priorzero.llm.engines import PriorBuilder, RetryingPrior, TransformersEngine, VLLMEngine
 from priorzero.llm.models import LanguageModel, load_language_model, resolve_model
 from priorzero.llm.prompts import prompt_style
 from priorzero.play.action_vocabulary import ActionIndexer, ActionVocabulary
@@ -58,7 +58,7 @@ class Agent:
     buffer: PriorZeroGameBuffer
     llm: LanguageModel | None
     engine: PriorEngine | None
-    prior: RobustPrior | None
+    prior: RetryingPrior | None
     config: Any
     timeline: Timeline
     world_model_thread: OwnerThread
@@ -164,7 +164,7 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
     Raises:
         UserError: settings of vLLM do not fit the model or the machine.
     """
-    maker = PriorMaker(
+    maker = PriorBuilder(
         llm,
         prompt_style(settings),
         temperature=settings.prior.temperature,
@@ -203,9 +203,9 @@ def make_prior(
     max_staleness: int = 1,
     learner_version: Callable[[], int] | None = None,
     timeline: Timeline | None = None,
-) -> RobustPrior:
-    """An engine with the retries of the settings; the arguments are those of :class:`RobustPrior`."""
-    return RobustPrior(
+) -> RetryingPrior:
+    """An engine with the retries of the settings; the arguments are those of :class:`RetryingPrior`."""
+    return RetryingPrior(
         engine,
         attempts=settings.prior.attempts,
         backoff_s=settings.prior.backoff_s,

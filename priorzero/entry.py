@@ -15,7 +15,7 @@ from priorzero.config import (
     read_config_file,
     resolve_settings,
 )
-from priorzero.runtime.concurrency import signals_end_at_once
+from priorzero.runtime.concurrency import exit_immediately_on_signal
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         before the run begins, or after its last checkpoint, ends the process with exit code 130.
     """
     arguments = build_parser().parse_args(argv)
-    with signals_end_at_once():
+    with exit_immediately_on_signal():
         return _run(arguments)
 
 

@@ -11,7 +11,8 @@ from priorzero.runs.counters import Counters
 from priorzero.runs.nonfinite import NonFiniteUpdates
 from priorzero.settings import Settings
 from priorzero.types import NonFiniteError
-from priorzero.world_model.replay import PriorZeroGameBuffer, ReplayBatch, SampledSequences
+from priorzero.world_model.batch import ReplayBatch, SampledSequences
+from priorzero.world_model.replay import PriorZeroGameBuffer
 
 
 class Learner:

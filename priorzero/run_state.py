@@ -106,7 +106,7 @@ def _check_parameters(policy: PriorZeroPolicy) -> None:
     """Raises RuntimeError if a run could not be resumed from these parameters."""
     models = {"world model": policy.trained_world_model_parameters()}
     if policy.llm_learner is not None:
-        if not policy.llm_learner.is_whole:
+        if not policy.llm_learner.is_consistent:
             raise RuntimeError("the LLM's optimiser ran out of memory in the middle of a step")
         models["LLM"] = list(policy.llm_learner.llm.model.named_parameters())
     for model, parameters in models.items():

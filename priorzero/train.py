@@ -79,7 +79,7 @@ async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
             return
         if run.save_due:
             await run.save()
-        if run.stop.asked or run.is_finished:
+        if run.stop.requested or run.is_finished:
             return
 
         # ---- collect: the LLM computes priors, UniZero searches, the games reply ----
@@ -91,7 +91,7 @@ async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
         # ---- learn: both models from one sample; then the prior engine gets the new parameters ----
         run.learner.start()
         run.set_due()
-        if run.evaluation_due or run.save_due or run.stop.asked or not overlap:
+        if run.evaluation_due or run.save_due or run.stop.requested or not overlap:
             await run.learner.wait()
         run.log(collected)
 
@@ -140,10 +140,10 @@ async def _train(
         lock = create_files(settings, folder, resumed=checkpoint is not None)
         await run.begin()
         try:
-            with run.stop.listening():
-                agent.timeline.skip()
+            with run.stop.handle_signals():
+                agent.timeline.discard_interval()
                 await training_loop(run, overlap=overlap)
-                if run.stop.asked:
+                if run.stop.requested:
                     await run.save()
         except (asyncio.CancelledError, GameWorkerError, EngineError, UserError, OSError) as error:
             await run.save_after(error)

@@ -147,7 +147,7 @@ class TrainingRun:
     async def collect(self) -> Collected | None:
         """Collect the steps of an iteration, and wait for the updates of the one before; None if a stop is requested."""
         num_steps = self.settings.train.collect_env_steps
-        collected = await self.collector.collect(num_steps, stop=lambda: self.stop.asked)
+        collected = await self.collector.collect(num_steps, stop=lambda: self.stop.requested)
         self._unstored = self._unlogged = collected
         await self.learner.wait()
         return collected
@@ -173,7 +173,7 @@ class TrainingRun:
             self.counters,
             scalars={**self.collector.scalars(collected), **self.agent.buffer.scalars()},
             prior=prior.take_statistics() if prior is not None else None,
-            shares=self.agent.timeline.take(),
+            time_usage=self.agent.timeline.finish_interval(),
             episodes=collected.episodes,
         )
         log_segments(collected.segments, iteration=self.counters.iteration)
@@ -183,7 +183,7 @@ class TrainingRun:
 
     async def evaluate(self) -> bool:
         """Evaluate; False if a stop was requested before the end."""
-        results = await self.stop.before(self.evaluators.evaluate())
+        results = await self.stop.run_or_cancel(self.evaluators.evaluate())
         if results is None:
             await self.agent.world_model_thread.run("search", lambda: None)  # wait for a search that still runs
             return False
@@ -193,7 +193,7 @@ class TrainingRun:
             results, env_step=self.counters.env_step, prior_fallbacks=fallbacks
         )
         self.evaluation_due = False
-        self.agent.timeline.skip()
+        self.agent.timeline.discard_interval()
         return True
 
     async def save(self) -> None:
@@ -262,7 +262,7 @@ class TrainingRun:
                 f"the run has ended, but {self.saver.failure}; the last checkpoint is {self.saver.last or 'none'}"
             )
         rows = self._rows()
-        stopped = self.stop.asked and (self.evaluation_due or not self.is_finished)
+        stopped = self.stop.requested and (self.evaluation_due or not self.is_finished)
         logger.info(f"{'stopped' if stopped else 'done'}:\n" + format_table(rows))
         if stopped and self.saver.last is not None:
             logger.info(f"to continue: python -m priorzero.entry --resume {self.folder}")

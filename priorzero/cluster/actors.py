@@ -25,11 +25,11 @@ from priorzero.cluster.ppo.trajectories import trajectories_from
 from priorzero.envs import resolve_games
 from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.models import choose_device, load_language_model, load_tokenizer
+from priorzero.llm.prompts import prompt_style
 from priorzero.play.action_vocabulary import ActionVocabulary, make_action_indexer
 from priorzero.play.collector import Collected, Collector
 from priorzero.play.evaluator import Evaluation, evaluate_all
 from priorzero.play.player import Player
-from priorzero.llm.prompts import prompt_style
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runs.checkpoint import read_state, save_checkpoint
 from priorzero.runs.nonfinite import DroppedUpdates

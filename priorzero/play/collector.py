@@ -64,14 +64,14 @@ class Collected:
         """As plain data; the step records are added to ``table``."""
         return {
             **vars(self),
-            "segments": [segment.recipe(table) for segment in self.segments],
+            "segments": [segment.state_dict(table) for segment in self.segments],
             "episodes": [dataclasses.astuple(episode) for episode in self.episodes],
         }
 
     @classmethod
     def from_state_dict(cls, state: Plain, records: Sequence[StepRecord], *, config: Any) -> Collected:
         """The inverse of :meth:`state_dict`; ``records`` are the table's."""
-        segments = [PriorZeroGameSegment.from_recipe(recipe, records, config=config) for recipe in state["segments"]]
+        segments = [PriorZeroGameSegment.from_state_dict(own, records, config=config) for own in state["segments"]]
         episodes = [EpisodeResult(*episode) for episode in state["episodes"]]
         return cls(**{**state, "segments": segments, "episodes": episodes})
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
-from priorzero.llm.engines import RobustPrior
+from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.prompts import Prompt, PromptStyle, render_prompt
 from priorzero.play.action_vocabulary import ActionIndexer
 from priorzero.play.episode import Episode
@@ -80,7 +80,7 @@ class Player:
         policy: PriorZeroPolicy,
         encoder: TextEncoder,
         indexer: ActionIndexer,
-        prior: RobustPrior | None,
+        prior: RetryingPrior | None,
         style: PromptStyle,
         tokenizer: Any,
         world_model_thread: OwnerThread,

@@ -19,7 +19,7 @@ from priorzero.play.evaluator import Evaluation, Evaluations, merge
 from priorzero.runs.counters import Counters
 from priorzero.runs.progress import Progress
 from priorzero.runs.summary import peak_memory_mb
-from priorzero.runtime.timeline import Shares
+from priorzero.runtime.timeline import TimeUsage
 from priorzero.settings import RunSettings
 from priorzero.types import Plain
 from priorzero.world_model.segment import PriorZeroGameSegment
@@ -111,7 +111,7 @@ class RunLogger:
         *,
         scalars: Mapping[str, float],
         prior: Mapping[str, float] | None,
-        shares: Shares,
+        time_usage: TimeUsage,
         episodes: Iterable[EpisodeResult],
     ) -> None:
         """Log an iteration.
@@ -120,7 +120,7 @@ class RunLogger:
             counters: of the run.
             scalars: metrics of the iteration.
             prior: metrics of the prior; None without an LLM.
-            shares: how the time of the iteration was used.
+            time_usage: how the time of the iteration was used.
             episodes: training episodes that ended in it.
         """
         iteration = counters.iteration
@@ -128,9 +128,9 @@ class RunLogger:
             self.writer.write(prior, step=iteration)
             short = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in prior.items())
             logger.bind(topic="prior").info(f"iteration {iteration}: {short}")
-        timing = {**shares.scalars(), "memory/peak_mb": peak_memory_mb()}
+        timing = {**time_usage.scalars(), "memory/peak_mb": peak_memory_mb()}
         self.writer.write({**scalars, **timing}, step=iteration)
-        logger.debug(f"iteration {iteration}, {shares.wall:.1f} s: {shares.describe()}")
+        logger.debug(f"iteration {iteration}, {time_usage.wall:.1f} s: {time_usage.describe()}")
         self._append("episodes.jsonl", [dataclasses.asdict(episode) for episode in episodes])
         self.progress.show(
             iteration=iteration,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from priorzero.llm.engines.base import PriorCache, PriorBuilder
+from priorzero.llm.engines.base import PriorBuilder, PriorCache
 from priorzero.llm.engines.prompt_cache import PromptCache
 from priorzero.llm.packing import PromptRow
 from priorzero.types import ActionPrior, PriorRequest, PromptTooLongError

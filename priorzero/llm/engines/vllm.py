@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from loguru import logger
 
-from priorzero.llm.engines.base import PriorCache, PriorBuilder
+from priorzero.llm.engines.base import PriorBuilder, PriorCache
 from priorzero.llm.engines.vllm_worker import OWNER_VARIABLE, WorkerExtension
 from priorzero.llm.models import save_parameters
 from priorzero.llm.packing import PromptRow
