@@ -219,8 +219,8 @@ def test_action_cache_never_raises_or_returns_wrong_actions_for_a_damaged_file(p
                 missing += found is None
             cache.put(key(60), ACTIONS)
             assert cache.get(key(60)) in (None, ACTIONS)
-        for left in damaged.parent.glob("damaged*"):
-            left.unlink()
+        for file in damaged.parent.glob("damaged*"):
+            file.unlink()
     assert missing > 2000  # many entries were damaged
 
 
@@ -447,14 +447,14 @@ def test_cache_key_depends_on_the_state(open_game):
         (ram, changed(stack, -1), *registers),
         (ram, stack, *registers[:where], (registers[where][0] + 1, *registers[where][1:]), *registers[where + 1 :]),
     ):
-        fresh = open_game()
-        fresh._env.get_state = lambda state=state: state
-        fresh._find_valid_actions = lambda: ("searched",)
-        assert fresh._valid_actions() == ("searched",)
-    fresh = open_game()
-    fresh._env.get_state = lambda: stored
-    fresh._find_valid_actions = lambda: ("searched",)
-    assert fresh._valid_actions() == game._state.valid_actions  # the unchanged state has an entry
+        other_game = open_game()
+        other_game._env.get_state = lambda state=state: state
+        other_game._find_valid_actions = lambda: ("searched",)
+        assert other_game._valid_actions() == ("searched",)
+    other_game = open_game()
+    other_game._env.get_state = lambda: stored
+    other_game._find_valid_actions = lambda: ("searched",)
+    assert other_game._valid_actions() == game._state.valid_actions  # the unchanged state has an entry
 
 
 def test_jericho_game_is_not_stopped_by_a_damaged_cache(open_game, path, warnings):
@@ -492,6 +492,6 @@ def test_worker_processes_share_the_cache(open_game, path):
 def test_import_of_jericho_game_loads_no_spacy_and_opens_no_cache(path):
     code = "import sys, priorzero.envs.jericho_game; print('spacy' in sys.modules)"
     environment = {**os.environ, action_cache.CACHE_VARIABLE: str(path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert answer.stdout == "False\n"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
     assert not path.parent.exists()
