@@ -148,7 +148,7 @@ def test_search_equals_lightzeros_python_tree_in_every_digit(ties):
 
 
 def test_lightzeros_cpp_tree_still_ignores_the_prior_at_the_first_visit_of_a_node():
-    """Its PUCT score multiplies the prior by the square root of the earlier visits, which is 0. Ours is the Python tree's."""
+    """Its PUCT score multiplies the prior by the square root of the earlier visits, which is 0 there."""
     actions = set()
     for _ in range(60):
         roots, stats = mz_tree.Roots(1, [[0, 1, 2, 3]]), mz_tree.MinMaxStatsList(1)
