@@ -15,6 +15,7 @@ from priorzero.runtime.quiet import quiet
 from priorzero.settings import ReplaySettings, Settings
 from priorzero.types import ActionPrior, GameState, StepRecord, UserError
 from priorzero.world_model.lightzero import unizero_config
+from priorzero.world_model.records import RecordTable, read_records
 from priorzero.world_model.replay import PriorZeroGameBuffer
 from priorzero.world_model.segment import SegmentWriter
 from tests.helpers.segments import FEATURE_SIZE, demo_config, demo_episode, demo_record, demo_segments
@@ -258,6 +259,24 @@ def test_update_priority_ignores_evicted_decisions():
     buffer.update_priority(batch, np.array([10.0 * r.episode + r.step for r in batch.sequences.records()]))
     stored = [r for segment in buffer.game_segment_buffer for r in segment.records]
     assert buffer.game_pos_priorities.tolist() == [10.0 * r.episode + r.step for r in stored]
+
+
+def test_buffer_state_dict_restores_what_is_sampled_next(tmp_path):
+    config = demo_config(segment_length=4, buffer_size=20, batch_size=4)
+    buffer = make_buffer(config, [9, 9, 9])
+    batch = sample(buffer, config)
+    buffer.update_priority(batch, np.arange(1.0, 5.0))
+    table = RecordTable()
+    torch.save({"buffer": buffer.state_dict(table), "records": table.state_dict()}, tmp_path / "replay.pt")
+    state = torch.load(tmp_path / "replay.pt", weights_only=True)
+    restored = PriorZeroGameBuffer(config, rng=np.random.default_rng(99))
+    restored.load_state_dict(state["buffer"], read_records(state["records"]))
+    for _ in range(3):
+        expected, found = sample(buffer, config), sample(restored, config)
+        for name in ("features", "indices", "weights", "mask", "rewards", "value_targets", "policy_targets"):
+            assert np.array_equal(getattr(expected, name), getattr(found, name)), name
+        assert expected.sequences.returns().tolist() == found.sequences.returns().tolist()
+    assert restored.num_evicted == buffer.num_evicted > 0
 
 
 def realistic_record(step, *, episode, done):
