@@ -417,7 +417,7 @@ class VLLMEngine:
             self._mark_crashed()
         except TimeoutError:
             logger.warning(
-                f"vLLM took longer than vllm.sync_timeout_s={self.cfg.sync_timeout_s:g} for a weight update; it is ended"
+                f"vLLM took longer than vllm.sync_timeout_s={self.cfg.sync_timeout_s:g} for new weights; it is ended"
             )
             self._mark_crashed()
         except EngineError:
