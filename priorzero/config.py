@@ -149,7 +149,11 @@ def allowed(field: FieldInfo) -> str:
     kind = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[field.annotation]  # type: ignore[index]
     bounds: dict[str, Any] = {}
     for constraint in field.metadata:
-        for name, constraint_type in (("ge", annotated_types.Ge), ("gt", annotated_types.Gt), ("le", annotated_types.Le)):
+        for name, constraint_type in (
+            ("ge", annotated_types.Ge),
+            ("gt", annotated_types.Gt),
+            ("le", annotated_types.Le),
+        ):
             if isinstance(constraint, constraint_type):
                 bounds[name] = getattr(constraint, name)
     if "le" in bounds:
@@ -349,10 +353,24 @@ def settings_page() -> str:
     ]
     for group in Settings.model_fields:
         own = group_type(group)
-        lines += ["", f"## {group}", "", own.__doc__ or "", "", "| setting | default | allowed | meaning |", "|---|---|---|---|"]
+        lines += [
+            "",
+            f"## {group}",
+            "",
+            own.__doc__ or "",
+            "",
+            "| setting | default | allowed | meaning |",
+            "|---|---|---|---|",
+        ]
         for key, field in own.model_fields.items():
             default = field.get_default(call_default_factory=True)
-            shown = ",".join(default) if isinstance(default, list) else str(default).lower() if default in (True, False) and isinstance(default, bool) else str(default)
+            shown = (
+                ",".join(default)
+                if isinstance(default, list)
+                else str(default).lower()
+                if default in (True, False) and isinstance(default, bool)
+                else str(default)
+            )
             lines.append(f"| `{group}.{key}` | `{shown}` | {allowed(field)} | {field.description} |")
     return "\n".join(lines) + "\n"
 

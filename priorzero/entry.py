@@ -6,28 +6,42 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from priorzero.runtime.concurrency import signals_end_at_once
+from priorzero.config import (
+    PRESETS,
+    describe_settings,
+    parse_assignments,
+    read_config_file,
+    resolve_settings,
+)
+from priorzero.runtime.concurrency import exit_immediately_on_signal
+from priorzero.settings import Settings
 from priorzero.types import UserError
 
+if TYPE_CHECKING:
+    from priorzero.runs.checkpoint import Checkpoint
+
 EXAMPLES = """examples:
-  python -m priorzero.entry --quick_test                          minutes on a CPU, a game made on the spot
-  python -m priorzero.entry --quick_test --env_id zork1.z5        the same on Zork (needs the story file)
+  python -m priorzero.entry --quick_test                          minutes on a CPU, with a generated game
+  python -m priorzero.entry --quick_test --env_id zork1.z5        the same on Zork I (needs the story file)
   python -m priorzero.entry --env_id zork1.z5 --seed 0            full training
   python -m priorzero.entry --quick_test --engine vllm            with vLLM in a process of its own
-  python -m priorzero.entry --config configs/pure_unizero.yaml    UniZero without a language model
+  python -m priorzero.entry --preset pure_unizero                 UniZero without a language model
   python -m priorzero.entry --quick_test --set llm.micro_batch_size=1 --set search.num_simulations=20
 
 games: a Jericho story file (name or path), or textworld:simple, textworld:coin-collector, textworld:treasure-hunter,
 textworld:cooking, each with parameters such as ?seed=7&level=5
 """
 
+Layers = list[dict[str, dict[str, Any]]]
+
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command line."""
     parser = argparse.ArgumentParser(
         prog="python -m priorzero.entry",
-        description="Train an agent for a text game: a language model proposes, a world model searches, both learn.",
+        description="Train an agent for a text game: UniZero searches from a language model's prior, and both learn.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -37,21 +51,27 @@ def build_parser() -> argparse.ArgumentParser:
         nargs="?",
         const="auto",
         metavar="DIR|auto",
-        help="go on with a run: its folder, or auto: the one that saved last, of the given --env_id, --seed and "
-        "--exp_name; where there is none yet and a game is given, auto starts a new one",
+        help="resume a run: its folder; or auto: the run of the given --env_id, --seed and --exp_name that saved last. "
+        "If there is none and a game is given, auto starts a new run",
     )
     return parser
 
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
-    """What every way to train takes; :func:`layers_from` reads it."""
-    parser.add_argument("--env_id", help="the game to play")
-    parser.add_argument(
-        "--quick_test", action="store_true", help="small models and few steps: see that everything works"
+    """Add the arguments of all training command lines; :func:`layers_from` reads them."""
+    parser.add_argument("--env_id", help="the game")
+    preset = parser.add_mutually_exclusive_group()
+    preset.add_argument("--preset", choices=tuple(PRESETS), default="standard", help="settings to start from")
+    preset.add_argument(
+        "--quick_test",
+        action="store_const",
+        const="quick_test",
+        dest="preset",
+        help="small models and few steps, to check that everything works; the same as --preset quick_test",
     )
-    parser.add_argument("--seed", type=int, help="where all randomness comes from (default 0)")
-    parser.add_argument("--max_iter", type=int, help="stop after so many iterations (collect, then learn)")
-    parser.add_argument("--exp_name", help="name of the run's folder (default: a new one from game, seed and time)")
+    parser.add_argument("--seed", type=int, help="seed of all random numbers (default 0)")
+    parser.add_argument("--max_iter", type=int, help="stop after this many iterations (collect, then learn)")
+    parser.add_argument("--exp_name", help="name of the run's folder (default: made from game, seed and time)")
     parser.add_argument(
         "--engine",
         choices=("auto", "vllm", "transformers"),
@@ -64,102 +84,101 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="assignments",
         metavar="GROUP.KEY=VALUE",
-        help="change one setting; may be given several times and wins over --config",
+        help="change a setting; may be given several times and wins over --config",
     )
-    parser.add_argument("--help_config", action="store_true", help="list every setting with its default and meaning")
-
-
-Layers = list[dict[str, dict[str, Any]]]
+    parser.add_argument("--help_config", action="store_true", help="list all settings with defaults and meanings")
 
 
 def layers_from(arguments: argparse.Namespace) -> tuple[Layers, Layers]:
-    """What the settings are made of: preset and file, and the flags that win over them."""
-    from priorzero.config import PRESETS, parse_assignments, read_config_file
+    """The layers of settings: preset and file, and the flags, which win over them.
 
-    flags = {
-        key: value
-        for key in ("env_id", "seed", "max_iter", "exp_name")
-        if (value := getattr(arguments, key)) is not None
-    }
+    Raises:
+        UserError: the file cannot be read, or a flag is malformed.
+    """
+    names = ("env_id", "seed", "max_iter", "exp_name")
+    flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if flags.get("exp_name") == "":
         raise UserError("--exp_name '' is empty; leave the flag out to get a new name")
-    base = [PRESETS["quick_test" if arguments.quick_test else "standard"]]
+    base = [PRESETS[arguments.preset]]
     if arguments.config is not None:
         base.append(read_config_file(arguments.config))
     engine = {"prior": {"engine": arguments.engine}} if arguments.engine is not None else {}
     return base, [parse_assignments(arguments.assignments), {"run": flags}, engine]
 
 
-def settings_from(arguments: argparse.Namespace) -> Any:
-    """Flags over file over preset over defaults."""
-    from priorzero.config import resolve_settings
+def settings_from(arguments: argparse.Namespace) -> Settings:
+    """Flags win over the file, the file over the preset, the preset over the defaults.
 
+    Raises:
+        UserError: the settings are invalid.
+    """
     base, flags = layers_from(arguments)
     return resolve_settings(*base, *flags)
 
 
-def resume_from(arguments: argparse.Namespace) -> tuple[Any, Any]:
-    """The settings and the checkpoint to go on from; None if a new run begins.
+def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | None]:
+    """The settings of a resumed run and its checkpoint; None if a new run starts.
 
-    The run has the settings that it had. Those that are given win; where they matter they must be the same, which
-    :func:`priorzero.runs.checkpoint.check_same` sees to.
+    The run keeps its settings. Flags win over them; :func:`priorzero.runs.resume.check_compatible` refuses those that
+    may not change.
+
+    Raises:
+        UserError: there is no such run, or the settings are invalid.
     """
-    from priorzero.config import resolve_settings
-    from priorzero.runs.checkpoint import find_checkpoint
-    from priorzero.runs.folder import set_unsaved_aside
+    from priorzero.runs.folder import rename_unsaved  # late: imports torch and LightZero
+    from priorzero.runs.resume import find_checkpoint
 
     base, flags = layers_from(arguments)
-    says_all = arguments.quick_test or arguments.config is not None
-    given = {key: value for layer in flags for key, value in layer.get("run", {}).items()}
-    # The group run alone: whether the rest fits together depends on the run that is found.
+    gives_all_settings = arguments.preset != "standard" or arguments.config is not None
+    given = {key for layer in flags for key in layer.get("run", {})}
+    # The group run only: whether the others are consistent depends on the run that is found.
     run = resolve_settings(*({"run": layer.get("run", {})} for layer in [*base, *flags])).run
-    wanted = {key: run[key] for key in ("env_id", "seed") if says_all or key in given}
-    where = run.output_dir
-    checkpoint = find_checkpoint(arguments.resume, output_dir=where, exp_name=run.exp_name, wanted=wanted)
+    wanted = {key: getattr(run, key) for key in ("env_id", "seed") if gives_all_settings or key in given}
+    checkpoint = find_checkpoint(arguments.resume, output_dir=run.output_dir, exp_name=run.exp_name, wanted=wanted)
     if checkpoint is None:
+        where = run.output_dir
         if "env_id" not in wanted:
             raise UserError(f"--resume auto: no run is saved under {where}; name a run's folder, or an --env_id")
         settings = settings_from(arguments)
-        print(f"--resume auto: nothing is saved under {where} yet; a new run begins", file=sys.stderr)
-        aside = set_unsaved_aside(Path(where, run.exp_name)) if run.exp_name else None
-        if aside is not None:
-            print(f"what a run of this name left that ended before it saved is in {aside}", file=sys.stderr)
+        print(f"--resume auto: no run is saved under {where}; a new run starts", file=sys.stderr)
+        renamed = rename_unsaved(Path(where, run.exp_name)) if run.exp_name else None
+        if renamed is not None:
+            print(f"an unsaved run of this name was renamed to {renamed}", file=sys.stderr)
         return settings, None
-    if says_all:
+    if gives_all_settings:
         return settings_from(arguments), checkpoint
     llm = checkpoint.settings.llm
     if llm.trust_remote_code and not any("trust_remote_code" in layer.get("llm", {}) for layer in flags):
-        # A checkpoint may come from anyone, and its configuration with it.
+        # A checkpoint, and its configuration with it, may come from anyone.
         raise UserError(
             f"{checkpoint.folder}: its configuration runs code that comes with a model ({llm.path}); if you trust "
             "it, type --set llm.trust_remote_code=true"
         )
-    follows = {"llm": {"gradient_accumulation_steps": 0}}  # is worked out again, from the micro-batch size
-    return resolve_settings(checkpoint.settings, follows, *flags), checkpoint
+    return resolve_settings(checkpoint.settings, *flags), checkpoint
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, or stopped and saved; 2 something to put right.
+    """Run the command line.
 
-    A signal that comes before the run has begun, or after its last save, ends the process with exit code 130.
+    Returns:
+        The exit code: 0 if the run is done, or stopped and saved; 2 after an error that the user can correct. A signal
+        before the run begins, or after its last checkpoint, ends the process with exit code 130.
     """
     arguments = build_parser().parse_args(argv)
-    with signals_end_at_once():
+    with exit_immediately_on_signal():
         return _run(arguments)
 
 
 def _run(arguments: argparse.Namespace) -> int:
+    if arguments.help_config:
+        print(describe_settings())
+        return 0
     try:
-        if arguments.help_config:
-            from priorzero.config import describe_options
-
-            print(describe_options())
-            return 0
         if arguments.resume is None:
             settings, checkpoint = settings_from(arguments), None
         else:
             settings, checkpoint = resume_from(arguments)
-        from priorzero.train import run_training
+        from priorzero.train import run_training  # late: imports torch and LightZero
 
         run_training(settings, checkpoint=checkpoint)
     except UserError as error:

@@ -9,18 +9,20 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from priorzero.config import describe_settings, resolve_settings
 from priorzero.entry import add_common_arguments, layers_from
+from priorzero.settings import Settings
 from priorzero.types import UserError
 
 EXAMPLES = """examples:
-  DEBUG_MODE=True python -m priorzero.ray_entry                    the least: one process of each kind, small models
+  DEBUG_MODE=True python -m priorzero.ray_entry                    one process of each kind, small models
   python -m priorzero.ray_entry --env_id zork1.z5 --seed 0         full training on this machine's GPUs
   python -m priorzero.ray_entry --env_id zork1.z5 --num_collectors 8 --set cluster.address=auto
   python -m priorzero.ray_entry --quick_test --wm_update_every 1 --llm_update_every 4
 """
 
-# DEBUG_MODE: one process of each kind, and a PPO step now and then, of which the second changes the LLM.
-LEAST: dict[str, dict[str, Any]] = {
+# DEBUG_MODE: one process of each kind, and few PPO steps. The second step changes the LLM.
+DEBUG_SETTINGS: dict[str, dict[str, Any]] = {
     "cluster": {"num_collectors": 1, "num_servers": 1, "num_learners": 1},
     "llm": {"update_every": 5},
     "ppo": {"critic_warmup_steps": 1},
@@ -28,6 +30,7 @@ LEAST: dict[str, dict[str, Any]] = {
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command line."""
     parser = argparse.ArgumentParser(
         prog="python -m priorzero.ray_entry",
         description="Train on a Ray cluster: UniZero as python -m priorzero.entry does, the language model by PPO.",
@@ -36,25 +39,26 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_common_arguments(parser)
     parser.add_argument("--ppo_engine", choices=("torch", "orz"), help="what runs PPO (default: torch)")
-    parser.add_argument("--num_collectors", type=int, help="processes that play")
+    parser.add_argument("--num_collectors", type=int, help="number of collector processes")
     parser.add_argument("--wm_update_every", type=int, help="iterations between the world model's turns to learn")
     parser.add_argument("--llm_update_every", type=int, help="iterations between the language model's PPO steps")
     return parser
 
 
-def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Any:
-    """Flags over file over preset over defaults; ``DEBUG_MODE=True`` takes the quick test with the fewest processes.
+def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str]) -> Settings:
+    """Flags win over the file, the file over the preset, the preset over the defaults.
+
+    ``DEBUG_MODE=True`` takes the quick test with one process of each kind.
 
     Raises:
-        UserError: settings that cannot be used.
+        UserError: the settings are invalid.
     """
-    from priorzero.config import resolve_settings
-
     mode = environment.get("DEBUG_MODE", "")
     if mode.lower() not in ("", "0", "1", "true", "false"):
         raise UserError(f"DEBUG_MODE={mode}: use True or False")
     debug = mode.lower() in ("1", "true")
-    arguments.quick_test = arguments.quick_test or debug
+    if debug:
+        arguments.preset = "quick_test"
     base, flags = layers_from(arguments)
     given = {
         ("ppo", "engine"): arguments.ppo_engine,
@@ -66,22 +70,25 @@ def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str])
     for (group, key), value in given.items():
         if value is not None:
             own.setdefault(group, {})[key] = value
-    return resolve_settings(*base[:1], *([LEAST] if debug else []), *base[1:], *flags, own)
+    return resolve_settings(*base[:1], *([DEBUG_SETTINGS] if debug else []), *base[1:], *flags, own)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, or stopped and saved; 2 something to put right; 130 stopped and not saved."""
-    arguments = build_parser().parse_args(argv)
-    try:
-        if arguments.help_config:
-            from priorzero.config import describe_options
+    """Run the command line.
 
-            print(describe_options())
-            return 0
+    Returns:
+        The exit code: 0 if the run is done, or stopped and saved; 2 after an error that the user can correct; 130 if
+        the run was stopped and not saved.
+    """
+    arguments = build_parser().parse_args(argv)
+    if arguments.help_config:
+        print(describe_settings())
+        return 0
+    try:
         settings = settings_from(arguments, os.environ)
         if importlib.util.find_spec("ray") is None:
-            raise UserError("Ray is not installed; type: pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
-        from priorzero.cluster.train import run_on_cluster
+            raise UserError("Ray is not installed; type pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
+        from priorzero.cluster.train import run_on_cluster  # late: imports torch, LightZero and Ray
 
         run_on_cluster(settings)
     except UserError as error:

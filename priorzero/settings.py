@@ -147,9 +147,7 @@ class PriorSettings(SettingsGroup):
     )
     alpha: Number = Field(0.5, ge=0, le=1, description="mix: weight of the prior in the root's probabilities")
     temperature: Number = Field(1.0, gt=0, description="temperature of the prior over the valid actions")
-    floor: Number = Field(
-        0.02, ge=0, le=1, description="weight of a uniform distribution that is mixed into the prior"
-    )
+    floor: Number = Field(0.02, ge=0, le=1, description="weight of a uniform distribution that is mixed into the prior")
     prompt_cache_tokens: Whole = Field(
         8192,
         ge=0,
@@ -215,9 +213,7 @@ class LLMSettings(SettingsGroup):
     history_chars: Whole = Field(
         300, ge=0, description="characters of each past observation in the prompt; 0: only the commands"
     )
-    observation_chars: Whole = Field(
-        0, ge=0, description="characters of the current observation in the prompt; 0: all"
-    )
+    observation_chars: Whole = Field(0, ge=0, description="characters of the current observation in the prompt; 0: all")
     list_commands: bool = Field(False, description="list the valid actions in the prompt (rank always does)")
     prompt_max_len: Whole = Field(
         2048, ge=64, description="largest number of tokens in a prompt; the oldest history is dropped first"

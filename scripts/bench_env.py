@@ -86,7 +86,7 @@ class Stopwatch:
 def open_ours(path: Path) -> JerichoGame:
     game = JerichoGame(path, seed=0, max_episode_steps=10_000, look_and_inventory=False)
     game.reset()
-    game._remembered.clear()
+    game._known_actions.clear()
     return game
 
 

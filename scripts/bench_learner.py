@@ -48,6 +48,7 @@ from priorzero.llm.prompts import prompt_style
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.quiet import quiet
 from priorzero.types import GameState, StepRecord
+from priorzero.world_model.batch import ReplayBatch, SampledSequences
 from priorzero.world_model.lightzero import unizero_config
 
 with quiet():
@@ -213,8 +214,8 @@ def make_states(*, count: int) -> list[GameState]:
     ]
 
 
-def make_batch(observations: np.ndarray, *, num_actions: int, seed: int = 0) -> list[Any]:
-    """LightZero's two lists for some observations ``[B, U + 1, O]`` and made-up targets."""
+def make_batch(observations: np.ndarray, *, num_actions: int, seed: int = 0) -> ReplayBatch:
+    """A batch of observations ``[B, U + 1, O]`` with random targets."""
     rng = np.random.default_rng(seed)
     size, steps = len(observations), observations.shape[1] - 1
     visits = np.zeros((size, steps + 1, num_actions), dtype=np.float32)
@@ -222,10 +223,20 @@ def make_batch(observations: np.ndarray, *, num_actions: int, seed: int = 0) -> 
     mask = np.ones((size, steps + 1))
     mask[: size // 8, steps // 2 :] = 0  # some sequences reach the end of their episode
     actions = rng.integers(num_actions, size=(size, steps))
-    timesteps = np.tile(np.arange(steps), (size, 1))
-    observations, is_weights = observations.reshape(size, -1), np.ones(size)
-    current = [observations, actions, actions, mask, np.arange(size), is_weights, np.zeros(size), timesteps]
-    return [current, [rng.normal(size=(size, steps + 1)), 5 * rng.normal(size=(size, steps + 1)), visits]]
+    return ReplayBatch(
+        features=observations.reshape(size, -1),
+        actions=actions,
+        bootstrap_actions=actions,
+        mask=mask,
+        indices=np.arange(size),
+        weights=np.ones(size),
+        make_times=np.zeros(size),
+        timesteps=np.tile(np.arange(steps), (size, 1)),
+        rewards=rng.normal(size=(size, steps + 1)),
+        value_targets=5 * rng.normal(size=(size, steps + 1)),
+        policy_targets=visits,
+        sequences=SampledSequences([], np.zeros(0, dtype=np.int64)),
+    )
 
 
 def make_stock_policy(settings: Any, *, encoder_folder: str, tokens: int) -> Any:
@@ -258,7 +269,7 @@ def make_twin(settings: Any, stock: Any) -> PriorZeroPolicy:
     projection = source.tokenizer.encoder.embed_proj_head
     twin = PriorZeroPolicy(settings, feature_size=projection.in_features, device="cpu", llm=None)
     rest = {k: v for k, v in source.world_model.state_dict().items() if not k.startswith("tokenizer.")}
-    for model in (twin._uncompiled(twin._model), twin._uncompiled(twin._target_model._model)):
+    for model in (twin.network, twin.target_network):
         missing, unexpected = model.world_model.load_state_dict(rest, strict=False)
         assert not unexpected and all(name.startswith("tokenizer.") for name in missing)
         copied = torch.nn.Linear(projection.in_features, projection.out_features)
@@ -293,7 +304,7 @@ def world_model_rows() -> tuple[list[Row], dict[str, Any]]:
     stock_batch = make_batch(np.array(ids).reshape(*shape, -1), num_actions=num_actions)
     twin = make_twin(settings, stock)
     twin_batch = make_batch(first_token_outputs(encoder, texts).reshape(*shape, -1), num_actions=num_actions)
-    plain_s, plain = seconds(lambda: stock._forward_learn([*stock_batch, 0]), repeats=1)
+    plain_s, plain = seconds(lambda: stock._forward_learn([*stock_batch.to_lightzero(), 0]), repeats=1)
     ours = twin.learn_world_model(twin_batch, train_iter=0)
     losses = {
         name: {"ours": ours[f"train/{name}"], "plain": plain[stock_name]}
@@ -332,9 +343,9 @@ def state_with(number: int) -> GameState:
     )
 
 
-def world_model_step(settings: Any, batch: list[Any]) -> float:
+def world_model_step(settings: Any, batch: ReplayBatch) -> float:
     """Seconds of our learning step."""
-    size = batch[0][0].shape[1] // (settings.world_model.num_unroll_steps + 1)
+    size = batch.features.shape[1] // (settings.world_model.num_unroll_steps + 1)
     policy = PriorZeroPolicy(settings, feature_size=size, device="cpu", llm=None)
     policy.learn_world_model(batch, train_iter=0)  # the first step also makes AdamW's moments
     return seconds(lambda: policy.learn_world_model(batch, train_iter=1), repeats=3)[0]

@@ -103,8 +103,8 @@ class PlainWorker:
         )
 
     def _forget(self) -> None:
-        if hasattr(self._game, "_remembered"):
-            self._game._remembered.clear()
+        if hasattr(self._game, "_known_actions"):
+            self._game._known_actions.clear()
 
     async def reset(self) -> GameState:
         self._forget()

@@ -43,7 +43,7 @@ def make_policy(preset: str, *, tree: str) -> PriorZeroPolicy:
     policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=None)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        for p in policy._model.parameters():  # LightZero starts its heads at zero, where all actions are alike
+        for p in policy.network.parameters():  # LightZero starts its heads at zero, where all actions are alike
             p += 0.05 * torch.randn(p.shape, generator=generator)
     return policy
 
@@ -54,7 +54,7 @@ def make_roots(count: int, *, num_actions: int, num_legal: int) -> list[Root]:
         Root(
             features=rng.normal(size=(4, FEATURE_SIZE)).astype(np.float32),
             actions=rng.integers(num_actions, size=3),
-            legal=rng.choice(num_actions, num_legal, replace=False),
+            legal_actions=rng.choice(num_actions, num_legal, replace=False),
             noise=rng.dirichlet(np.full(num_legal, 0.3)),
             seed=number,
         )
@@ -90,7 +90,7 @@ def batched(
     """One search over all roots: seconds, seconds of them in the model (both of the fastest run), and the results."""
     runs = []
     for _ in range(repeats):
-        policy.inference = Stopwatch(policy._model, to_scalar=policy.inverse_scalar_transform_handle)
+        policy.inference = Stopwatch(policy.network, to_scalar=policy.inverse_scalar_transform_handle)
         total_s, results = seconds(lambda: policy.search(roots, num_actions=num_actions), repeats=1)
         runs.append((total_s, policy.inference.model_s))
     return *min(runs), results

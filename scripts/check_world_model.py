@@ -60,7 +60,7 @@ def predicted_rewards(policy: Any, records: Sequence[StepRecord]) -> np.ndarray:
         past = records[max(0, t - observations + 1) : t + 1]
         actions = np.array([record.action_index for record in past[:-1]], dtype=np.int64)
         features = np.stack([record.features for record in past])
-        roots.append(Root(features=features, actions=actions, legal=records[t].action_indices))
+        roots.append(Root(features=features, actions=actions, legal_actions=records[t].action_indices))
     with torch.no_grad():
         contexts = policy.inference.root_contexts(roots)
         _, rewards = policy.inference.step(contexts, np.array([record.action_index for record in records]))

@@ -1,13 +1,12 @@
-"""Fetch story files of the Jericho suite: ``python scripts/fetch_games.py zork1.z5 detective.z5``.
+"""Downloads story files of the Jericho suite: ``python scripts/fetch_games.py zork1.z5 detective.z5``.
 
-A file is kept only if its md5 is the one that Jericho supports. Exit codes: 0 all files are there, 2 a wrong name, a
-wrong checksum or a failure of the network.
+A file is kept only if Jericho supports its MD5. The exit code is 0 if all files exist afterwards. It is 2 after an
+unknown name, a wrong checksum or a network failure.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import hashlib
 import http.client
 import os
@@ -19,18 +18,19 @@ import urllib.parse
 import urllib.request
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # works from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
 from priorzero.envs.cache import cache_dir
 from priorzero.envs.games import supported_games
+from priorzero.envs.textworld_files import did_you_mean
 from priorzero.types import UserError
 
 BASE_URL = "https://raw.githubusercontent.com/BYU-PCCL/z-machine-games/master/jericho-game-suite/"
-MAX_BYTES = 1 << 20  # no Z-machine story is larger than 512 KiB
+MAX_BYTES = 1 << 20  # a Z-machine story has at most 512 KiB
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the command line; return the exit code."""
+    """Run the command line and return the exit code."""
     options = _parse(arguments)
     supported = supported_games()
     if options.list:
@@ -48,58 +48,63 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fetch(name: str, folder: Path, *, base_url: str, timeout_s: float, tries: int) -> str:
-    """Make sure that ``folder`` holds the supported story file ``name``.
+    """Download the story file ``name`` into ``folder``, unless it is already there.
 
     Args:
-        name: a supported name, such as ``zork1.z5``.
-        folder: made if it is missing. A file with the right checksum is left alone; a wrong one is replaced, but only
-            by a right one.
-        base_url: the address of the folder with the story files.
-        timeout_s: for one try, from its start to the last byte.
-        tries: how often to try when the network fails; a wrong checksum is not tried again.
+        name: name of a supported story file, such as ``zork1.z5``.
+        folder: created if it does not exist. An existing file is kept if its checksum is correct; otherwise it is
+            replaced, but only by a file with the correct checksum.
+        base_url: URL of the folder that contains the story files.
+        timeout_s: time limit of one attempt, in seconds.
+        tries: maximum number of attempts when the network fails. A wrong checksum is not retried.
 
     Returns:
-        One line that says what happened.
+        One line of text for the user.
 
     Raises:
-        UserError: unknown name, wrong checksum, network failure, unwritable folder.
+        UserError: the name is unknown, the checksum is wrong, the network fails, or the folder is not writable.
     """
     supported = supported_games()
     if name not in supported:
-        nearest = difflib.get_close_matches(name.lower(), supported, n=1, cutoff=0.5)
-        hint = f" Did you mean {nearest[0]!r}?" if nearest else ""
-        raise UserError(f"Jericho does not support a game called {name!r}.{hint} All names: --list")
+        hint = did_you_mean(name, supported)
+        raise UserError(f"Jericho does not support a game called {name!r}.{hint} To list all names, use --list.")
     target = folder / name
     if target.is_file() and _md5(target.read_bytes()) == supported[name]:
-        return f"{name}: already there, {target}"
+        return f"{name}: already exists, {target}"
     url = base_url.rstrip("/") + "/" + urllib.parse.quote(name)
     content = _download(url, timeout_s=timeout_s, tries=tries)
     if _md5(content) != supported[name]:
         raise UserError(
-            f"{name}: what came from {url} has md5 {_md5(content)}, expected {supported[name]}; nothing was kept. "
-            "Try another source: --base-url URL"
+            f"{name}: the file at {url} has MD5 {_md5(content)} instead of {supported[name]}; it was not kept. "
+            "Choose another source with --base-url URL."
         )
     try:
         _write(target, content)
     except OSError as error:
-        raise UserError(f"{name}: cannot write {target}: {error.strerror}. Choose another folder: --to DIR") from error
-    return f"{name}: fetched, {target}"
+        raise UserError(
+            f"{name}: cannot write {target}: {error.strerror}. Choose another folder with --to DIR."
+        ) from error
+    return f"{name}: downloaded, {target}"
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Fetch story files of the Jericho suite and check them.")
+    parser = argparse.ArgumentParser(description="Download story files of the Jericho suite and check them.")
     parser.add_argument("names", nargs="*", metavar="NAME", help="story files, such as zork1.z5")
-    parser.add_argument("--all", action="store_true", help="every supported game")
-    parser.add_argument("--list", action="store_true", help="print the supported names and stop")
-    parser.add_argument("--to", type=Path, default=cache_dir(), metavar="DIR", help="where to (default: %(default)s)")
-    parser.add_argument("--base-url", default=BASE_URL, metavar="URL", help="where from (default: %(default)s)")
-    parser.add_argument("--timeout", type=float, default=30.0, metavar="S", help="seconds for one try (default: 30)")
-    parser.add_argument("--tries", type=int, default=3, metavar="N", help="tries for one file (default: 3)")
+    parser.add_argument("--all", action="store_true", help="all supported games")
+    parser.add_argument("--list", action="store_true", help="print the supported names and exit")
+    parser.add_argument(
+        "--to", type=Path, default=cache_dir(), metavar="DIR", help="target folder (default: %(default)s)"
+    )
+    parser.add_argument("--base-url", default=BASE_URL, metavar="URL", help="source (default: %(default)s)")
+    parser.add_argument(
+        "--timeout", type=float, default=30.0, metavar="S", help="time limit per attempt, in seconds (default: 30)"
+    )
+    parser.add_argument("--tries", type=int, default=3, metavar="N", help="attempts per file (default: 3)")
     options = parser.parse_args(arguments)
     if bool(options.names) + options.all + options.list != 1:
-        parser.error("give names (such as zork1.z5), or --all, or --list")
+        parser.error("give either names (such as zork1.z5), or --all, or --list")
     if options.timeout <= 0 or options.tries < 1:
-        parser.error(f"--timeout {options.timeout} must be above 0, --tries {options.tries} at least 1")
+        parser.error(f"--timeout {options.timeout} must be above 0, and --tries {options.tries} at least 1")
     return options
 
 
@@ -108,16 +113,16 @@ def _download(url: str, *, timeout_s: float, tries: int) -> bytes:
         try:
             return _download_once(url, timeout_s)
         except urllib.error.HTTPError as error:
-            reason = f"the server answered {error.code} {error.reason}"
+            reason = f"the server replied {error.code} {error.reason}"
             if error.code < 500 and error.code != 429:
-                break  # asking again would not help
-        except (OSError, ValueError, http.client.HTTPException) as error:  # among them URLError and time limits
+                break  # a retry would fail in the same way
+        except (OSError, ValueError, http.client.HTTPException) as error:  # OSError includes URLError and timeouts
             reason = str(error) or type(error).__name__
         if attempt < tries:
             time.sleep(min(2.0 ** (attempt - 1), 10.0))
     raise UserError(
-        f"Cannot fetch {url}: {reason} (try {attempt} of {tries}, {timeout_s:g} s each). "
-        "Check the network, or give another source: --base-url URL"
+        f"Cannot download {url}: {reason} (attempt {attempt} of {tries}, time limit {timeout_s:g} s). "
+        "Check the network, or choose another source with --base-url URL."
     )
 
 
@@ -125,15 +130,15 @@ def _download_once(url: str, timeout_s: float) -> bytes:
     deadline = time.monotonic() + timeout_s
     content = bytearray()
     with urllib.request.urlopen(url, timeout=timeout_s) as response:
-        # In pieces: the time limit of a socket is for one read, and a slow server could take for ever.
-        while piece := response.read1(1 << 16):
-            content += piece
+        # The timeout of a socket applies to a single read, so the total time is checked after each.
+        while chunk := response.read1(1 << 16):
+            content += chunk
             if time.monotonic() > deadline:
                 raise TimeoutError(f"not finished after {timeout_s:g} s")
             if len(content) > MAX_BYTES:
-                raise ValueError(f"more than {MAX_BYTES} bytes, this is no story file")
-        if response.length:  # what is still missing of the announced length
-            raise ConnectionError(f"the connection closed {response.length} bytes too early")
+                raise ValueError(f"it has more than {MAX_BYTES} bytes, so it is not a story file")
+        if response.length:  # the number of missing bytes
+            raise ConnectionError(f"the connection was closed, and {response.length} bytes are missing")
     return bytes(content)
 
 
@@ -143,7 +148,7 @@ def _write(target: Path, content: bytes) -> None:
     try:
         with os.fdopen(descriptor, "wb") as file:
             file.write(content)
-        os.chmod(temporary, 0o644)  # mkstemp makes files that only their owner can read
+        os.chmod(temporary, 0o644)  # only the owner can read a file of mkstemp
         os.replace(temporary, target)
     except BaseException:
         os.unlink(temporary)

@@ -416,10 +416,10 @@ def test_not_for_another_language_model(open_game, monkeypatch):
     game.reset()
     jericho_util = sys.modules["jericho.util"]
     with jericho_util.spacy_nlp.select_pipes(disable=["attribute_ruler"]):
-        assert open_game()._scope != game._scope
-    assert open_game()._scope == game._scope
+        assert open_game()._fingerprint != game._fingerprint
+    assert open_game()._fingerprint == game._fingerprint
     monkeypatch.setitem(jericho_util.spacy_nlp._meta, "version", "9.9")
-    assert open_game()._scope != game._scope
+    assert open_game()._fingerprint != game._fingerprint
 
 
 def test_not_for_another_state(open_game):
@@ -477,7 +477,7 @@ def test_worker_processes_share_the_file(open_game, path):
     calls = asked(game)
     assert game.reset().valid_actions == found
     assert calls == []  # this process got it from the worker's
-    game._cache.put(next(iter(game._remembered)), ("from the file",))
+    game._cache.put(next(iter(game._known_actions)), ("from the file",))
     assert asyncio.run(first_actions()) == ("from the file",)  # and the worker from this one's
 
 

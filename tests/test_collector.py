@@ -193,14 +193,14 @@ def test_while_one_group_waits_for_the_llm_the_other_is_searched_for():
     collector, _, player = build(groups=2, num_games=4)
     player.prior.engine = SlowEngine()
     collect(collector, 28)
-    shares = player.timeline.take()
+    shares = player.timeline.finish_interval()
     assert player.prior.engine.most == 2
     # Searches and games run inside the time of the other group's questions, so that the parts add up to more than all.
     assert shares.overlapped > 0.2 * shares.busy["search"] and sum(shares.busy.values()) > shares.wall
     collector, _, player = build(groups=1, num_games=4)
     player.prior.engine = SlowEngine()
     collect(collector, 28)
-    shares = player.timeline.take()
+    shares = player.timeline.finish_interval()
     assert player.prior.engine.most == 1 and shares.overlapped < 0.001 * shares.wall
 
 

@@ -1,4 +1,4 @@
-"""What keeps the parts of the loop apart."""
+"""Tests of the owner thread, the readers-writer lock, stop signals and groups of tasks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,17 @@ from pathlib import Path
 import psutil
 import pytest
 
-from priorzero.runtime.concurrency import STOP_SIGNALS, Gate, OwnerThread, gather_or_cancel, signals_end_at_once
+from priorzero.runtime.concurrency import (
+    STOP_SIGNALS,
+    OwnerThread,
+    ReadersWriterLock,
+    exit_immediately_on_signal,
+    gather_or_cancel,
+)
 from priorzero.runtime.timeline import Timeline
 
 
-def test_an_owner_runs_one_call_at_a_time_in_their_order_and_the_loop_goes_on():
+def test_owner_thread_runs_calls_in_order_without_blocking_the_event_loop():
     timeline = Timeline()
     owner = OwnerThread("owner", timeline)
     log, threads = [], set()
@@ -41,11 +47,11 @@ def test_an_owner_runs_one_call_at_a_time_in_their_order_and_the_loop_goes_on():
     names, ticks = asyncio.run(run())
     assert names == ["a", "b", "c"] and ticks > 5 and len(threads) == 1
     assert log == [f"{what} {name}" for name in "abc" for what in ("begin", "end")]
-    assert timeline.take().busy["work"] >= 0.06
+    assert timeline.finish_interval().busy["work"] >= 0.06
     owner.close()
 
 
-def test_closing_an_owner_waits_for_what_has_begun_only():
+def test_owner_thread_close_waits_for_the_running_call_only():
     owner = OwnerThread("owner", Timeline())
     done = []
 
@@ -64,63 +70,64 @@ def test_closing_an_owner_waits_for_what_has_begun_only():
     assert asyncio.run(run()) == ["a"] and done == ["a"]
 
 
-def test_an_error_reaches_the_caller():
+def test_owner_thread_raises_errors_in_the_caller():
     owner = OwnerThread("owner", Timeline())
     with pytest.raises(ZeroDivisionError):
         asyncio.run(owner.run("work", lambda: 1 / 0))
     owner.close()
 
 
-def test_the_gate():
-    gate, log = Gate(), []
+def test_readers_writer_lock_prefers_writers():
+    lock, log = ReadersWriterLock(), []
 
-    async def together(name, seconds):
-        async with gate.together():
-            log.append(f"+{name}")
+    async def read(name, seconds):
+        async with lock.shared():
+            log.append(f"begin {name}")
             await asyncio.sleep(seconds)
-            log.append(f"-{name}")
+            log.append(f"end {name}")
 
-    async def alone():
-        async with gate.alone():
-            log.append("+alone")
+    async def write():
+        async with lock.exclusive():
+            log.append("begin writer")
             await asyncio.sleep(0.02)
-            log.append("-alone")
+            log.append("end writer")
 
     async def run():
-        first = asyncio.gather(together("a", 0.03), together("b", 0.05))
+        first = asyncio.gather(read("a", 0.03), read("b", 0.05))
         await asyncio.sleep(0.01)
-        one = asyncio.ensure_future(alone())
+        writer = asyncio.ensure_future(write())
         await asyncio.sleep(0.01)
-        late = asyncio.ensure_future(together("late", 0.01))
-        await asyncio.gather(first, one, late)
+        later = asyncio.ensure_future(read("c", 0.01))
+        await asyncio.gather(first, writer, later)
 
     asyncio.run(run())
-    assert log == ["+a", "+b", "-a", "-b", "+alone", "-alone", "+late", "-late"]
+    expected = "begin a, begin b, end a, end b, begin writer, end writer, begin c, end c"
+    assert log == expected.split(", ")
 
 
-def test_who_is_cancelled_leaves_the_gate_open():
-    gate = Gate()
+def test_readers_writer_lock_is_released_when_holders_and_waiters_are_cancelled():
+    lock = ReadersWriterLock()
 
-    async def inside(door):
-        async with door:
+    async def hold(context):
+        async with context:
             await asyncio.sleep(10)
 
     async def run():
-        for door in (gate.together, gate.alone):
-            one, waiting = asyncio.ensure_future(inside(door())), asyncio.ensure_future(inside(gate.alone()))
+        for mode in (lock.shared, lock.exclusive):
+            holder, waiter = asyncio.ensure_future(hold(mode())), asyncio.ensure_future(hold(lock.exclusive()))
             await asyncio.sleep(0.01)
-            for task in (waiting, one):
+            for task in (waiter, holder):
                 task.cancel()
-            await asyncio.gather(one, waiting, return_exceptions=True)
-        async with asyncio.timeout(1), gate.together():
+            await asyncio.gather(holder, waiter, return_exceptions=True)
+        async with asyncio.timeout(1), lock.shared():
             pass
-        async with asyncio.timeout(1), gate.alone():
+        async with asyncio.timeout(1), lock.exclusive():
             return True
 
     assert asyncio.run(run())
 
 
-def test_when_one_fails_the_others_have_ended():
+def test_gather_or_cancel_waits_for_cancelled_tasks_before_it_raises():
     ended = []
 
     async def slow():
@@ -143,32 +150,32 @@ def test_when_one_fails_the_others_have_ended():
     assert asyncio.run(run()) == ["a", "b"]
 
 
-LOADING = """
+PROGRAM = """
 import asyncio, subprocess, sys
 from pathlib import Path
-from priorzero.concurrency import scratch_folders, signals_end_at_once
+from priorzero.runtime.concurrency import exit_immediately_on_signal, scratch_folders
 
 folder = Path(sys.argv[1], "scratch")
 folder.mkdir()
 (folder / "parameters").write_text("many")
 scratch_folders.add(folder)
-# A child that ignores every polite signal, with a child of its own.
+# A child process that ignores SIGTERM and has a child process itself.
 child = "import signal, subprocess, time; signal.signal(15, signal.SIG_IGN); p = subprocess.Popen(['sleep', '60']); "
 child += "print(p.pid, flush=True); time.sleep(60)"
 
-async def load():
+async def main():
     print(subprocess.Popen([sys.executable, "-c", child], stderr=subprocess.DEVNULL).pid, flush=True)
-    await asyncio.to_thread(__import__("time").sleep, 60)  # what cannot be cancelled
+    await asyncio.to_thread(__import__("time").sleep, 60)  # a thread cannot be cancelled
 
-with signals_end_at_once():
-    asyncio.run(load())
+with exit_immediately_on_signal():
+    asyncio.run(main())
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_before_there_is_anything_to_save_ends_all_at_once(tmp_path, number):
+def test_exit_immediately_on_signal_kills_children_and_deletes_scratch_folders(tmp_path, number):
     with subprocess.Popen(
-        [sys.executable, "-c", LOADING, str(tmp_path)],
+        [sys.executable, "-c", PROGRAM, str(tmp_path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -177,20 +184,20 @@ def test_a_signal_before_there_is_anything_to_save_ends_all_at_once(tmp_path, nu
         children = [int(process.stdout.readline()) for _ in range(2)]
         process.send_signal(number)
         assert process.wait(5) == 130
-        said = process.stderr.read()
-    assert said == f"{number.name}: ended at once; nothing more is saved\n"
-    gone = time.monotonic() + 2
-    while (left := [pid for pid in children if runs(pid)]) and time.monotonic() < gone:
+        errors = process.stderr.read()
+    assert errors == f"{number.name}: exiting immediately; nothing more is saved\n"
+    deadline = time.monotonic() + 2
+    while (running := [pid for pid in children if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.01)
-    assert not left and not list(tmp_path.iterdir())
+    assert not running and not list(tmp_path.iterdir())
 
 
-def runs(pid):
+def is_running(pid):
     return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
-def test_signals_are_given_back():
+def test_exit_immediately_on_signal_restores_previous_handlers():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    with signals_end_at_once():
+    with exit_immediately_on_signal():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before

@@ -151,14 +151,14 @@ def test_segments_and_their_records_survive_a_checkpoint(tmp_path, shown, prompt
         record = dataclasses.replace(demo_record(t, done=t == len(shown) - 1), state=state, prompt=prompt)
         segments += writer.add(record, next_features=record.features)
     table = RecordTable()
-    recipes = [segment.recipe(table) for segment in segments]
-    torch.save({"records": table.state_dict(), "recipes": recipes}, tmp_path / "records.pt")
+    stored = [segment.state_dict(table) for segment in segments]
+    torch.save({"records": table.state_dict(), "segments": stored}, tmp_path / "records.pt")
     read = torch.load(tmp_path / "records.pt", weights_only=True)
     records = read_records(read["records"])
     assert [record.state for record in records] == shown and {record.prompt for record in records} == {prompt}
     config = demo_config(segment_length=4)
-    for segment, recipe in zip(segments, read["recipes"], strict=True):
-        again = type(segment).from_recipe(recipe, records, config=config)
+    for segment, state in zip(segments, read["segments"], strict=True):
+        again = type(segment).from_state_dict(state, records, config=config)
         assert np.array_equal(again.obs_segment, segment.obs_segment)
         assert np.array_equal(again.child_visit_segment, segment.child_visit_segment)
         assert np.array_equal(again.returns, segment.returns)

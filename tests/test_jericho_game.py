@@ -62,7 +62,7 @@ def test_walkthrough_of_detective_reaches_its_maximum():
     for command in game.walkthrough():
         if state.done:
             break
-        state, reward = game._play(command)  # not every command of the walkthrough is among the valid actions
+        state, reward = game.step_unchecked(command)  # not every command of the walkthrough is among the valid actions
         total += reward
     assert (total, state.score, state.max_score) == (360.0, 360.0, 360.0)
     assert state.done
@@ -77,7 +77,7 @@ def test_death_ends_the_episode():
     game._valid_actions = lambda: ("wait",)  # not asked for here, and slow
     state = first
     for command in [*TO_THE_TROLL, *["wait"] * 20]:  # who waits beside the troll is killed
-        state, _ = game._play(command)
+        state, _ = game.step_unchecked(command)
         if state.done:
             break
     assert state.done
@@ -107,9 +107,9 @@ def random_texts(*, peek: bool, ask: bool, seed: int) -> list[str]:
         game._valid_actions = lambda: ("wait",)  # type: ignore[method-assign]
     texts = [game.reset().feedback]
     for command in TO_THE_TROLL:
-        texts.append(game._play(command)[0].feedback)
+        texts.append(game.step_unchecked(command)[0].feedback)
     for _ in range(12):
-        state, _ = game._play("kill troll with sword")
+        state, _ = game.step_unchecked("kill troll with sword")
         texts.append(f"{state.feedback} {state.score} {state.done}")
         if state.done:
             break
@@ -127,15 +127,15 @@ def test_taking_look_and_inventory_and_valid_actions_changes_nothing():
 def test_remembered_valid_actions_are_those_that_would_be_found():
     game = open_game(look_and_inventory=False)
     first = play(game, choices=2, steps=15)
-    known = len(game._remembered)
+    known = len(game._known_actions)
     assert play(game, choices=2, steps=15) == first
-    assert len(game._remembered) == known  # the second time, everything was remembered
+    assert len(game._known_actions) == known  # the second time, everything was remembered
     play(game, choices=4, steps=15)
-    assert len(game._remembered) > known
+    assert len(game._known_actions) > known
     player = random.Random(2)
     game.reset()
     for state in first[:-1]:
-        game._remembered.clear()
+        game._known_actions.clear()
         assert game._valid_actions() == state.valid_actions
         game.step(player.choice(state.valid_actions))
 
@@ -160,10 +160,10 @@ def test_key_of_a_state():
 
 
 def test_memory_is_bounded(monkeypatch):
-    monkeypatch.setattr("priorzero.envs.jericho_game.MAX_REMEMBERED_STATES", 3)
+    monkeypatch.setattr("priorzero.envs.jericho_game.MAX_KNOWN_STATES", 3)
     game = open_game(look_and_inventory=False)
     play(game, choices=0, steps=6)
-    assert len(game._remembered) == 3
+    assert len(game._known_actions) == 3
 
 
 def test_move_limit():
@@ -218,7 +218,7 @@ import json, sys
 sys.modules["torch"] = None  # spaCy would import it
 from priorzero.envs.jericho_game import JerichoGame
 game = JerichoGame(sys.argv[1], seed=0, max_episode_steps=99, look_and_inventory=False, drop_inert_commands=True)
-states = [game.reset()] + [game._play(command)[0] for command in game.walkthrough()[:13]]
+states = [game.reset()] + [game.step_unchecked(command)[0] for command in game.walkthrough()[:13]]
 print(json.dumps([state.valid_actions for state in states]))
 """
 

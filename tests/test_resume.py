@@ -174,7 +174,7 @@ def test_a_second_signal_ends_a_run_at_once(tmp_path):
         read_until(process, "settings that differ")
         time.sleep(15)
         process.send_signal(signal.SIGTERM)
-        read_until(process, "SIGTERM: the step is finished and saved")
+        read_until(process, "SIGTERM: the run will stop")
         began = time.monotonic()
         process.send_signal(signal.SIGTERM)
         process.wait(10)
@@ -194,7 +194,7 @@ def test_a_signal_while_models_load_ends_all_at_once(tmp_path):
         said = process.stderr.read()
         process.wait(10)
     assert process.returncode == 130
-    assert "SIGTERM: ended at once; nothing more is saved" in said and "Traceback" not in said
+    assert "SIGTERM: exiting immediately; nothing more is saved" in said and "Traceback" not in said
     psutil.wait_procs(games, timeout=2)
     assert not [p for p in games if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
     assert not list(tmp_path.iterdir())
@@ -492,11 +492,11 @@ def test_work_ends_when_the_wish_comes():
 
     async def check():
         stop = StopRequest()
-        assert await stop.before(answer()) == 7
+        assert await stop.run_or_cancel(answer()) == 7
         with pytest.raises(ValueError, match="ours"):
-            await stop.before(fails())
-        asyncio.get_running_loop().call_later(0.01, stop.ask, "test")
-        assert await stop.before(work()) is None and ended == [True] and stop.asked
+            await stop.run_or_cancel(fails())
+        asyncio.get_running_loop().call_later(0.01, stop.request, "test")
+        assert await stop.run_or_cancel(work()) is None and ended == [True] and stop.requested
 
     asyncio.run(check())
 
@@ -599,7 +599,7 @@ def test_an_evaluation_that_was_cut_is_made_later_and_once(tmp_path, monkeypatch
         self._event.set()
 
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "before", cut)
+        patch.setattr(StopRequest, "run_or_cancel", cut)
         first = train(tmp_path, PLAIN, {"run": {"max_iter": 3}})
     assert (
         first.stopped and read_checkpoint(first.folder / "checkpoints" / "iteration_3").manifest["phase"] == "evaluate"

@@ -25,15 +25,15 @@ from priorzero.cluster.ppo.trajectories import trajectories_from
 from priorzero.envs import resolve_games
 from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.models import choose_device, load_language_model, load_tokenizer
+from priorzero.llm.prompts import prompt_style
 from priorzero.play.action_vocabulary import ActionVocabulary, make_action_indexer
 from priorzero.play.collector import Collected, Collector
 from priorzero.play.evaluator import Evaluation, evaluate_all
 from priorzero.play.player import Player
-from priorzero.llm.prompts import prompt_style
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runs.checkpoint import read_state, save_checkpoint
 from priorzero.runs.nonfinite import DroppedUpdates
-from priorzero.runtime.concurrency import Gate, OwnerThread
+from priorzero.runtime.concurrency import OwnerThread, ReadersWriterLock
 from priorzero.runtime.random_state import global_random_state, seed_globals, set_global_random_state
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import Settings
@@ -168,7 +168,7 @@ class PriorServer:
         self._settings = settings
         self._registry_name = registry
         self._log_file = Path(log_file)
-        self._gate = Gate()
+        self._lock = ReadersWriterLock()
         self._starting = asyncio.Lock()
         self._prior: RetryingPrior | None = None
         self._llm: Any = None
@@ -204,7 +204,7 @@ class PriorServer:
         """As :meth:`priorzero.llm.engines.RetryingPrior.priors`: retried, and then answered for with a uniform prior."""
         await self.ready()
         assert self._prior is not None
-        async with self._gate.together():
+        async with self._lock.shared():
             return await self._prior.priors(requests)
 
     async def take_over(self, version: int, parameters: list[Any]) -> int:
@@ -214,7 +214,7 @@ class PriorServer:
         engine = self._prior.engine
         if version != engine.version:
             state = await parameters[0]
-            async with self._gate.alone():
+            async with self._lock.exclusive():
                 await engine.suspend()
                 await self._load(engine, version, state)
         return engine.version
@@ -425,7 +425,7 @@ class CollectorProcess:
             "episodes": collected.episodes,
             "env_steps": collected.env_steps,
             "pid": os.getpid(),
-            "shares": self._player.timeline.take(),
+            "shares": self._player.timeline.finish_interval(),
             "trajectories": trajectories_from(collected.segments),
         }
         return {"segments": segments, "records": table.state_dict()}, told
@@ -439,7 +439,7 @@ class CollectorProcess:
             games, unseen = (resolve_games(names) for names in (self.settings.run.env_id, self.settings.eval.unseen))
             self._evaluators = Evaluators(self.settings, games=games, unseen=unseen, player=self._player)
         played = self._loop.run_until_complete(evaluate_all(self._evaluators))
-        self._player.timeline.skip()
+        self._player.timeline.discard_interval()
         self._prior.take_statistics()  # not the next iteration's
         return played
 

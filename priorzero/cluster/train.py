@@ -44,7 +44,7 @@ from priorzero.runs.logger import Teller
 from priorzero.runs.metrics import peak_memory_mb, table
 from priorzero.runs.nonfinite import DroppedUpdates
 from priorzero.runtime.concurrency import StopRequest, gather_or_cancel
-from priorzero.runtime.timeline import Shares
+from priorzero.runtime.timeline import TimeUsage
 from priorzero.settings import Settings
 from priorzero.train import RunSummary
 from priorzero.types import EngineError, GameWorkerError, NonFiniteError, ProcessError, UserError
@@ -358,7 +358,7 @@ class ClusterTeller(Teller):
         super().__init__(folder, settings)
         self._returns: deque[float] = deque(maxlen=20)
         self._num_episodes = 0
-        self._total = Shares(0.0, {}, 0.0, 0.0)
+        self._total = TimeUsage(0.0, {}, 0.0, 0.0)
 
     def tell(
         self,
@@ -502,10 +502,10 @@ async def _train(settings: Settings, *, folder: Path, names: str) -> RunSummary:
         for index in range(cluster.num_collectors):
             collectors.ask(index)
 
-        with stop.listening():
+        with stop.handle_signals():
             while not finished():
                 # ---- store what the first collector brings ----
-                arrived = await stop.before(collectors.next())
+                arrived = await stop.run_or_cancel(collectors.next())
                 if arrived is None:
                     break
                 index, segments, told = arrived
@@ -536,7 +536,7 @@ async def _train(settings: Settings, *, folder: Path, names: str) -> RunSummary:
                 teller.tell(told, {**stored, **restarts, **spent}, at_servers=at_servers, counters=counters)
                 if finished() or counters["iteration"] % settings.eval.every == 0:
                     evaluation = _evaluate(collectors, index, teller, env_step=counters["env_step"])
-                    evaluations = await stop.before(evaluation) or evaluations
+                    evaluations = await stop.run_or_cancel(evaluation) or evaluations
                 if run.checkpoint_every and counters["iteration"] % run.checkpoint_every == 0:
                     checkpoint = await save()
                 if not finished():
@@ -559,8 +559,8 @@ async def _train(settings: Settings, *, folder: Path, names: str) -> RunSummary:
         f"evaluation, {mode}": f"mean score {e.mean_score:.2f} of {e.max_score:g}" for mode, e in evaluations.items()
     }
     rows["charts"] = f"tensorboard --logdir {run.output_dir}"
-    logger.info(f"{'stopped' if stop.asked else 'done'}:\n" + table(rows))
-    return RunSummary(folder, rows, dict(teller.writer.last), evaluations, stop.asked)
+    logger.info(f"{'stopped' if stop.requested else 'done'}:\n" + table(rows))
+    return RunSummary(folder, rows, dict(teller.writer.last), evaluations, stop.requested)
 
 
 async def _evaluate(collectors: _Collectors, index: int, teller: Teller, *, env_step: int) -> dict[str, Evaluation]:

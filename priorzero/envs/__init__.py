@@ -1,4 +1,4 @@
-"""Text games: found or made by name, played in this process (``make_game``) or in their own (``make_worker``)."""
+"""Text games by name. ``make_game`` opens a game in this process, ``make_worker`` in a worker process."""
 
 from priorzero.envs.games import GameSpec, make_game, resolve_game, resolve_games
 from priorzero.envs.worker import GameWorker, make_worker

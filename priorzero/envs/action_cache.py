@@ -1,4 +1,4 @@
-"""Valid actions on disk: what one process has found, no other process or later run needs to look for again."""
+"""A cache of valid actions on disk, which processes and runs share."""
 
 from __future__ import annotations
 
@@ -12,82 +12,83 @@ from pathlib import Path
 from priorzero.envs.cache import cache_dir, digest
 
 CACHE_VARIABLE = "PRIORZERO_ACTION_CACHE"
-MAX_ROWS = 200_000  # about 0.7 kB each
-BUSY_TIMEOUT_S = 2.0  # transactions take a millisecond; whoever blocks longer is stuck
+MAX_ROWS = 200_000  # a row takes about 0.7 kB
+BUSY_TIMEOUT_S = 2.0  # transactions take about a millisecond, so a longer wait means that a process is stuck
 _CHECKSUM_SIZE = 16  # bytes
 
 logger = logging.getLogger(__name__)
 
 
 def cache_file() -> Path | None:
-    """The file that ``$PRIORZERO_ACTION_CACHE`` names; None if that is ``off``.
+    """The path of the cache file.
 
-    Where the variable is not set or empty: ``valid_actions.sqlite3`` in the folder of fetched games; None, with a
-    warning, for a user without a home folder.
+    Returns:
+        The value of ``$PRIORZERO_ACTION_CACHE``; if it is not set or empty, ``valid_actions.sqlite3`` in the folder of
+        downloaded games. None if the value is ``off``, or, with a warning, if the user has no home folder.
     """
-    named = os.environ.get(CACHE_VARIABLE)
-    if named == "off":
+    value = os.environ.get(CACHE_VARIABLE)
+    if value == "off":
         return None
     try:
-        return Path(named).expanduser() if named else cache_dir() / "valid_actions.sqlite3"
+        return Path(value).expanduser() if value else cache_dir() / "valid_actions.sqlite3"
     except RuntimeError as error:
-        logger.warning("No cache of valid actions: %s %s=FILE names a place for it.", error, CACHE_VARIABLE)
+        logger.warning("The cache of valid actions is disabled: %s Set %s=FILE to enable it.", error, CACHE_VARIABLE)
         return None
 
 
-# What a file that is damaged, locked, unwritable or on a full disk raises. ValueError: what SQLite says of a damaged
-# file
-# need not be UTF-8.
-_CANNOT_BE_USED = (sqlite3.Error, OSError, ValueError)
+# Raised for a file that is damaged, locked or not writable, or when the disk is full. It is a ValueError if SQLite's
+# message about a damaged file is not valid UTF-8.
+_CACHE_ERRORS = (sqlite3.Error, OSError, ValueError)
 
 
 class ActionCache:
-    """One sqlite3 file, shared by any number of processes, each with an object of its own.
+    """A key-value store in one SQLite file. Any number of processes can use the file at once.
 
-    It helps or it steps aside: after an error (damaged, locked, unwritable, full disk) it warns once and finds nothing
-    any more. An entry that is not what was written is not served.
+    Errors never stop a game. If the file is damaged, locked or not writable, or if the disk is full, the cache logs one
+    warning and disables itself: ``get`` returns None and ``put`` does nothing. Each entry has a checksum, and damaged
+    entries are ignored.
     """
 
     def __init__(self, path: Path | None, *, max_rows: int = MAX_ROWS, busy_timeout_s: float = BUSY_TIMEOUT_S) -> None:
-        """The file is opened, and made if there is none, at the first use.
+        """The file is opened, and created if it does not exist, at the first use.
 
         Args:
-            path: the file; None for no cache, which never finds anything.
-            max_rows: states that the file holds at most, 1 or more; the oldest make room.
-            busy_timeout_s: how long to wait for other processes, in seconds.
+            path: the file; None disables the cache.
+            max_rows: maximum number of entries, at least 1. The oldest entries are deleted first.
+            busy_timeout_s: how long to wait for the lock of another process, in seconds.
 
         Raises:
-            ValueError: ``max_rows`` below 1.
+            ValueError: ``max_rows`` is below 1.
         """
         if max_rows < 1:
-            raise ValueError(f"max_rows={max_rows} must be 1 or more")
+            raise ValueError(f"max_rows={max_rows} must be at least 1")
         self._path = path
         self._max_rows = max_rows
         self._busy_timeout_s = busy_timeout_s
         self._connection: sqlite3.Connection | None = None
-        self._is_off = path is None
-        self._has_warned_of_damage = False
+        self._disabled = path is None
+        self._warned_of_damage = False
 
     def get(self, key: bytes) -> tuple[str, ...] | None:
-        """The actions stored under ``key``; None if there are none, or none that can be trusted. Never raises."""
+        """Return the actions stored under ``key``; None if there is no valid entry. Never raises."""
         try:
             connection = self._open()
             if connection is None:
                 return None
             row = connection.execute("SELECT value FROM valid_actions WHERE key = ?", (key,)).fetchone()
-        except _CANNOT_BE_USED as error:
-            self._give_up(error)
+        except _CACHE_ERRORS as error:
+            self._disable(error)
             return None
         if row is None:
             return None
-        actions = _read(key, row[0])
-        if actions is None and not self._has_warned_of_damage:
-            logger.warning("Damaged entries in the cache of valid actions %s are left aside", self._path)
-            self._has_warned_of_damage = True
+        actions = _decode(key, row[0])
+        if actions is None and not self._warned_of_damage:
+            logger.warning("The cache of valid actions %s contains damaged entries; they are ignored", self._path)
+            self._warned_of_damage = True
         return actions
 
     def put(self, key: bytes, actions: tuple[str, ...]) -> None:
-        """Store ``actions`` under ``key`` in place of what is there. Never raises."""
+        """Store ``actions`` under ``key``, replacing an existing entry. Never raises."""
         content = json.dumps(actions).encode()
         try:
             connection = self._open()
@@ -99,32 +100,33 @@ class ActionCache:
                     "INSERT OR REPLACE INTO valid_actions (key, value) VALUES (?, ?)",
                     (key, _checksum(key, content) + content),
                 )
-                # New rows get the highest number, so this bounds their count without counting them.
+                # A new row gets the highest number, so this limits the number of rows without counting them.
                 connection.execute(
                     "DELETE FROM valid_actions WHERE number <= (SELECT MAX(number) FROM valid_actions) - ?",
                     (self._max_rows,),
                 )
-        except _CANNOT_BE_USED as error:
-            self._give_up(error)
+        except _CACHE_ERRORS as error:
+            self._disable(error)
 
     def close(self) -> None:
-        """Close the file. It is opened again when it is needed again."""
+        """Close the file. The next use opens it again."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
 
     def _open(self) -> sqlite3.Connection | None:
-        if self._connection is not None or self._is_off:
+        if self._connection is not None or self._disabled:
             return self._connection
         assert self._path is not None
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # Autocommit: transactions are begun by hand. A game may be used by one thread after another.
+        # Isolation level None means that transactions are started explicitly. The thread check is off because several
+        # threads may use a game, one after the other.
         connection = sqlite3.connect(
             self._path, timeout=self._busy_timeout_s, isolation_level=None, check_same_thread=False
         )
         try:
             _use_wal(connection, timeout_s=self._busy_timeout_s)
-            connection.execute("PRAGMA synchronous=NORMAL")  # a power cut may lose the last entries, not the file
+            connection.execute("PRAGMA synchronous=NORMAL")  # a power failure may lose the last entries only
             connection.execute(
                 "CREATE TABLE IF NOT EXISTS valid_actions"
                 " (number INTEGER PRIMARY KEY, key BLOB NOT NULL UNIQUE, value BLOB NOT NULL)"
@@ -135,18 +137,18 @@ class ActionCache:
         self._connection = connection
         return connection
 
-    def _give_up(self, error: Exception) -> None:
-        self._is_off = True
+    def _disable(self, error: Exception) -> None:
+        self._disabled = True
         logger.warning(
-            "Going on without the cache of valid actions %s: %s: %s. If the file is damaged, delete it; "
-            "%s=FILE puts it elsewhere, %s=off does without.",
+            "The cache of valid actions %s is disabled: %s: %s. If the file is damaged, delete it. Set %s=FILE to use "
+            "another file, or %s=off to use no cache.",
             self._path, type(error).__name__, error, CACHE_VARIABLE, CACHE_VARIABLE,
         )  # fmt: skip
         self.close()
 
 
-def _read(key: bytes, value: object) -> tuple[str, ...] | None:
-    """The actions of an entry; None if it is not what was written."""
+def _decode(key: bytes, value: object) -> tuple[str, ...] | None:
+    """The actions of an entry; None if it is damaged."""
     if not isinstance(value, bytes) or value[:_CHECKSUM_SIZE] != _checksum(key, value[_CHECKSUM_SIZE:]):
         return None
     try:
@@ -156,19 +158,19 @@ def _read(key: bytes, value: object) -> tuple[str, ...] | None:
 
 
 def _checksum(key: bytes, content: bytes) -> bytes:
-    # The key is part of it: the entry of another state does not pass either.
+    # It includes the key, so that the entry of another state is rejected.
     return digest(key, content)[:_CHECKSUM_SIZE]
 
 
 def _use_wal(connection: sqlite3.Connection, *, timeout_s: float) -> None:
-    """Write-ahead log: readers and a writer do not wait for one another."""
+    """Use a write-ahead log, with which readers and a writer do not block each other."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
             connection.execute("PRAGMA journal_mode=WAL")
             return
         except sqlite3.OperationalError as error:
-            # While other processes make the file, SQLite says "busy" here at once instead of waiting.
+            # While another process creates the file, SQLite raises "busy" here immediately instead of waiting.
             if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
                 raise
             time.sleep(0.01)

@@ -9,12 +9,12 @@ from priorzero.runtime.paths import user_cache_dir
 
 
 def cache_dir() -> Path:
-    """The folder of downloaded and generated games: ``priorzero/games`` in the user's cache folder."""
+    """The folder of downloaded and generated games: ``games`` in the user's cache folder."""
     return user_cache_dir() / "games"
 
 
 def digest(*fields: bytes) -> bytes:
-    """32 bytes that identify these fields in this order. Moving a byte from one field to the next changes them."""
+    """A 32-byte hash of a sequence of fields. It depends on where one field ends and the next begins."""
     result = hashlib.blake2b(digest_size=32)
     for field in fields:
         result.update(len(field).to_bytes(8, "big"))

@@ -1,4 +1,4 @@
-"""Command lines that run one of this package's functions in a fresh Python process."""
+"""Command lines that run a function of this package in a new Python process."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ _RUN = (
 
 
 def python_command(target: str, *arguments: str) -> list[str]:
-    """The command line that calls ``target`` (``"module:function"``) with string arguments in a fresh process.
+    """The command line that calls ``target`` (``"module:function"``) with string arguments in a new process.
 
-    The fresh process gets this one's import path, so it finds whatever is importable here. Unlike multiprocessing's
-    "spawn", it does not import the parent's main module first: that one may import torch (seconds and hundreds of
-    megabytes for each process) or start a second training run.
+    The new process uses this process's import path. Unlike multiprocessing's "spawn", it does not import the parent's
+    main module. That module may import torch, which takes seconds and hundreds of megabytes, or start a training run.
     """
-    # "" stands for the working folder; a process may change that, a child must still find the same modules.
     return [sys.executable, "-c", _RUN, json.dumps(sys.path), target, *arguments]

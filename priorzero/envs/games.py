@@ -1,8 +1,7 @@
-"""From the name of a game to its story file: Jericho's games are looked up, TextWorld's are made on the spot."""
+"""Finds the story file of a game by name. TextWorld games are generated if necessary."""
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import os
 import re
@@ -12,6 +11,7 @@ from typing import Literal
 
 from priorzero.envs import textworld_files
 from priorzero.envs.cache import cache_dir
+from priorzero.envs.textworld_files import did_you_mean
 from priorzero.types import TextGame, UserError
 
 GAMES_VARIABLE = "PRIORZERO_GAMES"
@@ -20,14 +20,14 @@ TEXTWORLD_PREFIX = "textworld:"
 
 @dataclass(frozen=True, slots=True)
 class GameSpec:
-    """A game that is ready to be played.
+    """A game whose story file exists.
 
     Attributes:
-        env_id: the name that was asked for.
-        kind: which system plays it.
+        env_id: the name that was resolved.
+        kind: the library that plays it.
         path: the story file.
-        md5: of the story file's bytes, in hexadecimal. Equal for equal TextWorld parameters, on every machine.
-        name: short, and usable in the names of folders: ``zork1``, ``textworld-simple-seed7``.
+        md5: hexadecimal MD5 of the story file. Equal TextWorld parameters give equal files on every machine.
+        name: a short name that can be part of a folder's name: ``zork1``, ``textworld-simple-seed7``.
     """
 
     env_id: str
@@ -38,21 +38,23 @@ class GameSpec:
 
 
 def supported_games() -> dict[str, str]:
-    """md5 of the one file of each name that Jericho supports fully: ``{"zork1.z5": "b732..."}``."""
+    """The story files that Jericho fully supports, with their MD5: ``{"zork1.z5": "b732..."}``."""
     from jericho.defines import BINDINGS_DICT
 
     return {bindings["rom"]: md5 for md5, bindings in BINDINGS_DICT.items()}
 
 
 def resolve_game(env_id: str) -> GameSpec:
-    """Find (Jericho) or make (TextWorld) the game called ``env_id``.
+    """Find the Jericho game ``env_id``, or generate the TextWorld game ``env_id``.
 
     Args:
-        env_id: ``zork1.z5`` (looked up in the working folder, ``$PRIORZERO_GAMES`` and the cache folder), a path to a
-            story file, or ``textworld:<challenge>?<parameter>=<value>&...``.
+        env_id: the name of a story file, such as ``zork1.z5``, which is searched in the working folder,
+            ``$PRIORZERO_GAMES`` and the cache folder; a path to a story file; or
+            ``textworld:<challenge>?<parameter>=<value>&...``.
 
     Raises:
-        UserError: unknown name, missing, unreadable or unsupported story file, bad TextWorld parameter.
+        UserError: the name is unknown, the story file is missing, unreadable or not supported, or a TextWorld parameter
+            is not allowed.
     """
     if env_id.startswith(TEXTWORLD_PREFIX):
         request = textworld_files.parse_request(env_id)
@@ -62,49 +64,49 @@ def resolve_game(env_id: str) -> GameSpec:
         path = Path(env_id).expanduser()
         if not path.exists():
             raise UserError(
-                f"No story file at {env_id!r} ({path.absolute()} does not exist).\n{_how_to_get(path.name)}"
+                f"There is no story file {env_id!r} ({path.absolute()} does not exist).\n{_download_hint(path.name)}"
             )
     elif re.fullmatch(r".+\.z[1-8]", env_id, re.IGNORECASE):
-        path = _look_up(env_id)
+        path = _find_story(env_id)
     else:
         known = [*supported_games(), *(TEXTWORLD_PREFIX + challenge for challenge in textworld_files.CHALLENGES)]
         raise UserError(
-            f"Unknown game {env_id!r}.{_nearest(env_id, known)}\n"
-            "Allowed: the name of a story file that Jericho supports (such as zork1.z5; all names: python "
-            "scripts/fetch_games.py --list), a path to such a file, or a TextWorld game (such as "
-            "'textworld:simple?seed=7')."
+            f"Unknown game {env_id!r}.{did_you_mean(env_id, known)}\n"
+            "Allowed are: the name of a story file that Jericho supports, such as zork1.z5 (python "
+            "scripts/fetch_games.py --list prints all names); a path to such a file; or a TextWorld game, such as "
+            "'textworld:simple?seed=7'."
         )
     return _jericho_spec(env_id, path)
 
 
 def resolve_games(env_ids: str) -> list[GameSpec]:
-    """What :func:`resolve_game` finds for each of some names separated by commas; none for an empty text.
+    """Resolve the games of a comma-separated list of names, which may be empty; see :func:`resolve_game`.
 
     Raises:
-        UserError: as :func:`resolve_game`, and for a game that is named twice.
+        UserError: a game cannot be resolved, or occurs twice.
     """
-    if Path(env_ids).is_file():  # a path may hold a comma
+    if Path(env_ids).is_file():  # a path may contain a comma
         return [resolve_game(env_ids)]
     games = [resolve_game(env_id.strip()) for env_id in env_ids.split(",")] if env_ids.strip() else []
     for n, game in enumerate(games):
         if game.md5 in {other.md5 for other in games[:n]}:
-            raise UserError(f"The game {game.env_id!r} is named twice in {env_ids!r}. Name it once.")
+            raise UserError(f"The game {game.env_id!r} occurs twice in {env_ids!r}. Name each game once.")
     return games
 
 
 def make_game(
     spec: GameSpec, *, seed: int, max_episode_steps: int, look_and_inventory: bool, drop_inert_commands: bool
 ) -> TextGame:
-    """Open a game in this process. A game that hangs takes the process with it: training uses ``make_worker``.
+    """Open a game in this process. A game that hangs would block the process, so training uses ``make_worker``.
 
     Args:
-        spec: from ``resolve_game``.
-        seed: of the game's own random numbers, 0 or more.
-        max_episode_steps: commands after which an episode is cut.
-        look_and_inventory: fill ``GameState.look`` and ``GameState.inventory``.
-        drop_inert_commands: leave out commands that cannot change the world.
+        spec: the game, from ``resolve_game``.
+        seed: seed of the game's random numbers, at least 0.
+        max_episode_steps: number of commands after which an episode is truncated.
+        look_and_inventory: observe ``GameState.look`` and ``GameState.inventory``.
+        drop_inert_commands: exclude commands that cannot change the world from the valid actions.
     """
-    # Imported here because each game's module stands for a system that a run may not need.
+    # Imported here, because a run may not need both libraries.
     from priorzero.envs.jericho_game import JerichoGame
     from priorzero.envs.textworld_game import TextWorldGame
 
@@ -118,7 +120,7 @@ def make_game(
     )
 
 
-def _look_up(name: str) -> Path:
+def _find_story(name: str) -> Path:
     folders = [Path.cwd()]
     if os.environ.get(GAMES_VARIABLE):
         folders.append(Path(os.environ[GAMES_VARIABLE]).expanduser())
@@ -128,19 +130,14 @@ def _look_up(name: str) -> Path:
             return folder / name
     places = "\n".join(f"  {folder / name}" for folder in folders)
     unset = "" if os.environ.get(GAMES_VARIABLE) else f" (${GAMES_VARIABLE} is not set)"
-    raise UserError(f"No story file {name!r}. Looked at{unset}:\n{places}\n{_how_to_get(name)}")
+    raise UserError(f"There is no story file {name!r}. Searched{unset}:\n{places}\n{_download_hint(name)}")
 
 
-def _how_to_get(name: str) -> str:
+def _download_hint(name: str) -> str:
     supported = supported_games()
     if name not in supported:
-        return f"{name!r} is not a story file that Jericho supports.{_nearest(name, list(supported))}"
-    return f"Jericho supports the {name} with md5 {supported[name]}. Get it: python scripts/fetch_games.py {name}"
-
-
-def _nearest(name: str, known: list[str]) -> str:
-    matches = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+        return f"{name!r} is not a story file that Jericho supports.{did_you_mean(name, supported)}"
+    return f"To download {name} (MD5 {supported[name]}), type: python scripts/fetch_games.py {name}"
 
 
 def _jericho_spec(env_id: str, path: Path) -> GameSpec:
@@ -154,19 +151,20 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
             f"Cannot read the story file {str(path)!r}: {error.strerror}. Check its permissions."
         ) from error
     if is_empty:
-        raise UserError(f"The story file {str(path)!r} is empty; delete it. {_how_to_get(path.name)}")
+        raise UserError(f"The story file {str(path)!r} is empty. Delete it. {_download_hint(path.name)}")
     supported = supported_games()
     roms = {known_md5: rom for rom, known_md5 in supported.items()}
-    if md5 in roms:  # the contents count, whatever the file is called
+    if md5 in roms:  # identified by its contents, not by its name
         return GameSpec(env_id, "jericho", path.absolute(), md5, Path(roms[md5]).stem)
     if path.name in supported:
         raise UserError(
-            f"{str(path)!r} has md5 {md5}; Jericho supports only the {path.name} with md5 {supported[path.name]} "
-            f"(another release of the game?). Move this file away, then: python scripts/fetch_games.py {path.name}"
+            f"{str(path)!r} has MD5 {md5}, but Jericho supports {path.name} with MD5 {supported[path.name]} only. The "
+            "file may be another release of the game. Move it away, then type: "
+            f"python scripts/fetch_games.py {path.name}"
         )
     raise UserError(
-        f"Jericho does not support the story file {str(path)!r} (md5 {md5}): scores and valid actions come only with "
-        f"supported files.{_nearest(path.name, list(supported))} All of them: python scripts/fetch_games.py --list"
+        f"Jericho does not support the story file {str(path)!r} (MD5 {md5}), so it has no score and no valid actions."
+        f"{did_you_mean(path.name, supported)} To list all supported games, type: python scripts/fetch_games.py --list"
     )
 
 

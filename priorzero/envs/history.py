@@ -1,4 +1,4 @@
-"""The decisions of an episode that led to its present state."""
+"""The history of decisions in an episode."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ from priorzero.types import GameState, HistoryStep
 
 
 def without_loops(history: Sequence[HistoryStep], *, now: GameState | HistoryStep) -> list[HistoryStep]:
-    """The history without loops: decisions that led back to an earlier place and earned nothing on the way.
+    """Remove the loops from a history: decisions that led back to an earlier place and earned no reward.
 
-    Between two rewards, the result visits each place once. It does not depend on what was tried in vain.
+    Between two rewards, the result visits each place at most once.
 
     Args:
         history: all decisions of the episode, oldest first.
-        now: the state after them.
+        now: the state after the last decision.
+
+    Returns:
+        The remaining decisions, oldest first.
     """
     path: list[HistoryStep] = []
-    visited: dict[tuple[str, ...], int] = {}  # place -> length of the path there, since the last reward
-    for step, earned in zip([*history, None], [0.0, *(step.reward for step in history)], strict=True):
-        if earned:
+    visited: dict[tuple[str, ...], int] = {}  # place -> length of the path to it, since the last reward
+    for step, reward in zip([*history, None], [0.0, *(step.reward for step in history)], strict=True):
+        if reward:  # the reward of the previous step
             visited = {}
         place = now.place if step is None else step.place
         if place in visited:

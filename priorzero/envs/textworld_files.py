@@ -1,7 +1,7 @@
-"""TextWorld games by name: reads ``textworld:<challenge>?<parameters>`` and makes the story file once, in a cache.
+"""Generates TextWorld games by name, ``textworld:<challenge>?<parameters>``, and caches their files.
 
-A game is a folder with ``<name>.z8`` (the story), ``<name>.json`` (what TextWorld needs to know about it) and
-``<name>.ni`` (its source). The folder appears by one rename, so whoever sees it sees all of it.
+A game is a folder with ``<name>.z8`` (the story), ``<name>.json`` (TextWorld's data about the game) and ``<name>.ni``
+(the source code). The folder is created by a single rename, so that no process sees an incomplete game.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ Value = int | str | bool
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a challenge. Its type is the default's; ``allowed`` is not used for a bool."""
+    """A parameter of a challenge. Its type is the type of the default value; ``allowed`` is not used for a bool."""
 
     default: Value
     allowed: range | tuple[Value, ...] = ()
 
     def parse(self, text: str) -> Value | None:
-        """The value that ``text`` stands for, or None if it is not allowed."""
+        """Convert ``text`` to a value; None if it is not allowed."""
         if isinstance(self.default, bool):
             return {"1": True, "true": True, "yes": True, "0": False, "false": False, "no": False}.get(text.lower())
         if isinstance(self.default, int):
@@ -41,6 +41,7 @@ class Parameter:
         return text if text in self.allowed else None
 
     def describe(self) -> str:
+        """The allowed values, for error messages."""
         if isinstance(self.default, bool):
             return "1 or 0"
         if isinstance(self.allowed, range):
@@ -48,7 +49,7 @@ class Parameter:
         return ", ".join(str(value) for value in self.allowed)
 
 
-# TextWorld's own challenges, with the names and the values that ``tw-make`` knows.
+# The challenges of TextWorld, with the names and values of its command ``tw-make``.
 CHALLENGES: dict[str, dict[str, Parameter]] = {
     "simple": {
         "rewards": Parameter("dense", ("dense", "balanced", "sparse")),
@@ -83,7 +84,7 @@ class TextWorldRequest:
 
     @property
     def name(self) -> str:
-        """``textworld-coin-collector-level5-seed1``: the challenge, what differs from the defaults, the seed."""
+        """The challenge, the settings that are not the default, and the seed: ``textworld-cooking-recipe2-seed1``."""
         parts = ["textworld", self.challenge]
         for key, value in self.settings.items():
             if value != CHALLENGES[self.challenge][key].default:
@@ -93,54 +94,55 @@ class TextWorldRequest:
 
 
 def parse_request(env_id: str) -> TextWorldRequest:
-    """Read ``textworld:<challenge>?<parameter>=<value>&...``; parameters that are not given take their defaults.
+    """Parse ``textworld:<challenge>?<parameter>=<value>&...``. Omitted parameters have their default values.
 
     Raises:
-        UserError: unknown challenge or parameter, a value that is not allowed, a parameter given twice.
+        UserError: a challenge or a parameter is unknown, a value is not allowed, or a parameter is given twice.
     """
     challenge, _, query = env_id.removeprefix("textworld:").partition("?")
     if challenge not in CHALLENGES:
         raise UserError(
-            f"Unknown TextWorld challenge {challenge!r} in {env_id!r}.{_nearest(challenge, CHALLENGES)} "
-            f"Allowed: {', '.join(CHALLENGES)}. Example: {_EXAMPLE!r}"
+            f"Unknown TextWorld challenge {challenge!r} in {env_id!r}.{did_you_mean(challenge, CHALLENGES)} "
+            f"Allowed are: {', '.join(CHALLENGES)}. Example: {_EXAMPLE!r}"
         )
     parameters = {**CHALLENGES[challenge], "seed": _SEED}
     try:
         given = parse_qsl(query, keep_blank_values=True, strict_parsing=bool(query))
     except ValueError as error:
-        raise UserError(f"Cannot read the parameters of {env_id!r} ({error}). Write them like {_EXAMPLE!r}") from error
+        raise UserError(f"Cannot parse the parameters of {env_id!r} ({error}). Example: {_EXAMPLE!r}") from error
     values: dict[str, Value] = {}
-    for written, text in given:
-        key = written.replace("-", "_")  # tw-make spells recipe_seed as --recipe-seed
+    for name, text in given:
+        key = name.replace("-", "_")  # in tw-make, recipe_seed is --recipe-seed
         if key not in parameters:
             raise UserError(
-                f"Unknown parameter {written!r} in {env_id!r}.{_nearest(key, parameters)} "
-                f"The challenge {challenge!r} takes: {', '.join(parameters)}."
+                f"Unknown parameter {name!r} in {env_id!r}.{did_you_mean(key, parameters)} "
+                f"The parameters of {challenge!r} are: {', '.join(parameters)}."
             )
         if key in values:
-            raise UserError(f"Parameter {written!r} is given twice in {env_id!r}. Give it once.")
+            raise UserError(f"The parameter {name!r} is given twice in {env_id!r}. Give it once.")
         value = parameters[key].parse(text)
         if value is None:
-            raise UserError(f"{written}={text!r} in {env_id!r} is not allowed. Allowed: {parameters[key].describe()}.")
+            raise UserError(f"{name}={text!r} in {env_id!r} is not allowed. Allowed: {parameters[key].describe()}.")
         values[key] = value
     settings = {key: values.get(key, parameter.default) for key, parameter in CHALLENGES[challenge].items()}
     if challenge == "cooking" and int(settings["take"]) > int(settings["recipe"]):
         raise UserError(
-            f"take={settings['take']} in {env_id!r} must be at most recipe={settings['recipe']}: only ingredients of "
-            f"the recipe can be taken. Try recipe={settings['take']}."
+            f"take={settings['take']} in {env_id!r} must be at most recipe={settings['recipe']}, because only the "
+            f"recipe's ingredients can be taken. Try recipe={settings['take']}."
         )
     return TextWorldRequest(challenge, int(values.get("seed", _SEED.default)), settings)
 
 
 def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
-    """The story file of ``request`` below ``folder``; made (about 7 s) if it is not there yet.
+    """Return the story file of ``request`` below ``folder``. If it does not exist, generate the game in a few seconds.
 
-    Safe when several processes ask at once: each makes its own copy, the first rename wins, the others use that one.
+    Several processes can do this at once. Each generates its own copy; the first one that renames its folder wins, and
+    the others use that folder.
 
     Raises:
-        UserError: TextWorld could not make the game (its output is in the message), or the folder cannot be written.
+        UserError: TextWorld failed, in which case the message contains its output, or the folder is not writable.
     """
-    # Another version of the generator makes other games.
+    # Another version of the generator may generate another game.
     home = folder / importlib.metadata.version("textworld") / request.name
     story = home / f"{request.name}.z8"
     if _is_complete(story):
@@ -150,17 +152,17 @@ def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
         scratch = Path(tempfile.mkdtemp(prefix=f".{request.name}-", dir=home.parent))
     except OSError as error:
         raise UserError(
-            f"Cannot make the game in {str(home.parent)!r}: {error.strerror}. "
-            "Set XDG_CACHE_HOME to a folder that you can write to."
+            f"Cannot generate the game in {str(home.parent)!r}: {error.strerror}. "
+            "Set XDG_CACHE_HOME to a writable folder."
         ) from error
     try:
         _run_generator(request, scratch / "new" / story.name)
         if home.exists() and not _is_complete(story):
-            home.rename(scratch / "broken")  # files were deleted by hand
+            home.rename(scratch / "broken")  # somebody deleted files of the game
         try:
             (scratch / "new").rename(home)
         except OSError:
-            if not _is_complete(story):  # else another process was faster
+            if not _is_complete(story):  # otherwise another process was faster
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -168,7 +170,7 @@ def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
 
 
 def generate(request_json: str, output: str) -> None:
-    """Make one game with TextWorld (runs in a process of its own, see ``_run_generator``)."""
+    """Generate one game with TextWorld. ``_run_generator`` calls this in a new process."""
     import textworld
     import textworld.challenges
     import textworld.generator
@@ -191,7 +193,7 @@ def _run_generator(request: TextWorldRequest, output: Path) -> None:
     try:
         done = subprocess.run(
             python_command("priorzero.envs.textworld_files:generate", request_json, str(output)),
-            # TextWorld iterates over sets: with another hash seed the same parameters give other files.
+            # TextWorld iterates over sets, so the files depend on the hash seed.
             env={**os.environ, "PYTHONHASHSEED": "0"},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -203,17 +205,17 @@ def _run_generator(request: TextWorldRequest, output: Path) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"TextWorld did not make {request.name} within {MAKE_TIMEOUT_S:.0f} s. Ask for less."
+            f"TextWorld did not generate {request.name} within {MAKE_TIMEOUT_S:.0f} s. Choose a smaller game."
         ) from error
     if done.returncode != 0 or not _is_complete(output):
         raise UserError(
-            f"TextWorld could not make {request.name} (exit code {done.returncode}). Change its parameters "
-            f"({request_json}). TextWorld said:\n{done.stdout.strip()[-2000:]}"
+            f"TextWorld failed to generate {request.name} (exit code {done.returncode}). Change its parameters "
+            f"({request_json}). The output of TextWorld:\n{done.stdout.strip()[-2000:]}"
         )
 
 
 def _erase_date(story: Path) -> None:
-    """Overwrite the date of compilation (bytes 18 to 23 of a Z-machine header), so equal games have equal bytes."""
+    """Overwrite the compilation date, bytes 18 to 23 of a Z-machine header, so that equal games have equal files."""
     data = bytearray(story.read_bytes())
     data[18:24] = b"000000"
     story.write_bytes(data)
@@ -223,6 +225,7 @@ def _is_complete(story: Path) -> bool:
     return all(file.is_file() and file.stat().st_size > 0 for file in (story, story.with_suffix(".json")))
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A sentence that suggests the most similar known name; "" if none is similar."""
+    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
     return f" Did you mean {matches[0]!r}?" if matches else ""

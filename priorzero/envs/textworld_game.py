@@ -1,4 +1,4 @@
-"""Generated text games through TextWorld."""
+"""Generated text games, played with TextWorld."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+from priorzero.envs.validation import check_action, check_arguments
 from priorzero.types import GameState, UserError
 
 FALLBACK_ACTIONS = ("look", "inventory")
-_PROMPT = re.compile(r"\n>[^\n]*\Z")  # the prompt, and behind it the status line ("> ... -= Kitchen =-5/6")
+_PROMPT = re.compile(r"\n>[^\n]*\Z")  # the prompt and the status line after it ("> ... -= Kitchen =-5/6")
 _QUESTION = re.compile(r"\n\s*Would you like to RESTART, RESTORE[^\n]*\s*\Z")
 _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 
 class TextWorldGame:
-    """One game in this process. Equal commands give equal texts: these games have no random numbers of their own."""
+    """A TextWorld game in this process. Equal commands give equal texts, because the games use no random numbers."""
 
     def __init__(
         self,
@@ -30,22 +31,23 @@ class TextWorldGame:
         """Open a game.
 
         Args:
-            path: the ``.z8`` file; TextWorld's ``.json`` must lie beside it.
-            seed: of the emulator's random numbers.
-            max_episode_steps: commands after which an episode is cut (``done`` and ``truncated``).
-            look_and_inventory: fill ``GameState.look`` and ``GameState.inventory``.
-            drop_inert_commands: leave out ``examine ...``, ``look`` and ``inventory``, which change nothing. Where
-                reading something is part of the task (the cookbook of the cooking games), keep them.
+            path: the ``.z8`` file. TextWorld's ``.json`` file must be in the same folder.
+            seed: seed of the emulator's random numbers, at least 0.
+            max_episode_steps: number of commands after which an episode is truncated, at least 1.
+            look_and_inventory: observe ``GameState.look`` and ``GameState.inventory``.
+            drop_inert_commands: exclude ``examine ...``, ``look`` and ``inventory`` from the valid actions. Games in
+                which something must be read, such as the cookbook of the cooking games, need these commands.
 
         Raises:
             UserError: a file is missing.
-            ValueError: a negative seed or an empty episode.
+            ValueError: ``seed`` or ``max_episode_steps`` is too small.
         """
-        if seed < 0 or max_episode_steps < 1:
-            raise ValueError(f"seed={seed} must be 0 or more, max_episode_steps={max_episode_steps} 1 or more")
+        check_arguments(seed=seed, max_episode_steps=max_episode_steps)
         for file in (Path(path), Path(path).with_suffix(".json")):
             if not file.is_file():
-                raise UserError(f"{str(file)!r} is missing: a TextWorld game is a .z8 file with its .json beside it.")
+                raise UserError(
+                    f"{str(file)!r} is missing. A TextWorld game needs a .z8 and a .json file of the same name."
+                )
         import textworld
 
         infos = textworld.EnvInfos(
@@ -60,36 +62,33 @@ class TextWorldGame:
             inventory=look_and_inventory,
         )
         with warnings.catch_warnings():
-            # TextWorld reads score and commands in ways of its own, so what Jericho cannot do does not matter.
+            # TextWorld does not use Jericho to read the score and the valid actions.
             warnings.filterwarnings("ignore", message="Game .* is not fully supported")
             self._env = textworld.start(str(path), infos)
-        self._env.seed(seed + 1)  # Jericho takes 0 for "by the clock" in games without a seed of their own
+        self._env.seed(seed + 1)  # with 0, Jericho uses the time of day for games that it does not know
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory
         self._drop_inert_commands = drop_inert_commands
         self._state: GameState | None = None
 
     def reset(self) -> GameState:
-        """Begin again from the very beginning."""
+        """Begin a new episode."""
         self._state = self._observe(self._env.reset(), moves=0)
         return self._state
 
     def step(self, action: str) -> tuple[GameState, float]:
-        """Give a command; return the new state and the points that it gained.
+        """Take an action; return the new state and the points that the action gained.
 
         Raises:
-            ValueError: the episode is over or has not begun, or ``action`` is not one of the state's valid actions.
+            ValueError: the episode has ended or has not begun, or ``action`` is not a valid action of the state.
         """
-        if self._state is None or self._state.done:
-            raise ValueError(f"step({action!r}) after the end of an episode: call reset() first")
-        if action not in self._state.valid_actions:
-            raise ValueError(f"{action!r} is not among the valid actions {self._state.valid_actions}")
+        before = check_action(self._state, action)
         raw, _, _ = self._env.step(action)
-        before, self._state = self._state, self._observe(raw, moves=self._state.moves + 1)
+        self._state = self._observe(raw, moves=before.moves + 1)
         return self._state, self._state.score - before.score
 
     def close(self) -> None:
-        """Free the emulator's memory. Nothing else may be called afterwards."""
+        """Free the emulator's memory. The game cannot be used afterwards."""
         self._env.close()
         self._state = None
 
@@ -98,7 +97,7 @@ class TextWorldGame:
         truncated = not ended and moves >= self._max_episode_steps
         actions = () if ended or truncated else self._filter(raw["admissible_commands"])
         is_fallback = not actions and not ended and not truncated
-        shows = self._look_and_inventory and not ended  # after the end TextWorld repeats the last ones
+        observe = self._look_and_inventory and not ended  # after the end, TextWorld repeats the previous texts
         return GameState(
             feedback=clean_text(raw["feedback"]),
             valid_actions=FALLBACK_ACTIONS if is_fallback else actions,
@@ -107,8 +106,8 @@ class TextWorldGame:
             moves=moves,
             done=ended or truncated,
             won=bool(raw["won"]),
-            look=clean_text(raw["description"]) if shows else "",
-            inventory=clean_text(raw["inventory"]) if shows else "",
+            look=clean_text(raw["description"]) if observe else "",
+            inventory=clean_text(raw["inventory"]) if observe else "",
             goal=clean_text(raw["objective"] or ""),
             truncated=truncated,
             actions_are_fallback=is_fallback,
@@ -121,12 +120,12 @@ class TextWorldGame:
 
 
 def is_inert(command: str) -> bool:
-    """Whether a command only shows something."""
+    """Whether a command only prints information and cannot change the world."""
     return command in ("look", "inventory") or command.startswith("examine ")
 
 
 def clean_text(text: str) -> str:
-    """The words that a TextWorld game prints: without the ASCII-art title, prompt, status line and runs of blank lines.
+    """Remove the ASCII-art title, the prompt, the status line and repeated blank lines from the output of a game.
 
     The statement of the task, which follows the title, is kept.
     """

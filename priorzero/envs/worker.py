@@ -1,4 +1,4 @@
-"""One game in one process of its own: what hangs or crashes inside C is killed, and the run goes on."""
+"""Runs a game in a worker process. If the game hangs or crashes, only this process is lost."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from priorzero.envs.child import python_command
 from priorzero.envs.games import GameSpec, make_game
 from priorzero.types import GameState, GameWorkerError, TextGame, UserError
 
-START_TIMEOUT_S = 180.0  # loading spaCy takes 3 s on a free core; many workers may start at once on few cores
+START_TIMEOUT_S = 180.0  # loading spaCy takes 3 s on an idle core, but many workers may start at once on few cores
 CLOSE_TIMEOUT_S = 2.0
 PARENT_CHECK_S = 0.5
 
@@ -28,10 +28,10 @@ logger = logging.getLogger(__name__)
 
 
 class GameWorker:
-    """A ``TextGame`` behind a pipe. One request at a time; the event loop is never blocked while the game thinks.
+    """An asynchronous ``TextGame`` in a worker process. It handles one request at a time.
 
-    After a hang, a crash or a cancelled request the process is gone (nobody knows what state it was in): ``restart`` or
-    the next ``reset`` starts a fresh one. An exception inside the game leaves the process alive.
+    After a hang, a crash or a cancelled request the process is killed, because its state is unknown. ``restart`` or the
+    next ``reset`` starts a new one. An exception inside the game does not end the process.
     """
 
     def __init__(
@@ -43,14 +43,14 @@ class GameWorker:
         start_timeout_s: float = START_TIMEOUT_S,
         name: str = "game",
     ) -> None:
-        """Nothing is started yet.
+        """The process is started by ``start`` or ``reset``.
 
         Args:
-            make: builds the game inside the process; a function or class that can be imported there.
-            arguments: its keyword arguments; must survive pickling.
-            timeout_s: the longest that a ``reset`` or a ``step`` may take.
-            start_timeout_s: the longest that starting the process and building the game may take.
-            name: for error messages.
+            make: creates the game inside the process; a function or class that can be imported there.
+            arguments: keyword arguments of ``make``, which must be picklable.
+            timeout_s: time limit of a ``reset`` or ``step``, in seconds.
+            start_timeout_s: time limit of starting the process and creating the game, in seconds.
+            name: the game's name in error messages.
         """
         self._make = make
         self._arguments = dict(arguments)
@@ -63,108 +63,108 @@ class GameWorker:
 
     @property
     def pid(self) -> int | None:
-        """Process id, or None while no process runs."""
+        """The process ID; None if no process is running."""
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Start the process and build the game; does nothing if it already runs.
+        """Start the process and create the game, unless the process is already running.
 
         Raises:
-            UserError: raised by ``make``.
-            GameWorkerError: the process failed in another way, or took longer than ``start_timeout_s``.
+            UserError: ``make`` raised it.
+            GameWorkerError: the process failed in another way, or exceeded ``start_timeout_s``.
         """
         if self._process is not None:
             return
-        recipe = pickle.dumps((self._make, self._arguments))
-        self._connection, theirs = Pipe(duplex=True)
-        with theirs:
+        pickled = pickle.dumps((self._make, self._arguments))
+        self._connection, child_end = Pipe(duplex=True)
+        with child_end:
             self._process = subprocess.Popen(  # returns within milliseconds
-                python_command("priorzero.envs.worker:serve", str(theirs.fileno()), str(os.getpid())),
-                pass_fds=[theirs.fileno()],
+                python_command("priorzero.envs.worker:serve", str(child_end.fileno()), str(os.getpid())),
+                pass_fds=[child_end.fileno()],
                 stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,  # frotz prints warnings
-                # Games gain nothing from the threads that numerical libraries start for each core.
+                stdout=subprocess.DEVNULL,  # the emulator prints warnings
+                # Games do not profit from the threads of numerical libraries.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,  # Ctrl-C in the terminal does not reach it
+                start_new_session=True,  # the terminal does not send Ctrl-C to it
             )
         try:
-            await self._ask("start", recipe, timeout_s=self._start_timeout_s)
+            await self._request("start", pickled, timeout_s=self._start_timeout_s)
         except (UserError, GameWorkerError):
             self._kill()
             raise
 
     async def reset(self) -> GameState:
-        """Begin a new episode; starts the process if there is none.
+        """Begin a new episode. Starts the process if none is running.
 
         Raises:
-            GameWorkerError: hang, crash or exception inside the process.
-            UserError: raised by the game.
+            GameWorkerError: the process exceeded its time limit, crashed or raised an exception.
+            UserError: the game raised it.
         """
         await self.start()
-        state: GameState = await self._ask("reset", None, timeout_s=self._timeout_s)
+        state: GameState = await self._request("reset", None, timeout_s=self._timeout_s)
         return state
 
     async def step(self, action: str) -> tuple[GameState, float]:
-        """Give a command; return the new state and the points that it gained.
+        """Take an action; return the new state and the points that the action gained.
 
         Raises:
-            GameWorkerError: hang, crash or exception inside the process, or no process (call ``reset`` first).
-            UserError: raised by the game.
+            GameWorkerError: no process is running, or it exceeded its time limit, crashed or raised an exception.
+            UserError: the game raised it.
         """
-        state, reward = await self._ask("step", action, timeout_s=self._timeout_s)
+        state, reward = await self._request("step", action, timeout_s=self._timeout_s)
         return state, reward
 
     async def restart(self) -> None:
-        """Kill the process, if there is one, and start a fresh one. The episode is lost: call ``reset`` next."""
+        """Kill the process if it is running, and start a new one. The episode is lost; call ``reset`` next."""
         self._kill()
         await self.start()
 
     async def close(self) -> None:
-        """End the process: ask, wait a moment, kill. May be called again, and after any failure."""
+        """End the process. It is killed if it does not exit in time. Can be called repeatedly and after any failure."""
         if self._process is None or self._connection is None:
             return
         process = self._process
-        self._connection.close()  # the process reads the end of the pipe and leaves
+        self._connection.close()  # the process reads the end of the pipe and exits
         try:
             await asyncio.to_thread(process.wait, CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            logger.info("%s: the worker process %d did not leave by itself, killing it", self._name, process.pid)
+            logger.info("%s: killing the worker process %d, which did not exit in time", self._name, process.pid)
         finally:
             self._kill()
 
-    async def _ask(self, command: str, argument: Any, *, timeout_s: float) -> Any:
-        """Send a request and wait for its answer; kills the process unless an answer arrives in time."""
-        shown = f"{command} {argument!r}" if command == "step" else command
+    async def _request(self, command: str, argument: Any, *, timeout_s: float) -> Any:
+        """Send a request and wait for the reply. Kills the process if no reply arrives in time."""
+        label = f"{command} {argument!r}" if command == "step" else command
         if self._process is None or self._connection is None:
-            raise GameWorkerError(f"{self._name}: {shown!r} while no worker process runs: call reset() first")
+            raise GameWorkerError(f"{self._name}: {label!r} while no worker process is running: call reset() first")
         if self._busy:
-            raise RuntimeError(f"{self._name}: {shown!r} before the last request was answered")
+            raise RuntimeError(f"{self._name}: {label!r} while another request is in progress")
         self._busy = True
-        began = time.monotonic()
-        answered = False
+        start = time.monotonic()
+        received = False
         try:
             self._connection.send((command, argument))
             async with asyncio.timeout(timeout_s):
-                await _readable(self._connection)
+                await _wait_readable(self._connection)
             kind, content = self._connection.recv()
-            answered = True
+            received = True
         except TimeoutError as error:
             raise GameWorkerError(
-                f"{self._name}: {shown!r} took longer than {timeout_s:g} s; the worker process was killed"
+                f"{self._name}: {label!r} took longer than {timeout_s:g} s; the worker process was killed"
             ) from error
         except (EOFError, OSError) as error:
             raise GameWorkerError(
-                f"{self._name}: the worker process died in {shown!r} after {time.monotonic() - began:.1f} s "
-                f"({type(error).__name__}); its own messages, if any, are on stderr"
+                f"{self._name}: the worker process died in {label!r} after {time.monotonic() - start:.1f} s "
+                f"({type(error).__name__}); if it printed messages, they are on stderr"
             ) from error
         finally:
             self._busy = False
-            if not answered:  # also when cancelled: a late answer would be taken for the next request's
+            if not received:  # also after a cancellation: a late reply would be mistaken for the next one
                 self._kill()
         if kind == "user error":
             raise UserError(content)
         if kind == "error":
-            raise GameWorkerError(f"{self._name}: {shown!r} failed inside the worker process: {content}")
+            raise GameWorkerError(f"{self._name}: {label!r} failed inside the worker process: {content}")
         return content
 
     def _kill(self) -> None:
@@ -172,7 +172,7 @@ class GameWorker:
             self._connection.close()
         if self._process is not None:
             self._process.kill()
-            self._process.wait()  # SIGKILL takes milliseconds; without it a zombie would stay
+            self._process.wait()  # takes milliseconds after SIGKILL, and avoids a zombie process
         self._process = self._connection = None
 
 
@@ -186,7 +186,7 @@ def make_worker(
     timeout_s: float,
     start_timeout_s: float = START_TIMEOUT_S,
 ) -> GameWorker:
-    """A worker for a game; see ``make_game`` and ``GameWorker`` for the arguments. Nothing is started yet."""
+    """Create a worker for a game without starting it; see ``make_game`` and ``GameWorker`` for the arguments."""
     arguments = {
         "spec": spec,
         "seed": seed,
@@ -198,11 +198,16 @@ def make_worker(
 
 
 def serve(descriptor: str, parent: str) -> None:
-    """The worker process: answers requests until the pipe closes. Of an exception it sends back the text only."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # Ctrl-C, a batch system's notice: the parent's business
+    """The main function of a worker process: handles requests until the pipe is closed.
+
+    Args:
+        descriptor: file descriptor of the pipe.
+        parent: process ID of the parent.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them and closes the pipe
         signal.signal(number, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, args=(int(parent),), daemon=True).start()
-    # spaCy imports torch where it is installed: 3 s and 180 MB for each worker, for nothing.
+    threading.Thread(target=_exit_with_parent, args=(int(parent),), daemon=True).start()
+    # spaCy would import torch, which it does not need here and which takes 3 s and 180 MB per worker.
     sys.modules["torch"] = None  # type: ignore[assignment]
     connection = Connection(int(descriptor))
     game: TextGame | None = None
@@ -212,17 +217,17 @@ def serve(descriptor: str, parent: str) -> None:
         except EOFError:
             break
         try:
+            content: Any = None
             if command == "start":
                 make, arguments = pickle.loads(argument)
                 game = make(**arguments)
-                answer: Any = None
             else:
                 assert game is not None
-                answer = game.reset() if command == "reset" else game.step(argument)
-            reply = ("ok", answer)
+                content = game.reset() if command == "reset" else game.step(argument)
+            reply = ("ok", content)
         except UserError as error:
             reply = ("user error", str(error))
-        except Exception as error:  # sent to the parent, which raises it
+        except Exception as error:  # the parent raises it; the text is sent, since the exception may not be picklable
             reply = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
         try:
             connection.send(reply)
@@ -232,15 +237,15 @@ def serve(descriptor: str, parent: str) -> None:
         game.close()
 
 
-def _leave_with_parent(parent: int) -> None:
-    """End this process when its parent is gone, even while the game hangs inside C (which holds no Python lock)."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent process has ended, even while the game hangs in C code that has released Python's lock."""
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)
     os._exit(1)
 
 
-async def _readable(connection: Connection) -> None:
-    """Wait, without blocking the event loop, until ``connection`` has something to read or its other end has closed."""
+async def _wait_readable(connection: Connection) -> None:
+    """Wait, without blocking the event loop, until ``connection`` has data or its other end is closed."""
     loop = asyncio.get_running_loop()
     ready = loop.create_future()
     descriptor = connection.fileno()

@@ -265,7 +265,7 @@ class LLMLearner:
         for start in range(0, len(samples), self.micro_batch_size):
             micro_batch = samples[start : start + self.micro_batch_size]
             last = start + self.micro_batch_size >= len(samples)
-            with self.group.accumulating(self.scorer, last=last):
+            with self.group.accumulate(self.scorer, last=last):
                 sums = self._losses(micro_batch)
                 terms = (self._loss_weights[name] * value / denominators[name] for name, value in sums.items())
                 loss = sum(terms, start=torch.zeros((), device=self.llm.device))

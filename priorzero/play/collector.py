@@ -1,10 +1,9 @@
-"""Plays games with exploration and turns what happened into game segments."""
+"""Collection: plays games with exploration and stores the decisions in game segments."""
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -13,40 +12,27 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
+from priorzero.envs import GameWorker
 from priorzero.llm.priors import agreement, entropy
-from priorzero.play.exploration import CommandMemory
-from priorzero.play.player import Decision, Lane, Player
+from priorzero.play.episode import Episode, EpisodeResult
+from priorzero.play.exploration import make_exploration
+from priorzero.play.novelty import make_counts, shaped_reward
+from priorzero.play.player import Decision, Player
 from priorzero.runtime.concurrency import gather_or_cancel
 from priorzero.types import GameState, GameWorkerError, Plain, StepRecord
 from priorzero.world_model.records import RecordTable
 from priorzero.world_model.segment import PriorZeroGameSegment, SegmentWriter
 
-
-@dataclass(frozen=True)
-class Episode:
-    """A finished episode.
-
-    Attributes:
-        total_reward: the return, without discount.
-        score: the game's own at the end.
-        steps: commands given.
-        won: whether it ended with a win.
-        env_step: environment steps of the run when it ended.
-    """
-
-    total_reward: float
-    score: float
-    steps: int
-    won: bool
-    env_step: int
+MAX_FAILED_STARTS = 3  # a game that fails to start this often in a row is given up; each start is tried twice
+RECENT_EPISODES = 20  # number of episodes in the mean return
 
 
 @dataclass
 class Collected:
-    """What one call of :meth:`Collector.collect` brought in."""
+    """The result of one call of :meth:`Collector.collect`."""
 
     segments: list[PriorZeroGameSegment] = field(default_factory=list)
-    episodes: list[Episode] = field(default_factory=list)
+    episodes: list[EpisodeResult] = field(default_factory=list)
     env_steps: int = 0
     visit_entropies: list[float] = field(default_factory=list)
     prior_entropies: list[float] = field(default_factory=list)
@@ -54,45 +40,62 @@ class Collected:
     dropped_history: int = 0
     over_length_prompts: int = 0
 
+    def add_statistics(self, decision: Decision, record: StepRecord) -> None:
+        """Statistics of one decision."""
+        self.visit_entropies.append(entropy(record.visit_probs()))
+        if decision.prior is None or decision.prompt is None:
+            return
+        self.prior_entropies.append(entropy(np.exp(decision.prior.logprobs)))
+        self.agreements.append(agreement(decision.prior, record.visit_counts))
+        self.dropped_history += decision.prompt.dropped_history
+        self.over_length_prompts += decision.prompt.over_length
+
+    def scalars(self) -> dict[str, float]:
+        """Metrics: means over the decisions."""
+        scalars = {"collector_iter/visit_entropy_mean": float(np.mean(self.visit_entropies or [0.0]))}
+        if self.prior_entropies:
+            scalars["prior/entropy_mean"] = float(np.mean(self.prior_entropies))
+            scalars["prior/agreement"] = float(np.mean(self.agreements))
+            scalars["prior/dropped_history"] = float(self.dropped_history)
+            scalars["prior/over_length_prompts"] = float(self.over_length_prompts)
+        return scalars
+
     def state_dict(self, table: RecordTable) -> Plain:
-        """As plain data; the step records go into ``table``."""
+        """As plain data; the step records are added to ``table``."""
         return {
             **vars(self),
-            "segments": [segment.recipe(table) for segment in self.segments],
+            "segments": [segment.state_dict(table) for segment in self.segments],
             "episodes": [dataclasses.astuple(episode) for episode in self.episodes],
         }
 
     @classmethod
     def from_state_dict(cls, state: Plain, records: Sequence[StepRecord], *, config: Any) -> Collected:
-        """The inverse of :meth:`state_dict`; ``records`` are those of the table, by number."""
-        segments = [PriorZeroGameSegment.from_recipe(recipe, records, config=config) for recipe in state["segments"]]
-        return cls(**{**state, "segments": segments, "episodes": [Episode(*episode) for episode in state["episodes"]]})
-
-
-GIVE_UP_AFTER = 3  # times in a row that a game cannot begin, each time with a second try in a fresh process
+        """The inverse of :meth:`state_dict`; ``records`` are the table's."""
+        segments = [PriorZeroGameSegment.from_state_dict(own, records, config=config) for own in state["segments"]]
+        episodes = [EpisodeResult(*episode) for episode in state["episodes"]]
+        return cls(**{**state, "segments": segments, "episodes": episodes})
 
 
 class Collector:
-    """Plays ``collector_env_num`` games side by side, in one group or several.
+    """Plays several games at the same time, in one group or in more.
 
-    The games of a group take one decision each at a time, searched together. Groups do not wait for one another: one
-    group's games are searched for while the LLM is busy with another's. A game that hangs or crashes loses the decision
-    it was busy with and begins a new episode; both are counted. One that cannot even begin is given up in the end.
+    The games of a group are searched together, one decision each at a time. Groups run independently: one is searched
+    for while the LLM computes the priors of another. If a game hangs or crashes, the decision is lost and a new episode
+    begins. A game that fails to start :data:`MAX_FAILED_STARTS` times in a row is given up.
 
     Args:
-        workers: the games.
+        workers: the games, one environment each.
         player: makes the decisions.
         config: LightZero's policy configuration, for the segments.
-        seed: what the lanes' random numbers come from.
-        groups: how many groups; with one, the same parameters and seed play the same games.
-        first_episode: number of the first episode; where several collect for one replay, their numbers must differ.
-        num_games: how many different games the workers play, in turn; each has a memory of its own, since rooms of
-            different games have the same names.
+        seed: seed of the environments' generators.
+        groups: number of groups. With one group, equal parameters and seeds give equal games.
+        first_episode: number of the first episode. Collectors that share a replay buffer need different numbers.
+        num_games: number of different games; environment ``e`` plays game ``e % num_games``.
     """
 
     def __init__(
         self,
-        workers: Sequence[Any],
+        workers: Sequence[GameWorker],
         *,
         player: Player,
         config: Any,
@@ -107,28 +110,28 @@ class Collector:
         self._groups = [range(g, len(workers), groups) for g in range(min(groups, len(workers)))]
         self._rngs = [np.random.default_rng(child) for child in seed.spawn(len(workers))]
         self._writers = [SegmentWriter(config) for _ in workers]
-        self._lanes: list[Lane | None] = [None] * len(workers)
+        self._episodes: list[Episode | None] = [None] * len(workers)
         self._episode_numbers = [0] * len(workers)
         self._next_episode = first_episode
+        self._failed_starts = [0] * len(workers)  # in a row
+        self._counts = make_counts(num_games)
+        self._exploration = make_exploration(player.settings, self._counts)
         self.env_steps = 0
         self.num_episodes = 0
         self.num_game_failures = 0
-        self.num_steps_lost = 0  # taken, but their outcome is not known
-        self._vain_begins = [0] * len(workers)
-        self.recent_returns: deque[float] = deque(maxlen=20)
-        return_first = player.settings.search.return_first
-        self.memories = [CommandMemory(return_first=return_first) for _ in range(num_games)]
-        self.collected = Collected()  # since the last call of collect() that was not cut short
+        self.num_steps_lost = 0  # actions whose outcome is unknown, because the game failed
+        self.recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
+        self.collected = Collected()  # since the last complete call of collect()
 
     async def collect(self, num_steps: int, *, stop: Callable[[], bool] = lambda: False) -> Collected | None:
         """Take at least ``num_steps`` environment steps, all games together.
 
         Args:
-            num_steps: counted from the last call that returned something.
-            stop: asked before each decision whether to leave off; what was collected so far is kept for the next call.
+            num_steps: counted from the last complete call.
+            stop: checked before each decision; True interrupts the call, and the next call continues.
 
         Returns:
-            What was collected, or None after leaving off.
+            What was collected; None if the call was interrupted.
         """
         await gather_or_cancel(*(self._play(group, num_steps, stop) for group in self._groups))
         if self.collected.env_steps < num_steps:
@@ -137,10 +140,166 @@ class Collector:
         self.env_steps += collected.env_steps
         return collected
 
+    def scalars(self, collected: Collected) -> dict[str, float]:
+        """Metrics of one call of :meth:`collect`."""
+        scalars = {
+            **collected.scalars(),
+            **self._exploration.scalars(),
+            "collector_iter/env_steps": float(self.env_steps),
+            "collector_iter/commands_tried": float(sum(len(counts.actions) for counts in self._counts)),
+            "collector_iter/game_failures": float(self.num_game_failures),
+            "collector_iter/games_given_up": float(sum(map(self._is_given_up, range(len(self._workers))))),
+            "collector_iter/action_overflows": float(self._player.indexer.num_overflows),
+            "collector_iter/actions_known": float(self._player.indexer.num_used),
+        }
+        if self.recent_returns:
+            scalars["collector_iter/reward_mean"] = float(np.mean(self.recent_returns))
+            scalars["collector_iter/reward_max"] = float(np.max(self.recent_returns))
+        return scalars
+
+    # ---- playing ----
+
+    async def _play(self, group: Sequence[int], num_steps: int, stop: Callable[[], bool]) -> None:
+        """Play the games of one group until all groups together have taken ``num_steps`` steps, or until ``stop``."""
+        collected = self.collected
+        while collected.env_steps < num_steps and not stop():
+            idle = [e for e in group if self._episodes[e] is None and not self._is_given_up(e)]
+            await asyncio.gather(*(self._begin(e) for e in idle))
+            playing = [episode for e in group if (episode := self._episodes[e]) is not None]
+            if all(map(self._is_given_up, group)):
+                return  # the other groups continue
+            if not playing:
+                continue
+            decisions = await self._player.decide(playing, exploration=self._exploration, sample=True)
+            if self.env_steps == collected.env_steps == 0:
+                logger.debug("the first actions are taken")
+            with self._player.timeline.span("games"):
+                outcomes = await asyncio.gather(
+                    *(self._workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)),
+                    return_exceptions=True,
+                )
+            for episode, decision, outcome in zip(playing, decisions, outcomes, strict=True):
+                if isinstance(outcome, GameWorkerError):
+                    self._abandon(episode, decision, outcome, collected)
+                elif isinstance(outcome, BaseException):
+                    raise outcome
+                else:
+                    state, reward = outcome
+                    self._record(episode, decision, state, reward, collected)
+
+    async def _begin(self, e: int) -> None:
+        """Begin an episode in environment ``e``."""
+        self._episode_numbers[e] = self._next_episode  # before any await, so that numbers follow the environments
+        self._next_episode += 1
+        with self._player.timeline.span("games"):
+            try:
+                state = await self._workers[e].reset()
+            except GameWorkerError as error:
+                self.num_game_failures += 1
+                logger.warning(f"game {e} could not start ({error}); trying once more with a new process")
+                try:
+                    await self._workers[e].restart()
+                    state = await self._workers[e].reset()
+                except GameWorkerError as second_error:
+                    self._count_failed_start(e, second_error)
+                    return
+        self._failed_starts[e] = 0
+        self._episodes[e] = self._player.new_episode(e, state, rng=self._rngs[e])
+        self._exploration.begin_episode(e, state, rng=self._rngs[e])
+
+    def _is_given_up(self, e: int) -> bool:
+        return self._failed_starts[e] >= MAX_FAILED_STARTS
+
+    def _count_failed_start(self, e: int, error: GameWorkerError) -> None:
+        """Raises the error if no game is left."""
+        self.num_game_failures += 1
+        self._failed_starts[e] += 1
+        if not self._is_given_up(e):
+            logger.warning(f"game {e} could not start ({error})")
+            return
+        logger.error(f"game {e} is given up: it could not start {MAX_FAILED_STARTS} times in a row ({error})")
+        if all(map(self._is_given_up, range(len(self._workers)))):
+            raise error
+
+    def _record(
+        self, episode: Episode, decision: Decision, state: GameState, reward: float, collected: Collected
+    ) -> None:
+        """Store a decision and its outcome."""
+        e, before, result = episode.env, decision.state, decision.result
+        assert result is not None
+        shaping = shaped_reward(
+            self._counts[e % len(self._counts)],
+            before=before,
+            action=decision.action_text,
+            after=state,
+            cfg=self._player.settings.train,
+        )
+        record = StepRecord(
+            state=before,
+            features=episode.features[-1],
+            action_indices=decision.action_indices,
+            prompt=decision.prompt.text if decision.prompt is not None else "",
+            prior=decision.prior,
+            visit_counts=result.visit_counts,
+            root_value=result.root_value,
+            predicted_value=result.predicted_value,
+            chosen=decision.chosen,
+            behaviour_prob=decision.behaviour_prob,
+            reward=reward,
+            shaping=shaping,
+            done=state.done,
+            episode=self._episode_numbers[e],
+            step=len(episode.history),
+        )
+        features = self._player.features(state)
+        episode.advance(
+            action_text=record.action_text,
+            action_index=record.action_index,
+            reward=reward,
+            state=state,
+            features=features,
+        )
+        self._exploration.observe(
+            e, before=before, position=decision.chosen, reward=reward, after=state, history=episode.history
+        )
+        collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
+        collected.env_steps += 1
+        collected.add_statistics(decision, record)
+        if state.done:
+            self._finish(episode, collected)
+
+    def _finish(self, episode: Episode, collected: Collected) -> None:
+        """The episode has ended."""
+        state = episode.state
+        self._exploration.end_episode(episode.env, state, episode.history)
+        collected.episodes.append(
+            EpisodeResult(
+                total_reward=episode.total_reward,
+                score=state.score,
+                steps=len(episode.history),
+                won=state.won,
+                env_step=self.env_steps + collected.env_steps,
+            )
+        )
+        self.recent_returns.append(episode.total_reward)
+        self.num_episodes += 1
+        self._episodes[episode.env] = None
+
+    def _abandon(self, episode: Episode, decision: Decision, error: GameWorkerError, collected: Collected) -> None:
+        """The game failed: the decision is lost, the step counts, and the episode is truncated before it."""
+        self.num_game_failures += 1
+        self.num_steps_lost += 1
+        logger.warning(f"game {episode.env} failed at {decision.action_text!r} ({error}); its episode is truncated")
+        collected.segments += self._writers[episode.env].flush(final_features=episode.features[-1])
+        collected.env_steps += 1
+        self._episodes[episode.env] = None
+
+    # ---- state ----
+
     def state_dict(self, table: RecordTable) -> Plain:
-        """Everything that the next decisions depend on, but for both models; the step records go into ``table``."""
+        """Everything that the next decisions depend on, except both models; step records are added to ``table``."""
         return {
-            "lanes": [lane and lane.state_dict() for lane in self._lanes],
+            "episodes": [episode and episode.state_dict() for episode in self._episodes],
             "pending": [writer.state_dict(table) for writer in self._writers],
             "rngs": [rng.bit_generator.state for rng in self._rngs],
             "episode_numbers": list(self._episode_numbers),
@@ -150,15 +309,16 @@ class Collector:
             "num_game_failures": self.num_game_failures,
             "num_steps_lost": self.num_steps_lost,
             "recent_returns": list(self.recent_returns),
-            "memories": [memory.state_dict() for memory in self.memories],
+            "counts": [counts.state_dict() for counts in self._counts],
+            "exploration": self._exploration.state_dict(),
             "collected": self.collected.state_dict(table),
         }
 
     async def load_state_dict(self, state: Plain, records: Sequence[StepRecord]) -> None:
-        """The inverse of :meth:`state_dict`. The games are played again up to where they were.
+        """The inverse of :meth:`state_dict`. The games are replayed up to their state.
 
-        Where a game does not come to the same state again, or fails, its episode is cut there and counted, as when a
-        game fails in play.
+        If a game does not reach the same state again, or fails, its episode is truncated there and counted as a game
+        failure.
         """
         for rng, rng_state in zip(self._rngs, state["rngs"], strict=True):
             rng.bit_generator.state = rng_state
@@ -171,200 +331,27 @@ class Collector:
         self.num_game_failures = state["num_game_failures"]
         self.num_steps_lost = state["num_steps_lost"]
         self.recent_returns.extend(state["recent_returns"])
-        for memory, memory_state in zip(self.memories, state["memories"], strict=True):
-            memory.load_state_dict(memory_state)
+        for counts, own in zip(self._counts, state["counts"], strict=True):
+            counts.load_state_dict(own)
+        self._exploration.load_state_dict(state["exploration"])
         self.collected = Collected.from_state_dict(state["collected"], records, config=self._config)
-        lanes = [(e, lane) for e, lane in enumerate(state["lanes"]) if lane is not None]
-        await asyncio.gather(*(self._play_again(e, lane) for e, lane in lanes))
+        saved = [(e, episode) for e, episode in enumerate(state["episodes"]) if episode is not None]
+        await asyncio.gather(*(self._replay(e, episode) for e, episode in saved))
 
-    async def _play_again(self, e: int, lane_state: Plain) -> None:
-        """Bring a game back to where a lane was."""
-        wanted = GameState(*lane_state["state"])
+    async def _replay(self, e: int, episode_state: Plain) -> None:
+        """Replay an episode's actions, so that its game is where it was."""
+        expected = GameState(*episode_state["state"])
         try:
             state = await self._workers[e].reset()
-            lane = self._new_lane(e, state)
-            lane.load_state_dict(lane_state)
-            for step in lane.history:
+            episode = self._player.new_episode(e, state, rng=self._rngs[e])
+            episode.load_state_dict(episode_state)
+            for step in episode.history:
                 state, _ = await self._workers[e].step(step.action)
-            if state != wanted:
-                raise GameWorkerError("the same commands do not lead to the same state again")
-            self._lanes[e] = lane
+            if state != expected:
+                raise GameWorkerError("the same actions do not lead to the same state")
+            self._episodes[e] = episode
         except GameWorkerError as error:
             self.num_game_failures += 1
-            logger.warning(f"game {e} could not be brought back to where it was ({error}); its episode is cut there")
-            final = lane_state["features"][-1].numpy()
+            logger.warning(f"game {e} could not be restored ({error}); its episode is truncated")
+            final = episode_state["features"][-1].numpy()
             self.collected.segments += self._writers[e].flush(final_features=final)
-
-    def _new_lane(self, e: int, state: GameState) -> Lane:
-        lane = self._player.new_lane(state, self._rngs[e])
-        lane.memory = self.memories[e % len(self.memories)]
-        return lane
-
-    async def _play(self, group: Sequence[int], num_steps: int, stop: Callable[[], bool]) -> None:
-        """Play the games of one group until all groups together have taken ``num_steps`` steps, or until ``stop``."""
-        collected = self.collected
-        while collected.env_steps < num_steps and not stop():
-            await asyncio.gather(*(self._begin(e) for e in group if self._lanes[e] is None and not self._given_up(e)))
-            playing = [e for e in group if self._lanes[e] is not None]
-            if all(map(self._given_up, group)):
-                return  # the others go on
-            if not playing:
-                continue
-            lanes = [lane for e in playing if (lane := self._lanes[e]) is not None]
-            decisions = await self._player.decide(lanes, explore=True)
-            if self.env_steps == collected.env_steps == 0:
-                logger.debug("the first commands are given")
-            with self._player.timeline.span("games"):
-                outcomes = await asyncio.gather(
-                    *(self._workers[e].step(d.action_text) for e, d in zip(playing, decisions, strict=True)),
-                    return_exceptions=True,
-                )
-            for e, decision, outcome in zip(playing, decisions, outcomes, strict=True):
-                if isinstance(outcome, GameWorkerError):
-                    self._abandon(e, decision, outcome, collected)
-                elif isinstance(outcome, BaseException):
-                    raise outcome
-                else:
-                    state, reward = outcome
-                    self._record(e, decision, state, reward, collected)
-
-    async def _begin(self, e: int) -> None:
-        self._episode_numbers[e] = self._next_episode  # before anything is waited for: by the lanes' order
-        self._next_episode += 1
-        with self._player.timeline.span("games"):
-            try:
-                state = await self._workers[e].reset()
-            except GameWorkerError as error:
-                self.num_game_failures += 1
-                logger.warning(f"game {e} could not begin ({error}); trying once more with a fresh process")
-                try:
-                    await self._workers[e].restart()
-                    state = await self._workers[e].reset()
-                except GameWorkerError as again:
-                    self._fail_to_begin(e, again)
-                    return
-        self._vain_begins[e] = 0
-        lane = self._new_lane(e, state)
-        share = self._player.settings.search.explore_share
-        lane.detour = lane.memory.draw_detour(self._rngs[e], share=share, max_score=state.max_score)
-        self._lanes[e] = lane
-
-    def _given_up(self, e: int) -> bool:
-        return self._vain_begins[e] >= GIVE_UP_AFTER
-
-    def _fail_to_begin(self, e: int, error: GameWorkerError) -> None:
-        """Raises the error if this was the last game left."""
-        self.num_game_failures += 1
-        self._vain_begins[e] += 1
-        if not self._given_up(e):
-            logger.warning(f"game {e} could not begin ({error})")
-            return
-        logger.error(f"game {e} is given up: it could not begin {GIVE_UP_AFTER} times in a row ({error})")
-        if all(map(self._given_up, range(len(self._workers)))):
-            raise error
-
-    def _record(self, e: int, decision: Decision, state: GameState, reward: float, collected: Collected) -> None:
-        lane = self._lanes[e]
-        assert lane is not None and decision.result is not None
-        record = StepRecord(
-            state=decision.state,
-            features=lane.features[-1],
-            action_indices=decision.action_indices,
-            prompt=decision.prompt.text if decision.prompt is not None else "",
-            prior=decision.prior,
-            visit_counts=decision.result.visit_counts,
-            root_value=decision.result.root_value,
-            predicted_value=decision.result.predicted_value,
-            chosen=decision.chosen,
-            behaviour_prob=decision.behaviour_prob,
-            reward=reward,
-            shaping=self._shaping(lane.memory, decision.state, decision.action_text, state),
-            done=state.done,
-            episode=self._episode_numbers[e],
-            step=len(lane.history),
-        )
-        features = self._player.features(state)
-        lane.advance(
-            action_text=record.action_text,
-            action_index=record.action_index,
-            reward=reward,
-            state=state,
-            features=features,
-            promised=decision.promised,
-        )
-        if reward > 0:
-            lane.memory.earned(lane.history, now=state)
-        collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
-        collected.env_steps += 1
-        self._observe(decision, record, collected)
-        if state.done:
-            lane.memory.ended(lane.history, now=state)
-            collected.episodes.append(
-                Episode(
-                    total_reward=lane.total_reward,
-                    score=state.score,
-                    steps=len(lane.history),
-                    won=state.won,
-                    env_step=self.env_steps + collected.env_steps,
-                )
-            )
-            self.recent_returns.append(lane.total_reward)
-            self.num_episodes += 1
-            self._lanes[e] = None
-
-    def _shaping(self, memory: CommandMemory, before: GameState, action: str, after: GameState) -> float:
-        """``train.novelty_bonus / sqrt(N)``, less ``train.loss_penalty`` for an end that is no win.
-
-        It is the N-th time in the run that the command is given in a room with a score (MBIE-EB: Strehl & Littman 2008,
-        section 3.2), or that the game gives this answer (as Yuan et al. 2018, "Counting to explore and generalize in
-        text-based games", count observations). The last text of a game is no such answer: it tells the number of turns,
-        which would make every end a discovery.
-        """
-        train = self._player.settings.train
-        times = memory.add(before.standing, action)  # whatever the bonus is for: the search asks for it
-        bonus = train.novelty_bonus / math.sqrt(times)
-        over = after.done and not after.truncated
-        if train.novelty_of == "answer":
-            bonus = 0.0 if over else train.novelty_bonus / math.sqrt(memory.add_answer(after.feedback))
-        return bonus - (train.loss_penalty if over and not after.won else 0.0)
-
-    def _observe(self, decision: Decision, record: StepRecord, collected: Collected) -> None:
-        collected.visit_entropies.append(entropy(record.visit_probs()))
-        if decision.prior is None or decision.prompt is None:
-            return
-        collected.prior_entropies.append(entropy(np.exp(decision.prior.logprobs)))
-        collected.agreements.append(agreement(decision.prior, record.visit_counts))
-        collected.dropped_history += decision.prompt.dropped_history
-        collected.over_length_prompts += decision.prompt.over_length
-
-    def _abandon(self, e: int, decision: Decision, error: GameWorkerError, collected: Collected) -> None:
-        lane = self._lanes[e]
-        assert lane is not None
-        self.num_game_failures += 1
-        self.num_steps_lost += 1
-        logger.warning(f"game {e} failed at {decision.action_text!r} ({error}); its episode is cut here")
-        collected.segments += self._writers[e].flush(final_features=lane.features[-1])
-        collected.env_steps += 1  # spent, though nothing came of it
-        self._lanes[e] = None
-
-    def scalars(self, collected: Collected) -> dict[str, float]:
-        """Metrics of one call of :meth:`collect`; means over its decisions."""
-        scalars = {
-            "collector_iter/visit_entropy_mean": float(np.mean(collected.visit_entropies or [0.0])),
-            "collector_iter/env_steps": float(self.env_steps),
-            "collector_iter/commands_tried": float(sum(map(len, self.memories))),
-            "collector_iter/commands_leading_on": float(sum(memory.num_leading for memory in self.memories)),
-            "collector_iter/game_failures": float(self.num_game_failures),
-            "collector_iter/games_given_up": float(sum(map(self._given_up, range(len(self._workers))))),
-            "collector_iter/action_overflows": float(self._player.indexer.num_overflows),
-            "collector_iter/actions_known": float(self._player.indexer.num_used),
-        }
-        if self.recent_returns:
-            scalars["collector_iter/reward_mean"] = float(np.mean(self.recent_returns))
-            scalars["collector_iter/reward_max"] = float(np.max(self.recent_returns))
-        if collected.prior_entropies:
-            scalars["prior/entropy_mean"] = float(np.mean(collected.prior_entropies))
-            scalars["prior/agreement"] = float(np.mean(collected.agreements))
-            scalars["prior/dropped_history"] = float(collected.dropped_history)
-            scalars["prior/over_length_prompts"] = float(collected.over_length_prompts)
-        return scalars

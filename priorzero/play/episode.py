@@ -48,9 +48,7 @@ class Episode:
             features: features of the new state, ``[F]``.
         """
         before = self.state
-        self.history.append(
-            HistoryStep(before.feedback, action_text, reward, before.place, before.room, before.score)
-        )
+        self.history.append(HistoryStep(before.feedback, action_text, reward, before.place, before.room, before.score))
         self.actions.append(action_index)
         self.features.append(features)
         self.total_reward += reward

@@ -1,38 +1,50 @@
-"""Plays games without learning from them: with both models, with either alone, and at random for comparison."""
+"""Evaluation: plays games without exploration and without learning."""
 
 from __future__ import annotations
 
 import asyncio
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 from loguru import logger
 
-from priorzero.play.player import Lane, Player
+from priorzero.envs import GameWorker
+from priorzero.play.episode import Episode
+from priorzero.play.player import Player
+from priorzero.settings import EvalMode
 from priorzero.types import GameWorkerError
 
-# mode -> how Player.decide is called
-PLAYS: dict[str, dict[str, bool]] = {
-    "world_model": {"explore": False, "use_prior": False},
-    "world_model_with_prior": {"explore": False},
-    "prior": {"explore": False, "use_search": False},
-    "prior_sampled": {"explore": True, "use_search": False},
-    "random": {"explore": True, "use_search": False, "use_prior": False},
+
+class DecideArguments(TypedDict, total=False):
+    """Arguments of :meth:`priorzero.play.player.Player.decide`."""
+
+    sample: bool
+    use_prior: bool
+    use_search: bool
+
+
+MODE_ARGUMENTS: dict[EvalMode, DecideArguments] = {
+    "world_model": {"use_prior": False},
+    "world_model_with_prior": {},
+    "prior": {"use_search": False},
+    "prior_sampled": {"use_search": False, "sample": True},
+    "random": {"use_search": False, "use_prior": False, "sample": True},
 }
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Episodes of one mode. The same parameters and seed give the same episodes.
+    """Episodes of one mode. Equal parameters and seeds give equal episodes.
 
     Attributes:
-        returns: sum of rewards of each episode.
-        scores: the game's own score at the end of each; some games give points before the first command.
-        wins: episodes that ended with a win.
-        max_score: the most points the game can give; the mean over games where several were played.
+        mode: which agent played, see ``eval.modes``.
+        returns: undiscounted return of each episode.
+        scores: the game's score at the end of each episode. Some games give points before the first action.
+        wins: number of episodes that ended with a win.
+        max_score: the largest possible score; the mean over the games if there are several.
     """
 
     mode: str
@@ -43,15 +55,21 @@ class Evaluation:
 
     @property
     def mean_return(self) -> float:
+        """Mean over the episodes."""
         return float(np.mean(self.returns))
 
     @property
     def mean_score(self) -> float:
+        """Mean over the episodes."""
         return float(np.mean(self.scores))
 
 
-def together(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The episodes of one mode on several games as one evaluation; there must be as many of each game."""
+# (mode, whether the games are unseen in training) -> game -> evaluation
+Evaluations = Mapping[tuple[str, bool], Mapping[str, Evaluation]]
+
+
+def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
+    """Evaluations of one mode on several games as one. All games must have the same number of episodes."""
     return Evaluation(
         mode=evaluations[0].mode,
         returns=[value for e in evaluations for value in e.returns],
@@ -62,106 +80,124 @@ def together(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 class Evaluator:
-    """Plays ``episodes`` episodes a mode of one game.
+    """Evaluates on one game.
 
     Args:
-        game: its name.
-        workers: processes that play it, each with a seed of its own.
+        game: name of the game.
+        workers: processes that play it, each with its own seed.
         player: makes the decisions.
-        episodes: episodes a mode.
-        seed: of the modes that draw their commands.
+        episodes: number of episodes of each mode.
+        seed: seed of the modes that sample their actions.
     """
 
-    def __init__(self, game: str, workers: Sequence[Any], *, player: Player, episodes: int, seed: int) -> None:
+    def __init__(self, game: str, workers: Sequence[GameWorker], *, player: Player, episodes: int, seed: int) -> None:
         self.game = game
-        self._workers = workers
+        self.workers = workers
         self._player = player
         self._episodes = episodes
         self._seed = seed
 
-    async def evaluate(self, mode: str) -> Evaluation:
-        """Play one mode. What it sees leaves no trace in training: new actions are numbered in a copy.
+    async def evaluate(self, mode: EvalMode) -> Evaluation:
+        """Play one mode. Training is not affected: new actions get indices in a copy of the vocabulary.
 
         Raises:
             GameWorkerError: no episode could be finished.
         """
         player = copy.copy(self._player)
         player.indexer = copy.deepcopy(self._player.indexer)
-        finished: list[Lane] = []
+        finished: list[Episode] = []
         failure: GameWorkerError | None = None
         seed = np.random.SeedSequence(self._seed)
         while len(finished) < self._episodes:
-            workers = self._workers[: self._episodes - len(finished)]
-            lanes, error = await self._play(workers, player, seed, **PLAYS[mode])
+            workers = self.workers[: self._episodes - len(finished)]
+            episodes, error = await self._play(workers, player, seed, mode=mode)
             failure = error or failure
-            if not lanes:
+            if not episodes:
                 assert failure is not None
                 raise failure
-            finished += lanes
+            finished += episodes
         return Evaluation(
             mode=mode,
-            returns=[lane.total_reward for lane in finished],
-            scores=[lane.state.score for lane in finished],
-            wins=sum(lane.state.won for lane in finished),
+            returns=[episode.total_reward for episode in finished],
+            scores=[episode.state.score for episode in finished],
+            wins=sum(episode.state.won for episode in finished),
             max_score=finished[0].state.max_score,
         )
 
     async def _play(
-        self, workers: Sequence[Any], player: Player, seed: np.random.SeedSequence, **how: bool
-    ) -> tuple[list[Lane], GameWorkerError | None]:
-        """One episode a worker; those whose game failed are left out, and the last failure is returned."""
+        self, workers: Sequence[GameWorker], player: Player, seed: np.random.SeedSequence, *, mode: EvalMode
+    ) -> tuple[list[Episode], GameWorkerError | None]:
+        """One episode in each worker; episodes of failed games are left out, and the last failure is returned."""
         failure: GameWorkerError | None = None
         states = await asyncio.gather(*(worker.reset() for worker in workers), return_exceptions=True)
         playing = []
-        for worker, state, child in zip(workers, states, seed.spawn(len(workers)), strict=True):
+        for e, (state, child) in enumerate(zip(states, seed.spawn(len(workers)), strict=True)):
             if isinstance(state, GameWorkerError):
-                logger.warning(f"an evaluation game could not begin ({state})")
+                logger.warning(f"a game of the evaluation could not start ({state})")
                 failure = state
             elif isinstance(state, BaseException):
                 raise state
             else:
-                playing.append((worker, player.new_lane(state, np.random.default_rng(child))))
+                playing.append(player.new_episode(e, state, rng=np.random.default_rng(child)))
         finished = []
         while playing:
-            decisions = await player.decide([lane for _, lane in playing], **how)
+            decisions = await player.decide(playing, **MODE_ARGUMENTS[mode])
             outcomes = await asyncio.gather(
-                *(worker.step(d.action_text) for (worker, _), d in zip(playing, decisions, strict=True)),
+                *(workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)),
                 return_exceptions=True,
             )
-            still = []
-            for (worker, lane), decision, outcome in zip(playing, decisions, outcomes, strict=True):
+            failed: set[int] = set()
+            for episode, decision, outcome in zip(playing, decisions, outcomes, strict=True):
                 if isinstance(outcome, GameWorkerError):
-                    logger.warning(f"an evaluation game failed ({outcome}); its episode does not count")
+                    logger.warning(f"a game of the evaluation failed ({outcome}); its episode does not count")
                     failure = outcome
+                    failed.add(episode.env)
                     continue
                 if isinstance(outcome, BaseException):
                     raise outcome
                 state, reward = outcome
-                lane.advance(
+                episode.advance(
                     action_text=decision.action_text,
-                    action_index=int(decision.action_indices[decision.chosen]),
+                    action_index=decision.action_index,
                     reward=reward,
                     state=state,
                     features=player.features(state),
                 )
-                if state.done:
-                    finished.append(lane)
-                else:
-                    still.append((worker, lane))
-            playing = still
+            playing = [episode for episode in playing if episode.env not in failed]
+            finished += [episode for episode in playing if episode.state.done]
+            playing = [episode for episode in playing if not episode.state.done]
         return finished, failure
 
 
-async def evaluate_all(evaluators: Evaluators) -> dict[tuple[str, bool], dict[str, Evaluation]]:
-    """``(mode, unseen)`` to the evaluation of each game. A game that cannot be played is left out, and this is said."""
-    played: dict[tuple[str, bool], dict[str, Evaluation]] = {}
-    for unseen, chosen in ((False, evaluators.seen), (True, evaluators.unseen)):
-        for mode in evaluators.modes:
-            for evaluator in chosen:
-                try:
-                    played.setdefault((mode, unseen), {})[evaluator.game] = await evaluator.evaluate(mode)
-                except GameWorkerError as error:
-                    logger.error(f"evaluation, {mode}: {evaluator.game} is left out ({error})")
-    return {key: of_games for key, of_games in played.items() if of_games}
+@dataclass(frozen=True)
+class Evaluators:
+    """The evaluators of all games of a run.
 
+    Attributes:
+        modes: the modes of ``eval.modes``.
+        seen: evaluators of the games of ``run.env_id``.
+        unseen: evaluators of the games of ``eval.unseen``.
+    """
 
+    modes: Sequence[EvalMode]
+    seen: Sequence[Evaluator]
+    unseen: Sequence[Evaluator]
+
+    @property
+    def workers(self) -> list[GameWorker]:
+        """The processes of all games."""
+        return [worker for evaluator in [*self.seen, *self.unseen] for worker in evaluator.workers]
+
+    async def evaluate(self) -> Evaluations:
+        """Evaluate all modes on all games. A game that cannot be played is left out, and this is logged."""
+        results: dict[tuple[str, bool], dict[str, Evaluation]] = {}
+        for unseen, evaluators in ((False, self.seen), (True, self.unseen)):
+            for mode in self.modes:
+                for evaluator in evaluators:
+                    try:
+                        evaluation = await evaluator.evaluate(mode)
+                    except GameWorkerError as error:
+                        logger.error(f"evaluation, {mode}: {evaluator.game} is left out ({error})")
+                    else:
+                        results.setdefault((mode, unseen), {})[evaluator.game] = evaluation
+        return results

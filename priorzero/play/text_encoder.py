@@ -1,4 +1,4 @@
-"""Frozen text features: every text is encoded once, when it is first seen."""
+"""The frozen text encoder: features of a game state. Each text is encoded once."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ from priorzero.llm.models import resolve_model
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.types import GameState, UserError
 
-# Among a thousand entries of embeddings two numbers drown, and with them what tells one more point from one less.
+# A single number would have little weight among a thousand entries of embeddings, so score and moves are repeated.
 COUNTER_COPIES = 64
+CACHE_SIZE = 20_000  # texts; 1.5 kB each
+MAX_TOKENS = 256
 
 
 class TextEncoder:
-    """A pretrained sentence encoder, kept as it was pretrained.
+    """A pretrained sentence encoder with mean pooling (Reimers & Gurevych 2019). It is never trained.
 
-    Each text's embedding has unit length and is then multiplied by ``sqrt(D)``, which gives its entries a variance of
-    about one.
+    Feedback, room description and inventory are encoded separately. Each embedding has the norm ``sqrt(D)``, so that its
+    entries have a variance of about one.
 
     Args:
         path: ``package:NAME``, a folder, or a hub id.
-        device: where it runs.
-        cache_size: texts whose features are kept.
-        pooling: ``"mean"`` over the tokens (Reimers & Gurevych 2019), or ``"cls"``: the first token.
-        parts: ``"apart"`` encodes feedback, room and inventory each by itself, ``"together"`` as one text.
-        with_look: whether states carry room and inventory (decides ``F``).
-        max_moves: scale of the move counter among the features.
+        device: device of the encoder.
+        with_look: states have a room description and an inventory.
+        max_moves: the move counter is divided by this.
+        cache_size: number of texts whose embeddings are kept.
 
     Raises:
         UserError: the encoder cannot be found or loaded.
@@ -40,11 +40,9 @@ class TextEncoder:
         path: str,
         *,
         device: torch.device | str = "cpu",
-        pooling: str = "mean",
-        parts: str = "apart",
-        cache_size: int,
         with_look: bool,
         max_moves: int,
+        cache_size: int = CACHE_SIZE,
     ) -> None:
         from transformers import AutoModel, AutoTokenizer
 
@@ -56,51 +54,44 @@ class TextEncoder:
         except (OSError, ValueError) as error:
             raise UserError(f"encoder.path={path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
         self._model.requires_grad_(False)
-        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()
+        self._cache: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._cache_size = cache_size
-        self._pooling = pooling
-        self._parts = parts
         self._with_look = with_look
         self._max_moves = max_moves
-        self.embedding_size = int(self._model.config.hidden_size)
+        self.embedding_size = int(self._model.config.hidden_size)  # D
 
     @property
     def feature_size(self) -> int:
         """``F``."""
-        return self.embedding_size * (3 if self._with_look and self._parts == "apart" else 1) + 2 * COUNTER_COPIES
+        return self.embedding_size * (3 if self._with_look else 1) + 2 * COUNTER_COPIES
 
     def features(self, states: Sequence[GameState]) -> np.ndarray:
-        """Features of some states, ``[n, F]`` float32: embeddings, share of points, share of moves."""
-        parts = [self._texts(state) for state in states]
-        self._encode_missing(sorted({text for texts in parts for text in texts}))
+        """Features of n states, ``[n, F]`` float32: embeddings, share of the maximal score, share of the moves."""
+        texts_of = [self._texts(state) for state in states]
+        self._encode_missing(sorted({text for texts in texts_of for text in texts}))
         rows = [
             np.concatenate([*(self._cache[text] for text in texts), self._counters(state)])
-            for state, texts in zip(states, parts, strict=True)
+            for state, texts in zip(states, texts_of, strict=True)
         ]
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
         return np.stack(rows).astype(np.float32)
 
     def _texts(self, state: GameState) -> list[str]:
-        texts = [state.feedback, state.look, state.inventory] if self._with_look else [state.feedback]
-        return texts if self._parts == "apart" else ["\n".join(texts)]
+        return [state.feedback, state.look, state.inventory] if self._with_look else [state.feedback]
 
     def _counters(self, state: GameState) -> np.ndarray:
-        points = state.score / state.max_score if state.max_score else state.score / 100.0
-        return np.repeat([points, state.moves / self._max_moves], COUNTER_COPIES)
+        score = state.score / state.max_score if state.max_score else state.score / 100.0
+        return np.repeat([score, state.moves / self._max_moves], COUNTER_COPIES)
 
     @torch.inference_mode()
-    def _encode_missing(self, texts: list[str]) -> None:
+    def _encode_missing(self, texts: Sequence[str]) -> None:
         for text in texts:
             if text in self._cache:
                 self._cache.move_to_end(text)
                 continue
-            # One text at a time: padding to a neighbour's length would change the last digits of the features, and
-            # with them, now and then, a search.
-            inputs = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=256)
+            # One text at a time: padding in a batch would change the last digits of the features.
+            inputs = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=MAX_TOKENS)
             hidden = self._model(**inputs.to(self._model.device)).last_hidden_state[0]  # (T, D)
-            unit = (
-                torch.nn.functional.normalize((hidden.mean(dim=0) if self._pooling == "mean" else hidden[0]), dim=0)
-                * self.embedding_size**0.5
-            )
-            self._cache[text] = unit.cpu().numpy()
+            embedding = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0) * self.embedding_size**0.5
+            self._cache[text] = embedding.cpu().numpy()

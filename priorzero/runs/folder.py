@@ -1,26 +1,33 @@
-"""The folder of a run."""
+"""The folder of a run: its name, its lock and its files."""
 
 from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
 from loguru import logger
 
 from priorzero.config import dump_settings
-from priorzero.envs.games import GameSpec
-from priorzero.runs.checkpoint import RUN_NAME, saved_checkpoints
-from priorzero.runs.metrics import open_logs
+from priorzero.envs import GameSpec
+from priorzero.runs.checkpoint import saved_checkpoints
+from priorzero.runs.progress import open_logs
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
+RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")
+
 
 def new_run_folder(settings: Settings, games: Sequence[GameSpec]) -> Path:
-    """The run's folder, not made yet. A name that was given must be new; a made-up one is."""
+    """The path of a new run's folder, which is not created yet.
+
+    Raises:
+        UserError: the name is invalid or exists, or the folder cannot be created.
+    """
     root, name = Path(settings.run.output_dir), settings.run.exp_name
     if name:
         if not RUN_NAME.fullmatch(name):
@@ -29,42 +36,66 @@ def new_run_folder(settings: Settings, games: Sequence[GameSpec]) -> Path:
             )
         if (root / name).exists():
             raise UserError(
-                f"run.exp_name={name}: {root / name} exists and is left as it is; "
-                "give another name, or none to get a new one"
+                f"run.exp_name={name}: {root / name} exists already; give another name, or none to get a new one"
             )
     else:
-        several = f"_and_{len(games) - 1}_more" if len(games) > 1 else ""
-        stem = f"{games[0].name}{several}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+        others = f"_and_{len(games) - 1}_more" if len(games) > 1 else ""
+        stem = f"{games[0].name}{others}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
         names = [stem, *(f"{stem}_{n}" for n in range(2, 100))]
         name = next(n for n in names if not (root / n).exists())
     existing = next(p for p in (root, *root.absolute().parents) if p.exists())
     if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run.output_dir={root}: {existing} is not a folder that can be written to; give another one")
+        raise UserError(f"run.output_dir={root}: {existing} is not a writable folder; give another one")
     return root / name
 
 
-def begin_files(settings: Settings, folder: Path, *, again: bool) -> TextIO | None:
-    """Open a run's folder and logs; returns the lock of a new run (one that goes on has been locked).
+def create_files(settings: Settings, folder: Path, *, resumed: bool) -> TextIO | None:
+    """Create a run's folder, write its settings and open its logs.
+
+    Returns:
+        The lock of a new run; None for a resumed one, which is locked already.
 
     Raises:
-        UserError: the folder cannot be written to.
+        UserError: the folder cannot be written.
     """
     try:
-        (folder / "log").mkdir(parents=True, exist_ok=again)
+        (folder / "log").mkdir(parents=True, exist_ok=resumed)
         (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
     except OSError as error:
         where = settings.run.output_dir
         raise UserError(f"run.output_dir={where}: cannot be written ({error}); give another folder") from error
     open_logs(folder / "log")
-    return None if again else claim(folder)
+    return None if resumed else lock_folder(folder)
 
 
-def cut_files(folder: Path, sizes: dict[str, int]) -> None:
-    """Shorten what a run appends to, to what it held when its checkpoint was written; what came later is done again.
+def lock_folder(folder: Path) -> TextIO:
+    """Lock a run's folder against other processes, as long as the returned file is open.
+
+    If the file system has no locks, a warning is logged.
+
+    Raises:
+        UserError: another process holds the lock, or the folder cannot be written.
+    """
+    try:
+        file = (folder / ".lock").open("w", encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error})") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.close()
+        raise UserError(f"{folder}: another process is running this run; stop that process first") from error
+    except OSError as error:
+        logger.warning(f"{folder} cannot be locked ({error}); make sure that no other process resumes this run")
+    return file
+
+
+def truncate_files(folder: Path, sizes: Mapping[str, int]) -> None:
+    """Cut the files that a run appends to, to their sizes when its checkpoint was written.
 
     Args:
         folder: the run's.
-        sizes: bytes of each file; event files that are not among them were begun later.
+        sizes: size in bytes of each file. Event files that are not listed are removed: they were created later.
     """
     for path in [folder / "episodes.jsonl", folder / "evaluations.jsonl", *folder.glob("events.out.tfevents.*")]:
         if not path.exists():
@@ -77,36 +108,17 @@ def cut_files(folder: Path, sizes: dict[str, int]) -> None:
                 file.truncate(size)
 
 
-def claim(folder: Path) -> TextIO:
-    """Keep other processes from writing into a run's folder, for as long as the file is open.
+def rename_unsaved(folder: Path) -> Path | None:
+    """Rename the folder of a run that ended before it saved anything, so that its name is free.
 
-    A file system that knows no locks keeps nobody out; this is logged.
-
-    Raises:
-        UserError: another process has it, or the folder cannot be written to.
-    """
-    try:
-        file = (folder / ".lock").open("w", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written to ({error})") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        file.close()
-        raise UserError(f"{folder}: another process is running this run; end that one first") from error
-    except OSError as error:
-        logger.warning(f"{folder} cannot be locked ({error}): see to it that no other process goes on with this run")
-    return file
-
-
-def set_unsaved_aside(folder: Path) -> Path | None:
-    """Rename the folder of a run that ended before it saved anything, so that its name is free; None if there is none.
+    Returns:
+        The new path; None if there is no such folder.
 
     Raises:
-        UserError: the run is under way.
+        UserError: the run is still running.
     """
     if not folder.is_dir() or saved_checkpoints(folder):
         return None
-    claim(folder).close()
+    lock_folder(folder).close()
     names = (folder.with_name(f"{folder.name}.unsaved{n}") for n in range(1, 1000))
     return folder.rename(next(name for name in names if not name.exists()))

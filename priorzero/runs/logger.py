@@ -1,40 +1,95 @@
-"""What every training loop tells: scalars, ``episodes.jsonl``, ``evaluations.jsonl``, and how far it is."""
+"""What a run logs: TensorBoard metrics, ``episodes.jsonl``, ``evaluations.jsonl`` and the progress line."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from loguru import logger
 
-from priorzero.play.collector import Episode
-from priorzero.play.evaluator import Evaluation, together
-from priorzero.runs.metrics import MetricsWriter, Progress
-from priorzero.settings import Settings
+from priorzero.play.episode import EpisodeResult
+from priorzero.play.evaluator import Evaluation, Evaluations, merge
+from priorzero.runs.counters import Counters
+from priorzero.runs.progress import Progress
+from priorzero.runs.summary import peak_memory_mb
+from priorzero.runtime.timeline import TimeUsage
+from priorzero.settings import RunSettings
 from priorzero.types import Plain
+from priorzero.world_model.segment import PriorZeroGameSegment
+
+# The first of these modes that was evaluated is the run's main result.
+MAIN_MODES = ("world_model_with_prior", "world_model")
 
 
-class Teller:
-    """Writes what happens into a run's folder and to the terminal.
+class MetricsWriter:
+    """Writes scalars for TensorBoard and keeps the last value of each.
+
+    A value that is not finite is not written. It is counted and logged.
+
+    Args:
+        folder: folder of the event file.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        from tensorboardX.event_file_writer import EventsWriter
+
+        # Not SummaryWriter: its thread writes at an unknown later time, and a full disk ends it.
+        number = len(self._files(folder))
+        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{number}" if number else "")
+        self._folder = folder
+        self.last: dict[str, float] = {}
+        self.num_not_finite = 0
+
+    def write(self, scalars: Mapping[str, float], *, step: int) -> None:
+        """Write scalars and flush the file."""
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for name, value in scalars.items():
+            if not math.isfinite(value):
+                self.num_not_finite += 1
+                logger.error(f"{name} is {value} at step {step}")
+                continue
+            self.last[name] = float(value)
+            summary = scalar(name, float(value))
+            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._writer.flush()
+
+    def sizes(self) -> dict[str, int]:
+        """Size in bytes of each event file of the run."""
+        return {path.name: path.stat().st_size for path in self._files(self._folder)}
+
+    @staticmethod
+    def _files(folder: Path) -> list[Path]:
+        return sorted(folder.glob("events.out.tfevents.*"))
+
+    def close(self) -> None:
+        """Close the event file."""
+        self._writer.close()
+
+
+class RunLogger:
+    """Logs a run into its folder and to the terminal.
 
     Args:
         folder: the run's.
-        settings: all settings.
-        told: what a run that goes on had told before (:meth:`state_dict`); None for a new one.
+        run: the ``run`` group of the settings.
+        state: :meth:`state_dict` of the run that is resumed; None for a new run.
     """
 
-    def __init__(self, folder: Path, settings: Settings, *, told: Plain | None = None) -> None:
-        run = settings.run
+    def __init__(self, folder: Path, run: RunSettings, *, state: Plain | None = None) -> None:
         self.folder = folder
         self.writer = MetricsWriter(folder)
         spent = 0.0
-        if told is not None:
-            self.writer.last, spent = told["last"], told["seconds"]
+        if state is not None:
+            self.writer.last, spent = state["last"], state["seconds"]
         self.progress = Progress(
             max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every, spent_s=spent
         )
@@ -42,43 +97,63 @@ class Teller:
 
     @property
     def seconds(self) -> float:
-        """Of the run so far."""
+        """Seconds that the run has taken so far."""
         return time.monotonic() - self._started
 
     def state_dict(self) -> Plain:
-        """What was told so far."""
+        """The last metrics, the time, and the sizes of all files that are appended to."""
         lines = {path.name: path.stat().st_size for path in self.folder.glob("e*.jsonl") if _synced(path)}
         return {"last": dict(self.writer.last), "seconds": self.seconds, "sizes": {**lines, **self.writer.sizes()}}
 
-    def show(self, counters: Mapping[str, int]) -> None:
-        """The progress line."""
+    def log_iteration(
+        self,
+        counters: Counters,
+        *,
+        scalars: Mapping[str, float],
+        prior: Mapping[str, float] | None,
+        time_usage: TimeUsage,
+        episodes: Iterable[EpisodeResult],
+    ) -> None:
+        """Log an iteration.
+
+        Args:
+            counters: of the run.
+            scalars: metrics of the iteration.
+            prior: metrics of the prior; None without an LLM.
+            time_usage: how the time of the iteration was used.
+            episodes: training episodes that ended in it.
+        """
+        iteration = counters.iteration
+        if prior is not None:
+            self.writer.write(prior, step=iteration)
+            short = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in prior.items())
+            logger.bind(topic="prior").info(f"iteration {iteration}: {short}")
+        timing = {**time_usage.scalars(), "memory/peak_mb": peak_memory_mb()}
+        self.writer.write({**scalars, **timing}, step=iteration)
+        logger.debug(f"iteration {iteration}, {time_usage.wall:.1f} s: {time_usage.describe()}")
+        self._append("episodes.jsonl", [dataclasses.asdict(episode) for episode in episodes])
         self.progress.show(
-            iteration=counters["iteration"],
-            env_step=counters["env_step"],
+            iteration=iteration,
+            env_step=counters.env_step,
             episode_return=self.writer.last.get("collector_iter/reward_mean"),
             loss=self.writer.last.get("train/total_loss"),
         )
 
-    def tell_prior(self, scalars: Mapping[str, float], *, iteration: int) -> None:
-        """What the LLM was asked."""
-        self.writer.write(scalars, step=iteration)
-        short = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in scalars.items())
-        logger.bind(topic="prior").info(f"iteration {iteration}: {short}")
-
-    def tell_episodes(self, episodes: Iterable[Episode]) -> None:
-        """Training episodes that have ended."""
-        self._append("episodes.jsonl", [dataclasses.asdict(episode) for episode in episodes])
-
-    def tell_evaluations(
-        self, played: dict[tuple[str, bool], dict[str, Evaluation]], *, env_step: int
+    def log_evaluations(
+        self, results: Evaluations, *, env_step: int, prior_fallbacks: float | None = None
     ) -> dict[str, Evaluation]:
-        """What :func:`priorzero.train.evaluate_all` returned; gives it back by mode, over all games.
+        """Log evaluations.
 
-        Games that were not trained on are ``unseen_MODE``.
-        The first played of world model with prior, world model, prior is the run's own figure.
+        Args:
+            results: by mode and game.
+            env_step: environment steps of the run so far.
+            prior_fallbacks: number of uniform priors in the evaluations; None without an LLM.
+
+        Returns:
+            The evaluations by mode, over all games; ``unseen_MODE`` for games that are not trained on.
         """
         evaluations, scalars = {}, {}
-        for (mode, unseen), of_games in played.items():
+        for (mode, unseen), of_games in results.items():
             self._append(
                 "evaluations.jsonl",
                 [
@@ -87,18 +162,23 @@ class Teller:
                 ],
             )
             name = f"unseen_{mode}" if unseen else mode
-            evaluations[name] = evaluation = together(list(of_games.values()))
+            evaluations[name] = evaluation = merge(list(of_games.values()))
             logger.info(
                 f"evaluation at {env_step} env steps, {name}: scores {evaluation.scores} of {evaluation.max_score:g}"
             )
             scalars[f"evaluator_step/{name}_reward_mean"] = evaluation.mean_return
             scalars[f"evaluator_step/{name}_score_mean"] = evaluation.mean_score
-        for main in ("world_model_with_prior", "world_model", *evaluations):
-            if main in evaluations:
-                scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
-                break
+        main = next((mode for mode in (*MAIN_MODES, *evaluations) if mode in evaluations), None)
+        if main is not None:
+            scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
+        if prior_fallbacks is not None:
+            scalars["evaluator_step/prior_fallbacks"] = prior_fallbacks
         self.writer.write(scalars, step=env_step)
         return evaluations
+
+    def close(self) -> None:
+        """Close the files."""
+        self.writer.close()
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         seconds = round(self.seconds, 1)
@@ -106,8 +186,22 @@ class Teller:
             file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
 
 
+def log_segments(segments: Iterable[PriorZeroGameSegment], *, iteration: int) -> None:
+    """A line in ``segments.log`` for each new game segment."""
+    log = logger.bind(topic="segments")
+    for segment in segments:
+        records = segment.records
+        log.info(
+            f"iteration {iteration}: episode {records[0].episode}, steps {records[0].step}-{records[-1].step}, "
+            f"{len(records)} decisions, reward {sum(r.reward for r in records):g}, "
+            f"root value {np.mean([r.root_value for r in records]):.3f}, "
+            f"predicted {np.mean([r.predicted_value for r in records]):.3f}, "
+            f"with prompt {sum(bool(r.prompt) for r in records)}, ends episode {records[-1].done}"
+        )
+
+
 def _synced(path: Path) -> bool:
-    """True once the file is on the disk as far as it was written."""
+    """True once everything written to the file is on the disk."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     return True

@@ -1,34 +1,26 @@
-"""Updates that were not applied because something in them is not finite."""
+"""Non-finite updates: they are skipped, their batches are saved, and too many in a row end the run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from loguru import logger
 
 from priorzero.types import NonFiniteError, Plain, StepRecord, UserError
 from priorzero.world_model.records import RecordTable
 
-
-def plain_batch(batch: Sequence[Any]) -> Plain:
-    """The arrays of LightZero's current and target batch, in their order."""
-    parts = {"current": batch[0], "target": batch[1]}
-    return {name: [torch.as_tensor(np.asarray(array)) for array in part] for name, part in parts.items()}
+MAX_SAVED_BATCHES = 5  # of a run
 
 
-class DroppedUpdates:
-    """Keeps what was to be learned from where an update was not applied, and ends the run after too many in a row.
+class NonFiniteUpdates:
+    """Counts non-finite updates and saves their batches.
 
     Args:
-        folder: the batches go there, in plain data, the first ``KEPT`` of a run.
-        limit: updates in a row, of one model.
+        folder: folder of the saved batches, the first :data:`MAX_SAVED_BATCHES` of a run.
+        limit: the run ends after this many in a row of one model.
     """
-
-    KEPT = 5
 
     def __init__(self, folder: Path, *, limit: int) -> None:
         self._folder = folder
@@ -43,32 +35,35 @@ class DroppedUpdates:
         self.total, self._in_a_row = state["total"], dict(state["in_a_row"])
 
     def applied(self, model: str) -> None:
+        """An update of ``model`` was applied."""
         self._in_a_row[model] = 0
 
-    def dropped(self, model: str, error: NonFiniteError, *, records: Sequence[StepRecord], arrays: Plain) -> None:
-        """Take note of an update that was not applied.
+    def skipped(self, model: str, error: NonFiniteError, *, records: Sequence[StepRecord], arrays: Plain) -> None:
+        """An update was skipped.
 
         Args:
             model: ``"world model"`` or ``"LLM"``.
-            error: names the culprit.
-            records: the decisions it began from.
-            arrays: what was computed with, if there is more.
+            error: says what is not finite.
+            records: the decisions of the batch.
+            arrays: further arrays of the batch.
 
         Raises:
-            UserError: it was the last in a row that is allowed.
+            UserError: it is the last non-finite update in a row that is allowed.
         """
         self.total += 1
         self._in_a_row[model] = self._in_a_row.get(model, 0) + 1
         try:
-            kept = self._keep(error, records, arrays)
-        except (OSError, RuntimeError) as problem:  # torch raises RuntimeError for a full disk
-            kept = f"; what it was to learn from could not be kept ({problem})"
-        logger.error(f"update left out: {error}{kept}")
+            saved = self._save(error, records, arrays)
+        except (OSError, RuntimeError) as problem:  # torch raises RuntimeError if the disk is full
+            saved = f"; the batch could not be saved ({problem})"
+        logger.error(f"skipped a non-finite update: {error}{saved}")
         if self._in_a_row[model] >= self._limit:
-            raise UserError(f"{self._limit} updates in a row were left out (train.max_nonfinite_updates): {error}") from error
+            raise UserError(
+                f"{self._limit} non-finite updates in a row were skipped (train.max_nonfinite_updates): {error}"
+            ) from error
 
-    def _keep(self, error: NonFiniteError, records: Sequence[StepRecord], arrays: Plain) -> str:
-        files = (self._folder / f"batch_{n}.pt" for n in range(1, self.KEPT + 1))
+    def _save(self, error: NonFiniteError, records: Sequence[StepRecord], arrays: Plain) -> str:
+        files = (self._folder / f"batch_{n}.pt" for n in range(1, MAX_SAVED_BATCHES + 1))
         file = next((file for file in files if not file.exists()), None)
         if file is None:
             return ""
@@ -77,6 +72,4 @@ class DroppedUpdates:
             table.number(record)
         self._folder.mkdir(exist_ok=True)
         torch.save({"error": str(error), "records": table.state_dict(), "arrays": arrays}, file)
-        return f"; what it was to learn from is in {file}"
-
-
+        return f"; the batch was saved to {file}"

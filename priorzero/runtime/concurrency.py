@@ -1,4 +1,4 @@
-"""What keeps the parts of the loop apart: a thread that owns something, a gate, and tasks that fail together."""
+"""Threads, locks, stop signals and groups of tasks for the asyncio loop of a run."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ T = TypeVar("T")
 
 
 class OwnerThread:
-    """The only thread that touches something, such as the world model. Calls run one at a time, in their order.
+    """A single worker thread that owns an object, such as the world model.
 
-    The loop goes on meanwhile. A cancelled call that has begun is still run to its end.
+    All calls that use the object run in this thread, one at a time and in order. The event loop is not blocked. If a
+    call is cancelled after it has started, it still runs to its end.
 
     Args:
-        name: of the thread.
-        timeline: takes note of what runs.
+        name: the thread's name.
+        timeline: records when calls run.
     """
 
     def __init__(self, name: str, timeline: Timeline) -> None:
@@ -39,7 +40,7 @@ class OwnerThread:
         self._timeline = timeline
 
     async def run(self, span: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """``function(*args, **kwargs)`` in the thread, in the timeline as ``span``."""
+        """Run ``function(*args, **kwargs)`` in the thread and record it in the timeline as ``span``."""
         work = functools.partial(self._timed, span, function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
@@ -48,51 +49,58 @@ class OwnerThread:
             return function(*args, **kwargs)
 
     def close(self) -> None:
-        """Wait for what has begun; drop what has not."""
+        """Wait for the call that is running, and cancel the calls that have not started."""
         self._executor.shutdown(wait=True, cancel_futures=True)
 
 
-class Gate:
-    """Many may pass together, or one alone. Who wants to be alone goes before those who come later."""
+class ReadersWriterLock:
+    """An asyncio readers-writer lock that prefers writers.
+
+    Any number of tasks can hold it in shared mode, or one task in exclusive mode. A waiting exclusive request blocks
+    shared requests that come after it.
+    """
 
     def __init__(self) -> None:
-        self._inside = 0
-        self._alone = asyncio.Lock()  # held by whoever is alone or waits for the others to leave
-        self._empty = asyncio.Event()
-        self._empty.set()
+        self._num_readers = 0
+        self._writer = asyncio.Lock()  # held by the writer, also while it waits for the readers to finish
+        self._no_readers = asyncio.Event()
+        self._no_readers.set()
 
     @asynccontextmanager
-    async def together(self) -> AsyncIterator[None]:
-        async with self._alone:
-            self._inside += 1
-            self._empty.clear()
+    async def shared(self) -> AsyncIterator[None]:
+        """Hold the lock together with other readers."""
+        async with self._writer:
+            self._num_readers += 1
+            self._no_readers.clear()
         try:
             yield
         finally:
-            self._inside -= 1
-            if not self._inside:
-                self._empty.set()
+            self._num_readers -= 1
+            if not self._num_readers:
+                self._no_readers.set()
 
     @asynccontextmanager
-    async def alone(self) -> AsyncIterator[None]:
-        async with self._alone:
-            await self._empty.wait()
+    async def exclusive(self) -> AsyncIterator[None]:
+        """Hold the lock alone."""
+        async with self._writer:
+            await self._no_readers.wait()
             yield
 
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
-# Folders of this process that nobody needs after it.
-scratch_folders: set[Path] = set()
+scratch_folders: set[Path] = set()  # temporary folders of this process, which `exit_immediately` deletes
 
 
-def end_at_once() -> NoReturn:
-    """End this process and all that it has started, with exit code 130. What hangs cannot hold this up."""
+def exit_immediately() -> NoReturn:
+    """Kill all child processes, delete the scratch folders and exit with code 130, without any other cleanup.
+
+    It does not wait for threads or tasks, so a hanging one cannot delay the exit.
+    """
     for process in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):
-            if "resource_tracker" not in " ".join(
-                process.cmdline()
-            ):  # Python's own: removes shared memory, then leaves
+            # Python's resource tracker frees shared memory and then exits by itself.
+            if "resource_tracker" not in " ".join(process.cmdline()):
                 process.kill()
     for folder in scratch_folders:
         shutil.rmtree(folder, ignore_errors=True)
@@ -100,69 +108,88 @@ def end_at_once() -> NoReturn:
 
 
 @contextmanager
-def signals_end_at_once() -> Iterator[None]:
-    """Until the end of the block Ctrl-C and SIGTERM end the process at once, where nothing else listens to them."""
+def exit_immediately_on_signal() -> Iterator[None]:
+    """Within the block, Ctrl-C and SIGTERM exit the process immediately unless another handler is installed.
 
-    def end(number: int, frame: FrameType | None) -> NoReturn:
-        # Not print: the signal may have come in the middle of another one.
-        os.write(2, f"{signal.Signals(number).name}: ended at once; nothing more is saved\n".encode())
-        end_at_once()
+    Outside the main thread this does nothing, because signal handlers can only be installed there.
+    """
 
-    listens = threading.current_thread() is threading.main_thread()
-    before = {number: signal.signal(number, end) for number in STOP_SIGNALS} if listens else {}
+    def handle(number: int, frame: FrameType | None) -> NoReturn:
+        # Not `print`: the signal may have interrupted another print, which is not reentrant.
+        os.write(2, f"{signal.Signals(number).name}: exiting immediately; nothing more is saved\n".encode())
+        exit_immediately()
+
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS} if in_main_thread else {}
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)
 
 
 class StopRequest:
-    """The wish to end a run, by Ctrl-C or SIGTERM. The first is noted; a second one ends the process at once."""
+    """A request to stop the run, made by Ctrl-C or SIGTERM.
+
+    The first request is recorded, so that the run can save its state. The second one exits the process immediately.
+    """
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
+        """Whether a stop was requested."""
         return self._event.is_set()
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take these signals from now on, and give them back afterwards. Outside the main thread none arrive."""
+    def handle_signals(self) -> Iterator[None]:
+        """Within the block, handle the stop signals. Outside the main thread this does nothing."""
         loop = asyncio.get_running_loop()
-        listens = threading.current_thread() is threading.main_thread()
-        before = {number: signal.getsignal(number) for number in STOP_SIGNALS} if listens else {}
-        for number in before:
-            loop.add_signal_handler(number, self.ask, number.name)
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS} if in_main_thread else {}
+        for number in previous:
+            loop.add_signal_handler(number, self.request, number.name)
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
 
-    def ask(self, reason: str) -> None:
-        if self.asked:
-            logger.warning(f"{reason} once more: ended at once, nothing is saved")
-            end_at_once()
-        self._event.set()
-        logger.warning(f"{reason}: the step is finished and saved, then the run ends (once more ends it at once)")
+    def request(self, reason: str) -> None:
+        """Request a stop; the second request exits the process immediately.
 
-    async def before(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """The result of ``work``, or None if the wish came first; ``work`` has then been cancelled and has ended."""
-        task, wish = asyncio.ensure_future(work), asyncio.ensure_future(self._event.wait())
+        Args:
+            reason: the cause, for the log.
+        """
+        if self.requested:
+            logger.warning(f"second {reason}: exiting immediately; nothing more is saved")
+            exit_immediately()
+        self._event.set()
+        logger.warning(
+            f"{reason}: the run will stop when the current step is finished and saved (a second signal exits "
+            "immediately)"
+        )
+
+    async def run_or_cancel(self, work: Coroutine[Any, Any, T]) -> T | None:
+        """Run a coroutine, but cancel it when a stop is requested.
+
+        Returns:
+            The result of ``work``; None if it was cancelled. In both cases ``work`` has ended.
+        """
+        task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._event.wait())
         try:
-            await asyncio.wait([task, wish], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)
             return await task if task.done() else None
         finally:
-            for each in (task, wish):
+            for each in (task, stop):
                 each.cancel()
-            await asyncio.gather(task, wish, return_exceptions=True)
+            await asyncio.gather(task, stop, return_exceptions=True)
 
 
 async def gather_or_cancel(*work: Coroutine[Any, Any, T]) -> list[T]:
-    """Like :func:`asyncio.gather`, but when one fails the others are cancelled and have ended before it is raised."""
+    """Like :func:`asyncio.gather`, but when one coroutine fails, the others are cancelled and awaited first."""
     tasks = [asyncio.ensure_future(w) for w in work]
     try:
         return list(await asyncio.gather(*tasks))

@@ -1,7 +1,7 @@
-"""What the learners of one model say to one another: nothing where there is one, PyTorch's collectives where several.
+"""Collective communication between the data-parallel learners of one model.
 
-How gradients are exchanged and parameters are cut up is PyTorch's business: DistributedDataParallel, or FSDP2's
-``fully_shard``. Both average gradients over the learners.
+Gradients and parameters are exchanged by PyTorch: DistributedDataParallel, or FSDP2's ``fully_shard``. Both average
+gradients over the learners.
 """
 
 from __future__ import annotations
@@ -18,40 +18,46 @@ Sharding = Literal["ddp", "fsdp"]
 
 
 class ProcessGroup:
-    """A learner alone.
+    """The process group of a single learner: every operation is local.
 
     Attributes:
-        rank: this learner's number, from 0.
-        size: how many there are.
+        rank: this learner's index, from 0.
+        size: number of learners.
     """
 
     rank = 0
     size = 1
 
     def wrap(self, module: nn.Module) -> nn.Module:
-        """The module whose forward passes have their gradients exchanged; call it before an optimiser is made."""
+        """Return ``module`` prepared for the exchange of gradients. Call it before the optimiser is created."""
         return module
 
-    def accumulating(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Around forward and backward pass of a micro-batch: gradients are exchanged in the last one."""
+    def accumulate(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Context of the forward and backward pass of one micro-batch.
+
+        Gradients are accumulated locally and are exchanged in the last micro-batch only.
+        """
         return contextlib.nullcontext()
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
-        """Each value summed over all learners, which all get the same."""
+        """Sum each value over all learners. All learners get the same result."""
         return dict(values)
 
-    def gather(self, items: Sequence[Any]) -> list[Any]:
-        """What :meth:`share` cut up, put together again."""
-        return list(items)
+    def shard(self, items: Sequence[Any]) -> list[Any]:
+        """This learner's part of ``items``: every ``size``-th item from ``rank`` on.
 
-    def share(self, items: Sequence[Any]) -> list[Any]:
-        """This learner's part: every ``size``-th item. Parts are as long as one another if their number divides."""
+        All parts have the same length if ``size`` divides the number of items.
+        """
         return list(items[self.rank :: self.size])
 
-    def state_dict(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-        """Trained parameters and optimiser state, whole, by name; all learners must call it.
+    def gather(self, items: Sequence[Any]) -> list[Any]:
+        """Collect the items of all learners. This is the inverse of :meth:`shard`."""
+        return list(items)
 
-        On a CPU these are the live tensors: write or copy them before the next step.
+    def state_dict(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """The full trained parameters and optimiser state, by parameter name. All learners must call it.
+
+        On a CPU the tensors are not copies. Write or copy them before the next optimiser step.
         """
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict
 
@@ -60,7 +66,7 @@ class ProcessGroup:
         return {"model": model, "optimizer": optim}
 
     def load_state_dict(self, module: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`, with as many learners as one likes."""
+        """Load the result of :meth:`state_dict`. The number of learners may differ."""
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict
 
         set_state_dict(
@@ -72,20 +78,19 @@ class ProcessGroup:
         )
 
     def close(self) -> None:
-        """Leave the group."""
+        """Destroy the process group."""
 
 
 class TorchGroup(ProcessGroup):
-    """One of several learners, each in a process of its own, joined by ``torch.distributed``.
+    """The process group of several learners, one per process, which ``torch.distributed`` connects.
 
     Args:
-        rank: this learner's number, from 0.
-        size: how many there are.
+        rank: this learner's index, from 0.
+        size: number of learners.
         address: ``tcp://HOST:PORT`` of rank 0.
-        sharding: ``"ddp"``: each has all parameters; ``"fsdp"``: each has a part of them, of their gradients and of the
-            optimiser's state.
-        device: where the model is; decides between gloo and nccl.
-        timeout_s: the longest that one waits for the others.
+        sharding: ``"ddp"`` replicates the parameters; ``"fsdp"`` shards parameters, gradients and optimiser state.
+        device: the model's device. The backend is gloo on a CPU and nccl on a GPU.
+        timeout_s: time limit of one collective operation, in seconds.
     """
 
     def __init__(
@@ -106,7 +111,7 @@ class TorchGroup(ProcessGroup):
         if self._sharding == "ddp":
             from torch.nn.parallel import DistributedDataParallel
 
-            # No buffer of these models changes in a forward pass.
+            # The buffers of these models do not change in a forward pass.
             return DistributedDataParallel(module, forward_sync_buffers=False)
         from torch.distributed.device_mesh import init_device_mesh
         from torch.distributed.fsdp import fully_shard
@@ -118,8 +123,8 @@ class TorchGroup(ProcessGroup):
         fully_shard(module, mesh=mesh)
         return module
 
-    def accumulating(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        # FSDP adds up what each micro-batch leaves in the shards: as good, with a little more to send.
+    def accumulate(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
+        # FSDP reduces the gradients of each micro-batch into its shards. The result is the same; more data is sent.
         return contextlib.nullcontext() if last or self._sharding == "fsdp" else module.no_sync()  # type: ignore[operator]
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:

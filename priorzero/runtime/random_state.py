@@ -34,7 +34,7 @@ def global_random_state() -> Plain:
 
 
 def set_global_random_state(state: Plain) -> None:
-    """The inverse of :func:`global_random_state`. GPU generators are restored only if the number of GPUs is the same."""
+    """Restore :func:`global_random_state`. GPU generators are restored only if the number of GPUs is the same."""
     version, numbers, gauss = state["python"]
     random.setstate((version, tuple(numbers), gauss))
     inner = state["numpy"]["state"]

@@ -1,4 +1,4 @@
-"""When which part of an iteration ran: what overlapped, and for how long nothing ran at all."""
+"""Measures how the wall time of an iteration is used: which parts ran, how much they overlapped, and idle time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Span:
-    """A part that ran from ``start`` to ``end``, seconds of :func:`time.perf_counter`."""
+    """A part ``name`` that ran from ``start`` to ``end``, in seconds of :func:`time.perf_counter`."""
 
     name: str
     start: float
@@ -21,14 +21,14 @@ class Span:
 
 
 @dataclass(frozen=True)
-class Shares:
-    """How a stretch of time was used.
+class TimeUsage:
+    """How an interval of wall time was used, in seconds.
 
     Attributes:
-        wall: its length in seconds.
-        busy: seconds in which each part ran; a part that ran twice at the same time counts once.
-        overlapped: seconds in which two or more different parts ran.
-        idle: seconds in which none did.
+        wall: length of the interval.
+        busy: time in which each part ran; a part that ran twice at the same time counts once.
+        overlapped: time in which two or more different parts ran.
+        idle: time in which no part ran.
     """
 
     wall: float
@@ -36,12 +36,12 @@ class Shares:
     overlapped: float
     idle: float
 
-    def __add__(self, other: Shares) -> Shares:
+    def __add__(self, other: TimeUsage) -> TimeUsage:
         busy = {name: self.busy.get(name, 0.0) + other.busy.get(name, 0.0) for name in {**self.busy, **other.busy}}
-        return Shares(self.wall + other.wall, busy, self.overlapped + other.overlapped, self.idle + other.idle)
+        return TimeUsage(self.wall + other.wall, busy, self.overlapped + other.overlapped, self.idle + other.idle)
 
     def scalars(self) -> dict[str, float]:
-        """Metrics under ``time/``: seconds of each part; overlap and idleness as shares of the wall time."""
+        """Metrics under ``time/``: seconds of each part; overlap and idle time as fractions of the wall time."""
         wall = self.wall or 1.0
         return {
             "time/iteration_s": self.wall,
@@ -51,16 +51,15 @@ class Shares:
         }
 
     def describe(self) -> str:
-        """One line, parts by size."""
+        """One line of text; the parts are sorted by time, longest first."""
         wall = self.wall or 1.0
         parts = sorted(self.busy.items(), key=lambda item: -item[1])
         listed = ", ".join(f"{name} {seconds / wall:.0%}" for name, seconds in parts)
-        together, nothing = self.overlapped / wall, self.idle / wall
-        return f"{listed or 'nothing'}; two or more at once {together:.0%}, nothing {nothing:.1%}"
+        return f"{listed or 'nothing ran'}; overlap {self.overlapped / wall:.0%}, idle {self.idle / wall:.1%}"
 
 
-def shares(spans: Iterable[Span], *, start: float, end: float) -> Shares:
-    """Add up ``spans``, clipped to the stretch from ``start`` to ``end``."""
+def time_usage(spans: Iterable[Span], *, start: float, end: float) -> TimeUsage:
+    """Sum up ``spans``, clipped to the interval from ``start`` to ``end``."""
     edges: list[tuple[float, int, str]] = []
     for span in spans:
         low, high = max(span.start, start), min(span.end, end)
@@ -77,14 +76,17 @@ def shares(spans: Iterable[Span], *, start: float, end: float) -> Shares:
         idle += (at - last) * (not active)
         running[name] = running.get(name, 0) + change
         last = at
-    return Shares(wall=end - start, busy=busy, overlapped=overlapped, idle=idle + end - last)
+    return TimeUsage(wall=end - start, busy=busy, overlapped=overlapped, idle=idle + end - last)
 
 
 class Timeline:
-    """Takes note of what runs, from any thread.
+    """Records when the parts of an iteration run. Spans can be recorded from any thread.
 
     Args:
-        keep: iterations whose spans are kept for :meth:`write_trace`.
+        keep: number of most recent intervals whose spans are kept for :meth:`write_trace`.
+
+    Attributes:
+        total: the sum over all finished intervals.
     """
 
     def __init__(self, *, keep: int = 0) -> None:
@@ -92,11 +94,11 @@ class Timeline:
         self._open: dict[object, tuple[str, float]] = {}
         self._closed: list[Span] = []
         self._start = time.perf_counter()
-        self.total = Shares(0.0, {}, 0.0, 0.0)
+        self.total = TimeUsage(0.0, {}, 0.0, 0.0)
 
     @contextmanager
     def span(self, name: str) -> Iterator[None]:
-        """Around a part that runs."""
+        """Record the duration of the block as a span of the part ``name``."""
         key = object()
         self._open[key] = (name, time.perf_counter())
         try:
@@ -105,29 +107,33 @@ class Timeline:
             _, start = self._open.pop(key)
             self._closed.append(Span(name, start, time.perf_counter()))
 
-    def take(self) -> Shares:
-        """The shares since the last call (or :meth:`skip`); what still runs counts until now."""
+    def finish_interval(self) -> TimeUsage:
+        """End the current interval and start the next one.
+
+        Returns:
+            How the interval was used. A span that is still open counts up to now.
+        """
         now = time.perf_counter()
         closed, self._closed = self._closed, []
         spans = closed + [Span(name, start, now) for name, start in list(self._open.values())]
-        taken = shares(spans, start=self._start, end=now)
+        usage = time_usage(spans, start=self._start, end=now)
         self._kept.append(closed)
         self._start = now
-        self.total += taken
-        return taken
+        self.total += usage
+        return usage
 
-    def skip(self) -> None:
-        """Leave out what happened since the last call of :meth:`take`."""
+    def discard_interval(self) -> None:
+        """Start the next interval and drop what was recorded in the current one."""
         self._closed = []
         self._start = time.perf_counter()
 
     @property
     def has_trace(self) -> bool:
-        """Whether an iteration was kept."""
+        """Whether the spans of an interval were kept."""
         return bool(self._kept)
 
     def write_trace(self, path: Path) -> None:
-        """Write the spans of the iterations that were kept as a trace for Perfetto or chrome://tracing."""
+        """Write the spans of the kept intervals as a trace for Perfetto or chrome://tracing."""
         spans = [span for closed in self._kept for span in closed]
         rows = {name: row for row, name in enumerate(dict.fromkeys(span.name for span in spans), start=1)}
         origin = min((span.start for span in spans), default=0.0)

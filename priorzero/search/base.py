@@ -1,4 +1,4 @@
-"""What a search takes and returns, and the model that it needs."""
+"""The inputs and results of a search, and the interface of its model."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class SearchResult:
 
 
 class SearchModel(Protocol):
-    """The model of a search. A context stands for a state: the tokens of its history, ``[t, E]``."""
+    """The model of a search. A context represents a state by the tokens of its history, ``[t, E]``."""
 
     def root_contexts(self, roots: Sequence[Root]) -> list[Tensor]:
         """One context for each root."""

@@ -3,8 +3,8 @@
 The results are those of LightZero 0.2.0's Python tree, digit for digit; a test compares them. Three things differ from
 LightZero's search as a whole:
 
-* A node has its own context, which is passed through the transformer as a whole. LightZero keeps key-value caches
-  that survive learning steps and episodes. Here a search depends neither on other roots nor on earlier searches.
+* A node has its own context, which is passed through the transformer as a whole, so a search depends neither on other
+  roots nor on earlier searches. LightZero's key-value caches outlive learning steps and episodes.
 * Below the root only the actions that the vocabulary contains are expanded. LightZero expands all A.
 * Ties are broken by a generator with the root's seed. LightZero's C++ tree uses the clock.
 """
@@ -108,7 +108,9 @@ def select(
         The position of the action, and the mean value used for actions without visits.
     """
     # Summed in the order of the actions, since the last digits depend on it.
-    q_values = {k: node.children[k].reward + cfg.discount_factor * node.children[k].value for k in sorted(node.children)}
+    q_values = {
+        k: node.children[k].reward + cfg.discount_factor * node.children[k].value for k in sorted(node.children)
+    }
     total = 0.0
     for q in q_values.values():
         total += q

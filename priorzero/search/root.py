@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from scipy.special import log_softmax
 
-# Probabilities below e^-30 make no difference to a search, and minus infinity would.
+# A finite floor: probabilities below e^-30 do not affect a search, but minus infinity would.
 LOGIT_FLOOR = -30.0
 
 

@@ -1,13 +1,35 @@
-"""Our settings in the words of LightZero 0.2.0, and its import without the side effects."""
+"""LightZero 0.2.0 and DI-engine: our settings in their terms, and work-arounds for what they lack.
+
+The other modules of this folder derive their classes from LightZero's. Outside of this folder neither package is
+imported.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
+import torch
 from easydict import EasyDict
+from torch import Tensor, nn
 
 from priorzero.runtime.quiet import quiet
 from priorzero.settings import Settings
+from priorzero.types import NonFiniteError
+
+with quiet():
+    from ding.utils import POLICY_REGISTRY
+    from lzero.policy.unizero import UniZeroPolicy
+
+PolicyClass = TypeVar("PolicyClass", bound=type)
+
+
+def register_policy(name: str) -> Callable[[PolicyClass], PolicyClass]:
+    """A class decorator that registers a policy with DI-engine."""
+    decorator: Callable[[PolicyClass], PolicyClass] = POLICY_REGISTRY.register(name)
+    return decorator
 
 
 def unizero_config(settings: Settings, *, feature_size: int, device: str) -> EasyDict:
@@ -18,8 +40,6 @@ def unizero_config(settings: Settings, *, feature_size: int, device: str) -> Eas
         feature_size: ``F``, the size of an observation.
         device: ``"cpu"`` or ``"cuda"``.
     """
-    with quiet():
-        from lzero.policy.unizero import UniZeroPolicy
     wm, search, replay, train = settings.world_model, settings.search, settings.replay, settings.train
     actions = settings.env.action_space_size
     world_model_cfg = dict(
@@ -101,3 +121,102 @@ def _merge(config: EasyDict, changes: dict[str, Any]) -> None:
             _merge(config[key], value)
         else:
             config[key] = EasyDict(value) if isinstance(value, dict) else value
+
+
+def without_compile(model: Any) -> Any:
+    """The module inside the wrapper of ``torch.compile``, whose parameters have their own names."""
+    return getattr(model, "_orig_mod", model)
+
+
+def without_momentum(target_model: Any) -> Any:
+    """The model inside DI-engine's wrapper for target networks."""
+    return target_model._model
+
+
+def add_standardisation(encoder: nn.Module, *, feature_size: int, device: str) -> None:
+    """Let an encoder shift and scale its input, ``[n, F]``. Mean and deviation are buffers, so checkpoints have them.
+
+    They are 0 and 1 until :func:`set_standardisation` is called.
+    """
+    encoder.register_buffer("feature_mean", torch.zeros(feature_size, device=device))
+    encoder.register_buffer("feature_deviation", torch.ones(feature_size, device=device))
+    encoder.register_forward_pre_hook(_standardise)
+
+
+def set_standardisation(encoder: Any, *, mean: Tensor, deviation: Tensor) -> None:
+    """Set the mean and the standard deviation that an encoder standardises with, ``[F]`` each."""
+    encoder.feature_mean.copy_(mean)
+    encoder.feature_deviation.copy_(deviation)
+
+
+def _standardise(encoder: Any, inputs: tuple[Tensor]) -> Tensor:
+    standardised: Tensor = (inputs[0] - encoder.feature_mean) / encoder.feature_deviation
+    return standardised
+
+
+class RunningStatistics:
+    """A copy of batch normalisation's means and variances, which already a forward pass changes."""
+
+    NAMES = ("running_mean", "running_var", "num_batches_tracked")
+
+    def __init__(self, networks: Iterable[nn.Module]) -> None:
+        buffers = [b for network in networks for name, b in network.named_buffers() if name.endswith(self.NAMES)]
+        self._copies = [(buffer, buffer.clone()) for buffer in buffers]
+
+    def restore(self) -> None:
+        for buffer, copy in self._copies:
+            buffer.copy_(copy)
+
+
+class SequenceWeights:
+    """Weights the loss of each sequence of a batch, since LightZero's loss ignores importance weights.
+
+    All terms of the loss are sums over the outputs of four heads. Scaling the gradients of these outputs by the weight
+    of their sequence is the same as scaling the sequence's loss.
+
+    Args:
+        world_model: LightZero's world model.
+
+    Attributes:
+        value_logits: the value head's last output under :meth:`applied`, ``[B, U, support]``.
+    """
+
+    HEADS = ("head_observations", "head_rewards", "head_policy", "head_value")
+
+    def __init__(self, world_model: nn.Module) -> None:
+        self._weights: Tensor | None = None
+        self.value_logits: Tensor | None = None
+        for name in self.HEADS:
+            world_model.get_submodule(name).register_forward_hook(self._scale_gradient)
+        world_model.get_submodule("head_value").register_forward_hook(self._keep_value_logits)
+
+    @contextmanager
+    def applied(self, weights: Tensor) -> Iterator[None]:
+        """Apply weights ``[B]`` to the forward and backward passes within the block."""
+        self._weights = weights
+        try:
+            yield
+        finally:
+            self._weights = None
+
+    def _scale_gradient(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self._weights is not None and output.requires_grad:
+            weights = self._weights.view(-1, *[1] * (output.dim() - 1))
+            output.register_hook(lambda gradient: gradient * weights)
+
+    def _keep_value_logits(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self._weights is not None:
+            self.value_logits = output.detach()
+
+
+def nonfinite_reason(error: Exception) -> str | None:
+    """Says what an update found to be not finite; None if the error is about something else.
+
+    LightZero reports a loss that is not finite as an ``AssertionError`` or a ``ValueError``, whose text names the loss.
+    """
+    if isinstance(error, NonFiniteError):
+        return str(error)
+    if "NaN" not in str(error) and "Inf" not in str(error):
+        return None
+    loss = re.search(r"element '(\w+)'", str(error))
+    return f"{loss.group(1) if loss else 'total'} loss is not finite"

@@ -1,7 +1,4 @@
-"""What a run remembers, as plain data: tensors, numbers, texts, lists and dicts.
-
-Checkpoints hold nothing else, so that ``torch.load(weights_only=True)`` reads them: no code in a file is ever run.
-"""
+"""Step records as plain data (:data:`priorzero.types.Plain`), for checkpoints and for other processes."""
 
 from __future__ import annotations
 
@@ -16,14 +13,14 @@ from priorzero.types import ActionPrior, GameState, Plain, StepRecord
 
 
 def pack_arrays(arrays: Sequence[np.ndarray | None]) -> Plain:
-    """Vectors of one type, of any lengths, some of them missing, as one tensor and their lengths."""
+    """Vectors of one type, of any lengths, as one tensor and their lengths; None has length -1."""
     given = [array for array in arrays if array is not None]
     values = torch.from_numpy(np.concatenate(given)) if given else torch.zeros(0)
     return {"values": values, "lengths": [-1 if array is None else len(array) for array in arrays]}
 
 
 def unpack_arrays(packed: Plain) -> list[np.ndarray | None]:
-    """The inverse of :func:`pack_arrays`; the vectors are copies."""
+    """Copies of the vectors that were given to :func:`pack_arrays`."""
     values, arrays, start = packed["values"].numpy(), [], 0
     for length in packed["lengths"]:
         arrays.append(None if length < 0 else values[start : start + length].copy())
@@ -32,17 +29,17 @@ def unpack_arrays(packed: Plain) -> list[np.ndarray | None]:
 
 
 class RecordTable:
-    """Step records by number. A record that several segments share is kept once, and shared again when it is read."""
+    """Numbers step records, so that a record that several segments share is stored once."""
 
     def __init__(self) -> None:
         self._records: dict[tuple[int, int], tuple[int, StepRecord]] = {}
 
     def number(self, record: StepRecord) -> int:
-        """The record's number in this table; new records are taken in."""
+        """The number of a record in the table, which it is added to if it is new."""
         return self._records.setdefault((record.episode, record.step), (len(self._records), record))[0]
 
     def state_dict(self) -> Plain:
-        """All records, field by field."""
+        """All records as plain data, one list or array for each field."""
         records = [record for _, record in self._records.values()]
         priors = [record.prior for record in records]
         scalars = (
@@ -65,7 +62,7 @@ class RecordTable:
 
 
 def read_records(state: Plain) -> list[StepRecord]:
-    """The records of :meth:`RecordTable.state_dict`, by number."""
+    """The records of a :meth:`RecordTable.state_dict`; the position in the list is the number."""
     arrays = {name: unpack_arrays(packed) for name, packed in state["arrays"].items()}
     logprobs, rollout = (unpack_arrays(state["prior_arrays"][name]) for name in ("logprobs", "rollout_logprobs"))
     records = []
@@ -73,11 +70,9 @@ def read_records(state: Plain) -> list[StepRecord]:
         prior = None
         if state["priors"][n] is not None:
             source, version, completion, parsed = state["priors"][n]
-            known = logprobs[n]
-            assert known is not None
-            prior = ActionPrior(known, source, version, completion, parsed, rollout[n])
+            prior_logprobs = logprobs[n]
+            assert prior_logprobs is not None
+            prior = ActionPrior(prior_logprobs, source, version, completion, parsed, rollout[n])
         fields: dict[str, Any] = {name: values[n] for name, values in (*arrays.items(), *state["scalars"].items())}
         records.append(StepRecord(state=GameState(*game_state), prior=prior, **fields))
     return records
-
-

@@ -1,67 +1,54 @@
-"""Replay of game segments: one sampling pass for both models, priorities that come back, eviction that counts right."""
+"""Prioritised replay of game segments. One sample serves both models."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from easydict import EasyDict
 
 from priorzero.runtime.quiet import quiet
 from priorzero.types import Plain, StepRecord, UserError
+from priorzero.world_model.batch import ReplayBatch, SampledSequences
 from priorzero.world_model.records import RecordTable
 from priorzero.world_model.segment import PriorZeroGameSegment
+from priorzero.world_model.unizero import UniZeroLearner
 
 with quiet():
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
 
 
-@dataclass(frozen=True)
-class SampledSegments:
-    """Where the sequences of a batch begin.
-
-    Attributes:
-        segments: the segment of each sequence, ``B`` of them.
-        positions: index in the segment's records at which each sequence begins, ``[B]``.
-    """
-
-    segments: list[PriorZeroGameSegment]
-    positions: np.ndarray
-
-    def records(self) -> list[StepRecord]:
-        """The first decision of each sequence."""
-        return [segment.records[t] for segment, t in zip(self.segments, self.positions, strict=True)]
-
-    def returns(self) -> np.ndarray:
-        """The return of each of these decisions, ``[B]``."""
-        return np.array([segment.returns[t] for segment, t in zip(self.segments, self.positions, strict=True)])
-
-
 class PriorZeroGameBuffer(UniZeroGameBuffer):
-    """LightZero's UniZero buffer with step records beside the arrays.
+    """LightZero's UniZero buffer for segments that also have step records.
 
-    ``sample`` returns ``[current_batch, target_batch, game_segments]``: LightZero's two lists and a
-    :class:`SampledSegments` from the very same draw. Mended here, each with a test: sampling never lands in padding;
-    all that is known of a sequence is learned from;
-    priorities are proportional and come back through :meth:`update_priority`; evicting a segment drops as many
-    look-ups as it brought; visit targets are read by position.
+    It differs from LightZero's in these points, each of which has a test:
+
+    * Sequences never begin in padding. Their mask includes the known steps in the padding.
+    * Priorities are proportional (Schaul et al. 2016), and :meth:`update_priority` sets them.
+    * Evicting a segment removes as many index entries as it has decisions. LightZero counts the padding as well.
+    * Policy targets are read by position.
+    * Terminal states have zero value.
 
     Args:
         config: LightZero's policy configuration.
-        rng: draws the samples.
+        rng: generator of the samples.
+
+    Attributes:
+        num_evicted: number of decisions evicted so far.
     """
 
-    def __init__(self, config: Any, *, rng: np.random.Generator) -> None:
+    def __init__(self, config: EasyDict, *, rng: np.random.Generator) -> None:
         super().__init__(config)
         self._rng = rng
-        self._sampled: SampledSegments | None = None
+        self._sampled: SampledSequences | None = None
         self.game_pos_priorities = np.zeros(0, dtype=np.float64)
         self.num_evicted = 0
 
     def push(self, segments: Sequence[PriorZeroGameSegment]) -> None:
-        """Store segments, give their decisions the highest priority so far, and evict the oldest beyond the limit."""
+        """Store segments with the largest priority so far. Evict the oldest segments beyond ``replay.buffer_size``."""
         for segment in segments:
             top = self.game_pos_priorities.max() if len(self.game_pos_priorities) else 1.0
             number = self.base_idx + len(self.game_segment_buffer)
@@ -75,10 +62,49 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         if excess:
             self._remove(excess)
 
+    def features(self) -> np.ndarray:
+        """Features of all stored decisions, ``[n, F]``."""
+        return np.stack([record.features for segment in self.game_segment_buffer for record in segment.records])
+
+    def sample(self, batch_size: int, policy: UniZeroLearner) -> ReplayBatch:
+        """Draw sequences without replacement.
+
+        Args:
+            batch_size: B.
+            policy: its target network computes the values at which the value targets bootstrap.
+
+        Raises:
+            ValueError: fewer than B decisions are stored.
+            UserError: no stored decision is followed by another one or by a terminal state.
+        """
+        if batch_size > self.get_num_of_transitions():
+            raise ValueError(
+                f"cannot sample {batch_size} sequences: only {self.get_num_of_transitions()} decisions are stored"
+            )
+        current_batch, target_batch = super().sample(batch_size, policy)
+        assert self._sampled is not None
+        batch = ReplayBatch.from_lightzero(current_batch, target_batch, sequences=self._sampled)
+        # LightZero's mask ends with the segment, but the targets in the padding behind it are as good.
+        steps = np.arange(batch.mask.shape[1])
+        known = [len(s) - t for s, t in zip(self._sampled.segments, self._sampled.positions, strict=True)]
+        mask = (steps < np.minimum(known, self._cfg.num_unroll_steps)[:, None]).astype(np.float64)
+        return dataclasses.replace(batch, mask=mask)
+
+    def update_priority(self, batch: ReplayBatch, priorities: np.ndarray) -> None:
+        """Set the priorities of the decisions at which a batch's sequences begin.
+
+        Args:
+            batch: the batch.
+            priorities: ``[B]``, positive. Those of decisions that were evicted since are ignored.
+        """
+        index = np.asarray(batch.indices) - self.num_evicted
+        present = index >= 0
+        self.game_pos_priorities[index[present]] = np.asarray(priorities)[present]
+
     def state_dict(self, table: RecordTable) -> Plain:
-        """Everything that the next samples depend on; the step records go into ``table``."""
+        """Everything that later samples depend on. The step records are added to ``table``."""
         return {
-            "segments": [segment.recipe(table) for segment in self.game_segment_buffer],
+            "segments": [segment.state_dict(table) for segment in self.game_segment_buffer],
             "priorities": torch.from_numpy(self.game_pos_priorities),
             "base_idx": self.base_idx,
             "num_evicted": self.num_evicted,
@@ -86,101 +112,82 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         }
 
     def load_state_dict(self, state: Plain, records: Sequence[StepRecord]) -> None:
-        """The inverse of :meth:`state_dict`, into an empty buffer; ``records`` are those of the table, by number."""
+        """Load the result of :meth:`state_dict` into an empty buffer; ``records`` are those of the table, by number."""
         self.base_idx, self.num_evicted = state["base_idx"], state["num_evicted"]
-        self.push([PriorZeroGameSegment.from_recipe(r, records, config=self._cfg) for r in state["segments"]])
+        self.push([PriorZeroGameSegment.from_state_dict(s, records, config=self._cfg) for s in state["segments"]])
         self.game_pos_priorities = state["priorities"].numpy().copy()
         self._rng.bit_generator.state = state["rng"]
 
+    # ---- methods that LightZero's buffer calls ----
+
     def _remove(self, excess_game_segment_index: int) -> None:
-        gone = sum(len(segment.records) for segment in self.game_segment_buffer[:excess_game_segment_index])
+        num_removed = sum(len(segment.records) for segment in self.game_segment_buffer[:excess_game_segment_index])
         del self.game_segment_buffer[:excess_game_segment_index]
-        del self.game_segment_game_pos_look_up[:gone]
-        self.game_pos_priorities = self.game_pos_priorities[gone:]
+        del self.game_segment_game_pos_look_up[:num_removed]
+        self.game_pos_priorities = self.game_pos_priorities[num_removed:]
         self.base_idx += excess_game_segment_index
-        self.num_evicted += gone
+        self.num_evicted += num_removed
 
-    def sample(self, batch_size: int, policy: Any) -> list[Any]:
-        """Draw sequences without replacement.
-
-        Args:
-            batch_size: ``B``.
-            policy: gives the target model for the value targets.
-
-        Raises:
-            ValueError: fewer decisions are stored than asked for.
-            UserError: no stored decision is followed by another one or by the game's end.
-        """
-        if batch_size > self.get_num_of_transitions():
-            raise ValueError(f"{batch_size} sequences asked for, {self.get_num_of_transitions()} decisions stored")
-        current_batch, target_batch = super().sample(batch_size, policy)
-        assert self._sampled is not None
-        # LightZero's mask stops where the segment does; the targets in the padding behind it are as good.
-        steps = np.arange(current_batch[3].shape[1])
-        known = [len(s) - t for s, t in zip(self._sampled.segments, self._sampled.positions, strict=True)]
-        current_batch[3] = (steps < np.minimum(known, self._cfg.num_unroll_steps)[:, None]).astype(np.float64)
-        return [current_batch, target_batch, self._sampled]
-
-    def features(self) -> np.ndarray:
-        """The features of all stored decisions, ``[n, F]``."""
-        return np.stack([record.features for segment in self.game_segment_buffer for record in segment.records])
+    def scalars(self) -> dict[str, float]:
+        """Metrics under ``buffer/``."""
+        return {
+            "buffer/decisions": float(self.get_num_of_transitions()),
+            "buffer/segments": float(self.get_num_of_game_segments()),
+            "buffer/evicted": float(self.num_evicted),
+        }
 
     def _sample_orig_data(self, batch_size: int) -> tuple[Any, ...]:
+        """Draw sequences; returns their segments, positions, numbers, importance weights and creation times."""
         priorities = self.game_pos_priorities
         if not self._cfg.use_priority:
             priorities = np.ones_like(priorities)
         probs = priorities**self._alpha
         probs /= probs.sum()
-        for _ in range(100):
-            index = self._rng.choice(len(probs), batch_size, p=probs, replace=False)
-            if self._has_a_successor(index):
-                break
-        else:
-            raise UserError(
-                "no stored decision is followed by another one or by the game's end, and the world model learns from "
-                "pairs; raise env.max_episode_steps"
-            )
+        index = self._draw(batch_size, probs)
         # Schaul et al. 2016, eq. 1 and section 3.4: P(i) = p_i^alpha / sum, w_i = (N P(i))^-beta / max w.
         is_weights = (len(probs) * probs[index]) ** -self._beta
         is_weights /= is_weights.max()
-        where = [self.game_segment_game_pos_look_up[i] for i in index]
-        segments = [self.game_segment_buffer[number - self.base_idx] for number, _ in where]
-        positions = np.array([t for _, t in where])
-        self._sampled = SampledSegments(segments, positions)
-        # Absolute numbers, so that priorities find their decisions after an eviction.
+        places = [self.game_segment_game_pos_look_up[i] for i in index]
+        segments = [self.game_segment_buffer[number - self.base_idx] for number, _ in places]
+        positions = np.array([t for _, t in places])
+        self._sampled = SampledSequences(segments, positions)  # LightZero's sample does not return them
+        # Numbers that an eviction does not change, so that update_priority finds the decisions afterwards.
         return segments, positions, index + self.num_evicted, is_weights, np.zeros(batch_size)
 
-    def _prepare_reward_value_context(self, *args: Any) -> list[Any]:
-        """Where value targets bootstrap, as LightZero has it, but for the end of a game: it is worth nothing."""
-        context = super()._prepare_reward_value_context(*args)
-        value_mask, positions, td_steps = context[1], context[2], context[6]
+    def _draw(self, batch_size: int, probs: np.ndarray) -> np.ndarray:
+        """Indices of sampled decisions, ``[B]``; at least one has a successor."""
+        for _ in range(100):
+            index = self._rng.choice(len(probs), batch_size, p=probs, replace=False)
+            if self._has_successor(index):
+                return index
+        raise UserError(
+            "no stored decision is followed by another one or by a terminal state, but the world model learns from "
+            "pairs of states; raise env.max_episode_steps"
+        )
+
+    def _has_successor(self, index: np.ndarray) -> bool:
+        """Whether any of these decisions is followed by a known step. LightZero divides by the number of such pairs."""
+        places = [self.game_segment_game_pos_look_up[i] for i in index]
+        return any(t + 1 < len(self.game_segment_buffer[number - self.base_idx]) for number, t in places)
+
+    def _prepare_reward_value_context(
+        self, batch_index_list: Any, game_segment_list: Any, pos_in_game_segment_list: Any, total_transitions: int
+    ) -> list[Any]:
+        """Where the value targets bootstrap. Unlike in LightZero, none bootstraps at a terminal state."""
+        context: list[Any] = super()._prepare_reward_value_context(
+            batch_index_list, game_segment_list, pos_in_game_segment_list, total_transitions
+        )
+        _, value_mask, positions, _, _, _, td_steps, _, _ = context
         steps = self._cfg.num_unroll_steps + 1
-        segments = args[1]
-        for b, (segment, t) in enumerate(zip(segments, positions, strict=True)):
+        for b, (segment, t) in enumerate(zip(game_segment_list, positions, strict=True)):
             for n in range(b * steps, (b + 1) * steps):
-                if segment.is_over and t + n - b * steps + td_steps[n] >= segment.num_steps:
+                if segment.terminated and t + n - b * steps + td_steps[n] >= segment.num_steps:
                     value_mask[n] = 0
         return context
 
-    def _has_a_successor(self, index: np.ndarray) -> bool:
-        """Whether a step is known after any of these decisions: LightZero divides by the number of pairs."""
-        where = [self.game_segment_game_pos_look_up[i] for i in index]
-        return any(t + 1 < len(self.game_segment_buffer[number - self.base_idx]) for number, t in where)
-
-    def update_priority(self, train_data: list[Any], batch_priorities: np.ndarray) -> None:
-        """Give the sampled decisions new priorities.
-
-        Args:
-            train_data: what :meth:`sample` returned.
-            batch_priorities: ``[B]``, positive. Decisions evicted since are passed over.
-        """
-        index = np.asarray(train_data[0][4]) - self.num_evicted
-        present = index >= 0
-        self.game_pos_priorities[index[present]] = np.asarray(batch_priorities)[present]
-
     def _compute_target_policy_non_reanalyzed(self, policy_non_re_context: Any, policy_shape: int | None) -> np.ndarray:
-        """Visit shares ``[B, U+1, A]``; zeros (no loss) beyond the end of the episode."""
-        positions, child_visits = policy_non_re_context[0], policy_non_re_context[1]
+        """Visit counts as distributions, ``[B, U + 1, A]``; zeros, so no loss, beyond the end of the episode."""
+        positions, child_visits, *_ = policy_non_re_context
         steps = self._cfg.num_unroll_steps + 1
         targets = np.zeros((len(positions), steps, policy_shape or 0), dtype=np.float32)
         for row, (t, visits) in enumerate(zip(positions, child_visits, strict=True)):

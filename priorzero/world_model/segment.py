@@ -1,12 +1,12 @@
-"""Game segments: step records beside the arrays that LightZero's buffer reads."""
+"""Game segments: step records and the arrays that LightZero's buffer reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
+from easydict import EasyDict
 
 from priorzero.runtime.quiet import quiet
 from priorzero.types import Plain, StepRecord
@@ -18,22 +18,31 @@ with quiet():
 
 
 class PriorZeroGameSegment(GameSegment):
-    """Up to ``game_segment_length`` decisions of one episode, and the padding that their targets reach into.
+    """Up to ``game_segment_length`` decisions of one episode, and the padding that their targets need.
 
-    All arrays are made at once from the step records, so they have one length: ``n`` decisions of the segment and ``p``
-    of padding, the decisions that follow it (``p = num_unroll_steps + td_steps``, fewer where the episode ends).
-    LightZero's own ``pad_over`` lengthens some arrays and not others, which breaks sampling.
+    The segment has n decisions, at which sequences may begin. The padding is the p decisions that follow them:
+    ``num_unroll_steps + td_steps``, or fewer where the episode ends. All arrays are computed from the step records and
+    have the same length. LightZero's own ``pad_over`` extends only some of the arrays, which breaks sampling.
 
-    Attributes (beside LightZero's):
-        records: the ``n`` step records that can be sampled.
-        padding: the ``p`` step records behind them.
-        returns: discounted sum of scaled rewards from each of them on, ``[n]``, to the end of the padding and
-            bootstrapped with the searched value there if the episode goes on.
+    If the game ended the episode, the arrays have one more step: from the terminal state to itself, with zero reward and
+    without a policy target. It teaches the world model that terminal states are absorbing and have zero value. Otherwise
+    a search would give a lost game the value of the state before. A truncated episode has no such step. LightZero's
+    value targets count zero for what follows its last decision.
 
-    Where the game itself ended the episode, one more step follows in the arrays: from the last state to itself, without
-    reward and without a policy target. It teaches the world model that nothing is to be had there; else a search takes
-    a lost game to be worth as much as the state before. An episode that is cut (by the move limit, or because its game
-    failed) has no such step, but LightZero takes what lies beyond its last decision as worth nothing.
+    Args:
+        records: the decisions of the segment, at least one.
+        padding: the decisions that follow them in the same episode.
+        final_features: features of the episode's last state, ``[F]``, if the last of these decisions led there.
+        terminated: this state is terminal: the game ended the episode.
+        config: LightZero's policy configuration.
+
+    Attributes (besides LightZero's):
+        records: the n step records of the segment.
+        padding: the p step records of the padding.
+        num_steps: n + p.
+        terminated: see the argument.
+        returns: discounted return of each of the n decisions in scaled rewards, ``[n]``, up to the end of the padding.
+            If the episode continues there, the return bootstraps with the last decision's searched value.
     """
 
     def __init__(
@@ -42,86 +51,80 @@ class PriorZeroGameSegment(GameSegment):
         padding: Sequence[StepRecord],
         *,
         final_features: np.ndarray | None,
-        is_over: bool,
-        config: Any,
+        terminated: bool,
+        config: EasyDict,
     ) -> None:
-        """
-        Args:
-            records: the decisions of the segment, at least one.
-            padding: the decisions right after them in the same episode.
-            final_features: features of the last state of the episode if it ended with the last of these decisions,
-                else None.
-            is_over: that state is the game's own end.
-            config: LightZero's policy configuration.
-        """
         super().__init__(action_space=None, game_segment_length=config.game_segment_length, config=config)
         self.records, self.padding = list(records), list(padding)
         steps = [*records, *padding]
-        size = config.model.action_space_size
         features = [step.features for step in steps]
         if final_features is not None:
             features.append(final_features)
         self.num_steps = len(steps)
-        self.is_over = is_over
+        self.terminated = terminated
         self.obs_segment = np.stack(features)
         self.action_segment = np.array([step.action_index for step in steps], dtype=np.int64)
         points = np.array([step.reward + step.shaping for step in steps], dtype=np.float32)
         self.reward_segment = points * np.float32(config.reward_scale)
         self.root_value_segment = np.array([step.root_value for step in steps], dtype=np.float32)
-        self.child_visit_segment = np.zeros((len(steps), size), dtype=np.float32)
-        self.action_mask_segment = np.zeros((len(steps), size), dtype=np.int8)
+        self.child_visit_segment = np.zeros((len(steps), config.model.action_space_size), dtype=np.float32)
+        self.action_mask_segment = np.zeros((len(steps), config.model.action_space_size), dtype=np.int8)
         for t, step in enumerate(steps):
             self.child_visit_segment[t, step.action_indices] = step.visit_probs()
             self.action_mask_segment[t, step.action_indices] = 1
         self.to_play_segment = np.full(len(steps), -1)
         self.timestep_segment = np.array([step.step for step in steps], dtype=np.int64)
-        if steps[-1].done:
-            returns = returns_to_go(self.reward_segment, discount=config.discount_factor)
-        else:  # the last decision's own value stands for everything from there on
-            last, rewards = steps[-1].root_value, self.reward_segment[:-1]
-            returns = np.append(returns_to_go(rewards, discount=config.discount_factor, bootstrap_value=last), last)
-        self.returns = returns[: len(records)]
-        if is_over:
-            self._stay()
+        self.returns = self._returns(steps[-1], discount=config.discount_factor)
+        if terminated:
+            self._append_absorbing_step()
 
-    def recipe(self, table: RecordTable) -> Plain:
-        """What :meth:`from_recipe` makes an equal segment from; the records go into ``table``."""
-        final = self.obs_segment[self.num_steps] if len(self.obs_segment) > self.num_steps else None
-        return {
-            "records": [table.number(record) for record in self.records],
-            "padding": [table.number(record) for record in self.padding],
-            "final_features": None if final is None else torch.from_numpy(final.copy()),
-            "is_over": self.is_over,
-        }
+    def _returns(self, last: StepRecord, *, discount: float) -> np.ndarray:
+        """Returns of the segment's decisions, ``[n]``, given the last decision of the padding."""
+        if last.done:
+            returns = returns_to_go(self.reward_segment, discount=discount)
+        else:  # the searched value of the last decision includes its own reward
+            value, rewards = last.root_value, self.reward_segment[:-1]
+            returns = np.append(returns_to_go(rewards, discount=discount, bootstrap_value=value), value)
+        return returns[: len(self.records)]
 
-    @classmethod
-    def from_recipe(cls, recipe: Plain, records: Sequence[StepRecord], *, config: Any) -> PriorZeroGameSegment:
-        """The inverse of :meth:`recipe`; ``records`` are those of the table, by number."""
-        final = recipe["final_features"]
-        return cls(
-            [records[n] for n in recipe["records"]],
-            [records[n] for n in recipe["padding"]],
-            final_features=None if final is None else final.numpy(),
-            is_over=recipe["is_over"],
-            config=config,
-        )
-
-    def _stay(self) -> None:
-        """One more step, from the last state to itself."""
+    def _append_absorbing_step(self) -> None:
+        """Append a step from the terminal state to itself to all arrays except the observations."""
         last = {"action": self.action_segment[-1], "to_play": -1, "timestep": self.timestep_segment[-1] + 1}
         for name in ("action", "reward", "root_value", "child_visit", "action_mask", "to_play", "timestep"):
             array = getattr(self, f"{name}_segment")
             setattr(self, f"{name}_segment", np.append(array, np.full_like(array[-1:], last.get(name, 0)), axis=0))
 
+    def state_dict(self, table: RecordTable) -> Plain:
+        """The segment as plain data. Its step records are added to ``table``."""
+        final = self.obs_segment[self.num_steps] if len(self.obs_segment) > self.num_steps else None
+        return {
+            "records": [table.number(record) for record in self.records],
+            "padding": [table.number(record) for record in self.padding],
+            "final_features": None if final is None else torch.from_numpy(final.copy()),
+            "is_over": self.terminated,  # the key that checkpoints have had from the start
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Plain, records: Sequence[StepRecord], *, config: EasyDict) -> PriorZeroGameSegment:
+        """The segment of a :meth:`state_dict`; ``records`` are those of the table, by number."""
+        final = state["final_features"]
+        return cls(
+            [records[n] for n in state["records"]],
+            [records[n] for n in state["padding"]],
+            final_features=None if final is None else final.numpy(),
+            terminated=state["is_over"],
+            config=config,
+        )
+
 
 class SegmentWriter:
-    """Cuts the decisions of one environment into segments, in order, each decision in exactly one.
+    """Cuts the decisions of one environment into segments, in order. Each decision is in exactly one segment.
 
     Args:
         config: LightZero's policy configuration.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: EasyDict) -> None:
         self._config = config
         self._length = config.game_segment_length
         self._padding = config.num_unroll_steps + config.td_steps
@@ -129,54 +132,58 @@ class SegmentWriter:
 
     @property
     def pending(self) -> int:
-        """Decisions that are not in a segment yet."""
+        """Number of decisions that are not in a segment yet."""
         return len(self._pending)
 
     def state_dict(self, table: RecordTable) -> list[int]:
-        """The numbers of the pending decisions, which go into ``table``."""
+        """The table's numbers of the pending decisions, which are added to it."""
         return [table.number(record) for record in self._pending]
 
     def load_state_dict(self, state: Sequence[int], records: Sequence[StepRecord]) -> None:
+        """Load the result of :meth:`state_dict`; ``records`` are those of the table, by number."""
         self._pending = [records[n] for n in state]
 
     def add(
         self, record: StepRecord, *, next_features: np.ndarray, truncated: bool = False
     ) -> list[PriorZeroGameSegment]:
-        """Take the next decision; return the segments that are complete now.
+        """Add the next decision.
 
         Args:
             record: the decision.
-            next_features: features of the state after it, ``[F]``; used if the episode ends here.
-            truncated: the move limit ends the episode, not the game.
+            next_features: features of the state after it, ``[F]``; used if the episode ends there.
+            truncated: the limit of moves ended the episode, not the game.
+
+        Returns:
+            The segments that are complete now.
         """
         self._pending.append(record)
         if not record.done:
             if len(self._pending) < self._length + self._padding:
                 return []
-            return [self._cut(final_features=None, is_over=False)]
-        return self.flush(final_features=next_features, is_over=not truncated)
+            return [self._cut(final_features=None, terminated=False)]
+        return self.flush(final_features=next_features, terminated=not truncated)
 
-    def flush(self, *, final_features: np.ndarray, is_over: bool = False) -> list[PriorZeroGameSegment]:
-        """Cut all that is pending.
+    def flush(self, *, final_features: np.ndarray, terminated: bool = False) -> list[PriorZeroGameSegment]:
+        """Cut all pending decisions into segments.
 
         Args:
-            final_features: those of the last state that was seen, ``[F]``.
-            is_over: that state is the game's own end.
+            final_features: features of the episode's last state, ``[F]``.
+            terminated: this state is terminal: the game ended the episode.
         """
         segments = []
         while self._pending:
-            segments.append(self._cut(final_features=final_features, is_over=is_over))
+            segments.append(self._cut(final_features=final_features, terminated=terminated))
         return segments
 
-    def _cut(self, *, final_features: np.ndarray | None, is_over: bool) -> PriorZeroGameSegment:
+    def _cut(self, *, final_features: np.ndarray | None, terminated: bool) -> PriorZeroGameSegment:
         records = self._pending[: self._length]
         padding = self._pending[self._length : self._length + self._padding]
-        reaches_the_end = len(records) + len(padding) == len(self._pending)
+        reaches_end = len(records) + len(padding) == len(self._pending)
         self._pending = self._pending[self._length :]
         return PriorZeroGameSegment(
             records,
             padding,
-            final_features=final_features if reaches_the_end else None,
-            is_over=is_over and reaches_the_end,
+            final_features=final_features if reaches_end else None,
+            terminated=terminated and reaches_end,
             config=self._config,
         )

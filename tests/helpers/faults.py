@@ -79,9 +79,9 @@ class FaultPlan:
 
         def learn_or_not(policy, batch, *, train_iter):
             if self.strikes("batch poisoned"):
-                rewards = np.array(batch[1][0], dtype=np.float32)
+                rewards = np.array(batch.rewards, dtype=np.float32)
                 rewards.flat[0] = np.nan
-                batch[1][0] = rewards
+                batch = dataclasses.replace(batch, rewards=rewards)
             return learn_world_model(policy, batch, train_iter=train_iter)
 
         def llm_step_or_not(learner, samples):

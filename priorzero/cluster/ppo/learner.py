@@ -169,7 +169,7 @@ class PPOLearner:
         ids = [self._ids(prompt) for prompt in prompts]
         if not ids:
             return np.zeros(0)
-        shared = self.group.share(ids + ids[:1] * (-len(ids) % self.group.size))  # all have the same number
+        shared = self.group.shard(ids + ids[:1] * (-len(ids) % self.group.size))  # all have the same number
         size = self.settings.llm.micro_batch_size
         own = [v for i in range(0, len(shared), size) for v in self.critic(shared[i : i + size]).tolist()]
         return np.array(self.group.gather(own)[: len(ids)])
@@ -204,7 +204,7 @@ class PPOLearner:
             for start in range(0, len(order), size):
                 batch = order[start : start + size]
                 batch = batch[: len(batch) // self.group.size * self.group.size]
-                own = self.group.share(list(batch))
+                own = self.group.shard(list(batch))
                 stats = self._critic_step([samples[n] for n in own], values[own], targets[own], clip=limit)
                 if not warming_up:
                     result = self.actor.learn([samples[n] for n in own])
@@ -229,7 +229,7 @@ class PPOLearner:
         device = self.llm.device
         for start in range(0, len(samples), size):
             part = slice(start, start + size)
-            with self.group.accumulating(self.critic, last=start + size >= len(samples)):
+            with self.group.accumulate(self.critic, last=start + size >= len(samples)):
                 now = self.critic([s.row.prompt_ids for s in samples[part]])
                 loss, _ = clipped_value_loss(
                     now,

@@ -50,5 +50,3 @@ def clipped_value_loss(values: Tensor, old_values: Tensor, returns: Tensor, *, c
         kept = old_values + (values - old_values).clamp(-clip, clip)
         error = torch.maximum(error, (kept - returns) ** 2)
     return 0.5 * error.sum(), torch.tensor(float(len(values)))
-
-

@@ -20,8 +20,7 @@ from priorzero.cluster.ppo.engine import Capabilities
 from priorzero.cluster.ppo.trajectories import Trajectory, turn_rewards
 from priorzero.cluster.resources import Share
 from priorzero.llm.models import load_tokenizer, resolve_model
-from priorzero.llm.prompts import completion_text
-from priorzero.llm.prompts import prompt_style
+from priorzero.llm.prompts import completion_text, prompt_style
 from priorzero.settings import Settings
 from priorzero.types import UserError
 from priorzero.world_model.returns import returns_to_go

@@ -39,7 +39,7 @@ def trajectories_from(segments: Sequence[PriorZeroGameSegment]) -> list[Trajecto
         prompt = None
         if segment.padding:
             prompt = segment.padding[0].prompt
-        elif not segment.is_over:
+        elif not segment.terminated:
             prompt = records.pop().prompt
         if records:
             trajectories.append(Trajectory(tuple(records), prompt))

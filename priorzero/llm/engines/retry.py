@@ -11,7 +11,7 @@ import numpy as np
 from loguru import logger
 
 from priorzero.llm.priors import uniform_prior
-from priorzero.runtime.concurrency import Gate
+from priorzero.runtime.concurrency import ReadersWriterLock
 from priorzero.runtime.timeline import Timeline
 from priorzero.types import ActionPrior, EngineError, PriorEngine, PriorRequest
 
@@ -91,8 +91,13 @@ class RetryingPrior:
         self.learner_version = learner_version or (lambda: engine.version)
         self.timeline = timeline or Timeline()
         self.statistics = PriorStatistics()
+<<<<<<< HEAD
         self._gate = Gate()
         self._sync_error: EngineError | None = None  # raised by every request after a failed weight sync
+=======
+        self._lock = ReadersWriterLock()
+        self._lost: EngineError | None = None  # why a takeover failed; whoever asks is told
+>>>>>>> main
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         """One prior for each request, in order; uniform if all attempts fail.
@@ -101,16 +106,27 @@ class RetryingPrior:
             EngineError: the engine cannot be used any more.
         """
         while True:
+<<<<<<< HEAD
             if self._sync_error is not None:
                 raise self._sync_error
             async with self._gate.together():
                 priors = await self._request(requests)
+=======
+            if self._lost is not None:
+                raise self._lost
+            async with self._lock.shared():
+                priors = await self._ask(requests)
+>>>>>>> main
             staleness = [self.learner_version() - prior.version for prior in priors]
             if max(staleness, default=0) <= self.max_staleness:
                 self.statistics.staleness += staleness
                 return priors
             self.statistics.outdated += len(requests)
+<<<<<<< HEAD
             await asyncio.sleep(0)  # let the weight sync reach the gate
+=======
+            await asyncio.sleep(0)  # let the learner acquire the lock
+>>>>>>> main
 
     async def learn(self, update: Callable[[], Awaitable[int]]) -> None:
         """Run an update of the LLM, followed by a weight sync of the engine if one is due.
@@ -119,14 +135,19 @@ class RetryingPrior:
             update: makes one update and returns the learner's version after it.
         """
         if self.engine.exclusive:
-            async with self._gate.alone():
+            async with self._lock.exclusive():
                 await self.engine.suspend()
                 await self._sync(await update())
             return
         version = await update()
         if version - self.engine.version >= self.sync_every:
+<<<<<<< HEAD
             async with self._gate.alone():
                 await self._sync(version)
+=======
+            async with self._lock.exclusive():
+                await self._take_over(version)
+>>>>>>> main
 
     async def _sync(self, version: int) -> None:
         with self.timeline.span("sync"):

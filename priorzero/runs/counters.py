@@ -1,0 +1,37 @@
+"""Counters of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+from priorzero.settings import RunSettings
+
+
+@dataclass
+class Counters:
+    """How far a run is.
+
+    Attributes:
+        iteration: iterations (collect, then learn).
+        env_step: environment steps.
+        train_iter: world-model updates.
+        llm_version: LLM updates.
+    """
+
+    iteration: int = 0
+    env_step: int = 0
+    train_iter: int = 0
+    llm_version: int = 0
+
+    def is_finished(self, run: RunSettings) -> bool:
+        """Whether ``run.max_iter`` or ``run.max_env_step`` is reached."""
+        return self.iteration >= run.max_iter or self.env_step >= run.max_env_step
+
+    def as_dict(self) -> dict[str, int]:
+        """Name to count."""
+        return dataclasses.asdict(self)
+
+    def describe(self) -> str:
+        """One line."""
+        return ", ".join(f"{name} {count}" for name, count in self.as_dict().items())

@@ -1,0 +1,39 @@
+"""Errors that end a run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+from priorzero.settings import Settings
+from priorzero.types import EngineError, GameWorkerError, UserError
+
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+@contextlib.contextmanager
+def reported_to_user(folder: Path, settings: Settings) -> Iterator[None]:
+    """Turn errors of games, engines and disks into messages for the user.
+
+    Args:
+        folder: the run's.
+        settings: all settings.
+
+    Raises:
+        UserError: in place of these errors. Other errors are raised as they are.
+    """
+    try:
+        yield
+    except GameWorkerError as error:
+        raise UserError(
+            f"the game failed: {error}. If it needs more time, type --set env.step_timeout_s="
+            f"{10 * settings.env.step_timeout_s:g}. The last checkpoint is in {folder}"
+        ) from error
+    except EngineError as error:
+        raise UserError(f"the LLM engine failed: {error}. The run's files are in {folder}") from error
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        raise UserError(f"{folder}: cannot write ({error}); make it writable, then type --resume {folder}") from error

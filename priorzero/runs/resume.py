@@ -1,0 +1,185 @@
+"""Resuming a run: which checkpoint, and whether the settings fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+from priorzero.config import read_config_file
+from priorzero.envs import GameSpec
+from priorzero.runs.checkpoint import (
+    MANIFEST,
+    Checkpoint,
+    package_versions,
+    read_checkpoint,
+    remove_leftovers,
+    saved_checkpoints,
+)
+from priorzero.runs.folder import RUN_NAME, lock_folder
+from priorzero.settings import Settings, VLLMSettings
+from priorzero.types import UserError
+
+# Settings that may change when a run is resumed. All others decide what is learned.
+MAY_DIFFER = {
+    "run": {
+        "exp_name", "output_dir", "max_iter", "max_env_step", "device", "num_threads", "log_every", "trace_iterations",
+        "checkpoint_every", "keep_checkpoints",
+    },
+    "env": {"evaluator_env_num", "step_timeout_s"},
+    "prior": {"engine", "attempts", "backoff_s", "timeout_s", "prompt_cache_tokens"},
+    "llm": {"trust_remote_code", "micro_batch_size", "learning_rate", "grad_clip"},
+    "train": {"overlap", "learning_rate", "grad_clip", "max_nonfinite_updates"},
+    "vllm": set(VLLMSettings.model_fields) - {"sync_every", "max_staleness"},
+    "eval": {"every", "episodes", "modes", "unseen"},
+}  # fmt: skip
+
+
+def newest_checkpoint(run_folder: Path) -> Checkpoint:
+    """The newest intact checkpoint of a run. Damaged ones after it are listed in its notes.
+
+    Raises:
+        UserError: there is none.
+    """
+    found, notes, reason = saved_checkpoints(run_folder), [], ""
+    for folder in reversed(found):
+        try:
+            checkpoint = read_checkpoint(folder)
+        except ValueError as error:
+            notes.append(f"{folder} is damaged ({error}); the checkpoint before it is used")
+            reason = reason or f" (the newest: {error})"
+            continue
+        checkpoint.damaged.extend(found[found.index(folder) + 1 :])
+        checkpoint.notes.extend(notes)
+        return checkpoint
+    what = f"all {len(found)} checkpoints are damaged{reason}" if found else "it has no checkpoint"
+    raise UserError(f"--resume {run_folder}: {what}; start a new run instead")
+
+
+def find_checkpoint(where: str, *, output_dir: str, exp_name: str, wanted: Mapping[str, Any]) -> Checkpoint | None:
+    """The checkpoint that ``--resume`` names.
+
+    Args:
+        where: a run's folder, the folder of its newest checkpoint, or ``auto``: the run under ``output_dir`` that saved
+            last, among those with the name ``exp_name`` (if given) and the settings ``wanted``.
+        output_dir: searched for ``auto``.
+        exp_name: name of the run; "" for any.
+        wanted: values of the group ``run``, such as ``env_id``.
+
+    Returns:
+        None if ``auto`` finds nothing.
+
+    Raises:
+        UserError: ``where`` has no intact checkpoint.
+    """
+    if where != "auto":
+        return _named_checkpoint(where)
+    if exp_name and not RUN_NAME.fullmatch(exp_name):
+        return None
+    saved_at = {}
+    for run_folder in [Path(output_dir, exp_name)] if exp_name else Path(output_dir).glob("*"):
+        saved = saved_checkpoints(run_folder)
+        if saved and all(_saved_setting(saved, key) == value for key, value in wanted.items()):
+            saved_at[run_folder] = (saved[-1] / MANIFEST).stat().st_mtime
+    return newest_checkpoint(max(saved_at, key=saved_at.__getitem__)) if saved_at else None
+
+
+def _named_checkpoint(where: str) -> Checkpoint:
+    folder = Path(where)
+    if folder.parent.name == "checkpoints" and (folder / MANIFEST).is_file():
+        run_folder = folder.parent.parent
+        saved = saved_checkpoints(run_folder)
+        if saved and saved[-1].resolve() != folder.resolve():
+            raise UserError(
+                f"--resume {where}: the run has a later checkpoint, {saved[-1].name}, which would be overwritten; type "
+                f"--resume {run_folder}, or copy the run's folder without the later checkpoints"
+            )
+        folder = run_folder
+    if not folder.is_dir():
+        raise UserError(f"--resume {where}: there is no such folder; name a run's folder, or auto")
+    return newest_checkpoint(folder)
+
+
+def _saved_setting(checkpoints: Sequence[Path], key: str) -> Any:
+    """A setting of the group ``run``, from the newest readable checkpoint."""
+    for checkpoint in reversed(checkpoints):
+        try:
+            return read_config_file(checkpoint / "config.yaml")["run"][key]
+        except (UserError, KeyError, TypeError):
+            continue  # damaged
+    return None
+
+
+def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Sequence[GameSpec]) -> None:
+    """Check that a run with these settings can be resumed from a checkpoint. Changed package versions are noted.
+
+    Raises:
+        UserError: it lists what differs.
+    """
+    if settings.run.max_env_step == 0:
+        raise UserError("run.max_env_step=0 only evaluates, and --resume continues training; leave one of them out")
+    now, before = settings.model_dump(), checkpoint.settings.model_dump()
+    different = [
+        f"{group}.{key} is {now[group][key]!r}, the checkpoint has {value!r}"
+        for group, values in before.items()
+        for key, value in values.items()
+        if now[group][key] != value and key not in MAY_DIFFER.get(group, ())
+    ]
+    saved_games, own_games = checkpoint.manifest["games"], {game.name: game.md5 for game in games}
+    if not different and saved_games != own_games:
+        different.append(f"the game files are {own_games}, the checkpoint has {saved_games}")
+    if different:
+        raise UserError(
+            f"{checkpoint.folder}: the run cannot be resumed with these settings:\n"
+            + "\n".join(f"  - {difference}" for difference in different)
+            + "\nleave these settings out, or start a new run without --resume"
+        )
+    saved_versions = checkpoint.manifest["versions"]
+    changed = [
+        f"{name} {saved_versions.get(name)} to {version}"
+        for name, version in package_versions().items()
+        if version != saved_versions.get(name)
+    ]
+    if changed:
+        checkpoint.notes.append(
+            f"packages have changed since the checkpoint was written: {', '.join(changed)}; results may differ slightly"
+        )
+
+
+def prepare_resume(checkpoint: Checkpoint, settings: Settings, *, games: Sequence[GameSpec]) -> TextIO:
+    """Lock a run that is resumed, and clean up its checkpoints. ``output_dir`` and ``exp_name`` are set to its folder.
+
+    Returns:
+        The lock.
+
+    Raises:
+        UserError: the settings do not fit, or another process uses the run.
+    """
+    check_compatible(checkpoint, settings, games=games)
+    folder = checkpoint.run_folder
+    lock = lock_folder(folder)
+    try:
+        newest = [checkpoint.folder, *checkpoint.damaged]
+        if saved_checkpoints(folder)[-len(newest) :] != newest:
+            raise UserError(f"{folder}: another process has resumed this run meanwhile; type the command again")
+        rename_damaged(checkpoint)
+    except UserError:
+        lock.close()
+        raise
+    remove_leftovers(folder)
+    settings.run.output_dir, settings.run.exp_name = str(folder.parent), folder.name
+    return lock
+
+
+def rename_damaged(checkpoint: Checkpoint) -> None:
+    """Rename damaged checkpoints, since the run will need their names. The run must be locked.
+
+    Raises:
+        UserError: one cannot be renamed.
+    """
+    for damaged in checkpoint.damaged:
+        names = (damaged.with_name(f"damaged_{n}_{damaged.name}") for n in range(1, 1000))
+        try:
+            damaged.rename(next(name for name in names if not name.exists()))
+        except OSError as error:
+            raise UserError(f"{damaged} is damaged and cannot be renamed ({error}); remove it") from error

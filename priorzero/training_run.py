@@ -1,0 +1,303 @@
+"""A run of the single-process loop: its state and the operations that the loop is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from loguru import logger
+
+from priorzero.agent import Agent
+from priorzero.config import differences
+from priorzero.envs import GameSpec
+from priorzero.learning import Learner
+from priorzero.llm.models import warn_of_long_prompts
+from priorzero.play.collector import Collected, Collector
+from priorzero.play.evaluator import Evaluation, Evaluators
+from priorzero.run_state import RunState
+from priorzero.runs.checkpoint import Checkpoint
+from priorzero.runs.counters import Counters
+from priorzero.runs.folder import truncate_files
+from priorzero.runs.logger import RunLogger, log_segments
+from priorzero.runs.nonfinite import NonFiniteUpdates
+from priorzero.runs.saver import Saver
+from priorzero.runs.summary import (
+    RunSummary,
+    count_moved,
+    describe_evaluation,
+    fingerprint,
+    format_table,
+    peak_memory_mb,
+)
+from priorzero.runtime.concurrency import StopRequest
+from priorzero.settings import Settings
+from priorzero.types import Plain, UserError
+
+
+class TrainingRun:
+    """Everything that :mod:`priorzero.train` works with.
+
+    Args:
+        settings: all settings.
+        games: the games that are trained on.
+        agent: both models and everything around them.
+        collector: plays with exploration.
+        evaluators: play without exploration.
+        folder: the run's folder, which exists.
+        checkpoint: the run is resumed from it; None for a new run.
+
+    Attributes:
+        counters: how far the run is.
+        evaluation_due: an evaluation is the next step. A run with ``run.max_env_step=0`` consists of one.
+        save_due: a checkpoint is the next step, after an evaluation that is due.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        games: Sequence[GameSpec],
+        agent: Agent,
+        collector: Collector,
+        evaluators: Evaluators,
+        folder: Path,
+        checkpoint: Checkpoint | None,
+    ) -> None:
+        self.settings, self.games, self.folder = settings, games, folder
+        self.agent, self.collector, self.evaluators = agent, collector, evaluators
+        self.counters = Counters()
+        self.evaluation_due = settings.run.max_env_step == 0
+        self.save_due = False
+        self.stop = StopRequest()
+        self.saver = Saver(folder, keep=settings.run.keep_checkpoints)
+        self.nonfinite = NonFiniteUpdates(folder / "not_finite", limit=settings.train.max_nonfinite_updates)
+        self.learner = Learner(
+            agent, settings, counters=self.counters, nonfinite=self.nonfinite, log=self._log_learning
+        )
+        self._state = RunState(settings, agent, collector)
+        self._checkpoint = checkpoint
+        self._initial_fingerprints = trained_fingerprints(agent)
+        self._logger: RunLogger | None = None
+        self._evaluations: dict[str, Evaluation] = {}
+        self._unstored: Collected | None = None  # not in the replay buffer yet
+        self._unlogged: Collected | None = None
+
+    @property
+    def logger(self) -> RunLogger:
+        """The run's logger, from :meth:`begin` on."""
+        assert self._logger is not None
+        return self._logger
+
+    @property
+    def is_finished(self) -> bool:
+        """The run has reached ``run.max_iter`` or ``run.max_env_step``."""
+        return self.counters.is_finished(self.settings.run)
+
+    @property
+    def games_text(self) -> str:
+        """Names of the games."""
+        return ", ".join(game.name for game in self.games)
+
+    # ---- beginning ----
+
+    async def begin(self) -> None:
+        """Log the settings, restore the checkpoint, and start the prior engine."""
+        settings, agent = self.settings, self.agent
+        logger.info(
+            f"{self.games_text}, seed {settings.run.seed}, on {agent.device}; the run's folder is {self.folder}"
+        )
+        changed = [f"{group}.{key}={v}" for group, own in differences(settings).items() for key, v in own.items()]
+        logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
+        if agent.llm is not None:
+            warn_of_long_prompts(agent.llm, settings.llm)
+        saved = None if self._checkpoint is None else await self._restore(self._checkpoint)
+        self._logger = RunLogger(self.folder, settings.run, state=saved)
+        if agent.engine is not None and agent.policy.llm_version:
+            await agent.engine.sync_weights(agent.policy.llm_version)
+        elif agent.engine is not None:
+            await agent.engine.ready()
+
+    async def _restore(self, checkpoint: Checkpoint) -> Plain:
+        """Restore the run; returns the logger's state."""
+        for note in checkpoint.notes:
+            logger.warning(note)
+        loop = await self._state.restore(checkpoint)
+        for name, count in loop["counters"].items():
+            setattr(self.counters, name, count)
+        self.nonfinite.load_state_dict(loop["nonfinite"])
+        self._initial_fingerprints = loop["initial_fingerprints"]
+        self.saver.resumed_from(checkpoint.folder, about=self._about(loop["evaluation_due"]))
+        truncate_files(self.folder, loop["logger"]["sizes"])
+        logger.info(f"resumed from {checkpoint.folder.name}: {self.counters.describe()}")
+        if loop["evaluation_due"]:
+            self.set_due()
+        run = self.settings.run
+        if self.is_finished:
+            logger.warning(
+                f"the run had already ended: iteration {self.counters.iteration} of run.max_iter={run.max_iter}, env "
+                f"step {self.counters.env_step} of run.max_env_step={run.max_env_step}; raise them to continue"
+            )
+        saved: Plain = loop["logger"]
+        return saved
+
+    # ---- the steps of an iteration ----
+
+    async def collect(self) -> Collected | None:
+        """Collect the steps of an iteration, and wait for the updates of the one before; None if a stop is requested."""
+        num_steps = self.settings.train.collect_env_steps
+        collected = await self.collector.collect(num_steps, stop=lambda: self.stop.requested)
+        self._unstored = self._unlogged = collected
+        await self.learner.wait()
+        return collected
+
+    def store(self, collected: Collected) -> None:
+        """Put the collected segments into the replay buffer. The iteration counts from here on."""
+        self.agent.buffer.push(collected.segments)
+        self.counters.iteration += 1
+        self.counters.env_step = self.collector.env_steps
+        self._unstored = None
+
+    def set_due(self) -> None:
+        """Set ``evaluation_due`` and ``save_due`` for the present iteration."""
+        iteration, every = self.counters.iteration, self.settings.run.checkpoint_every
+        self.evaluation_due = self.is_finished or iteration % self.settings.eval.every == 0
+        self.save_due = self.is_finished or (every > 0 and iteration % every == 0)
+
+    def log(self, collected: Collected) -> None:
+        """Log an iteration."""
+        self._unlogged = None
+        prior = self.agent.prior
+        self.logger.log_iteration(
+            self.counters,
+            scalars={**self.collector.scalars(collected), **self.agent.buffer.scalars()},
+            prior=prior.take_statistics() if prior is not None else None,
+            time_usage=self.agent.timeline.finish_interval(),
+            episodes=collected.episodes,
+        )
+        log_segments(collected.segments, iteration=self.counters.iteration)
+
+    def _log_learning(self, metrics: Mapping[str, float], train_iter: int) -> None:
+        self.logger.writer.write(metrics, step=train_iter)
+
+    async def evaluate(self) -> bool:
+        """Evaluate; False if a stop was requested before the end."""
+        results = await self.stop.run_or_cancel(self.evaluators.evaluate())
+        if results is None:
+            await self.agent.world_model_thread.run("search", lambda: None)  # wait for a search that still runs
+            return False
+        prior = self.agent.prior
+        fallbacks = prior.take_statistics()["prior/fallbacks"] if prior is not None else None
+        self._evaluations = self.logger.log_evaluations(
+            results, env_step=self.counters.env_step, prior_fallbacks=fallbacks
+        )
+        self.evaluation_due = False
+        self.agent.timeline.discard_interval()
+        return True
+
+    async def save(self) -> None:
+        """Write a checkpoint, unless nothing has happened yet."""
+        self.save_due = False
+        begun = self.collector.collected.env_steps
+        if self.counters.env_step + begun == 0:
+            return
+        if self.agent.engine is not None:  # a resumed run starts with an empty cache, so this one continues with one
+            await self.agent.engine.clear_cache()
+        self.counters.llm_version = self.agent.policy.llm_version
+        name = f"iteration_{self.counters.iteration}" + (f"+{begun}" if begun else "")
+        loop: Plain = {
+            "counters": self.counters.as_dict(),
+            "evaluation_due": self.evaluation_due,
+            "nonfinite": self.nonfinite.state_dict(),
+            "initial_fingerprints": self._initial_fingerprints,
+            "logger": self.logger.state_dict(),
+        }
+        await self.saver.save(
+            name, write=lambda folder: self._state.write(folder, loop=loop), about=self._about(self.evaluation_due)
+        )
+
+    def _about(self, evaluation_due: bool) -> dict[str, Any]:
+        """The run's entries in a checkpoint's manifest."""
+        return {
+            "counters": self.counters.as_dict(),
+            "evaluation_due": evaluation_due,
+            "begun_env_steps": self.collector.collected.env_steps,
+            "games": {game.name: game.md5 for game in self.games},
+        }
+
+    # ---- ending ----
+
+    async def save_after(self, error: BaseException) -> None:
+        """An error ends the run: complete the iteration without further updates, and save it."""
+        await self.learner.stop()
+        if isinstance(error, OSError) and self._unlogged is not None:
+            return  # the iteration cannot be logged; the last checkpoint remains
+        if self._unlogged is not None:
+            if self._unstored is not None:
+                self.store(self._unstored)
+            self.log(self._unlogged)
+            self.evaluation_due = False
+        await self.save()
+        if self.saver.last is not None and not self.saver.failure:
+            logger.warning(f"interrupted; what was learned so far is in {self.saver.last}")
+
+    def close(self) -> None:
+        """Close the files and write the trace."""
+        if self._logger is not None:
+            self._logger.close()
+        timeline = self.agent.timeline
+        if self.settings.run.trace_iterations and timeline.has_trace:
+            timeline.write_trace(self.folder / "trace.json")
+
+    def summary(self) -> RunSummary:
+        """Log and return the summary of the run.
+
+        Raises:
+            UserError: the last checkpoint could not be written.
+        """
+        self.logger.progress.end()
+        if self.saver.failure:
+            raise UserError(
+                f"the run has ended, but {self.saver.failure}; the last checkpoint is {self.saver.last or 'none'}"
+            )
+        rows = self._rows()
+        stopped = self.stop.requested and (self.evaluation_due or not self.is_finished)
+        logger.info(f"{'stopped' if stopped else 'done'}:\n" + format_table(rows))
+        if stopped and self.saver.last is not None:
+            logger.info(f"to continue: python -m priorzero.entry --resume {self.folder}")
+        return RunSummary(self.folder, rows, dict(self.logger.writer.last), self._evaluations, stopped)
+
+    def _rows(self) -> dict[str, Any]:
+        counters, returns = self.counters, self.collector.recent_returns
+        nothing_learned = f"0 (fewer than train.batch_size={self.settings.train.batch_size} decisions were stored)"
+        mean_return = f"{np.mean(list(returns)):.2f}" if returns else "-"
+        now = trained_fingerprints(self.agent)
+        return {
+            "game": self.games_text,
+            "iterations": counters.iteration,
+            "environment steps": counters.env_step,
+            "episodes finished": self.collector.num_episodes,
+            "mean return": f"{mean_return} over the last {len(returns)} episodes",
+            "world-model updates": counters.train_iter or nothing_learned,
+            "LLM updates": counters.llm_version if self.agent.llm is not None else "no LLM",
+            **{
+                f"{name} tensors moved": f"{count_moved(before, now[name])} of {len(before)}"
+                for name, before in self._initial_fingerprints.items()
+            },
+            **{f"evaluation, {mode}": describe_evaluation(e) for mode, e in self._evaluations.items()},
+            "time of the iterations": self.agent.timeline.total.describe(),
+            "peak memory": f"{peak_memory_mb():.0f} MB in this process",
+            "wall time": f"{self.logger.seconds:.0f} s",
+            "checkpoint": self.saver.last or "none (nothing was trained)",
+            "charts": f"tensorboard --logdir {self.settings.run.output_dir}",
+        }
+
+
+def trained_fingerprints(agent: Agent) -> dict[str, dict[str, int]]:
+    """Fingerprints of all parameters that are trained, by model. Buffers such as running means are left out."""
+    fingerprints = {"world model": fingerprint(dict(agent.policy.trained_world_model_parameters()))}
+    if agent.llm is not None:
+        trained = {name: p for name, p in agent.llm.model.named_parameters() if p.requires_grad}
+        fingerprints["LLM"] = fingerprint(trained)
+    return fingerprints
