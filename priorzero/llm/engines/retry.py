@@ -91,13 +91,8 @@ class RetryingPrior:
         self.learner_version = learner_version or (lambda: engine.version)
         self.timeline = timeline or Timeline()
         self.statistics = PriorStatistics()
-<<<<<<< HEAD
-        self._gate = Gate()
-        self._sync_error: EngineError | None = None  # raised by every request after a failed weight sync
-=======
         self._lock = ReadersWriterLock()
-        self._lost: EngineError | None = None  # why a takeover failed; whoever asks is told
->>>>>>> main
+        self._sync_error: EngineError | None = None  # raised by every request after a failed weight sync
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         """One prior for each request, in order; uniform if all attempts fail.
@@ -106,27 +101,16 @@ class RetryingPrior:
             EngineError: the engine cannot be used any more.
         """
         while True:
-<<<<<<< HEAD
             if self._sync_error is not None:
                 raise self._sync_error
-            async with self._gate.together():
-                priors = await self._request(requests)
-=======
-            if self._lost is not None:
-                raise self._lost
             async with self._lock.shared():
-                priors = await self._ask(requests)
->>>>>>> main
+                priors = await self._request(requests)
             staleness = [self.learner_version() - prior.version for prior in priors]
             if max(staleness, default=0) <= self.max_staleness:
                 self.statistics.staleness += staleness
                 return priors
             self.statistics.outdated += len(requests)
-<<<<<<< HEAD
-            await asyncio.sleep(0)  # let the weight sync reach the gate
-=======
-            await asyncio.sleep(0)  # let the learner acquire the lock
->>>>>>> main
+            await asyncio.sleep(0)  # let the weight sync acquire the lock
 
     async def learn(self, update: Callable[[], Awaitable[int]]) -> None:
         """Run an update of the LLM, followed by a weight sync of the engine if one is due.
@@ -141,13 +125,8 @@ class RetryingPrior:
             return
         version = await update()
         if version - self.engine.version >= self.sync_every:
-<<<<<<< HEAD
-            async with self._gate.alone():
-                await self._sync(version)
-=======
             async with self._lock.exclusive():
-                await self._take_over(version)
->>>>>>> main
+                await self._sync(version)
 
     async def _sync(self, version: int) -> None:
         with self.timeline.span("sync"):
