@@ -15,8 +15,7 @@ from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.engines.prompt_cache import PromptCache
 from priorzero.llm.models import _with_lora
 from priorzero.llm.packing import PromptRow, pack
-from priorzero.llm.prompts import render_prompt
-from priorzero.llm.prompts import prompt_style
+from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.types import GameState, HistoryStep, PriorRequest
 from tests.helpers.models import make_settings, make_tiny_llm
 
