@@ -25,5 +25,7 @@ def test_dirichlet_noise_depends_on_the_generator_only():
     dirichlet, other = Dirichlet(1.0), Dirichlet(1.0)
     state = at("a", 0.0, ("go", "up"))
     dirichlet.root_noise(0, state, None, rng=np.random.default_rng(3))
-    noises = [d.root_noise(e, state, None, rng=np.random.default_rng(5)).probs for e, d in enumerate((dirichlet, other))]
+    noises = [
+        d.root_noise(e, state, None, rng=np.random.default_rng(5)).probs for e, d in enumerate((dirichlet, other))
+    ]
     assert np.array_equal(noises[0], noises[1])

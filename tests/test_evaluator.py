@@ -8,7 +8,15 @@ import pytest
 
 from priorzero.play.evaluator import Evaluation, Evaluator, Evaluators, merge
 from priorzero.types import GameWorkerError
-from tests.helpers.collecting import FIRST_ROOM, CountingGame, collect, evaluate, make_collector, make_player, outcome_of
+from tests.helpers.collecting import (
+    FIRST_ROOM,
+    CountingGame,
+    collect,
+    evaluate,
+    make_collector,
+    make_player,
+    outcome_of,
+)
 
 
 @pytest.mark.parametrize("mode", ["world_model", "world_model_with_prior", "prior"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
 
 import numpy as np
@@ -11,20 +12,19 @@ import torch
 from priorzero.play.exploration import Exploration, make_exploration
 from priorzero.play.novelty import NoveltyCounts, shaped_reward
 from priorzero.settings import EVAL_MODES, SearchSettings
-from priorzero.types import ActionPrior
-from tests.helpers.collecting import FIRST_ROOM, CountingGame, collect, evaluate, make_collector, outcome_of, state_of
-from tests.helpers.exploring import ScriptedEpisode
+from priorzero.types import ActionPrior, GameState
+from tests.helpers.collecting import CountingGame, collect, evaluate, make_collector
+from tests.helpers.exploring import ScriptedEpisode, at
 from tests.helpers.models import make_settings
 
 STRATEGIES = typing.get_args(SearchSettings.model_fields["exploration"].annotation)
-LENGTH = 6
-NUM_GAMES = 2
+TRAIN = make_settings().train
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
 def make(name: str) -> tuple[Exploration, list[NoveltyCounts]]:
     """A strategy for two games in which every episode deviates if it can."""
-    counts = [NoveltyCounts() for _ in range(NUM_GAMES)]
+    counts = [NoveltyCounts(), NoveltyCounts()]
     return make_exploration(make_settings({"search": {"exploration": name, "deviation_prob": 1.0}}), counts), counts
 
 
@@ -33,90 +33,101 @@ def prior_of(num_actions: int) -> ActionPrior:
     return ActionPrior(np.log(probs / probs.sum()).astype(np.float32), source="score", version=0)
 
 
-class Play:
-    """Episodes of the counting game in one environment; the actions are sampled from the noise.
+class Corridor:
+    """Episodes in a corridor with five rooms; the last one has a point. The actions are sampled from the noise.
 
     Attributes:
-        noises: the noise of each decision, with its temperature scale at the end.
+        noises: the noise and the temperature scale of each decision.
     """
 
     def __init__(self, name: str, *, env: int) -> None:
         self.strategy, self.counts = make(name)
         self.rng, self.env = np.random.default_rng(env), env
-        self.episode = self.begin()
         self.noises: list[list[float]] = []
+        self.begin()
 
-    def begin(self) -> ScriptedEpisode:
-        state = state_of(self.env, FIRST_ROOM, moves=0, length=LENGTH)
-        return ScriptedEpisode(self.strategy, state, env=self.env, rng=self.rng)
+    def state(self, room: int, *, moves: int) -> GameState:
+        actions = ("right", "wait", "left", "jump")[: 2 + room % 3]
+        state = at(f"room {room}", float(room == 4), actions)
+        return dataclasses.replace(state, moves=moves, done=room == 4 or moves == 12)
 
-    def decide(self, times: int) -> None:
-        for _ in range(times):
+    def begin(self) -> None:
+        self.room = 0
+        self.episode = ScriptedEpisode(self.strategy, self.state(0, moves=0), env=self.env, rng=self.rng)
+
+    def play(self, num_decisions: int) -> None:
+        for _ in range(num_decisions):
             before, noise = self.episode.state, self.episode.noise
-            assert noise is not None
             self.noises.append([*noise.probs, noise.temperature_scale])
-            k = int(self.rng.choice(len(noise.probs), p=noise.probs))
-            room, reward = outcome_of(int(before.score), k)
-            after = state_of(self.env, room, moves=before.moves + 1, length=LENGTH)
-            cfg = make_settings().train
-            counts = self.counts[self.env % NUM_GAMES]
-            shaped_reward(counts, before=before, action=before.valid_actions[k], after=after, cfg=cfg)
-            self.episode.take(before.valid_actions[k], after, reward)
+            action = before.valid_actions[self.rng.choice(len(noise.probs), p=noise.probs)]
+            self.room = max(0, self.room + {"right": 1, "left": -1}.get(action, 0))
+            after = self.state(self.room, moves=before.moves + 1)
+            counts = self.counts[self.env % 2]
+            shaped_reward(counts, before=before, action=action, after=after, cfg=TRAIN)
+            self.episode.take(action, after, after.score - before.score)
             if after.done:
-                self.episode = self.begin()
+                self.begin()
+
+    def resume(self, other: Corridor) -> None:
+        """Load the other's state as a resumed run does."""
+        self.strategy.load_state_dict(other.strategy.state_dict())
+        for counts, own in zip(self.counts, other.counts, strict=True):
+            counts.load_state_dict(own.state_dict())
+        self.room, self.episode.state = other.room, other.episode.state
+        self.episode.history = list(other.episode.history)
 
 
 @every_strategy
 def test_root_noise_is_a_distribution_over_the_valid_actions(name):
-    play = Play(name, env=1)
+    corridor = Corridor(name, env=1)
     for with_prior in (False, True):
-        for _ in range(4 * LENGTH):
-            num_actions = len(play.episode.state.valid_actions)
-            noise = play.episode.ask(prior_of(num_actions) if with_prior else None)
+        for _ in range(60):
+            num_actions = len(corridor.episode.state.valid_actions)
+            noise = corridor.episode.ask(prior_of(num_actions) if with_prior else None)
             assert noise.probs.shape == (num_actions,) and (noise.probs >= 0).all()
             assert noise.probs.sum() == pytest.approx(1.0) and 0 < noise.temperature_scale <= 1
-            play.decide(1)
+            corridor.play(1)
 
 
 @every_strategy
-@pytest.mark.parametrize("num_decisions", [2 * LENGTH, 2 * LENGTH + 3])  # between two episodes, within an episode
-def test_state_dict_restores_a_strategy(tmp_path, name, num_decisions):
-    """The restored strategy gives the same noise in all later decisions, also in the running episode."""
-    original, restored = Play(name, env=3), Play(name, env=3)
-    original.decide(num_decisions)
-    state = {
-        "exploration": original.strategy.state_dict(),
-        "counts": [counts.state_dict() for counts in original.counts],
-    }
-    torch.save(state, tmp_path / "state.pt")
+def test_state_dict_restores_a_strategy(name):
+    """A strategy restored between any two decisions gives the same noise as the original from then on."""
+    for num_decisions in range(40, 64):
+        original, restored = Corridor(name, env=3), Corridor(name, env=3)
+        original.play(num_decisions)
+        restored.resume(original)
+        assert restored.strategy.state_dict() == original.strategy.state_dict()
+        assert restored.strategy.scalars() == original.strategy.scalars()
+        for corridor in (original, restored):
+            corridor.noises.clear()
+            corridor.rng.bit_generator.state = np.random.default_rng(7).bit_generator.state
+            corridor.episode.ask()
+            corridor.play(40)
+        assert restored.noises == original.noises
+        assert restored.strategy.state_dict() == original.strategy.state_dict()
+
+
+@every_strategy
+def test_state_dict_is_plain_data(tmp_path, name):
+    corridor = Corridor(name, env=3)
+    corridor.play(40)
+    torch.save(corridor.strategy.state_dict(), tmp_path / "state.pt")
     state = torch.load(tmp_path / "state.pt", weights_only=True)
-    restored.strategy.load_state_dict(state["exploration"])
-    for counts, own in zip(restored.counts, state["counts"], strict=True):
-        counts.load_state_dict(own)
-    assert restored.strategy.state_dict() == original.strategy.state_dict()
-    assert restored.strategy.scalars() == original.strategy.scalars()
-    restored.episode.state, restored.episode.history = original.episode.state, list(original.episode.history)
-    restored.noises = list(original.noises)
-    for play in (original, restored):
-        play.rng.bit_generator.state = np.random.default_rng(7).bit_generator.state
-        play.episode.ask()
-        play.decide(3 * LENGTH)
-    assert restored.noises == original.noises
-    assert restored.strategy.state_dict() == original.strategy.state_dict()
+    assert state == corridor.strategy.state_dict()
 
 
 @every_strategy
 def test_evaluation_never_calls_a_strategy(monkeypatch, name):
-    """Also not with the player of a collector that explores."""
+    """It does not call the strategy of a collector with the same player either."""
 
     def refuse(*args, **kwargs):
-        raise AssertionError("evaluation called an exploration strategy")
+        raise AssertionError("an exploration strategy was called")
 
     collector, _, player = make_collector(search={"exploration": name})
     collect(collector, 9)
     for method in ("begin_episode", "root_noise", "observe", "end_episode"):
         monkeypatch.setattr(type(make(name)[0]), method, refuse)
-    with pytest.raises(AssertionError, match="exploration strategy"):
+    with pytest.raises(AssertionError, match="strategy was called"):
         collect(collector, 9)
     for mode in EVAL_MODES:
         assert len(evaluate(player, mode, games=[CountingGame(0, length=3)], episodes=1).returns) == 1

@@ -140,7 +140,9 @@ def test_archive_keeps_other_episodes_trajectories_to_a_score_that_an_episode_lo
 
 def test_archive_forgets_points_that_were_gained_after_a_loss_and_lost_again():
     archive = Archive()
-    history = steps(("a", 0.0, "up", 10.0), ("b", 10.0, "fall", -5.0), ("f", 5.0, "down", 3.0), ("g", 8.0, "walk", -3.0))
+    history = steps(
+        ("a", 0.0, "up", 10.0), ("b", 10.0, "fall", -5.0), ("f", 5.0, "down", 3.0), ("g", 8.0, "walk", -3.0)
+    )
     archive.add_reward(history[:1], now=at("b", 10.0))
     archive.add_reward(history[:3], now=at("g", 8.0))
     assert planned(archive, "f", 5.0, "down") == ["down"]
@@ -186,7 +188,9 @@ def test_archive_add_episode_changes_no_plan_if_no_points_are_lost(decisions):
 
 def test_archive_plans_by_a_lower_score_after_off_path_reward():
     archive = archive_of(steps(("a", 0.0, "go", 2.0), ("b", 2.0, "up", 3.0)), now=at("c", 5.0))
-    archive.add_reward(steps(("a", 0.0, "go", 2.0), ("b", 2.0, "take", 1.0), ("b1", 3.0, "sit", 0.5)), now=at("b2", 3.5))
+    archive.add_reward(
+        steps(("a", 0.0, "go", 2.0), ("b", 2.0, "take", 1.0), ("b1", 3.0, "sit", 0.5)), now=at("b2", 3.5)
+    )
     actions = "go", "up", "take", "sit"
     assert planned(archive, "b", 2.0, *actions) == ["up"]
     assert planned(archive, "b1", 3.0, *actions) == ["sit"]
@@ -199,7 +203,9 @@ def test_archive_plans_by_a_lower_score_after_off_path_reward():
     assert plan.actions.tolist() == [False, True, False, False] and plan.expected_gain == 3.0
     in_b = dataclasses.replace(in_b, valid_actions=("go", "sit"))
     assert archive.plan(in_b, off_path_reward=1.0).actions.tolist() == [False, True]  # the better one is not valid
-    assert planned(archive, "a", 1.5, *actions, off_path_reward=1.5) == ["go"] and planned(archive, "a", 1.5, "go") == []
+    assert (
+        planned(archive, "a", 1.5, *actions, off_path_reward=1.5) == ["go"] and planned(archive, "a", 1.5, "go") == []
+    )
     assert planned(archive, "b", 2.0, *actions, off_path_reward=-1.0) == ["up"]  # the larger gain is at the real score
 
 

@@ -114,9 +114,7 @@ class LastActionEngine:
         for request in requests:
             probs = np.full(len(request.valid_actions), 0.1 / max(1, len(request.valid_actions) - 1))
             probs[-1] = 0.9
-            priors.append(
-                ActionPrior(np.log(probs).astype(np.float32), "score", self.version, request.prompt[-40:])
-            )
+            priors.append(ActionPrior(np.log(probs).astype(np.float32), "score", self.version, request.prompt[-40:]))
         return priors
 
     async def check(self) -> None: ...
@@ -197,6 +195,8 @@ def num_pending(collector: Collector) -> list[int]:
     return [len(numbers) for numbers in collector.state_dict(RecordTable())["pending"]]
 
 
-def evaluate(player: Player, mode: EvalMode, *, games: Sequence[CountingGame], episodes: int, seed: int = 0) -> Evaluation:
+def evaluate(
+    player: Player, mode: EvalMode, *, games: Sequence[CountingGame], episodes: int, seed: int = 0
+) -> Evaluation:
     evaluator = Evaluator("counting", games, player=player, episodes=episodes, seed=seed)
     return asyncio.run(evaluator.evaluate(mode))
