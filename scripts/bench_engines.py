@@ -58,7 +58,7 @@ async def uncached_logprobs(engine: Any, row: PromptRow) -> list[np.ndarray]:
 
 
 async def logprobs_one_request_per_token(engine: Any, row: PromptRow) -> list[np.ndarray]:
-    """For each prefix of a command, a request that generates one token and returns the probabilities of the next one."""
+    """For each prefix of a command, a request for the log-probabilities of the next token."""
     prefixes = sorted({tuple(c[:n]) for c in row.completions for n in range(len(c))})
     next_tokens = {p: sorted({c[len(p)] for c in row.completions if tuple(c[: len(p)]) == p}) for p in prefixes}
 

@@ -5,8 +5,8 @@
 Language model: one update (forward, backward, AdamW) of SmolLM2-135M in float32 on the visit counts of two states,
 each with a prompt of 300 tokens and its 8 or 16 most visited actions (``llm.sft_top_actions``). The package packs the
 actions of a state behind one copy of its prompt. The baseline repeats the prompt for every action, with as many rows in
-a micro-batch as the package has states (``llm.micro_batch_size``, 2 as in the quick test), so that the numbers of tokens
-are similar. The results are equal if the relative difference of the losses is below 1e-5, and the norm of the
+a micro-batch as the package has states (``llm.micro_batch_size``, 2 as in the quick test), so that both process similar
+numbers of tokens. The results are equal if the relative difference of the losses is below 1e-5, and the norm of the
 difference of the gradients is below 1e-5 of the gradient's norm.
 
 World model: one update of UniZero on 32 sequences of 10 steps, with embedding size 256, 2 layers, 256 actions and no
@@ -310,9 +310,7 @@ def compare_losses(
     twin = make_twin(settings, baseline_policy)
     text_batch = make_batch(np.array(ids).reshape(shape), num_actions=num_actions)
     twin_batch = make_batch(first_token_outputs(encoder, texts).reshape(shape), num_actions=num_actions)
-    baseline_s, baseline = seconds(
-        lambda: baseline_policy._forward_learn([*text_batch.to_lightzero(), 0]), repeats=1
-    )
+    baseline_s, baseline = seconds(lambda: baseline_policy._forward_learn([*text_batch.to_lightzero(), 0]), repeats=1)
     ours = twin.learn_world_model(twin_batch, train_iter=0)
     losses = {
         name: {"ours": ours[f"train/{name}"], "baseline": baseline[lightzero_name]}

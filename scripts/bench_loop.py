@@ -188,9 +188,7 @@ def games(steps: int | None) -> list[tuple[str, dict[str, Any], int]]:
     default_prompt = {key: getattr(LLMSettings(), key) for key in PROMPT_SETTINGS}
     try:
         resolve_game("zork1.z5")
-        found.append(
-            ("zork1.z5, default prompt", {"run": {"env_id": "zork1.z5"}, "llm": default_prompt}, steps or 16)
-        )
+        found.append(("zork1.z5, default prompt", {"run": {"env_id": "zork1.z5"}, "llm": default_prompt}, steps or 16))
     except UserError as error:
         print(f"zork1.z5 is skipped: {str(error).splitlines()[0]}")
     return found

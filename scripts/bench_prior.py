@@ -62,9 +62,7 @@ def request_of_length(llm: LanguageModel, *, tokens: int, actions: int) -> Prior
     return PriorRequest(prompt(words), tuple(COMMANDS[:actions]))
 
 
-def episode_requests(
-    llm: LanguageModel, *, steps: int, style: PromptStyle, min_actions: int = 0
-) -> list[PriorRequest]:
+def episode_requests(llm: LanguageModel, *, steps: int, style: PromptStyle, min_actions: int = 0) -> list[PriorRequest]:
     """The requests of one episode that is played at random.
 
     Args:
@@ -206,9 +204,7 @@ def compare(case: Case, llm: LanguageModel, *, prompt_cache_tokens: int, rate: f
     ours_s, ours = seconds(lambda: engine.compute(requests), repeats=3 if len(requests) == 1 else 1)
     every = min(case.every, len(rows))
     measured = range(every - 1, len(rows), every)
-    measured_s, baseline = seconds(
-        lambda: [logprobs_one_prompt_per_action(llm, rows[t]) for t in measured], repeats=1
-    )
+    measured_s, baseline = seconds(lambda: [logprobs_one_prompt_per_action(llm, rows[t]) for t in measured], repeats=1)
     equal = all(largest_difference(ours[t], own) < TOLERANCE for t, own in zip(measured, baseline, strict=True))
     tokens = [num_baseline_tokens(row) for row in rows]
     baseline_s = measured_s * sum(tokens) / sum(tokens[t] for t in measured)

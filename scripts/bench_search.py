@@ -15,6 +15,7 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -123,7 +124,8 @@ def measure(preset: str, *, num_actions: int, num_legal: int, batches: tuple[int
         )
         if (preset, count) == ("standard", 64):
             continue  # it would take half a minute
-        each_s, expected = seconds(lambda: search_each(policy, roots, num_actions=num_actions), repeats=repeats)  # noqa: B023
+        each = partial(search_each, policy, roots, num_actions=num_actions)
+        each_s, expected = seconds(each, repeats=repeats)
         rows.append(Row(f"{preset}, one search over E={count}", total_s, each_s, None, same_visits(results, expected)))
     return rows, per_root
 

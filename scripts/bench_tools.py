@@ -82,9 +82,7 @@ def report(name: str, rows: Sequence[Row], **details: Any) -> int:
         print(f"{row.name:{width}}  {times}  {goal:>6}  {'yes' if row.equal else 'NO'}")
     file = RESULTS / f"{name}.json"
     comparisons = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
-    write_json(
-        file, {"rows": comparisons, "machine": _machine(), "packages": package_versions(PACKAGES), **details}
-    )
+    write_json(file, {"rows": comparisons, "machine": _machine(), "packages": package_versions(PACKAGES), **details})
     print(f"written to {file}")
     return 0 if all(row.equal for row in rows) else 1
 
