@@ -36,7 +36,7 @@ learn-check:  ## check that search, prior, SFT and RFT each improve the agent (l
 	@$(PYTEST) -m learn tests/test_learning.py --durations=0 $(ARGS)
 
 # One after the other, since they need an idle machine. All are run, even if the results of one differ.
-bench:  ## measure the figures of docs/PERFORMANCE.md (up to 20 minutes); fails if results differ
+bench:  ## measure the figures of docs/performance.md (up to 20 minutes); fails if results differ
 	@scripts/set_up.sh test
 	@failed=0; for name in env search learner prior loop; do \
 		echo "== bench_$$name"; $(PYTHON) scripts/bench_$$name.py; status=$$?; \

@@ -98,7 +98,7 @@ def measure_learning(folder: Path) -> dict[str, float]:
 
 
 def model_seconds(num_gpus: int) -> dict[str, float]:
-    """Estimated seconds of the parts of an iteration. A quarter of the GPUs serves priors, one searches, the rest learns."""
+    """Estimated seconds of the parts of an iteration. A quarter of the GPUs serves priors, one searches, the rest learn."""
     servers = max(1, num_gpus // 4)
     learners = max(1, num_gpus - servers - 1)
     share = 0.45 if num_gpus == 1 else 1.0  # on one GPU, server and learner share it with the search
