@@ -5,7 +5,7 @@
 
 Games: zork1.z5 and detective.z5. Games that are not found are skipped (see PRIORZERO_GAMES in README.md).
 
-Baseline: ``jericho.FrotzEnv`` with spaCy's complete pipeline and ``get_valid_actions(use_object_tree=True,
+Reference: ``jericho.FrotzEnv`` with spaCy's complete pipeline and ``get_valid_actions(use_object_tree=True,
 use_ctypes=True, use_parallel=False)``. There is one change: the visible objects are sorted. Jericho reads them from a
 set, so Python's hash seed would decide which of several commands with the same effect it returns.
 
@@ -40,7 +40,7 @@ GAMES = ("zork1.z5", "detective.z5")
 NUM_STATES = 10  # states of each game without --all
 
 
-def baseline_env(path: Path) -> Any:
+def reference_env(path: Path) -> Any:
     """Jericho's environment, with the visible objects in sorted order."""
     import jericho
 
@@ -55,7 +55,7 @@ def baseline_env(path: Path) -> Any:
 
 def walkthrough_states(path: Path) -> list[Any]:
     """The state of the emulator before each command of Jericho's walkthrough."""
-    env = baseline_env(path)
+    env = reference_env(path)
     env.reset()
     states = []
     for command in env.get_walkthrough():
@@ -102,15 +102,15 @@ def cached_actions(game: JerichoGame, state: Any) -> set[str]:
 
 
 def measure_new_states(game: JerichoGame, path: Path, states: Sequence[Any], *, repeats: int) -> tuple[Any, Any]:
-    """The measurements of the baseline and of the package without its caches."""
+    """The measurements of the reference and of the package without its caches."""
     import spacy
 
     util = importlib.import_module("jericho.util")
-    env = baseline_env(path)
+    env = reference_env(path)
     env.reset()
     package_pipeline, complete_pipeline = util.spacy_nlp, spacy.load(SPACY_MODEL)
 
-    def find_baseline(state: Any) -> set[str]:
+    def find_reference(state: Any) -> set[str]:
         util.spacy_nlp = complete_pipeline
         env.set_state(state)
         return set(env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False))
@@ -120,12 +120,12 @@ def measure_new_states(game: JerichoGame, path: Path, states: Sequence[Any], *, 
         game._env.set_state(state)
         return set(game._find_valid_actions())
 
-    baseline, ours = Measurement(find_baseline), Measurement(find_ours)
+    reference, ours = Measurement(find_reference), Measurement(find_ours)
     for state in states:  # alternately, so that other load on the machine affects both
-        baseline.add(state, repeats=repeats)
+        reference.add(state, repeats=repeats)
         ours.add(state, repeats=repeats)
     util.spacy_nlp = package_pipeline
-    return baseline, ours
+    return reference, ours
 
 
 def measure_caches(
@@ -152,21 +152,21 @@ def compare(name: str, path: Path, *, num_states: int | None, cache: Path) -> tu
         states = states[:: max(1, len(states) // num_states)][:num_states]
     os.environ[CACHE_VARIABLE] = str(cache)
     game = open_game(path)
-    baseline, new = measure_new_states(game, path, states, repeats=1 if num_states is None else 2)
+    reference, new = measure_new_states(game, path, states, repeats=1 if num_states is None else 2)
     memory, disk = measure_caches(game, path, states, new.found)
     title = f"{name}, {len(states)} states: valid actions"
     kinds = (("new state", new, 1.5), ("known state (in memory)", memory, 100), ("known state (on disk)", disk, 100))
     rows = [
-        Row(f"{title}, {kind}", ours.wall_s, baseline.wall_s, goal, ours.found == baseline.found)
+        Row(f"{title}, {kind}", ours.wall_s, reference.wall_s, goal, ours.found == reference.found)
         for kind, ours, goal in kinds
     ]
     figures = {
         "new_states_per_s": len(states) / new.wall_s,
-        "baseline_states_per_s": len(states) / baseline.wall_s,
+        "reference_states_per_s": len(states) / reference.wall_s,
         "new_cpu_s": new.cpu_s,
-        "baseline_cpu_s": baseline.cpu_s,
+        "reference_cpu_s": reference.cpu_s,
         "threads": game._env._filter_threads,
-        "mean_number_of_actions": sum(map(len, baseline.found)) / len(states),
+        "mean_number_of_actions": sum(map(len, reference.found)) / len(states),
     }
     return rows, figures
 

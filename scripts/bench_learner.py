@@ -4,23 +4,23 @@
 
 Language model: one update (forward, backward, AdamW) of SmolLM2-135M in float32 on the visit counts of two states,
 each with a prompt of 300 tokens and its 8 or 16 most visited actions (``llm.sft_top_actions``). The package packs the
-actions of a state behind one copy of its prompt. The baseline repeats the prompt for every action, with as many rows in
-a micro-batch as the package has states (``llm.micro_batch_size``, 2 as in the quick test), so that both process similar
-numbers of tokens. The results are equal if the relative difference of the losses is below 1e-5, and the norm of the
+actions of a state behind one copy of its prompt. The reference repeats the prompt for every action. It has as many rows
+in a micro-batch as the package has states (``llm.micro_batch_size``, 2 as in the quick test), so that both process
+similar numbers of tokens. The results are equal if the relative difference of the losses is below 1e-5, and the norm of the
 difference of the gradients is below 1e-5 of the gradient's norm.
 
 World model: one update of UniZero on 32 sequences of 10 steps, with embedding size 256, 2 layers, 256 actions and no
-dropout. The package reads stored features of the frozen encoder (all-MiniLM-L6-v2, 22M parameters). The baseline is
+dropout. The package reads stored features of the frozen encoder (all-MiniLM-L6-v2, 22M parameters). The reference is
 LightZero's own policy with ``obs_type='text'``: it reads token ids and encodes all observations in the model and again
 in its target. It is changed in three points: the pretrained encoder is loaded again, because LightZero overwrites it
 with random values; the encoder's dropout is off; and observations are padded to the longest one (about 160 tokens)
 instead of 512 tokens, which is faster.
 
 The world-model results are equal if the relative difference of the losses and the gradient norm is below 1e-4. They are
-computed by a second policy of the package, with the parameters of the baseline and its projection (one linear layer on
+computed by a second policy of the package, with the parameters of the reference and its projection (one linear layer on
 the output at the first token; the package uses two layers on the mean), from features that are encoded once.
 
-The baseline's update is run once, the package's several times. The second row adds the time to encode the texts of new
+The reference's update is run once, the package's several times. The second row adds the time to encode the texts of new
 states to the package's time.
 
 Two more tables show the seconds of the package's updates by the number of actions and by the number of layers.
@@ -152,15 +152,15 @@ def language_model_row(llm: LanguageModel, *, top: int, states: int, tokens: int
     learner.learn(samples)  # warm-up; it also creates AdamW's moments
     ours_s, ours = seconds(lambda: learner.learn(samples)["sft_loss"], repeats=2)
     ours_gradient = list(gradient)
-    baseline_s, baseline = seconds(lambda: learn_one_row_per_action(learner, samples), repeats=1)
+    reference_s, reference = seconds(lambda: learn_one_row_per_action(learner, samples), repeats=1)
     details = {
         "top_actions": top,
         "prompt_tokens": len(samples[0].row.prompt_ids),
-        "loss_difference": abs(ours - baseline) / baseline,
+        "loss_difference": abs(ours - reference) / reference,
         "gradient_difference": relative_difference(ours_gradient, gradient),
     }
     equal = max(details["loss_difference"], details["gradient_difference"]) < 1e-5
-    return Row(f"LLM update, {states} states, top {top} actions", ours_s, baseline_s, 3, equal), details
+    return Row(f"LLM update, {states} states, top {top} actions", ours_s, reference_s, 3, equal), details
 
 
 def relative_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
@@ -244,7 +244,7 @@ def make_batch(observations: np.ndarray, *, num_actions: int, seed: int = 0) -> 
     )
 
 
-def make_baseline_policy(settings: Settings, *, encoder_folder: str, tokens: int) -> Any:
+def make_reference_policy(settings: Settings, *, encoder_folder: str, tokens: int) -> Any:
     """LightZero's policy on token ids, with the parameters of the pretrained encoder."""
     from transformers import AutoModel
 
@@ -268,9 +268,9 @@ def make_baseline_policy(settings: Settings, *, encoder_folder: str, tokens: int
     return policy
 
 
-def make_twin(settings: Settings, baseline: Any) -> PriorZeroPolicy:
-    """The package's policy on the encoder's output, with the parameters and the projection of the baseline."""
-    source = baseline._model._orig_mod
+def make_twin(settings: Settings, reference: Any) -> PriorZeroPolicy:
+    """The package's policy on the encoder's output, with the parameters and the projection of the reference."""
+    source = reference._model._orig_mod
     projection = source.tokenizer.encoder.embed_proj_head
     twin = PriorZeroPolicy(settings, feature_size=projection.in_features, device="cpu", llm=None)
     parameters = {k: v for k, v in source.world_model.state_dict().items() if not k.startswith("tokenizer.")}
@@ -296,27 +296,29 @@ def first_token_outputs(encoder: TextEncoder, texts: Sequence[str]) -> np.ndarra
 def compare_losses(
     settings: Settings, encoder: TextEncoder, states: Sequence[GameState]
 ) -> tuple[float, int, dict[str, dict[str, float]]]:
-    """Run the baseline's update and that of its twin.
+    """Run the reference's update and that of its twin.
 
     Returns:
-        The seconds of the baseline, its tokens for each observation, and the losses of both.
+        The seconds of the reference, its tokens for each observation, and the losses of both.
     """
     num_actions = settings.env.action_space_size
     shape = (BATCH, settings.world_model.num_unroll_steps + 1, -1)
     texts = [state.raw_obs_text for state in states]
     ids = encoder._tokenizer(texts, truncation=True, padding=True)["input_ids"]
     folder = resolve_model(settings.encoder.path, setting="encoder.path")
-    baseline_policy = make_baseline_policy(settings, encoder_folder=folder, tokens=len(ids[0]))
-    twin = make_twin(settings, baseline_policy)
+    reference_policy = make_reference_policy(settings, encoder_folder=folder, tokens=len(ids[0]))
+    twin = make_twin(settings, reference_policy)
     text_batch = make_batch(np.array(ids).reshape(shape), num_actions=num_actions)
     twin_batch = make_batch(first_token_outputs(encoder, texts).reshape(shape), num_actions=num_actions)
-    baseline_s, baseline = seconds(lambda: baseline_policy._forward_learn([*text_batch.to_lightzero(), 0]), repeats=1)
+    reference_s, reference = seconds(
+        lambda: reference_policy._forward_learn([*text_batch.to_lightzero(), 0]), repeats=1
+    )
     ours = twin.learn_world_model(twin_batch, train_iter=0)
     losses = {
-        name: {"ours": ours[f"train/{name}"], "baseline": baseline[lightzero_name]}
+        name: {"ours": ours[f"train/{name}"], "reference": reference[lightzero_name]}
         for name, lightzero_name in WORLD_MODEL_LOSSES.items()
     }
-    return baseline_s, len(ids[0]), losses
+    return reference_s, len(ids[0]), losses
 
 
 def world_model_rows() -> tuple[list[Row], dict[str, Any]]:
@@ -326,16 +328,16 @@ def world_model_rows() -> tuple[list[Row], dict[str, Any]]:
     states = make_states(count=BATCH * steps)
     encoder = TextEncoder(settings.encoder.path, with_look=True, max_moves=100)
     features = encoder.features(states).reshape(BATCH, steps, -1)
-    baseline_s, tokens, losses = compare_losses(settings, encoder, states)
-    equal = all(abs(v["ours"] - v["baseline"]) <= 1e-4 * abs(v["baseline"]) for v in losses.values())
+    reference_s, tokens, losses = compare_losses(settings, encoder, states)
+    equal = all(abs(v["ours"] - v["reference"]) <= 1e-4 * abs(v["reference"]) for v in losses.values())
     ours_s = world_model_update_s(settings, make_batch(features, num_actions=settings.env.action_space_size))
     # The package encodes each new state once. With the default settings, 20 states are collected for 10 updates.
     new_states = settings.train.collect_env_steps / settings.train.update_per_collect
     unknown = [unknown_state(number) for number in range(10)]
     encode_s = seconds(lambda: encoder.features(unknown), repeats=1)[0] / len(unknown)
     rows = [
-        Row("world-model update: features | text", ours_s, baseline_s, 100, equal),
-        Row("the same, with encoding the new states", ours_s + new_states * encode_s, baseline_s, None, equal),
+        Row("world-model update: features | text", ours_s, reference_s, 100, equal),
+        Row("the same, with encoding the new states", ours_s + new_states * encode_s, reference_s, None, equal),
     ]
     return rows, {
         "losses": losses,

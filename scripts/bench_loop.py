@@ -4,7 +4,7 @@
 
 Both implementations collect the same steps of the same games from the same seeds, with the quick test's models and
 search and four games at the same time. The package's is the collector as in training, with an empty cache of valid
-actions. The baseline
+actions. The reference
 
 - processes the whole prompt again for every action,
 - runs one search for each game,
@@ -48,10 +48,10 @@ TOLERANCE = 1e-4  # of the priors' log-probabilities
 PROMPT_SETTINGS = ("history_length", "history_chars", "observation_chars", "list_commands", "prompt_max_len")
 
 
-# ---- the baseline ----
+# ---- the reference ----
 
 
-class BaselineEngine:
+class ReferenceEngine:
     """Processes the whole prompt again for every action, and caches nothing."""
 
     exclusive = True
@@ -70,7 +70,7 @@ class BaselineEngine:
         return self._builder.from_logprobs(logprobs, version=0)
 
 
-class BaselinePolicy:
+class ReferencePolicy:
     """Runs one search for each root."""
 
     def __init__(self, policy: Any) -> None:
@@ -80,7 +80,7 @@ class BaselinePolicy:
         return [self._policy.search([root], num_actions=num_actions)[0] for root in roots]
 
 
-class BaselinePlayer(Player):
+class ReferencePlayer(Player):
     """Encodes all observations of a game's context again for each decision."""
 
     def features(self, state: GameState) -> np.ndarray:
@@ -94,7 +94,7 @@ class BaselinePlayer(Player):
         return await super().decide(episodes, **options)
 
 
-class BaselineWorker:
+class ReferenceWorker:
     """A game in this process that does not keep valid actions."""
 
     def __init__(self, spec: GameSpec, *, seed: int, env: EnvSettings) -> None:
@@ -124,32 +124,32 @@ class BaselineWorker:
         self._game.close()
 
 
-def use_baseline(agent: Agent, settings: Settings, spec: GameSpec) -> list[Any]:
-    """Replace the parts of an agent by those of the baseline; returns the games."""
+def use_reference(agent: Agent, settings: Settings, spec: GameSpec) -> list[Any]:
+    """Replace the parts of an agent by those of the reference; returns the games."""
     player: Any = agent.player
-    player.prior.engine = BaselineEngine(player.prior.engine.builder)
-    player.policy = BaselinePolicy(player.policy)
-    player.__class__ = BaselinePlayer
-    return [BaselineWorker(spec, seed=e, env=settings.env) for e in range(NUM_GAMES)]
+    player.prior.engine = ReferenceEngine(player.prior.engine.builder)
+    player.policy = ReferencePolicy(player.policy)
+    player.__class__ = ReferencePlayer
+    return [ReferenceWorker(spec, seed=e, env=settings.env) for e in range(NUM_GAMES)]
 
 
 # ---- measurement ----
 
 
-def collect(settings: Settings, *, steps: int, baseline: bool) -> tuple[float, list[StepRecord]]:
+def collect(settings: Settings, *, steps: int, reference: bool) -> tuple[float, list[StepRecord]]:
     """Collect some steps. Returns the seconds, without loading and starting, and the decisions in order."""
     spec = resolve_game(settings.run.env_id)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder, asyncio.Runner() as runner:
-        os.environ["PRIORZERO_ACTION_CACHE"] = "off" if baseline else f"{folder}/valid_actions.sqlite3"
+        os.environ["PRIORZERO_ACTION_CACHE"] = "off" if reference else f"{folder}/valid_actions.sqlite3"
         agent = make_agent(
             settings,
             device=torch.device("cpu"),
             buffer_seed=np.random.SeedSequence(0),
             vllm_log=Path(folder) / "vllm.log",
         )
-        if baseline:
-            workers = use_baseline(agent, settings, spec)
+        if reference:
+            workers = use_reference(agent, settings, spec)
         else:
             workers = make_workers(settings, [spec], count=NUM_GAMES, first_seed=0)
         collector = Collector(workers, player=agent.player, config=agent.config, seed=np.random.SeedSequence(1))
@@ -171,13 +171,13 @@ def collect(settings: Settings, *, steps: int, baseline: bool) -> tuple[float, l
     return spent, records
 
 
-def same_decisions(ours: Sequence[StepRecord], baseline: Sequence[StepRecord]) -> bool:
+def same_decisions(ours: Sequence[StepRecord], reference: Sequence[StepRecord]) -> bool:
     """Whether prompts, commands, rewards, visit counts and priors agree."""
-    return len(ours) == len(baseline) and all(
+    return len(ours) == len(reference) and all(
         (a.prompt, a.action_text, a.reward) == (b.prompt, b.action_text, b.reward)
         and np.abs(a.prior.logprobs - b.prior.logprobs).max() < TOLERANCE
         and np.array_equal(a.visit_counts, b.visit_counts)
-        for a, b in zip(ours, baseline, strict=True)
+        for a, b in zip(ours, reference, strict=True)
     )
 
 
@@ -204,10 +204,10 @@ def main() -> int:
     for name, layer, steps in games(options.steps):
         common = {"env": {"collector_env_num": NUM_GAMES}, "prior": {"timeout_s": 600.0, "engine": "transformers"}}
         settings = resolve_settings(PRESETS["quick_test"], layer, common)
-        ours_s, ours = collect(settings, steps=steps, baseline=False)
-        baseline_s, baseline = collect(settings, steps=steps, baseline=True)
-        rows.append(Row(f"{len(ours)} steps of {name}", ours_s, baseline_s, 10, same_decisions(ours, baseline)))
-        rates[name] = {"steps/s": len(ours) / ours_s, "baseline": len(baseline) / baseline_s}
+        ours_s, ours = collect(settings, steps=steps, reference=False)
+        reference_s, reference = collect(settings, steps=steps, reference=True)
+        rows.append(Row(f"{len(ours)} steps of {name}", ours_s, reference_s, 10, same_decisions(ours, reference)))
+        rates[name] = {"steps/s": len(ours) / ours_s, "reference": len(reference) / reference_s}
     print_table("environment steps a second", rates)
     return report("loop", rows, rates=rates)
 

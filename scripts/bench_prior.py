@@ -9,11 +9,11 @@ The episode is one of TextWorld, played at random, with the default prompt setti
 twenty past decisions (about 600 tokens). Its states have 9 valid actions on average; more are added from a list until
 there are 16.
 
-Baseline: the model processes the whole prompt again for every action. This takes half a minute for each step, so it is
+Reference: the model processes the whole prompt again for every action. This takes half a minute for each step, so it is
 measured on every fifth step and scaled by the number of tokens of all steps; ``--every 1`` measures all steps.
 
-The floor is the time that the necessary tokens would take if every matrix product ran at the speed of a single large
-one.
+The lower bound is the time that the necessary tokens would take if every matrix product ran at the speed of a single
+large one.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ def num_new_tokens(rows: Sequence[PromptRow]) -> int:
     return total
 
 
-def num_baseline_tokens(row: PromptRow) -> int:
-    """Number of tokens that the baseline processes."""
+def num_reference_tokens(row: PromptRow) -> int:
+    """Number of tokens that the reference processes."""
     return sum(len(row.prompt_ids) + len(completion) for completion in row.completions)
 
 
@@ -143,11 +143,11 @@ def num_operations(llm: LanguageModel, rows: Sequence[PromptRow]) -> float:
 
 def token_counts(rows: Sequence[PromptRow]) -> dict[str, float]:
     """Numbers of tokens."""
-    baseline = sum(map(num_baseline_tokens, rows))
+    reference = sum(map(num_reference_tokens, rows))
     return {
         "new": num_new_tokens(rows),
-        "baseline": baseline,
-        "baseline / new": baseline / num_new_tokens(rows),
+        "reference": reference,
+        "reference / new": reference / num_new_tokens(rows),
         "prompt mean": float(np.mean([len(row.prompt_ids) for row in rows])),
         "actions mean": float(np.mean([len(row.completions) for row in rows])),
     }
@@ -171,7 +171,7 @@ class Case:
         name: of the row.
         requests: all different, since the engine caches the priors of equal requests.
         goal: the speed-up that is aimed at.
-        every: the baseline is measured on every N-th request.
+        every: the reference is measured on every N-th request.
     """
 
     name: str
@@ -195,7 +195,7 @@ def make_cases(llm: LanguageModel, *, steps: int, every: int) -> list[Case]:
 
 
 def compare(case: Case, llm: LanguageModel, *, prompt_cache_tokens: int, rate: float) -> tuple[Row, dict[str, Any]]:
-    """The comparison, and the numbers of tokens and the floor."""
+    """The comparison, and the numbers of tokens and the lower bound."""
     requests = case.requests
     assert len(set(requests)) == len(requests)
     engine = RecordingEngine(llm, prompt_style(resolve_settings()), prompt_cache_tokens=prompt_cache_tokens)
@@ -204,13 +204,13 @@ def compare(case: Case, llm: LanguageModel, *, prompt_cache_tokens: int, rate: f
     ours_s, ours = seconds(lambda: engine.compute(requests), repeats=3 if len(requests) == 1 else 1)
     every = min(case.every, len(rows))
     measured = range(every - 1, len(rows), every)
-    measured_s, baseline = seconds(lambda: [logprobs_one_prompt_per_action(llm, rows[t]) for t in measured], repeats=1)
-    equal = all(largest_difference(ours[t], own) < TOLERANCE for t, own in zip(measured, baseline, strict=True))
-    tokens = [num_baseline_tokens(row) for row in rows]
-    baseline_s = measured_s * sum(tokens) / sum(tokens[t] for t in measured)
-    details = token_counts(rows) | {"floor_s": num_operations(llm, rows) / rate, "ours_s": ours_s}
-    details |= {"steps": len(rows), "baseline steps": len(measured)}
-    return Row(case.name, ours_s, baseline_s, case.goal, equal), details
+    measured_s, reference = seconds(lambda: [logprobs_one_prompt_per_action(llm, rows[t]) for t in measured], repeats=1)
+    equal = all(largest_difference(ours[t], own) < TOLERANCE for t, own in zip(measured, reference, strict=True))
+    tokens = [num_reference_tokens(row) for row in rows]
+    reference_s = measured_s * sum(tokens) / sum(tokens[t] for t in measured)
+    details = token_counts(rows) | {"lower_bound_s": num_operations(llm, rows) / rate, "ours_s": ours_s}
+    details |= {"steps": len(rows), "reference steps": len(measured)}
+    return Row(case.name, ours_s, reference_s, case.goal, equal), details
 
 
 def measure_growth(llm: LanguageModel, *, steps: int, prompt_cache_tokens: int) -> dict[str, dict[str, float]]:
@@ -237,27 +237,27 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=at_least(1), default=20, help="steps of the episode (default: 20)")
     parser.add_argument(
-        "--every", type=at_least(1), default=5, help="measure the baseline on every N-th step (default: 5)"
+        "--every", type=at_least(1), default=5, help="measure the reference on every N-th step (default: 5)"
     )
     options = parser.parse_args()
     settings = resolve_settings(PRESETS["quick_test"])
     llm = load_language_model(settings.llm, device=torch.device("cpu"))
     prompt_cache_tokens, rate = settings.prior.prompt_cache_tokens, matmul_rate()
-    rows, floors = [], {}
+    rows, figures = [], {}
     for case in make_cases(llm, steps=options.steps, every=options.every):
-        row, floors[case.name] = compare(case, llm, prompt_cache_tokens=prompt_cache_tokens, rate=rate)
+        row, figures[case.name] = compare(case, llm, prompt_cache_tokens=prompt_cache_tokens, rate=rate)
         rows.append(row)
     style = prompt_style(resolve_settings())
     builder = PriorBuilder(llm, style)
     own_actions = [builder.row(request) for request in episode_requests(llm, steps=options.steps, style=style)]
-    kinds = ("new", "baseline", "baseline / new", "prompt mean", "actions mean")
-    counts = {name: {kind: figures[kind] for kind in kinds} for name, figures in floors.items()}
+    kinds = ("new", "reference", "reference / new", "prompt mean", "actions mean")
+    counts = {name: {kind: own[kind] for kind in kinds} for name, own in figures.items()}
     print_table("tokens", counts | {f"{options.steps}-step episode, its own actions": token_counts(own_actions)})
-    times = ("floor_s", "ours_s", "steps", "baseline steps")
-    print_table("floor", {name: {key: figures[key] for key in times} for name, figures in floors.items()})
+    times = ("lower_bound_s", "ours_s", "steps", "reference steps")
+    print_table("lower bound", {name: {key: own[key] for key in times} for name, own in figures.items()})
     growth = measure_growth(llm, steps=options.steps, prompt_cache_tokens=prompt_cache_tokens)
     print_table("seconds for one decision", growth)
-    return report("prior", rows, floors=floors, growth=growth, matmul_gflops=rate / 1e9)
+    return report("prior", rows, figures=figures, growth=growth, matmul_gflops=rate / 1e9)
 
 
 if __name__ == "__main__":

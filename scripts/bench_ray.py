@@ -1,10 +1,10 @@
 """Speed of a run on a Ray cluster: collection with 1, 2 and 4 collectors, and the updates of each learner.
 
-    python scripts/bench_ray.py                  # measure on this machine, and print the model of docs/SCALING.md
-    python scripts/bench_ray.py --model_only     # print the model only
+    python scripts/bench_ray.py                  # measure on this machine, and estimate more GPUs
+    python scripts/bench_ray.py --model_only     # only estimate
 
 Collection is measured without learning, from the iteration in which the last collector returns its first result. The
-updates are measured in a run with both learners. The model estimates the time of an iteration with more GPUs; its GPU
+updates are measured in a run with both learners. A model estimates the time of an iteration with more GPUs; its GPU
 figures are assumptions and were not measured.
 """
 
@@ -98,7 +98,10 @@ def measure_learning(folder: Path) -> dict[str, float]:
 
 
 def model_seconds(num_gpus: int) -> dict[str, float]:
-    """Estimated seconds of the parts of an iteration. A quarter of the GPUs serves priors, one searches, the rest learn."""
+    """Estimated seconds of the parts of an iteration.
+
+    A quarter of the GPUs computes priors, one searches, and the others train the LLM.
+    """
     servers = max(1, num_gpus // 4)
     learners = max(1, num_gpus - servers - 1)
     share = 0.45 if num_gpus == 1 else 1.0  # on one GPU, server and learner share it with the search

@@ -29,21 +29,21 @@ class Row:
     Attributes:
         name: what was measured.
         ours_s: seconds of the package's implementation.
-        baseline_s: seconds of the straightforward implementation.
+        reference_s: seconds of the straightforward implementation.
         goal: the speed-up that was aimed at; None if there is no goal.
         equal: both gave the same result, within the tolerance that the benchmark states.
     """
 
     name: str
     ours_s: float
-    baseline_s: float
+    reference_s: float
     goal: float | None
     equal: bool
 
     @property
     def ratio(self) -> float:
         """The speed-up."""
-        return self.baseline_s / self.ours_s
+        return self.reference_s / self.ours_s
 
 
 def seconds(function: Callable[[], Any], *, repeats: int = 3) -> tuple[float, Any]:
@@ -62,9 +62,9 @@ def seconds(function: Callable[[], Any], *, repeats: int = 3) -> tuple[float, An
 def print_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
     """Print the figures of each row. All rows have the same figures."""
     width = max(len(title), *(len(name) for name in rows))
-    print(f"\n{title:{width}}  " + "  ".join(f"{key:>14}" for key in next(iter(rows.values()))))
+    print(f"\n{title:{width}}  " + "  ".join(f"{key:>16}" for key in next(iter(rows.values()))))
     for name, figures in rows.items():
-        print(f"{name:{width}}  " + "  ".join(f"{value:14.4g}" for value in figures.values()))
+        print(f"{name:{width}}  " + "  ".join(f"{value:16.4g}" for value in figures.values()))
     print()
 
 
@@ -75,10 +75,10 @@ def report(name: str, rows: Sequence[Row], **details: Any) -> int:
         The exit code: 0, or 1 if the results of a comparison differ.
     """
     width = max(len(row.name) for row in rows)
-    print(f"{'':{width}}  {'ours':>9}  {'baseline':>9}  {'ratio':>7}  {'goal':>6}  equal")
+    print(f"{'':{width}}  {'ours':>9}  {'reference':>9}  {'ratio':>7}  {'goal':>6}  equal")
     for row in rows:
         goal = "-" if row.goal is None else f"{row.goal:g}x"
-        times = f"{row.ours_s:8.3f}s  {row.baseline_s:8.3f}s  {row.ratio:6.1f}x"
+        times = f"{row.ours_s:8.3f}s  {row.reference_s:8.3f}s  {row.ratio:6.1f}x"
         print(f"{row.name:{width}}  {times}  {goal:>6}  {'yes' if row.equal else 'NO'}")
     file = RESULTS / f"{name}.json"
     comparisons = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
