@@ -6,8 +6,8 @@ Language model: one update (forward, backward, AdamW) of SmolLM2-135M in float32
 each with a prompt of 300 tokens and its 8 or 16 most visited actions (``llm.sft_top_actions``). The package packs the
 actions of a state behind one copy of its prompt. The reference repeats the prompt for every action. It has as many rows
 in a micro-batch as the package has states (``llm.micro_batch_size``, 2 as in the quick test), so that both process
-similar numbers of tokens. The results are equal if the relative difference of the losses is below 1e-5, and the norm of the
-difference of the gradients is below 1e-5 of the gradient's norm.
+similar numbers of tokens. The results are equal if the relative difference of the losses is below 1e-5, and the norm of
+the difference of the gradients is below 1e-5 of the gradient's norm.
 
 World model: one update of UniZero on 32 sequences of 10 steps, with embedding size 256, 2 layers, 256 actions and no
 dropout. The package reads stored features of the frozen encoder (all-MiniLM-L6-v2, 22M parameters). The reference is
