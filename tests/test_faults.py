@@ -48,7 +48,7 @@ def tiny_llm_folder(tmp_path, smollm2):
 @pytest.mark.slow
 def test_two_hundred_iterations_under_faults_lose_nothing(tmp_path, tiny_llm_folder, monkeypatch):
     plan = FaultPlan(7, RATES, delay_s=0.7)
-    with plan.at_work(monkeypatch):
+    with plan.inject(monkeypatch):
         try:
             run_training(settings_for(tmp_path, tiny_llm_folder, max_iter=100))
         except UserError as error:  # the disk was full at the very end: it is said, and an older checkpoint is there
@@ -57,11 +57,11 @@ def test_two_hundred_iterations_under_faults_lose_nothing(tmp_path, tiny_llm_fol
     checkpoint = newest_checkpoint(tmp_path / "run")
     begun = checkpoint.manifest["counters"]["iteration"]
     assert begun >= 50
-    with plan.at_work(monkeypatch), pytest.MonkeyPatch.context() as patch:
+    with plan.inject(monkeypatch), pytest.MonkeyPatch.context() as patch:
         patch.setitem(plan._rates, "disk full", 0.0)
         summary = run_training(settings_for(tmp_path, tiny_llm_folder), checkpoint=checkpoint)
     assert summary.rows["iterations"] == 200
-    assert all(plan.done[name] > 0 for name in RATES), plan.done
+    assert all(plan.counts[name] > 0 for name in RATES), plan.counts
 
     state = torch.load(newest_checkpoint(summary.folder).folder / "training.pt", weights_only=True)
     collector, buffer = state["collector"], state["buffer"]
@@ -69,7 +69,7 @@ def test_two_hundred_iterations_under_faults_lose_nothing(tmp_path, tiny_llm_fol
     pending = sum(map(len, collector["pending"]))
     # In = in the buffer, evicted from it, not complete yet, or lost with the game that was killed.
     assert collector["env_steps"] == stored + buffer["num_evicted"] + pending + collector["num_steps_lost"] == 800
-    assert 0 < collector["num_steps_lost"] <= collector["num_game_failures"] <= plan.done["game killed"]
+    assert 0 < collector["num_steps_lost"] <= collector["num_game_failures"] <= plan.counts["game killed"]
 
     # Every fault is told of: in the metrics, and in the log.
     log = (summary.folder / "log" / "run.log").read_text()
@@ -89,10 +89,12 @@ def test_two_hundred_iterations_under_faults_lose_nothing(tmp_path, tiny_llm_fol
 @pytest.mark.slow
 def test_updates_that_are_never_finite_end_the_run_with_a_message(tmp_path, tiny_llm_folder, monkeypatch):
     plan = FaultPlan(0, {**dict.fromkeys(RATES, 0.0), "batch poisoned": 1.0}, delay_s=0.0)
-    message = r"5 updates in a row were left out \(train\.max_nonfinite_updates\): the world model's rewards are not finite"
-    with plan.at_work(monkeypatch), pytest.raises(UserError, match=message):
+    message = (
+        r"5 updates in a row were left out \(train\.max_nonfinite_updates\): the world model's rewards are not finite"
+    )
+    with plan.inject(monkeypatch), pytest.raises(UserError, match=message):
         run_training(settings_for(tmp_path, tiny_llm_folder))
-    assert plan.done["batch poisoned"] == 5
+    assert plan.counts["batch poisoned"] == 5
     kept = torch.load(tmp_path / "run" / "not_finite" / "batch_1.pt", weights_only=True)
     assert kept["error"].startswith("the world model's rewards are not finite in update 0")
     assert len(kept["records"]["states"]) > 0 and kept["arrays"]["target"][0].isnan().sum() == 1
@@ -105,7 +107,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(tmp_path, tiny_llm_folder, 
     assert [path.name for path in sorted((first.folder / "checkpoints").iterdir())] == ["iteration_5", "iteration_6"]
     plan = FaultPlan(0, {**dict.fromkeys(RATES, 0.0), "disk full": 1.0}, delay_s=0.0)
     message = r"the run has ended, but iteration_12 could not be written \(.*No space left.*iteration_6"
-    with plan.at_work(monkeypatch), pytest.raises(UserError, match=message):
+    with plan.inject(monkeypatch), pytest.raises(UserError, match=message):
         run_training(settings, checkpoint=newest_checkpoint(first.folder))
-    assert plan.done["disk full"] == 2
+    assert plan.counts["disk full"] == 2
     assert [path.name for path in sorted((first.folder / "checkpoints").iterdir())] == ["iteration_5", "iteration_6"]

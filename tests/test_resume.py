@@ -617,7 +617,7 @@ def test_an_error_beside_collection_loses_nothing_of_it(tmp_path):
     plan = FaultPlan(0, {**dict.fromkeys(RATES, 0.0), "batch poisoned": 1.0}, delay_s=0.0)
     with (
         pytest.MonkeyPatch.context() as patch,
-        plan.at_work(patch),
+        plan.inject(patch),
         pytest.raises(UserError, match="3 updates in a row"),
     ):
         overlap = {
