@@ -36,7 +36,7 @@ learn-check:  ## see that search, prior, SFT and RFT each do what makes the agen
 	@$(PYTEST) -m learn tests/test_learning.py --durations=0 $(ARGS)
 
 # In turn, on an otherwise idle machine; all of them, also after one has found results that differ.
-bench:  ## measure what docs/PERFORMANCE.md states (up to 20 minutes); fails if results differ
+bench:  ## measure what docs/performance.md states (up to 20 minutes); fails if results differ
 	@scripts/set_up.sh test
 	@failed=0; for name in env search learner prior loop; do \
 		echo "== bench_$$name"; $(PYTHON) scripts/bench_$$name.py; status=$$?; \
