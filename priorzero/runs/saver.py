@@ -36,19 +36,24 @@ class Saver:
         """The run was resumed from this checkpoint, so that it need not be written again."""
         self.last, self._last_about = folder, about
 
+    def is_saved(self, name: str, *, about: Mapping[str, Any]) -> bool:
+        """Whether the last checkpoint has this name and these entries of the manifest, and still exists."""
+        folder = self._run_folder / "checkpoints" / name
+        return folder.exists() and (folder, about) == (self.last, self._last_about)
+
     async def save(self, name: str, *, write: Callable[[Path], None], about: Mapping[str, Any]) -> None:
         """Write a checkpoint and remove the oldest. If it cannot be written, this is logged.
 
-        Nothing is written if the last checkpoint has the same name and the same ``about``.
+        Nothing is written if :meth:`is_saved`.
 
         Args:
             name: name of the checkpoint.
             write: writes its files into a folder; raises OSError or RuntimeError if this fails.
             about: entries of the manifest.
         """
-        folder = self._run_folder / "checkpoints" / name
-        if folder.exists() and (folder, about) == (self.last, self._last_about):
+        if self.is_saved(name, about=about):
             return
+        folder = self._run_folder / "checkpoints" / name
         started = time.perf_counter()
         try:
             # In a thread, so that a second signal is noticed. The caller does nothing else meanwhile.
