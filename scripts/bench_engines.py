@@ -110,7 +110,7 @@ def main() -> int:
 
         async def uncached():
             return await asyncio.gather(
-                *(engine._logprobs(row.prompt_ids, c, read_cache=False) for c in row.completions)
+                *(engine._completion_logprobs(row.prompt_ids, c, read_cache=False) for c in row.completions)
             )
 
         plain_s, plain = seconds(lambda: one_row_an_action(llm, row), repeats=1)
@@ -132,7 +132,7 @@ def main() -> int:
 
         def ask(which):
             which.cache.clear()
-            local.prompts.clear()
+            local.prompt_cache.clear()
             return runner.run(which.priors(requests))
 
         def vllm_cold():

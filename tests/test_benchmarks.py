@@ -166,7 +166,7 @@ def test_prompts_that_do_not_fit_are_no_answer(smollm2, tmp_path, monkeypatch, c
     assert "holds figures of another LLM, other games or settings" in capsys.readouterr().err
     tiny = make_tiny_llm(smollm2.tokenizer, max_position_embeddings=100)
     assert compare_prompts.main(arguments) == 2
-    assert "--prompts walkthrough: 1" in (told := capsys.readouterr().err) and "sees 100 at once; leave it out" in told
+    assert "--prompts walkthrough: 1" in (told := capsys.readouterr().err) and "context of 100 tokens; leave it out" in told
 
 
 @pytest.mark.parametrize(

@@ -75,7 +75,7 @@ def test_two_hundred_iterations_under_faults_lose_nothing(tmp_path, tiny_llm_fol
     log = (summary.folder / "log" / "run.log").read_text()
     scalars = read_events(summary.folder)
     assert scalars["collector_iter/game_failures"][-1] == collector["num_game_failures"]
-    gave_up = log.count("searches go on with a uniform prior")
+    gave_up = log.count("searches use a uniform prior")
     assert sum(scalars["prior/retries"]) + gave_up > 0 and (sum(scalars["prior/fallbacks"]) > 0) == (gave_up > 0)
     assert log.count("update left out: the world model") > 0 and log.count("update left out: the LLM") > 0
     assert len(list((summary.folder / "not_finite").iterdir())) == 5

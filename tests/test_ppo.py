@@ -8,73 +8,20 @@ import io
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
 from hypothesis import strategies as st
 
 from priorzero.cluster.ppo.learner import PPOLearner
-from priorzero.cluster.ppo.losses import clipped_value_loss, generalised_advantages
 from priorzero.cluster.ppo.trajectories import Trajectory, credit_weights, newest, trajectories_from, turn_rewards
-from priorzero.llm.losses import rft_loss
 from priorzero.llm.prompts import prompt_style
 from priorzero.runtime.process_group import ProcessGroup
 from priorzero.types import ActionPrior
 from priorzero.world_model.segment import SegmentWriter
+from tests.helpers.advantages import advantages_by_definition
 from tests.helpers.models import make_settings, make_tiny_llm
 from tests.helpers.records import record
 from tests.helpers.segments import demo_config, demo_episode
 
 numbers = st.floats(-5, 5, allow_nan=False)
-
-
-def oracle(rewards, values, gamma, lam):
-    """Advantages by the definition: for each step, the weighted sum of all later one-step errors."""
-    n = len(rewards)
-    deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(n)]
-    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
-
-
-@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=8), numbers, st.floats(0, 1), st.floats(0, 1))
-def test_advantages_are_the_definition(turns, end, gamma, lam):
-    rewards, values = [r for r, _ in turns], [*(v for _, v in turns), end]
-    found = generalised_advantages(np.array(rewards), np.array(values), discount=gamma, lam=lam)
-    assert found == pytest.approx(oracle(rewards, values, gamma, lam), abs=1e-6)
-
-
-def test_advantages_at_both_ends_of_lambda():
-    rewards, values = np.array([0.0, 0.0, 1.0]), np.array([0.5, 0.5, 0.5, 0.0])
-    # One: returns less values. Zero: one-step errors.
-    assert generalised_advantages(rewards, values, discount=0.5, lam=1.0) == pytest.approx([-0.25, 0.0, 0.5])
-    assert generalised_advantages(rewards, values, discount=0.5, lam=0.0) == pytest.approx([-0.25, -0.25, 0.5])
-
-
-@given(st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=6), st.floats(0, 2))
-def test_the_value_loss_is_the_larger_error(triples, clip):
-    loss, n = clipped_value_loss(*(torch.tensor(column) for column in zip(*triples, strict=True)), clip=clip)
-    expected = 0.0
-    for value, old, target in triples:
-        kept = min(max(value, old - clip), old + clip) if clip else value
-        expected += 0.5 * max((value - target) ** 2, (kept - target) ** 2)
-    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-4) and float(n) == len(triples)
-
-
-@given(st.lists(st.tuples(st.floats(-4, 0), st.floats(-4, 0), numbers), min_size=1, max_size=6))
-def test_the_policy_loss_is_the_clipped_surrogate(decisions):
-    new, old, advantages = (torch.tensor(column) for column in zip(*decisions, strict=True))
-    mask = torch.ones(len(new), 1, dtype=torch.bool)
-    loss, _ = rft_loss(new[:, None], mask, advantages, rollout_logprobs=old, clip=0.2)
-    expected = 0.0
-    for a, b, advantage in decisions:
-        ratio = np.exp(a - b)
-        expected -= min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-    assert float(loss) == pytest.approx(expected, rel=1e-3, abs=1e-4)
-
-
-def test_values_that_are_clipped_teach_nothing():
-    value = torch.tensor([2.0, 0.1], requires_grad=True)
-    loss, _ = clipped_value_loss(value, torch.zeros(2), torch.tensor([3.0, 3.0]), clip=0.5)
-    loss.backward()
-    # The first is beyond 0.5 and on its way to the target already: the kept value's error is the larger.
-    assert value.grad.tolist() == pytest.approx([0.0, -2.9])
 
 
 def test_a_segment_is_a_trajectory():
@@ -163,7 +110,10 @@ def played(learner, choices, *, version=0):
     """One-step trajectories in which the LLM's own prior drew ``choices``; "go north" (1) earns a point."""
     samples, _ = learner.actor.prepare([record(t, rollout=np.zeros(4)) for t in range(len(choices))])
     with torch.no_grad():
-        shares = [learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][:, 0].numpy() for s in samples]
+        shares = [
+            learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][:, 0].numpy()
+            for s in samples
+        ]
     trajectories = []
     for t, (choice, logprobs) in enumerate(zip(choices, shares, strict=True)):
         prior = ActionPrior(logprobs, "score", version, rollout_logprobs=np.zeros(4))
@@ -178,7 +128,9 @@ def played(learner, choices, *, version=0):
 def logprobs_of_rewarded(learner, trajectories):
     samples, _ = learner.actor.prepare([t.records[0] for t in trajectories])
     with torch.no_grad():
-        return [float(learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][1, 0]) for s in samples]
+        return [
+            float(learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][1, 0]) for s in samples
+        ]
 
 
 @pytest.mark.slow
@@ -222,7 +174,7 @@ def test_advantages_follow_each_trajectory_to_its_own_end(smollm2):
             ([5, 6], values[3:5], 0.0),
             ([7], values[5:], ends[2]),
         ]
-        for a in oracle(rewards, [*own, end], 0.9, 0.8)
+        for a in advantages_by_definition(rewards, [*own, end], 0.9, 0.8)
     ]
     assert advantages == pytest.approx(expected, abs=1e-5)
     assert returns == pytest.approx(advantages + values)  # lambda-returns
