@@ -99,7 +99,8 @@ class Learner:
             batch_size=self._settings.train.batch_size,
             train_iter=self._counters.train_iter,
         )
-        self._counters.train_iter += bool(metrics)
+        if metrics:
+            self._counters.train_iter += 1
         return batch, metrics
 
     async def _update_llm(self, first: SampledSequences | None) -> dict[str, float]:

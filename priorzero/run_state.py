@@ -12,7 +12,7 @@ from priorzero.agent import Agent
 from priorzero.play.action_vocabulary import ActionIndexer
 from priorzero.play.collector import Collector
 from priorzero.policy import PriorZeroPolicy
-from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint, write_world_model
+from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint, save_tensors, write_world_model
 from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
@@ -39,7 +39,8 @@ class RunState:
             loop: state of the training loop.
 
         Raises:
-            OSError, RuntimeError: a file cannot be written, or a parameter is not finite.
+            OSError: a file cannot be written.
+            RuntimeError: a parameter is not finite.
         """
         policy, agent, table = self.agent.policy, self.agent, RecordTable()
         _check_parameters(policy)
@@ -58,7 +59,7 @@ class RunState:
             "collector": self.collector.state_dict(table),
             "random": global_random_state(),
         }
-        torch.save({**state, "records": table.state_dict()}, folder / TRAINING_STATE)
+        save_tensors({**state, "records": table.state_dict()}, folder / TRAINING_STATE)
 
     async def restore(self, checkpoint: Checkpoint) -> Plain:
         """Restore models, replay buffer, games and random numbers; returns the state of the training loop.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from loguru import logger
 
@@ -17,7 +17,7 @@ from priorzero.play.evaluator import Evaluation, Evaluators
 from priorzero.run_state import RunState
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.counters import Counters
-from priorzero.runs.folder import truncate_files
+from priorzero.runs.folder import create_files, truncate_files
 from priorzero.runs.logger import RunLogger, log_segments, log_start
 from priorzero.runs.nonfinite import NonFiniteUpdates
 from priorzero.runs.saver import Saver
@@ -77,6 +77,7 @@ class TrainingRun:
         self._state = RunState(settings, agent, collector)
         self._checkpoint = checkpoint
         self._initial_fingerprints = trained_fingerprints(agent)
+        self._lock: TextIO | None = None
         self._logger: RunLogger | None = None
         self._evaluations: dict[str, Evaluation] = {}
         self._unstored: Collected | None = None  # not in the replay buffer yet
@@ -101,8 +102,14 @@ class TrainingRun:
     # ---- beginning ----
 
     async def begin(self) -> None:
-        """Log the settings, restore the checkpoint, and start the prior engine."""
+        """Create the run's files, log the settings, restore the checkpoint, and start the prior engine.
+
+        Raises:
+            UserError: the files cannot be written, or the checkpoint belongs to models of another shape.
+            EngineError: the engine cannot be started.
+        """
         settings, agent = self.settings, self.agent
+        self._lock = create_files(settings, self.folder, resumed=self._checkpoint is not None)
         log_start(settings, games=self.games_text, where=str(agent.device), folder=self.folder)
         if agent.llm is not None:
             warn_of_long_prompts(agent.llm, settings.llm)
@@ -112,6 +119,7 @@ class TrainingRun:
             await agent.engine.sync_weights(agent.policy.llm_version)
         elif agent.engine is not None:
             await agent.engine.ready()
+        agent.timeline.discard_interval()
 
     async def _restore(self, checkpoint: Checkpoint) -> Plain:
         """Restore the run; returns the logger's state."""
@@ -160,7 +168,6 @@ class TrainingRun:
 
     def log(self, collected: Collected) -> None:
         """Log an iteration."""
-        self._unlogged = None
         prior = self.agent.prior
         self.logger.log_iteration(
             self.counters,
@@ -170,16 +177,17 @@ class TrainingRun:
             episodes=collected.episodes,
         )
         log_segments(collected.segments, iteration=self.counters.iteration)
+        self._unlogged = None
 
     def _log_learning(self, metrics: Mapping[str, float], train_iter: int) -> None:
         self.logger.writer.write(metrics, step=train_iter)
 
-    async def evaluate(self) -> bool:
-        """Evaluate; False if a stop was requested before the end."""
+    async def evaluate(self) -> None:
+        """Evaluate. If a stop is requested, the evaluation is cancelled and remains due."""
         results = await self.stop.run_or_cancel(self.evaluators.evaluate())
         if results is None:
             await self.agent.world_model_thread.run("search", lambda: None)  # wait for a search that still runs
-            return False
+            return
         prior = self.agent.prior
         fallbacks = prior.take_statistics()["prior/fallbacks"] if prior is not None else None
         self._evaluations = self.logger.log_evaluations(
@@ -187,10 +195,9 @@ class TrainingRun:
         )
         self.evaluation_due = False
         self.agent.timeline.discard_interval()
-        return True
 
     async def save(self) -> None:
-        """Write a checkpoint, unless nothing has happened yet."""
+        """Write a checkpoint, unless nothing was collected yet."""
         self.save_due = False
         begun = self.collector.collected.env_steps
         if self.counters.env_step + begun == 0:
@@ -222,8 +229,10 @@ class TrainingRun:
     # ---- ending ----
 
     async def save_after(self, error: BaseException) -> None:
-        """An error ends the run: complete the iteration without further updates, and save it."""
+        """Save what was learned when an error ends the run. The iteration is completed without further updates."""
         await self.learner.stop()
+        if self._logger is None:  # the run has not begun
+            return
         if isinstance(error, OSError) and self._unlogged is not None:
             return  # the iteration cannot be logged; the last checkpoint remains
         if self._unlogged is not None:
@@ -235,10 +244,14 @@ class TrainingRun:
         if self.saver.last is not None and not self.saver.failure:
             logger.warning(f"interrupted; what was learned so far is in {self.saver.last}")
 
-    def close(self) -> None:
-        """Close the files and write the trace."""
+    async def close(self) -> None:
+        """Close the prior engine and the files, and write the trace."""
+        if self.agent.engine is not None:
+            await self.agent.engine.close()
         if self._logger is not None:
             self._logger.close()
+        if self._lock is not None:
+            self._lock.close()
         timeline = self.agent.timeline
         if self.settings.run.trace_iterations and timeline.has_trace:
             timeline.write_trace(self.folder / "trace.json")
