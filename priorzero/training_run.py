@@ -31,7 +31,7 @@ from priorzero.runs.summary import (
 )
 from priorzero.runtime.concurrency import StopRequest
 from priorzero.settings import Settings
-from priorzero.types import Plain, UserError
+from priorzero.types import Plain
 
 
 class TrainingRun:
@@ -241,8 +241,7 @@ class TrainingRun:
             self.log(self._unlogged)
             self.evaluation_due = False
         await self.save()
-        if self.saver.last is not None and not self.saver.failure:
-            logger.warning(f"interrupted; what was learned so far is in {self.saver.last}")
+        self.saver.log_last()
 
     async def close(self) -> None:
         """Close the prior engine and the files, and write the trace."""
@@ -263,10 +262,7 @@ class TrainingRun:
             UserError: the last checkpoint could not be written.
         """
         self.logger.progress.end()
-        if self.saver.failure:
-            raise UserError(
-                f"the run has ended, but {self.saver.failure}; the last checkpoint is {self.saver.last or 'none'}"
-            )
+        self.saver.check()
         rows = self._rows()
         stopped = self.stop.requested and (self.evaluation_due or not self.is_finished)
         logger.info(f"{'stopped' if stopped else 'done'}:\n" + format_table(rows))
