@@ -8,14 +8,14 @@ import math
 
 import pytest
 import torch
+from priorzero.runs.metrics import MetricsWriter, Progress, count_moved, fingerprint
 
-from priorzero.agent import choose_engine
 from priorzero.config import read_config_file, resolve_settings
+from priorzero.llm.engines.make import choose_engine
 from priorzero.llm.models import load_language_model
 from priorzero.play.action_vocabulary import make_action_indexer
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runs.checkpoint import load_world_model, read_checkpoint
-from priorzero.runs.metrics import MetricsWriter, Progress, count_moved, fingerprint
 from priorzero.train import run_training
 from priorzero.types import UserError
 from tests.helpers.models import make_settings, make_tiny_llm

@@ -15,13 +15,12 @@ import psutil
 import pytest
 import torch
 
-from priorzero.agent import make_engine
 from priorzero.envs import make_game, resolve_game
 from priorzero.llm.engines import RetryingPrior, TransformersEngine
+from priorzero.llm.engines.make import make_engine
 from priorzero.llm.losses import sft_loss
 from priorzero.llm.models import load_language_model
-from priorzero.llm.prompts import render_prompt
-from priorzero.llm.prompts import prompt_style
+from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.runs.checkpoint import newest_checkpoint
 from priorzero.train import run_training
 from priorzero.types import EngineError, HistoryStep, PriorRequest, UserError

@@ -1,7 +1,8 @@
 """Training on a Ray cluster: UniZero as in :mod:`priorzero.train`, the LLM by PPO. :func:`training_loop` is the loop.
 
 Collectors play all the time, each with the parameters that were the latest when it was started. An iteration is the
-result of one collector. The world model learns every ``train.update_every`` iterations, the LLM every ``llm.update_every``.
+result of one collector. The world model learns every ``train.update_every`` iterations, the LLM every
+``llm.update_every``.
 """
 
 from __future__ import annotations

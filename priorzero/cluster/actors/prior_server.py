@@ -12,11 +12,11 @@ from typing import Any
 import ray
 import torch
 
-from priorzero.agent import choose_engine, make_engine, make_prior
 from priorzero.cluster.actors.process import set_up_process
 from priorzero.cluster.actors.registry import REGISTRY
 from priorzero.cluster.calls import result_of
 from priorzero.llm.engines import RetryingPrior
+from priorzero.llm.engines.make import choose_engine, make_engine, make_prior
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.runtime.concurrency import ReadersWriterLock
 from priorzero.settings import Settings
