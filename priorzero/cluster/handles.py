@@ -61,14 +61,16 @@ class PriorServers:
         self.names = [f"server {n}" for n in range(settings.cluster.num_servers)]
         self.restarts = 0
         self._cluster = settings.cluster
-        actor = ray.remote(PriorServer).options(
-            num_cpus=share.num_cpus,
-            num_gpus=share.num_gpus,
-            max_concurrency=1000,
-            max_restarts=self._cluster.max_restarts,
-        )
+        options = {
+            "num_cpus": share.num_cpus,
+            "num_gpus": share.num_gpus,
+            "max_concurrency": 1000,
+            "max_restarts": self._cluster.max_restarts,
+        }
         self._actors = {
-            name: actor.options(name=name).remote(settings, log_folder / f"vllm{n or ''}.log")
+            name: ray.remote(PriorServer)
+            .options(name=name, **options)
+            .remote(settings, log_folder / f"vllm{n or ''}.log")
             for n, name in enumerate(self.names)
         }
         self._pids: dict[str, int] = {}

@@ -39,7 +39,7 @@ def train_in_group(settings: Settings, rank: int, folder: Path, *, restore: bool
         restore: save the state after the first step, and continue with a new learner that loads it.
 
     Returns:
-        The results of the steps, and the parameters of the actor (None except for rank 0).
+        The results of the steps, and the parameters of the actor as arrays (none except for rank 0).
     """
 
     def connect(name):
@@ -61,4 +61,4 @@ def train_in_group(settings: Settings, rank: int, folder: Path, *, restore: bool
     process.export(folder / "exported")
     process.learner.group.close()
     assert version == 2
-    return results, state
+    return results, {name: tensor.numpy() for name, tensor in (state or {}).items()}
