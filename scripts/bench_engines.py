@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from bench_tools import Row, report, seconds
 
-from priorzero.agent import make_engine
 from priorzero.config import PRESETS, resolve_settings
+from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PromptRow
 from priorzero.llm.prompts import prompt_style
