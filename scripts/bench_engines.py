@@ -92,9 +92,9 @@ def main() -> int:
     requests = [PriorRequest(prompt(llm, tokens=600, number=n), COMMANDS) for n in range(4)]
     rows = []
     with asyncio.Runner() as runner, tempfile.TemporaryDirectory() as log:
-        engine = make_engine(settings, llm=llm, log_file=Path(log) / "vllm.log")
+        engine = make_engine(settings, llm=llm, vllm_log=Path(log) / "vllm.log")
         settings.prior.engine = "transformers"
-        local = make_engine(settings, llm=llm, log_file=Path(log))
+        local = make_engine(settings, llm=llm, vllm_log=Path(log) / "vllm.log")
         start_s, _ = seconds(lambda: runner.run(engine.ready()), repeats=1)
         torch.set_num_threads(cores)
         row = engine.builder.row(requests[0])

@@ -166,7 +166,8 @@ def test_prompts_that_do_not_fit_are_no_answer(smollm2, tmp_path, monkeypatch, c
     assert "holds figures of another LLM, other games or settings" in capsys.readouterr().err
     tiny = make_tiny_llm(smollm2.tokenizer, max_position_embeddings=100)
     assert compare_prompts.main(arguments) == 2
-    assert "--prompts walkthrough: 1" in (told := capsys.readouterr().err) and "context of 100 tokens; leave it out" in told
+    told = capsys.readouterr().err
+    assert "--prompts walkthrough: 1" in told and "context of 100 tokens; leave it out" in told
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,9 @@ import psutil
 import pytest
 import torch
 
-from priorzero.agent import make_engine
 from priorzero.envs import make_game, resolve_game
 from priorzero.llm.engines import RetryingPrior, TransformersEngine, VLLMEngine
+from priorzero.llm.engines.make import make_engine
 from priorzero.llm.losses import sft_loss
 from priorzero.llm.models import load_language_model
 from priorzero.llm.prompts import prompt_style, render_prompt
@@ -316,7 +316,7 @@ def test_vllm_engine_explains_a_failed_start(runner, llm, tmp_path):
 START_ENGINE = """
 import asyncio, sys, torch
 from pathlib import Path
-from priorzero.agent import make_engine
+from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import load_language_model
 from tests.helpers.models import make_settings
 
