@@ -51,7 +51,8 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
     )
     if settings.prior.engine == "transformers":
         if llm.device.type == "cpu":  # one row keeps a CPU busy and can use the prompt cache
-            return TransformersEngine(builder, rows_per_forward=1, prompt_cache_tokens=settings.prior.prompt_cache_tokens)
+            num_tokens = settings.prior.prompt_cache_tokens
+            return TransformersEngine(builder, rows_per_forward=1, prompt_cache_tokens=num_tokens)
         return TransformersEngine(builder, rows_per_forward=16)
     max_model_len = max(4096, 2 * (settings.llm.prompt_max_len + settings.llm.generate_max_len))
     if llm.max_length is not None:
