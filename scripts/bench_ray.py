@@ -1,6 +1,6 @@
 """What a run on a Ray cluster takes: collection with 1, 2 and 4 collectors, and one turn of each learner.
 
-    python scripts/bench_ray.py                  # measures on this machine, and applies the model of docs/SCALING.md
+    python scripts/bench_ray.py                  # measures on this machine, and applies the model of docs/scaling.md
     python scripts/bench_ray.py --model_only     # the model alone
 
 Collection is timed from when every collector has come once to the last iteration, while nobody learns; the turns of

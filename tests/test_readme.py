@@ -30,7 +30,7 @@ def test_training_commands_are_understood(command, monkeypatch):
     assert settings.prior.enabled == ("pure_unizero" not in command)
 
 
-SCALING = (ROOT / "docs" / "SCALING.md").read_text()
+SCALING = (ROOT / "docs" / "scaling.md").read_text()
 
 
 CLUSTER = re.findall(
