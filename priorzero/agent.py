@@ -1,4 +1,4 @@
-"""Builds from the settings what both training loops need: models, prior engine, policy, replay buffer, player, games."""
+"""Builds what both training loops need from the settings: models, prior engine, policy, replay, player, games."""
 
 from __future__ import annotations
 

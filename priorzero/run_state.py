@@ -23,8 +23,8 @@ from priorzero.world_model.records import RecordTable, read_records
 class RunState:
     """Writes and restores everything that the next step of a run depends on.
 
-    A checkpoint holds ``world_model.pt`` (state dict), ``llm/`` (``save_pretrained`` form: the model or its adapters, and
-    the tokenizer), ``actions.json`` (the action vocabulary), ``config.yaml`` and ``training.pt`` (all else).
+    A checkpoint holds ``world_model.pt`` (state dict), ``llm/`` (``save_pretrained`` form: the model or its adapters,
+    and the tokenizer), ``actions.json`` (the action vocabulary), ``config.yaml`` and ``training.pt`` (all else).
     """
 
     settings: Settings

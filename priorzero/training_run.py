@@ -147,7 +147,7 @@ class TrainingRun:
     # ---- the steps of an iteration ----
 
     async def collect(self) -> Collected | None:
-        """Collect the steps of an iteration, and wait for the updates of the one before; None if a stop is requested."""
+        """Collect the steps of an iteration and wait for the updates of the one before; None if a stop is requested."""
         num_steps = self.settings.train.collect_env_steps
         collected = await self.collector.collect(num_steps, stop=lambda: self.stop.requested)
         self._unstored = self._unlogged = collected

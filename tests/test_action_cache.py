@@ -1,3 +1,5 @@
+"""Tests of the valid-action cache: sharing, damaged files, and the cache key."""
+
 import asyncio
 import logging
 import os
@@ -29,7 +31,7 @@ def path(tmp_path) -> Path:
 
 @pytest.fixture
 def warnings(caplog):
-    """The warnings so far, as texts."""
+    """A function that returns the messages of the warnings so far."""
     caplog.set_level(logging.WARNING, logger="priorzero.envs.action_cache")
     return lambda: [record.getMessage() for record in caplog.records]
 
@@ -39,7 +41,7 @@ def key(number: int) -> bytes:
 
 
 def actions_of(number: int) -> tuple[str, ...]:
-    """Other ones for each number."""
+    """Different actions for each number."""
     return tuple(f"put thing {number} in box {n}" for n in range(number % 7))
 
 
@@ -57,9 +59,9 @@ def change(path: Path, statement: str, *values) -> None:
 # The file ------------------------------------------------------------------------------------------------------------
 
 
-def test_what_one_object_stores_another_finds(path, warnings):
+def test_action_cache_shares_entries_between_objects(path, warnings):
     one, other = ActionCache(path), ActionCache(path)
-    assert not path.parent.exists()  # opened at the first use, not before
+    assert not path.parent.exists()  # the file is opened at the first use
     assert one.get(key(0)) is None
     one.put(key(0), ACTIONS)
     one.put(key(1), ())
@@ -74,14 +76,14 @@ def test_what_one_object_stores_another_finds(path, warnings):
     assert warnings() == []
 
 
-def test_without_a_file():
+def test_action_cache_without_a_path_is_disabled():
     cache = ActionCache(None)
     cache.put(key(0), ACTIONS)
     assert cache.get(key(0)) is None
     cache.close()
 
 
-def test_the_oldest_make_room(path):
+def test_action_cache_deletes_the_oldest_entries(path):
     with closing(ActionCache(path, max_rows=5)) as cache:
         for number in range(12):
             cache.put(key(number), actions_of(number))
@@ -95,17 +97,17 @@ def test_the_oldest_make_room(path):
 
 
 WRITE = """
-import logging, random, sys, time
+import logging, random, sys
 from pathlib import Path
 logging.basicConfig()
 from priorzero.envs.action_cache import ActionCache
 sys.path.insert(0, sys.argv[1])
 from test_action_cache import actions_of, key
-start, numbers = float(sys.argv[3]), list(range(int(sys.argv[4])))
+numbers = list(range(int(sys.argv[3])))
 cache = ActionCache(Path(sys.argv[2]), busy_timeout_s=60)
 random.shuffle(numbers)
-time.sleep(max(0, start - time.time()))  # all at once
-print("began", flush=True)
+print("ready", flush=True)
+sys.stdin.readline()  # all processes start writing at the same time
 for number in numbers:
     if (found := cache.get(key(number))) is None:
         cache.put(key(number), actions_of(number))
@@ -114,29 +116,35 @@ for number in numbers:
 """
 
 
-def start_writer(path: Path, *, begin: float, count: int) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", WRITE, str(Path(__file__).parent), str(path), str(begin), str(count)]
+def start_writers(path: Path, *, num_writers: int, count: int) -> list[subprocess.Popen[str]]:
+    """Processes that write ``count`` entries each, in random order; they have started when this returns."""
+    command = [sys.executable, "-c", WRITE, str(Path(__file__).parent), str(path), str(count)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    writers = [subprocess.Popen(command, env=environment, text=True, **pipes) for _ in range(num_writers)]
+    for writer in writers:
+        assert writer.stdout.readline() == "ready\n"
+    for writer in writers:
+        writer.stdin.write("start\n")
+        writer.stdin.flush()
+    return writers
 
 
 @pytest.mark.slow
-def test_many_processes_make_and_fill_the_file_together(path, warnings):
-    begin = time.time() + 4
-    writers = [start_writer(path, begin=begin, count=300) for _ in range(5)]
-    for writer in writers:
+def test_action_cache_is_created_and_filled_by_many_processes_at_once(path, warnings):
+    for writer in start_writers(path, num_writers=5, count=300):
         output, errors = writer.communicate(timeout=120)
-        assert (writer.returncode, output, errors) == (0, "began\n", "")  # no warning, either
+        assert (writer.returncode, output, errors) == (0, "", "")  # errors would contain warnings too
     with closing(ActionCache(path)) as cache:
         assert all(cache.get(key(number)) == actions_of(number) for number in range(300))
     assert warnings() == []
 
 
-def test_waits_while_another_process_makes_the_file(path, warnings):
+def test_action_cache_waits_while_another_process_creates_the_file(path, warnings):
     path.parent.mkdir()
     with closing(sqlite3.connect(path, isolation_level=None, check_same_thread=False)) as other:
         other.execute("CREATE TABLE half_made (something)")
-        other.execute("BEGIN IMMEDIATE")  # here SQLite tells others "locked" at once, whatever their time limit
+        other.execute("BEGIN IMMEDIATE")  # now SQLite raises "locked" elsewhere without waiting for the timeout
         other.execute("INSERT INTO half_made VALUES (1)")
         threading.Timer(0.3, other.execute, ["COMMIT"]).start()
         with closing(ActionCache(path)) as cache:
@@ -146,9 +154,8 @@ def test_waits_while_another_process_makes_the_file(path, warnings):
 
 
 @pytest.mark.slow
-def test_a_killed_process_leaves_a_file_that_can_be_used(path, warnings):
-    writer = start_writer(path, begin=0, count=1_000_000)
-    assert writer.stdout.readline() == "began\n"
+def test_action_cache_is_usable_after_a_process_was_killed(path, warnings):
+    (writer,) = start_writers(path, num_writers=1, count=1_000_000)
     deadline = time.monotonic() + 30
     with closing(ActionCache(path)) as cache:
         while not any(cache.get(key(number)) for number in range(1, 5000, 7)) and time.monotonic() < deadline:
@@ -165,7 +172,7 @@ def test_a_killed_process_leaves_a_file_that_can_be_used(path, warnings):
     assert warnings() == []
 
 
-# What must not be served ---------------------------------------------------------------------------------------------
+# Damaged entries -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -177,34 +184,34 @@ def test_a_killed_process_leaves_a_file_that_can_be_used(path, warnings):
         "UPDATE valid_actions SET value = 'text' WHERE key = ?",
         "UPDATE valid_actions SET value = (SELECT value FROM valid_actions WHERE number = 1) WHERE key = ?",
     ],
-    ids=["changed", "cut", "empty", "text", "of another key"],
+    ids=["changed", "truncated", "empty", "text", "of another key"],
 )
-def test_a_damaged_entry_is_not_served(path, warnings, statement):
+def test_action_cache_ignores_a_damaged_entry(path, warnings, statement):
     with closing(ActionCache(path)) as cache:
         cache.put(key(0), ("up",))
         cache.put(key(1), ("east", "west"))
         change(path, statement, key(1))
         assert cache.get(key(1)) is None
         assert cache.get(key(1)) is None
-        assert len(warnings()) == 1  # once
-        assert "Damaged entries" in warnings()[0]
+        assert len(warnings()) == 1
+        assert "damaged entries" in warnings()[0]
         assert str(path) in warnings()[0]
         assert cache.get(key(0)) == ("up",)
-        cache.put(key(1), ("east", "west"))  # found again
+        cache.put(key(1), ("east", "west"))
         assert cache.get(key(1)) == ("east", "west")
 
 
-def test_no_damage_to_the_file_raises_or_serves_a_wrong_entry(path, tmp_path):
+def test_action_cache_never_raises_or_returns_wrong_actions_for_a_damaged_file(path, tmp_path):
     fill(path, 60)
     good = path.read_bytes()
     damaged = tmp_path / "damaged.sqlite3"
-    player = random.Random(0)
+    rng = random.Random(0)
     missing = 0
     for trial in range(200):
         content = bytearray(good)
         for _ in range(trial + 1):
-            content[player.randrange(len(content))] = player.randrange(256)
-        damaged.write_bytes(content if trial % 4 else content[: player.randrange(len(content))])
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        damaged.write_bytes(content if trial % 4 else content[: rng.randrange(len(content))])
         with closing(ActionCache(damaged, busy_timeout_s=0.05)) as cache:
             for number in range(60):
                 found = cache.get(key(number))
@@ -212,12 +219,12 @@ def test_no_damage_to_the_file_raises_or_serves_a_wrong_entry(path, tmp_path):
                 missing += found is None
             cache.put(key(60), ACTIONS)
             assert cache.get(key(60)) in (None, ACTIONS)
-        for left in damaged.parent.glob("damaged*"):
-            left.unlink()
-    assert missing > 2000  # the damage was real
+        for file in damaged.parent.glob("damaged*"):
+            file.unlink()
+    assert missing > 2000  # many entries were damaged
 
 
-def test_moving_bytes_between_fields_makes_another_key():
+def test_digest_depends_on_where_fields_end():
     fields = [(b"ab", b"c"), (b"a", b"bc"), (b"abc",), (b"abc", b""), (b"", b"abc"), (b"c", b"ab")]
     assert len({digest(*some) for some in fields}) == len(fields)
     assert digest(b"ab", b"c") == digest(b"ab", b"c")
@@ -227,21 +234,21 @@ def test_moving_bytes_between_fields_makes_another_key():
 # Files that cannot be used -------------------------------------------------------------------------------------------
 
 
-def a_text(path: Path) -> None:
+def text_file(path: Path) -> None:
     path.parent.mkdir()
-    path.write_text("this is no database" * 1000)
+    path.write_text("not a database" * 1000)
 
 
-def half_of_it(path: Path) -> None:
+def truncated_file(path: Path) -> None:
     fill(path, 500)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def a_folder(path: Path) -> None:
+def folder(path: Path) -> None:
     path.mkdir(parents=True)
 
 
-def a_file_in_place_of_the_folder(path: Path) -> None:
+def file_instead_of_the_folder(path: Path) -> None:
     path.parent.write_text("")
 
 
@@ -250,28 +257,28 @@ def another_table(path: Path) -> None:
     change(path, "CREATE TABLE valid_actions (something INTEGER)")
 
 
-@pytest.mark.parametrize("spoil", [a_text, half_of_it, a_folder, a_file_in_place_of_the_folder, another_table])
-def test_one_warning_and_on_without(path, warnings, spoil):
-    spoil(path)
+@pytest.mark.parametrize("make", [text_file, truncated_file, folder, file_instead_of_the_folder, another_table])
+def test_action_cache_disables_itself_with_one_warning_if_the_file_is_unusable(path, warnings, make):
+    make(path)
     with closing(ActionCache(path)) as cache:
         for number in range(500):
             assert cache.get(key(number)) in (None, actions_of(number))
             cache.put(key(number), actions_of(number))
-        assert cache.get(key(0)) is None  # it stepped aside
+        assert cache.get(key(0)) is None
     assert len(warnings()) == 1
-    assert f"without the cache of valid actions {path}" in warnings()[0]
+    assert f"The cache of valid actions {path} is disabled" in warnings()[0]
     assert "PRIORZERO_ACTION_CACHE=off" in warnings()[0]
 
 
-def test_a_file_that_stays_locked(path, warnings):
+def test_action_cache_disables_itself_if_the_file_stays_locked(path, warnings):
     fill(path, 3)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("BEGIN IMMEDIATE")
         cache = ActionCache(path, busy_timeout_s=0.2)
-        assert cache.get(key(2)) == actions_of(2)  # who writes does not keep others from reading
+        assert cache.get(key(2)) == actions_of(2)  # a writer does not block readers
         began = time.monotonic()
         cache.put(key(3), ACTIONS)
-        cache.put(key(4), ACTIONS)  # does not wait again
+        cache.put(key(4), ACTIONS)  # this does not wait again
         assert 0.15 < time.monotonic() - began < 2
         assert cache.get(key(2)) is None
         other.execute("ROLLBACK")
@@ -282,41 +289,41 @@ def test_a_file_that_stays_locked(path, warnings):
         assert cache.get(key(3)) is None
 
 
-def test_a_full_disk(path, warnings):
+def test_action_cache_disables_itself_if_the_disk_is_full(path, warnings):
     fill(path, 3)
     cache = ActionCache(path)
     assert cache.get(key(2)) == actions_of(2)
-    cache._connection.execute("PRAGMA max_page_count=1")  # SQLite's own words for a full disk follow
+    cache._connection.execute("PRAGMA max_page_count=1")  # SQLite raises the same error as for a full disk
     for number in range(3, 200):
         cache.put(key(number), actions_of(number))
     assert len(warnings()) == 1
     assert "full" in warnings()[0]
     with closing(ActionCache(path)) as cache:
-        assert cache.get(key(2)) == actions_of(2)  # what was there is still there
+        assert cache.get(key(2)) == actions_of(2)  # existing entries are kept
         assert cache.get(key(199)) is None
 
 
-# Where it is ---------------------------------------------------------------------------------------------------------
+# The path of the file ------------------------------------------------------------------------------------------------
 
 
-def test_place_of_the_file(monkeypatch, tmp_path, warnings):
+def test_cache_file_follows_the_environment_variable(monkeypatch, tmp_path, warnings):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("HOME", "/home/somebody")
-    usual = tmp_path / "priorzero" / "games" / "valid_actions.sqlite3"
-    for value, place in (
+    default = tmp_path / "priorzero" / "games" / "valid_actions.sqlite3"
+    for value, expected in (
         ("off", None),
-        ("", usual),
+        ("", default),
         (str(tmp_path / "mine"), tmp_path / "mine"),
         ("~/mine", Path("/home/somebody/mine")),
     ):
         monkeypatch.setenv(action_cache.CACHE_VARIABLE, value)
-        assert cache_file() == place
+        assert cache_file() == expected
     monkeypatch.delenv(action_cache.CACHE_VARIABLE)
-    assert cache_file() == usual
+    assert cache_file() == default
     assert warnings() == []
 
 
-def test_a_user_without_a_home_folder(monkeypatch, warnings):
+def test_cache_file_is_disabled_without_a_home_folder(monkeypatch, warnings):
     def fail():
         raise RuntimeError("Could not determine home directory.")
 
@@ -333,7 +340,7 @@ def test_a_user_without_a_home_folder(monkeypatch, warnings):
 
 @pytest.fixture
 def open_game(path, monkeypatch):
-    """Opens a game that uses the cache in ``path``."""
+    """A function that opens a game which uses the cache in ``path``."""
     monkeypatch.setenv(action_cache.CACHE_VARIABLE, str(path))
     games = []
 
@@ -347,8 +354,8 @@ def open_game(path, monkeypatch):
         game.close()
 
 
-def asked(game: JerichoGame) -> list[None]:
-    """Grows by one whenever Jericho looks for valid actions."""
+def count_searches(game: JerichoGame) -> list[None]:
+    """A list that grows by one element whenever Jericho searches valid actions."""
     calls = []
     find = game._env.get_valid_actions
 
@@ -367,31 +374,31 @@ def play(game: JerichoGame) -> list[tuple[str, ...]]:
     return [game.reset().valid_actions, *(game.step(command)[0].valid_actions for command in ROUTE)]
 
 
-def test_another_game_object_finds_what_the_first_one_found(open_game, path):
+def test_jericho_game_uses_actions_that_another_object_found(open_game, path):
     first, second = open_game(), open_game()
-    calls = asked(first), asked(second)
+    calls = count_searches(first), count_searches(second)
     found = play(first)
     assert path.exists()
     assert play(second) == found
     assert (len(calls[0]), len(calls[1])) == (len(ROUTE) + 1, 0)
-    second._cache.put = second._cache.get = None  # what came from the file is in memory now
+    second._cache.put = second._cache.get = None  # the entries are in memory now
     assert play(second) == found
 
 
-def test_off(open_game, path, monkeypatch):
+def test_jericho_game_creates_no_file_if_the_cache_is_off(open_game, path, monkeypatch):
     monkeypatch.setenv(action_cache.CACHE_VARIABLE, "off")
     game = open_game()
-    calls = asked(game)
+    calls = count_searches(game)
     play(game)
     assert len(calls) == len(ROUTE) + 1
     assert not path.parent.exists()
 
 
-def test_not_for_another_story(open_game, monkeypatch):
+def test_cache_key_depends_on_the_story(open_game, monkeypatch):
     monkeypatch.setattr(jericho_game, "state_digest", lambda state: b"the same state")
     zork1 = open_game().reset().valid_actions
     game = open_game("detective.z5")
-    calls = asked(game)
+    calls = count_searches(game)
     detective = game.reset().valid_actions
     assert len(calls) == 1
     assert detective != zork1
@@ -402,16 +409,16 @@ def test_not_for_another_story(open_game, monkeypatch):
 @pytest.mark.parametrize(
     "target", ["jericho.__version__", "spacy.__version__", "priorzero.envs.frotz.ALGORITHM_VERSION"]
 )
-def test_not_for_another_version(open_game, monkeypatch, target):
+def test_cache_key_depends_on_versions(open_game, monkeypatch, target):
     open_game().reset()
     monkeypatch.setattr(target, "another")
     game = open_game()
-    calls = asked(game)
+    calls = count_searches(game)
     game.reset()
     assert len(calls) == 1
 
 
-def test_not_for_another_language_model(open_game, monkeypatch):
+def test_cache_key_depends_on_the_language_model(open_game, monkeypatch):
     game = open_game()
     game.reset()
     jericho_util = sys.modules["jericho.util"]
@@ -422,7 +429,7 @@ def test_not_for_another_language_model(open_game, monkeypatch):
     assert open_game()._fingerprint != game._fingerprint
 
 
-def test_not_for_another_state(open_game):
+def test_cache_key_depends_on_the_state(open_game):
     game = open_game()
     play(game)
     stored = game._env.get_state()
@@ -440,19 +447,19 @@ def test_not_for_another_state(open_game):
         (ram, changed(stack, -1), *registers),
         (ram, stack, *registers[:where], (registers[where][0] + 1, *registers[where][1:]), *registers[where + 1 :]),
     ):
-        fresh = open_game()
-        fresh._env.get_state = lambda state=state: state
-        fresh._find_valid_actions = lambda: ("asked",)
-        assert fresh._valid_actions() == ("asked",)
-    fresh = open_game()
-    fresh._env.get_state = lambda: stored
-    fresh._find_valid_actions = lambda: ("asked",)
-    assert fresh._valid_actions() == game._state.valid_actions  # the stored state itself is found
+        other_game = open_game()
+        other_game._env.get_state = lambda state=state: state
+        other_game._find_valid_actions = lambda: ("searched",)
+        assert other_game._valid_actions() == ("searched",)
+    other_game = open_game()
+    other_game._env.get_state = lambda: stored
+    other_game._find_valid_actions = lambda: ("searched",)
+    assert other_game._valid_actions() == game._state.valid_actions  # the unchanged state has an entry
 
 
-def test_a_damaged_file_does_not_stop_a_game(open_game, path, warnings):
+def test_jericho_game_is_not_stopped_by_a_damaged_cache(open_game, path, warnings):
     path.parent.mkdir()
-    path.write_text("no database" * 1000)
+    path.write_text("not a database" * 1000)
     damaged = play(open_game())
     assert len(warnings()) == 1
     path.unlink()
@@ -461,29 +468,30 @@ def test_a_damaged_file_does_not_stop_a_game(open_game, path, warnings):
 
 
 @pytest.mark.slow
-def test_worker_processes_share_the_file(open_game, path):
-    async def first_actions():
-        spec = resolve_game(str(story("zork1.z5")))
-        worker = make_worker(
-            spec, seed=0, max_episode_steps=9, look_and_inventory=False, drop_inert_commands=True, timeout_s=60
-        )
-        try:
-            return (await worker.reset()).valid_actions
-        finally:
-            await worker.close()
-
-    found = asyncio.run(first_actions())
+def test_worker_processes_share_the_cache(open_game, path):
     game = open_game()
-    calls = asked(game)
-    assert game.reset().valid_actions == found
-    assert calls == []  # this process got it from the worker's
-    game._cache.put(next(iter(game._known_actions)), ("from the file",))
-    assert asyncio.run(first_actions()) == ("from the file",)  # and the worker from this one's
+    searches = count_searches(game)
+    arguments = {"seed": 0, "max_episode_steps": 9, "look_and_inventory": False, "drop_inert_commands": True}
+    spec = resolve_game(str(story("zork1.z5")))
+
+    async def play():
+        one, other = (make_worker(spec, **arguments, timeout_s=60) for _ in range(2))
+        try:
+            await asyncio.gather(one.start(), other.start())
+            found = (await one.reset()).valid_actions
+            assert game.reset().valid_actions == found
+            assert searches == []  # this process used the entry of the worker
+            game._cache.put(next(iter(game._known_actions)), ("from the file",))
+            assert (await other.reset()).valid_actions == ("from the file",)
+        finally:
+            await asyncio.gather(one.close(), other.close())
+
+    asyncio.run(play())
 
 
-def test_nothing_is_opened_on_import(path):
+def test_import_of_jericho_game_loads_no_spacy_and_opens_no_cache(path):
     code = "import sys, priorzero.envs.jericho_game; print('spacy' in sys.modules)"
     environment = {**os.environ, action_cache.CACHE_VARIABLE: str(path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    answer = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert answer.stdout == "False\n"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
     assert not path.parent.exists()

@@ -1,3 +1,5 @@
+"""Tests of the search for valid actions in two threads, which must agree with Jericho's own."""
+
 import ctypes
 import os
 import threading
@@ -7,7 +9,14 @@ from collections import deque
 import numpy as np
 import pytest
 
-from priorzero.envs.frotz import MAX_SEARCHES_ALONE, PORTIONS, ReproducibleFrotzEnv, _work, state_digest
+from priorzero.envs.frotz import (
+    MAX_SINGLE_THREAD_SEARCHES,
+    NUM_CHUNKS,
+    ChunkResult,
+    ReproducibleFrotzEnv,
+    _try_chunks,
+    state_digest,
+)
 from tests.helpers.game_files import story
 
 
@@ -22,11 +31,11 @@ def open_env():
 
     yield make
     for env in opened:
-        env.free()
+        env.close_emulators()
 
 
 def walkthrough_states(env: ReproducibleFrotzEnv, count: int) -> list:
-    """States from all over Jericho's own solution."""
+    """``count`` states, evenly spread over Jericho's walkthrough."""
     commands = env.get_walkthrough()
     states = []
     for number, command in enumerate(commands):
@@ -37,13 +46,13 @@ def walkthrough_states(env: ReproducibleFrotzEnv, count: int) -> list:
 
 
 def candidates(env: ReproducibleFrotzEnv, *, objects: int) -> list[str]:
-    """Commands with some of the things in sight (fewer than Jericho takes, to save time)."""
+    """Commands with some of the visible objects. Jericho uses more, which takes longer."""
     names = env._score_object_names(env._identify_interactive_objects(use_object_tree=True))
     return env.act_gen.generate_actions(names[:objects])
 
 
 def groups(by_change: dict) -> list[tuple[bytes, list[str]]]:
-    """Changes as bytes (Jericho has tuples of numbers), everything in order."""
+    """The result as a list. Changes are converted to bytes, because Jericho's are tuples of numbers."""
     return [
         (change if isinstance(change, bytes) else np.array(change, dtype=np.uint16).tobytes(), commands)
         for change, commands in by_change.items()
@@ -52,7 +61,7 @@ def groups(by_change: dict) -> list[tuple[bytes, list[str]]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["zork1.z5", "detective.z5"])
-def test_two_threads_find_what_jericho_finds(open_env, name):
+def test_frotz_two_threads_find_the_commands_that_jericho_finds(open_env, name):
     env, one = open_env(name), open_env(name, filter_threads=1)
     states = walkthrough_states(env, 6)
     found = 0
@@ -60,30 +69,30 @@ def test_two_threads_find_what_jericho_finds(open_env, name):
         for each in (env, one):
             each.set_state(state)
         commands = candidates(env, objects=4)
-        env._searches_alone = 0
-        here = groups(env._filter_candidate_actions(commands, use_ctypes=True))
-        assert here == groups(one._filter_candidate_actions(commands, use_ctypes=True))
-        assert state_digest(env.get_state()) == state_digest(state)  # the game goes on from where it was
-        found += len(here)
-    assert env._twin is not None
-    assert one._twin is None
+        env._single_thread_searches = 0
+        commands_by_change = groups(env._filter_candidate_actions(commands, use_ctypes=True))
+        assert commands_by_change == groups(one._filter_candidate_actions(commands, use_ctypes=True))
+        assert state_digest(env.get_state()) == state_digest(state)  # the state of the game is unchanged
+        found += len(commands_by_change)
+    assert env._second is not None
+    assert one._second is None
     assert found > 2 * len(states)
 
 
-def test_both_ways_to_try_commands_agree(open_env):
+def test_frotz_python_and_c_try_commands_with_equal_results(open_env):
     env = open_env()
     for state in walkthrough_states(env, 6):
         env.set_state(state)
         commands = [command.encode() for command in candidates(env, objects=4)]
-        env._filter_candidate_actions(["wait"], use_ctypes=True)  # opens the twin
-        env._twin.env.set_state(state)
+        env._filter_candidate_actions(["wait"], use_ctypes=True)  # opens the second emulator
+        env._second.env.set_state(state)
         in_c = env._try_in_c(commands)
-        assert env._twin._try(commands, state) == in_c
+        assert env._second._try(commands, state) == in_c
         assert len(in_c[0]) > 5
-        assert state_digest(env._twin.env.get_state()[:-1]) == state_digest(state[:-1])  # but for the last text
+        assert state_digest(env._second.env.get_state()[:-1]) == state_digest(state[:-1])  # all but the last text
 
 
-def test_what_takes_something_first_is_left_out(open_env):
+def test_frotz_excludes_commands_that_first_take_an_object(open_env):
     env = open_env()
     env.step("open mailbox")
     state = env.get_state()
@@ -91,13 +100,13 @@ def test_what_takes_something_first_is_left_out(open_env):
     env.set_state(state)
     commands = [b"read leaflet", b"take leaflet", b"read mailbox"]
     env._filter_candidate_actions(["wait"], use_ctypes=True)
-    env._twin.env.set_state(state)
+    env._second.env.set_state(state)
     in_c = env._try_in_c(commands)
-    assert env._twin._try(commands, state) == in_c
+    assert env._second._try(commands, state) == in_c
     assert [command for command, _ in in_c[0]] == [b"take leaflet"]
 
 
-def test_both_threads_work(open_env):
+def test_frotz_uses_both_threads(open_env):
     env = open_env()
     env._filter_candidate_actions(["wait"], use_ctypes=True)
     threads = set()
@@ -107,58 +116,58 @@ def test_both_threads_work(open_env):
         def attempt(*arguments):
             if threading.get_ident() not in threads:
                 threads.add(threading.get_ident())
-                both.wait()  # only passed if the other one gets a portion as well
+                both.wait()  # passes only if the other thread gets a chunk too
             return original(*arguments)
 
         return attempt
 
-    env._try_in_c, env._twin._try = watched(env._try_in_c), watched(env._twin._try)
-    env._searches_alone = 0
+    env._try_in_c, env._second._try = watched(env._try_in_c), watched(env._second._try)
+    env._single_thread_searches = 0
     assert env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
     assert len(threads) == 2
 
 
 @pytest.mark.parametrize("halting", [0, 3, 7, 9])
-def test_commands_after_one_that_halts_do_not_count(open_env, halting):
+def test_frotz_ignores_commands_after_one_that_halts_the_emulator(open_env, halting):
     commands = [f"say {number}" for number in range(10)]
     env = open_env()
 
-    def attempt(portion, state=None):
-        done = []
-        for command in portion:
+    def attempt(chunk, state=None):
+        effects = []
+        for command in chunk:
             if command == f"say {halting}".encode():
-                time.sleep(0.2)  # meanwhile the other thread tries all that follow
-                return done, True
-            done.append((command, command))
-        return done, False
+                time.sleep(0.2)  # meanwhile the other thread tries all following commands
+                return ChunkResult(effects, halted=True)
+            effects.append((command, command))
+        return ChunkResult(effects, halted=False)
 
     env._filter_candidate_actions(["wait"], use_ctypes=True)
-    env._try_in_c = env._twin._try = attempt
-    env._searches_alone = 0
+    env._try_in_c = env._second._try = attempt
+    env._single_thread_searches = 0
     found = env._filter_candidate_actions(commands, use_ctypes=True)
     assert list(found.values()) == [[command] for command in commands[:halting]]
 
 
-def test_portions_are_taken_in_order_until_one_halts():
-    portions = deque(enumerate([[b"a"], [b"b"], [b"c"], [b"d"]]))
-    tried: dict = {}
-    _work(portions, tried, lambda commands: ([], commands == [b"c"]))
-    assert list(tried) == [0, 1, 2]
-    assert not portions
+def test_try_chunks_takes_chunks_in_order_until_one_halts():
+    chunks = deque(enumerate([[b"a"], [b"b"], [b"c"], [b"d"]]))
+    results: dict = {}
+    _try_chunks(lambda commands: ChunkResult([], halted=commands == [b"c"]), chunks=chunks, results=results)
+    assert list(results) == [0, 1, 2]
+    assert not chunks
 
 
-def test_a_halted_twin_starts_again(open_env):
+def test_frotz_resets_a_halted_second_emulator(open_env):
     env = open_env()
     expected = env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
-    halted = env._twin.env
-    ctypes.c_int.in_dll(halted.frotz_lib, "emulator_halted").value = 1  # as after an error inside the emulator
+    halted = env._second.env
+    ctypes.c_int.in_dll(halted.frotz_lib, "emulator_halted").value = 1  # as after an error in the emulator
     assert halted.step("look")[0].startswith("Emulator halted")
-    env._searches_alone = 0
+    env._single_thread_searches = 0
     assert env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False) == expected
     assert not halted._emulator_halted()
 
 
-def test_an_error_in_the_second_thread_is_raised(open_env):
+def test_frotz_raises_errors_of_the_second_thread(open_env):
     env = open_env()
     env._filter_candidate_actions(["wait"], use_ctypes=True)
 
@@ -170,33 +179,33 @@ def test_an_error_in_the_second_thread_is_raised(open_env):
 
     def wait(commands):
         assert failed.wait(20)
-        return [], False
+        return ChunkResult([], halted=False)
 
-    env._twin._try, env._try_in_c = fail, wait
-    env._searches_alone = 0
+    env._second._try, env._try_in_c = fail, wait
+    env._single_thread_searches = 0
     with pytest.raises(MemoryError, match="no more"):
-        env._filter_candidate_actions(["wait"] * 10 * PORTIONS, use_ctypes=True)
+        env._filter_candidate_actions(["wait"] * 10 * NUM_CHUNKS, use_ctypes=True)
 
 
-def test_busy_cores_are_left_alone_for_longer_and_longer(open_env):
+def test_frotz_uses_one_thread_for_longer_while_cores_are_busy(open_env):
     env = open_env()
-    paused = []
+    backoffs = []
     for cores in [1.0] * 8 + [1.9, 1.0]:
-        env._note_cores(cores)
-        paused.append(env._searches_alone)
-        env._searches_alone = 0
-    assert paused == [1, 2, 4, 8, 16, 32, 32, 32, 0, 1]
-    assert max(paused) == MAX_SEARCHES_ALONE
-    env._searches_alone = 2
+        env._update_backoff(cores)
+        backoffs.append(env._single_thread_searches)
+        env._single_thread_searches = 0
+    assert backoffs == [1, 2, 4, 8, 16, 32, 32, 32, 0, 1]
+    assert max(backoffs) == MAX_SINGLE_THREAD_SEARCHES
+    env._single_thread_searches = 2
     for left in (1, 0):
         assert env._filter_candidate_actions(["north"], use_ctypes=True)
-        assert env._searches_alone == left
-        assert env._twin is None  # one thread did it
+        assert env._single_thread_searches == left
+        assert env._second is None
     assert env._filter_candidate_actions(["north"], use_ctypes=True)
-    assert env._twin is not None
+    assert env._second is not None
 
 
-def test_number_of_threads(open_env, monkeypatch):
+def test_frotz_number_of_threads_follows_the_available_cores(open_env, monkeypatch):
     for cores, threads in (({0}, 1), ({0, 1}, 2), ({4, 5, 6, 7}, 2)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda process, cores=cores: cores)
         assert open_env(filter_threads=None)._filter_threads == threads
@@ -204,7 +213,7 @@ def test_number_of_threads(open_env, monkeypatch):
         open_env(filter_threads=3)
 
 
-def test_nothing_is_tried_after_the_end(open_env):
+def test_frotz_tries_no_commands_after_the_end(open_env):
     env = open_env("detective.z5")
     for command in env.get_walkthrough():
         env.step(command)

@@ -1,8 +1,11 @@
+"""Tests of finding story files and generating TextWorld games by name."""
+
 import hashlib
 import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,15 +22,15 @@ ZORK1_MD5 = "b732a93a6244ddd92a9b9a3e3a46c687"
 
 
 @pytest.fixture
-def empty_places(tmp_path, monkeypatch):
-    """A working folder, a games folder and a cache folder with nothing in them."""
-    places = {name: tmp_path / name for name in ("here", "games", "cache/priorzero/games")}
-    for place in places.values():
-        place.mkdir(parents=True)
+def empty_folders(tmp_path, monkeypatch):
+    """An empty working folder, games folder and cache folder."""
+    folders = [tmp_path / name for name in ("here", "games", "cache/priorzero/games")]
+    for folder in folders:
+        folder.mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     monkeypatch.setenv("PRIORZERO_GAMES", str(tmp_path / "games"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    return list(places.values())
+    return folders
 
 
 def error_of(env_id: str) -> str:
@@ -39,29 +42,29 @@ def error_of(env_id: str) -> str:
 # Jericho ------------------------------------------------------------------------------------------------------------
 
 
-def test_table_of_supported_games():
+def test_supported_games_are_those_of_jericho():
     table = supported_games()
     assert len(table) == 57
     assert table["zork1.z5"] == ZORK1_MD5
     assert table["tryst205.z5"] == "fc65ad8d4588da92fd39871f6f7463db"
 
 
-def test_missing_game_names_every_place_and_the_way_out(empty_places):
+def test_resolve_game_lists_the_searched_folders_and_how_to_download_a_missing_game(empty_folders):
     message = error_of("zork1.z5")
-    for place in empty_places:
-        assert str(place / "zork1.z5") in message
+    for folder in empty_folders:
+        assert str(folder / "zork1.z5") in message
     assert ZORK1_MD5 in message
     assert "python scripts/fetch_games.py zork1.z5" in message
     assert "not set" not in message
 
 
-def test_missing_game_says_that_the_variable_is_not_set(empty_places, monkeypatch):
+def test_resolve_game_reports_that_the_variable_is_not_set(empty_folders, monkeypatch):
     monkeypatch.delenv("PRIORZERO_GAMES")
     assert "$PRIORZERO_GAMES is not set" in error_of("zork1.z5")
 
 
-def test_places_are_searched_in_order(tmp_path, monkeypatch):
-    original = story("zork1.z5").read_bytes()  # before the variable is changed
+def test_resolve_game_searches_folders_in_order(tmp_path, monkeypatch):
+    original = story("zork1.z5").read_bytes()  # this reads the variable that is changed below
     folders = [tmp_path / "here", tmp_path / "games", tmp_path / "cache/priorzero/games"]
     for folder in folders:
         folder.mkdir(parents=True)
@@ -76,24 +79,24 @@ def test_places_are_searched_in_order(tmp_path, monkeypatch):
         spec.path.unlink()
 
 
-def test_a_path_and_another_file_name(tmp_path):
+def test_resolve_game_accepts_a_path_with_any_file_name(tmp_path):
     copy = tmp_path / "my story.z5"
     copy.write_bytes(story("zork1.z5").read_bytes())
     spec = resolve_game(str(copy))
     assert (spec.env_id, spec.path, spec.name) == (str(copy), copy, "zork1")
 
 
-def test_known_name_with_other_contents(empty_places):
-    (empty_places[0] / "zork1.z5").write_bytes(b"another release")
+def test_resolve_game_refuses_another_release(empty_folders):
+    (empty_folders[0] / "zork1.z5").write_bytes(b"another release")
     message = error_of("zork1.z5")
     assert hashlib.md5(b"another release").hexdigest() in message
     assert ZORK1_MD5 in message
     assert "fetch_games.py zork1.z5" in message
 
 
-def test_file_that_jericho_does_not_support():
+def test_resolve_game_refuses_a_file_that_jericho_does_not_support():
     message = error_of(str(story("zork1.z3")))
-    assert "scores and valid actions come only with supported files" in message
+    assert "it has no score and no valid actions" in message
     assert "Did you mean 'zork1.z5'?" in message
 
 
@@ -109,24 +112,24 @@ def test_file_that_jericho_does_not_support():
         ("/", "is not a file"),
     ],
 )
-def test_other_bad_names(empty_places, env_id, hint):
+def test_resolve_game_explains_bad_names(empty_folders, env_id, hint):
     assert hint in error_of(env_id)
 
 
-def test_directory_and_empty_file(empty_places):
-    (empty_places[0] / "zork1.z5").mkdir()
+def test_resolve_game_refuses_a_folder_and_an_empty_file(empty_folders):
+    (empty_folders[0] / "zork1.z5").mkdir()
     assert "is not a file" in error_of("zork1.z5")
-    (empty_places[0] / "zork2.z5").touch()
+    (empty_folders[0] / "zork2.z5").touch()
     message = error_of("zork2.z5")
     assert "is empty" in message
     assert "fetch_games.py zork2.z5" in message
 
 
-def test_unreadable_file(empty_places, monkeypatch):
-    (empty_places[0] / "zork1.z5").write_bytes(b"x")
+def test_resolve_game_reports_an_unreadable_file(empty_folders, monkeypatch):
+    (empty_folders[0] / "zork1.z5").write_bytes(b"x")
 
     def refuse(_):
-        raise PermissionError(13, "Permission denied")  # chmod would not stop root
+        raise PermissionError(13, "Permission denied")  # root could read a file without permissions
 
     monkeypatch.setattr(Path, "read_bytes", refuse)
     assert "Permission denied" in error_of("zork1.z5")
@@ -135,7 +138,7 @@ def test_unreadable_file(empty_places, monkeypatch):
 # TextWorld: names ---------------------------------------------------------------------------------------------------
 
 
-def test_defaults_and_names():
+def test_parse_request_fills_in_defaults_and_names_games():
     request = parse_request("textworld:simple")
     assert (request.seed, request.settings) == (0, {"rewards": "dense", "goal": "detailed", "test": False})
     assert request.name == "textworld-simple-seed0"
@@ -157,7 +160,7 @@ def test_defaults_and_names():
         ("textworld:simple?seed=-1", ["seed='-1'"]),
         ("textworld:simple?seed=7&seed=8", ["twice"]),
         ("textworld:simple?rewards=many", ["dense, balanced, sparse"]),
-        ("textworld:simple?rewards", ["Write them like"]),
+        ("textworld:simple?rewards", ["Example: 'textworld:simple?"]),
         ("textworld:simple?test=maybe", ["1 or 0"]),
         ("textworld:coin-collector?level=0", ["from 1 to 300"]),
         ("textworld:treasure-hunter?level=31", ["from 1 to 30"]),
@@ -165,14 +168,14 @@ def test_defaults_and_names():
         ("textworld:cooking?take=2", ["at most recipe=1", "Try recipe=2"]),
     ],
 )
-def test_bad_textworld_names(env_id, hints):
+def test_parse_request_explains_bad_names(env_id, hints):
     message = error_of(env_id)
     for hint in [*hints, env_id]:
         assert hint in message
 
 
 @given(st.sampled_from(sorted(CHALLENGES)), st.text(max_size=30))
-def test_any_text_is_understood_or_refused_politely(challenge, query):
+def test_parse_request_accepts_any_text_or_raises_a_user_error(challenge, query):
     try:
         request = parse_request(f"textworld:{challenge}?{query}")
     except UserError:
@@ -188,7 +191,7 @@ def values_of(parameter):
 
 
 @given(st.data())
-def test_different_games_have_different_names(data):
+def test_request_names_are_unique(data):
     def draw():
         challenge = data.draw(st.sampled_from(sorted(CHALLENGES)))
         values = {key: data.draw(values_of(parameter)) for key, parameter in CHALLENGES[challenge].items()}
@@ -205,7 +208,7 @@ def test_different_games_have_different_names(data):
 # TextWorld: files ---------------------------------------------------------------------------------------------------
 
 
-def test_date_is_erased(tmp_path):
+def test_erase_date_changes_six_bytes_of_the_header(tmp_path):
     header = bytearray(range(64))
     (tmp_path / "g.z8").write_bytes(header)
     textworld_files._erase_date(tmp_path / "g.z8")
@@ -214,7 +217,7 @@ def test_date_is_erased(tmp_path):
 
 
 @pytest.mark.slow
-def test_game_is_made_once(tmp_path_factory, monkeypatch):
+def test_resolve_game_generates_a_textworld_game_once(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache(tmp_path_factory)))
     spec = resolve_game("textworld:simple?seed=7")
     assert (spec.kind, spec.name) == ("textworld", "textworld-simple-seed7")
@@ -224,44 +227,41 @@ def test_game_is_made_once(tmp_path_factory, monkeypatch):
     assert spec.md5 == hashlib.md5(spec.path.read_bytes()).hexdigest()
 
     def must_not_run(*_):
-        raise AssertionError("made again")
+        raise AssertionError("the game was generated again")
 
     monkeypatch.setattr(textworld_files, "_run_generator", must_not_run)
     assert resolve_game("textworld:simple?seed=7&goal=detailed").path == spec.path
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_make_the_same_game(tmp_path, tmp_path_factory, monkeypatch):
-    code = "from priorzero.envs import resolve_game; print(resolve_game('textworld:simple?seed=7').md5)"
-    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
-    commands = [
-        subprocess.Popen(
-            [sys.executable, "-c", code], env={**environment, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
-        )
-        for seed in ("1", "2")
-    ]
-    answers = [command.communicate(timeout=120)[0].strip() for command in commands]
-    assert [command.returncode for command in commands] == [0, 0]
-    assert answers[0] == answers[1]
-    (home,) = (tmp_path / "priorzero" / "games" / "textworld").glob("*/*")  # one game and nothing left over
+def test_get_or_make_generates_equal_files_when_called_twice_at_once(tmp_path, tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("PYTHONHASHSEED", "1")  # the generator must not depend on it
+    request = parse_request("textworld:simple?seed=7")
+    with ThreadPoolExecutor() as executor:  # each call starts a process
+        stories = list(executor.map(lambda _: get_or_make(request, tmp_path), range(2)))
+    assert stories[0] == stories[1]
+    (home,) = tmp_path.glob("*/*")  # one game and no temporary files
     files = {file.name: file.read_bytes() for file in home.iterdir()}
     assert sorted(files) == [f"textworld-simple-seed7{suffix}" for suffix in (".json", ".ni", ".z8")]
-    # The same bytes as in another folder, at another time.
+    # The files are the same as in another folder, generated at another time with another hash seed.
+    monkeypatch.setenv("PYTHONHASHSEED", "2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache(tmp_path_factory)))
     other = resolve_game("textworld:simple?seed=7").path
     assert {file.name: file.read_bytes() for file in other.parent.iterdir()} == files
 
 
-def fake_generator(contents: bytes):
-    def run(_, output: Path) -> None:
+def fake_generator(contents: bytes | None = None):
+    """A generator whose files contain ``contents``, or the name of the game."""
+
+    def run(request, output: Path) -> None:
         output.parent.mkdir()
         for suffix in (".z8", ".json"):
-            output.with_suffix(suffix).write_bytes(contents)
+            output.with_suffix(suffix).write_bytes(contents or request.name.encode())
 
     return run
 
 
-def test_incomplete_game_is_made_again(tmp_path, monkeypatch):
+def test_get_or_make_replaces_an_incomplete_game(tmp_path, monkeypatch):
     request = parse_request("textworld:simple")
     monkeypatch.setattr(textworld_files, "_run_generator", fake_generator(b"first"))
     story_file = get_or_make(request, tmp_path)
@@ -273,12 +273,12 @@ def test_incomplete_game_is_made_again(tmp_path, monkeypatch):
     assert [path.name for path in story_file.parent.parent.iterdir()] == [request.name]
 
 
-def test_slower_process_uses_the_game_of_the_faster_one(tmp_path, monkeypatch):
+def test_get_or_make_uses_the_game_of_a_faster_process(tmp_path, monkeypatch):
     request = parse_request("textworld:simple")
 
     def slow(request, output):
         monkeypatch.setattr(textworld_files, "_run_generator", fake_generator(b"fast"))
-        get_or_make(request, tmp_path)  # meanwhile, elsewhere
+        get_or_make(request, tmp_path)  # another process finishes first
         fake_generator(b"slow")(request, output)
 
     monkeypatch.setattr(textworld_files, "_run_generator", slow)
@@ -286,20 +286,20 @@ def test_slower_process_uses_the_game_of_the_faster_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_failure_of_the_generator_shows_its_words(tmp_path, monkeypatch):
+def test_get_or_make_shows_the_output_of_a_failed_generator(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     message = error_of("textworld:coin-collector?level=200")  # 200 rooms
     assert "games with more than 100 rooms are not supported" in message
     assert not list(tmp_path.glob("priorzero/games/textworld/*/*"))
 
 
-def test_cache_that_cannot_be_written(tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("in the way")
+def test_get_or_make_reports_a_cache_folder_that_is_not_writable(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "XDG_CACHE_HOME" in error_of("textworld:simple")
 
 
-def test_importing_is_cheap():
+def test_import_of_envs_loads_no_large_packages():
     heavy = ["torch", "jericho", "textworld", "spacy", "transformers", "lzero"]
     code = f"import json, sys, priorzero.envs; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -307,9 +307,11 @@ def test_importing_is_cheap():
     assert json.loads(done.stdout) == []
 
 
-def test_several_games_by_name():
+def test_resolve_games_accepts_a_list_without_duplicates(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(textworld_files, "_run_generator", fake_generator())
     first, second = "textworld:simple?seed=7", "textworld:coin-collector?level=1&seed=2"
     assert [game.env_id for game in resolve_games(f"{first}, {second}")] == [first, second]
     assert resolve_games("") == []
-    with pytest.raises(UserError, match="is named twice"):
+    with pytest.raises(UserError, match="occurs twice"):
         resolve_games(f"{first},{first}&goal=detailed")

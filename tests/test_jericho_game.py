@@ -1,3 +1,5 @@
+"""Tests of Jericho games: states, rewards, ends of episodes, and reproducible valid actions."""
+
 import json
 import os
 import random
@@ -21,7 +23,7 @@ def open_game(name: str = "zork1.z5", **changes) -> JerichoGame:
 
 
 def play(game: JerichoGame, *, choices: int, steps: int) -> list[GameState]:
-    """The states of a random game; ``choices`` seeds the player."""
+    """The states of an episode with random actions, which the seed ``choices`` determines."""
     player = random.Random(choices)
     states = [game.reset()]
     while len(states) <= steps and not states[-1].done:
@@ -29,7 +31,7 @@ def play(game: JerichoGame, *, choices: int, steps: int) -> list[GameState]:
     return states
 
 
-def test_first_state_of_zork1():
+def test_jericho_game_first_state():
     state = open_game().reset()
     assert "West of House" in state.feedback
     assert state.look.startswith("West of House\n")
@@ -40,29 +42,29 @@ def test_first_state_of_zork1():
     assert not (state.done or state.won or state.truncated or state.actions_are_fallback)
 
 
-def test_reward_is_the_change_of_the_score():
+def test_jericho_game_rewards_changes_of_the_score():
     game = open_game(look_and_inventory=False)
     state = game.reset()
     rewards = {}
     for action in ("north", "north", "up", "take egg", "down"):
         assert action in state.valid_actions
         state, rewards[action] = game.step(action)
-    assert rewards == {"north": 0.0, "up": 0.0, "take egg": 5.0, "down": 0.0}  # the egg is worth five points
+    assert rewards == {"north": 0.0, "up": 0.0, "take egg": 5.0, "down": 0.0}
     assert (state.score, state.moves) == (5.0, 5)
     assert state.feedback.startswith("Forest Path")
     assert (state.look, state.inventory) == ("", "")
 
 
-def test_walkthrough_of_detective_reaches_its_maximum():
+def test_jericho_game_is_won_by_the_walkthrough():
     game = open_game("detective.z5", look_and_inventory=False)
-    game._valid_actions = lambda: ("wait",)  # not asked for here, and slow
+    game._valid_actions = lambda: ("wait",)  # a search would be slow and is not needed here
     state = game.reset()
     total = state.score
-    assert total == 10.0  # detective gives ten points for beginning
+    assert total == 10.0  # the game begins with ten points
     for command in game.walkthrough():
         if state.done:
             break
-        state, reward = game.step_unchecked(command)  # not every command of the walkthrough is among the valid actions
+        state, reward = game.step_unchecked(command)  # some of the commands are not valid actions
         total += reward
     assert (total, state.score, state.max_score) == (360.0, 360.0, 360.0)
     assert state.done
@@ -71,12 +73,12 @@ def test_walkthrough_of_detective_reaches_its_maximum():
     assert state.valid_actions == ()
 
 
-def test_death_ends_the_episode():
+def test_jericho_game_ends_when_the_player_dies():
     game = open_game(look_and_inventory=True, seed=3)
     first = game.reset()
-    game._valid_actions = lambda: ("wait",)  # not asked for here, and slow
+    game._valid_actions = lambda: ("wait",)  # a search would be slow and is not needed here
     state = first
-    for command in [*TO_THE_TROLL, *["wait"] * 20]:  # who waits beside the troll is killed
+    for command in [*TO_THE_TROLL, *["wait"] * 20]:  # the troll kills a player who waits
         state, _ = game.step_unchecked(command)
         if state.done:
             break
@@ -90,20 +92,23 @@ def test_death_ends_the_episode():
     assert game.reset() == first
 
 
-def test_reset_starts_the_same_game_again():
+def test_jericho_game_reset_repeats_the_game():
     game = open_game()
     first = play(game, choices=1, steps=25)
     assert play(game, choices=1, steps=25) == first
     assert play(open_game(), choices=1, steps=25) == first
 
 
-def random_texts(*, peek: bool, ask: bool, seed: int) -> list[str]:
-    """What zork1 prints on the way to the troll and in the fight, where each blow is random.
+def random_texts(*, observe: bool, search: bool, seed: int) -> list[str]:
+    """The texts of zork1 up to the end of the fight with the troll, in which every blow is random.
 
-    ``peek`` takes look and inventory at every step, ``ask`` lets Jericho look for valid actions at every step.
+    Args:
+        observe: observe look and inventory at every step.
+        search: search valid actions at every step.
+        seed: the game's seed.
     """
-    game = open_game(look_and_inventory=peek, seed=seed)
-    if not ask:
+    game = open_game(look_and_inventory=observe, seed=seed)
+    if not search:
         game._valid_actions = lambda: ("wait",)  # type: ignore[method-assign]
     texts = [game.reset().feedback]
     for command in TO_THE_TROLL:
@@ -116,20 +121,20 @@ def random_texts(*, peek: bool, ask: bool, seed: int) -> list[str]:
     return texts
 
 
-def test_taking_look_and_inventory_and_valid_actions_changes_nothing():
-    plain = random_texts(peek=False, ask=False, seed=3)
+def test_jericho_game_is_not_changed_by_observations_and_searches():
+    plain = random_texts(observe=False, search=False, seed=3)
     assert any("troll" in text for text in plain)
-    assert random_texts(peek=False, ask=False, seed=5) != plain  # the fight is indeed random
-    assert random_texts(peek=True, ask=False, seed=3) == plain
-    assert random_texts(peek=True, ask=True, seed=3) == plain
+    assert random_texts(observe=False, search=False, seed=5) != plain  # the fight is random
+    assert random_texts(observe=True, search=False, seed=3) == plain
+    assert random_texts(observe=True, search=True, seed=3) == plain
 
 
-def test_remembered_valid_actions_are_those_that_would_be_found():
+def test_jericho_game_caches_the_actions_that_a_search_finds():
     game = open_game(look_and_inventory=False)
     first = play(game, choices=2, steps=15)
     known = len(game._known_actions)
     assert play(game, choices=2, steps=15) == first
-    assert len(game._known_actions) == known  # the second time, everything was remembered
+    assert len(game._known_actions) == known  # everything was cached
     play(game, choices=4, steps=15)
     assert len(game._known_actions) > known
     player = random.Random(2)
@@ -140,7 +145,7 @@ def test_remembered_valid_actions_are_those_that_would_be_found():
         game.step(player.choice(state.valid_actions))
 
 
-def test_key_of_a_state():
+def test_state_digest_depends_on_memory_stack_registers_and_random_numbers():
     game = open_game(look_and_inventory=False)
     game.reset()
     ram, stack, program_counter, stack_pointer, *rest = game._env.get_state()
@@ -159,14 +164,14 @@ def test_key_of_a_state():
     assert state_digest((ram, stack, program_counter, stack_pointer, *rest)) != key
 
 
-def test_memory_is_bounded(monkeypatch):
+def test_jericho_game_limits_the_cache_in_memory(monkeypatch):
     monkeypatch.setattr("priorzero.envs.jericho_game.MAX_KNOWN_STATES", 3)
     game = open_game(look_and_inventory=False)
     play(game, choices=0, steps=6)
     assert len(game._known_actions) == 3
 
 
-def test_move_limit():
+def test_jericho_game_truncates_episodes():
     game = open_game(max_episode_steps=2)
     game.reset()
     state, _ = game.step("open mailbox")
@@ -176,12 +181,12 @@ def test_move_limit():
     assert state.truncated
     assert not state.won
     assert state.valid_actions == ()
-    assert "leaflet" in state.inventory  # still shown: the value of this state is estimated
+    assert "leaflet" in state.inventory  # still observed, because the value of this state is estimated
     with pytest.raises(ValueError, match="reset"):
         game.step("north")
 
 
-def test_wrong_use():
+def test_jericho_game_refuses_wrong_use():
     game = open_game()
     with pytest.raises(ValueError, match="reset"):
         game.step("north")
@@ -197,7 +202,7 @@ def test_wrong_use():
         game.step("north")
 
 
-def test_fallback_actions():
+def test_jericho_game_offers_fallback_actions():
     game = open_game()
     game._env.get_valid_actions = lambda **_: []
     state = game.reset()
@@ -208,14 +213,14 @@ def test_fallback_actions():
     assert reward == 0.0
 
 
-def test_unsupported_story():
+def test_jericho_game_refuses_an_unsupported_story():
     with pytest.warns(UserWarning, match="not fully supported"), pytest.raises(UserError, match="does not support"):
         open_game("zork1.z3")
 
 
-SHOW = """
+PROGRAM = """
 import json, sys
-sys.modules["torch"] = None  # spaCy would import it
+sys.modules["torch"] = None  # otherwise spaCy imports it
 from priorzero.envs.jericho_game import JerichoGame
 game = JerichoGame(sys.argv[1], seed=0, max_episode_steps=99, look_and_inventory=False, drop_inert_commands=True)
 states = [game.reset()] + [game.step_unchecked(command)[0] for command in game.walkthrough()[:13]]
@@ -224,8 +229,8 @@ print(json.dumps([state.valid_actions for state in states]))
 
 
 @pytest.mark.slow
-def test_valid_actions_do_not_depend_on_the_hash_seed():
-    command = [sys.executable, "-c", SHOW, str(story("zork1.z5"))]
+def test_jericho_game_valid_actions_do_not_depend_on_the_hash_seed():
+    command = [sys.executable, "-c", PROGRAM, str(story("zork1.z5"))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     processes = [
         subprocess.Popen(command, env={**environment, "PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True)
@@ -233,5 +238,5 @@ def test_valid_actions_do_not_depend_on_the_hash_seed():
     ]
     found = [json.loads(process.communicate(timeout=100)[0]) for process in processes]
     assert found[0] == found[1]
-    # Things to combine are at hand, so several commands have the same effect and ties occur.
+    # Ties occurred: several commands with different objects have the same effect.
     assert any(action.startswith("open egg with ") for action in found[0][-1])

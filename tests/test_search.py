@@ -1,4 +1,4 @@
-"""The search: what the prior does to it, and what must not do anything to it."""
+"""The search over the world model: what determines its result, and LightZero's trees as the reference."""
 
 from __future__ import annotations
 
@@ -8,60 +8,21 @@ import random
 import numpy as np
 import pytest
 import torch
-from easydict import EasyDict
 
-from priorzero.config import resolve_settings
-from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.quiet import quiet
-from priorzero.search.base import Root
-from tests.helpers.segments import FEATURE_SIZE
+from tests.helpers.lightzero_search import lightzero_search
+from tests.helpers.world_models import make_root, make_search_policy, zero_heads
 
 with quiet():
-    from lzero.mcts.ptree import ptree_mz
+    from lzero.mcts.ctree.ctree_muzero import mz_tree
 
 NUM_ACTIONS = 12
 
 
-def make_policy(seed=0, **search):
-    settings = resolve_settings(
-        {
-            "env": {"action_space_size": 16},
-            "world_model": {
-                "embed_dim": 32,
-                "num_heads": 2,
-                "num_unroll_steps": 4,
-                "context_length": 8,
-                "dropout": 0.1,
-            },
-            "search": {"num_simulations": 16, **search},
-            "prior": {"enabled": False, "floor": 0.0, "alpha": 0.5},
-            "train": {"batch_size": 4, "td_steps": 2},
-            "eval": {"modes": ["world_model"]},
-        }
-    )
-    torch.manual_seed(seed)
-    policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=None)
-    generator = torch.Generator().manual_seed(seed)
-    for p in policy._model.parameters():  # LightZero starts its heads at zero; a search needs differences
-        p.data += 0.1 * torch.randn(p.shape, generator=generator)
-    return policy
-
-
 @pytest.fixture(scope="module")
 def policy():
-    return make_policy()
-
-
-def make_root(seed=0, *, length=1, legal=(0, 3, 5, 9), prior=None, noise=False):
-    rng = np.random.default_rng(seed)
-    return Root(
-        features=rng.normal(size=(length, FEATURE_SIZE)).astype(np.float32),
-        actions=rng.integers(NUM_ACTIONS, size=length - 1),
-        legal=np.array(legal),
-        prior_logprobs=None if prior is None else np.log(np.array(prior)).astype(np.float32),
-        noise=rng.dirichlet(np.ones(len(legal))) if noise else None,
-        seed=seed,
-    )
+    """Shared by tests that leave it as it is."""
+    return make_search_policy()
 
 
 def assert_same(a, b):
@@ -71,25 +32,26 @@ def assert_same(a, b):
     assert a.root_logits == pytest.approx(b.root_logits, abs=1e-5)
 
 
-def test_a_search_does_not_depend_on_its_neighbours(policy):
+def test_search_of_a_root_does_not_depend_on_other_roots(policy):
     roots = [make_root(s, length=1 + s % 4, legal=range(2 + s), noise=s % 2 == 0) for s in range(6)]
     together = policy.search(roots, num_actions=NUM_ACTIONS)
     for i in (5, 0, 3, 1):
         assert_same(policy.search([roots[i]], num_actions=NUM_ACTIONS)[0], together[i])
-    backwards = policy.search(roots[::-1], num_actions=NUM_ACTIONS)
-    for a, b in zip(together, backwards[::-1], strict=True):
+    reverse = policy.search(roots[::-1], num_actions=NUM_ACTIONS)
+    for a, b in zip(together, reverse[::-1], strict=True):
         assert_same(a, b)
     assert len({tuple(r.visit_counts) for r in together}) > 1
 
 
-def test_the_same_parameters_give_the_same_search_whatever_came_between(policy):
+def test_search_does_not_depend_on_earlier_searches_or_parameters():
+    policy = make_search_policy()
     root = make_root(1, length=3)
     first = policy.search([root], num_actions=NUM_ACTIONS)[0]
     state = {name: tensor.clone() for name, tensor in policy.world_model_state().items()}
     for s in range(5):
         policy.search([make_root(s, length=2)], num_actions=NUM_ACTIONS)
     with torch.no_grad():
-        for p in policy._model.parameters():
+        for p in policy.network.parameters():
             p += 0.5
     random.seed(123)
     other = policy.search([root], num_actions=NUM_ACTIONS)[0]
@@ -99,65 +61,45 @@ def test_the_same_parameters_give_the_same_search_whatever_came_between(policy):
     assert first.root_value != pytest.approx(other.root_value, abs=1e-3)
 
 
-def test_commands_given_before_are_proposed_less():
-    policy, plain = make_policy(tries_exponent=0.5), make_policy()
-    tries = np.array([99, 0, 3, 0])
-    before = make_root(2, prior=[0.7, 0.1, 0.1, 0.1])
-    root = dataclasses.replace(before, tries=tries)
-    fresh, worn = (policy.search([r], num_actions=NUM_ACTIONS)[0] for r in (before, root))
-    assert worn.root_logits == pytest.approx(fresh.root_logits - np.log([10, 1, 2, 1]), abs=1e-5)
-    assert worn.visit_counts[0] < fresh.visit_counts[0]
-    assert_same(*(plain.search([r], num_actions=NUM_ACTIONS)[0] for r in (before, root)))
-
-
-def test_ties_are_drawn_from_the_roots_own_seed():
-    policy = make_policy()
-    with torch.no_grad():  # all priors and values alike: every choice is a tie
-        for head in ("head_policy", "head_value", "head_rewards"):
-            last = getattr(policy._model.world_model, head).head_module[-1]
-            last.weight.zero_()
-            last.bias.zero_()
+def test_search_breaks_ties_by_the_seed_of_the_root():
+    policy = make_search_policy()
+    zero_heads(policy, "policy", "value", "rewards")  # every choice is a tie
     root = make_root(7, legal=range(10))
-    other = Root(root.features, root.actions, root.legal, seed=8)
-    runs = [policy.search([r], num_actions=NUM_ACTIONS)[0].visit_counts.tolist() for r in (root, root, other)]
+    roots = (root, root, dataclasses.replace(root, seed=8))
+    runs = [policy.search([r], num_actions=NUM_ACTIONS)[0].visit_counts.tolist() for r in roots]
     assert runs[0] == runs[1] != runs[2]
 
 
-def test_random_is_left_as_it_was(policy):
+def test_search_leaves_the_global_generator_alone(policy):
     random.seed(5)
-    want = random.Random(5).random()
+    expected = random.Random(5).random()
     policy.search([make_root()], num_actions=NUM_ACTIONS)
-    assert random.random() == want
+    assert random.random() == expected
 
 
-def test_visits_are_counted_over_the_legal_actions(policy):
+def test_search_counts_visits_of_the_legal_actions(policy):
     result = policy.search([make_root(legal=(2, 7, 11))], num_actions=NUM_ACTIONS)[0]
     assert result.visit_counts.shape == result.policy_logits.shape == result.root_logits.shape == (3,)
     assert result.visit_counts.sum() == 16
 
 
-def test_below_the_root_only_actions_that_exist_are_taken(policy, monkeypatch):
+def test_search_takes_only_actions_of_the_vocabulary_below_the_root(policy, monkeypatch):
     taken = []
     step = policy.inference.step
 
-    def watched(contexts, actions):
+    def recording_step(contexts, actions):
         taken.extend(actions.tolist())
         return step(contexts, actions)
 
-    monkeypatch.setattr(policy.inference, "step", watched)
+    monkeypatch.setattr(policy.inference, "step", recording_step)
     policy.search([make_root(s, legal=(0, 1, 2)) for s in range(4)], num_actions=6)
     assert len(taken) == 4 * 16 and set(taken) <= set(range(6)) and max(taken) > 2
 
 
 @pytest.mark.parametrize("combine", ["replace", "mix"])
-def test_the_prior_draws_the_visits(combine):
-    policy = make_policy(num_simulations=32)
-    policy.search_cfg.combine = combine
-    policy.search_cfg.floor = 0.0
-    with torch.no_grad():  # no value differences: visits follow the root logits
-        for head in ("head_value", "head_rewards"):
-            for p in getattr(policy._model.world_model, head).parameters():
-                p.zero_()
+def test_search_visits_the_action_that_the_prior_favours(combine):
+    policy = make_search_policy(num_simulations=32, prior={"combine": combine})
+    zero_heads(policy, "value", "rewards")  # the visits follow the root logits
     for favourite in range(4):
         prior = np.full(4, 0.01)
         prior[favourite] = 0.97
@@ -168,20 +110,15 @@ def test_the_prior_draws_the_visits(combine):
             assert result.visit_counts[favourite] > 25
 
 
-def test_prior_order_is_that_of_the_legal_actions(policy):
-    """The prior of the k-th valid action reaches the k-th valid action, whatever its index in the vocabulary."""
-    policy.search_cfg.combine = "replace"
-    try:
-        prior = [0.1, 0.2, 0.3, 0.4]
-        for legal in ((0, 3, 5, 9), (9, 5, 3, 0), (11, 0, 10, 1)):
-            result = policy.search([make_root(legal=legal, prior=prior)], num_actions=NUM_ACTIONS)[0]
-            assert np.exp(result.root_logits) == pytest.approx(prior, rel=1e-3)
-    finally:
-        policy.search_cfg.combine = "mix"
+def test_search_gives_each_valid_action_its_own_prior_whatever_its_index():
+    policy = make_search_policy(prior={"combine": "replace"})
+    prior = [0.1, 0.2, 0.3, 0.4]
+    for legal in ((0, 3, 5, 9), (9, 5, 3, 0), (11, 0, 10, 1)):
+        result = policy.search([make_root(legal=legal, prior=prior)], num_actions=NUM_ACTIONS)[0]
+        assert np.exp(result.root_logits) == pytest.approx(prior, rel=1e-3)
 
 
-def test_visits_follow_actions_not_places(policy):
-    """Listing the valid actions in another order permutes the result and changes nothing else."""
+def test_search_result_is_permuted_with_the_valid_actions(policy):
     order = [2, 0, 3, 1]
     legal, prior = np.array([0, 3, 5, 9]), np.array([0.1, 0.2, 0.3, 0.4])
     a = policy.search([make_root(legal=legal, prior=prior)], num_actions=NUM_ACTIONS)[0]
@@ -189,82 +126,33 @@ def test_visits_follow_actions_not_places(policy):
     assert a.visit_counts[order].tolist() == b.visit_counts.tolist()
 
 
-def test_inference_equals_lightzeros_training_forward(policy):
-    """Values, policies, rewards and latents of a context against the sequence forward that the losses use."""
-    policy._model.eval()
-    wm = policy._model.world_model
-    rng = np.random.default_rng(0)
-    features = rng.normal(size=(4, FEATURE_SIZE)).astype(np.float32)
-    actions = rng.integers(NUM_ACTIONS, size=4)
-    with torch.no_grad():
-        embeddings = wm.tokenizer.encode_to_obs_embeddings(torch.from_numpy(features)[None])
-        want = wm.forward(
-            {"obs_embeddings_and_act_tokens": (embeddings, torch.from_numpy(actions)[None, :, None])},
-            start_pos=torch.zeros(1, 4),
-        )
-        root = Root(features[:3], actions[:2], np.arange(4))
-        contexts = policy.inference.root_contexts([root])
-        logits, values = policy.inference.predict(contexts)
-        assert logits[0] == pytest.approx(want.logits_policy[0, 2].numpy(), abs=1e-5)
-        to_scalar = policy.inverse_scalar_transform_handle
-        assert values[0] == pytest.approx(to_scalar(want.logits_value[0, 2:3]).item(), abs=1e-4)
-        children, rewards = policy.inference.step(contexts, actions[2:3])
-        assert rewards[0] == pytest.approx(to_scalar(want.logits_rewards[0, 2:3]).item(), abs=1e-4)
-        assert children[0][-1].numpy() == pytest.approx(want.logits_observations[0, 2].numpy(), abs=1e-5)
-
-
-def test_contexts_stay_within_their_length_and_begin_with_an_observation(policy):
-    with torch.no_grad():
-        contexts = policy.inference.root_contexts([make_root(length=4)])
-        assert len(contexts[0]) == 7
-        for _ in range(3):
-            before = contexts[0]
-            contexts, _ = policy.inference.step(contexts, np.array([1]))
-            assert len(contexts[0]) == 7
-            assert torch.equal(contexts[0][:5], before[2:])
-
-
-@pytest.mark.parametrize("tree", ["python", "cpp"])
-def test_the_search_finds_a_reward_behind_a_step(tree):
-    """A hand-made model: action 1 leads to a reward of 5, then nothing; the others lead to nothing."""
-
-    class Model:
-        def root_contexts(self, roots):
-            return [torch.zeros(1, 1) for _ in roots]
-
-        def predict(self, contexts):
-            return np.zeros((len(contexts), 3), dtype=np.float32), np.zeros(len(contexts), dtype=np.float32)
-
-        def step(self, contexts, actions):
-            new = [torch.cat([c, torch.full((1, 1), float(a))]) for c, a in zip(contexts, actions, strict=True)]
-            return new, np.array(
-                [5.0 if a == 1 and len(c) == 1 else 0.0 for c, a in zip(contexts, actions, strict=True)]
-            )
-
-    from priorzero.search.mcts import search
-
-    cfg = EasyDict(
-        num_simulations=40, tree=tree, pb_c_base=19652, pb_c_init=1.25, discount_factor=0.9, root_noise_weight=0.25,
-        combine="mix", alpha=0.5, floor=0.0,
-    )  # fmt: skip
-    results = search(Model(), [make_root(legal=(0, 1, 2)), make_root(legal=(2, 1))], cfg=cfg, num_actions=3)
-    assert results[0].visit_counts.argmax() == 1 and results[1].visit_counts.argmax() == 1
-    assert results[0].visit_counts.sum() == 40 and results[0].root_value > 2
-
-
 @pytest.mark.parametrize("ties", [False, True])
-def test_the_tree_is_lightzeros_digit_for_digit(monkeypatch, ties):
-    policy = make_policy(num_simulations=40)
+def test_search_equals_lightzeros_python_tree_in_every_digit(ties):
+    policy = make_search_policy(num_simulations=40)
     if ties:
-        with torch.no_grad():
-            for head in ("head_policy", "head_value", "head_rewards"):
-                last = getattr(policy._model.world_model, head).head_module[-1]
-                last.weight.zero_()
-                last.bias.zero_()
-    roots = [make_root(s, length=1 + s % 4, legal=range(11 - s, -1, -1), noise=s % 2 == 0) for s in range(10)]
-    ours = policy.search(roots, num_actions=NUM_ACTIONS)
-    monkeypatch.setattr("priorzero.search.mcts.python_tree", ptree_mz)
-    for a, b in zip(ours, policy.search(roots, num_actions=NUM_ACTIONS), strict=True):
-        assert a.visit_counts.tolist() == b.visit_counts.tolist()
-        assert a.root_value == b.root_value
-    assert len({tuple(r.visit_counts) for r in ours}) > 1
+        zero_heads(policy, "policy", "value", "rewards")
+    rng, results = np.random.default_rng(0), set()
+    for seed in range(10):
+        root = make_root(
+            seed,
+            length=1 + seed % 4,
+            legal=range(11 - seed, -1, -1),
+            prior=None if ties or seed % 3 == 0 else rng.dirichlet(np.ones(12 - seed)),
+            noise=seed % 2 == 0,
+        )
+        [ours] = policy.search([root], num_actions=NUM_ACTIONS)
+        result = ours.visit_counts.tolist(), ours.root_value
+        assert result == lightzero_search(policy, root, num_actions=NUM_ACTIONS)
+        results.add(tuple(result[0]))
+    assert len(results) == 10
+
+
+def test_lightzeros_cpp_tree_still_ignores_the_prior_at_the_first_visit_of_a_node():
+    """Its PUCT score multiplies the prior by the square root of the earlier visits, which is 0 there."""
+    actions = set()
+    for _ in range(60):
+        roots, stats = mz_tree.Roots(1, [[0, 1, 2, 3]]), mz_tree.MinMaxStatsList(1)
+        roots.prepare_no_noise([0.0], [np.log([0.97, 0.01, 0.01, 0.01]).tolist()], [-1])
+        _, _, [action], _ = mz_tree.batch_traverse(roots, 19652, 1.25, 0.97, stats, mz_tree.ResultsWrapper(num=1), [-1])
+        actions.add(action)
+    assert len(actions) > 1

@@ -1,4 +1,7 @@
+"""Tests of TextWorld games: texts, rewards, ends of episodes and cleaning of texts."""
+
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -10,11 +13,26 @@ from tests.helpers.game_files import session_cache
 pytestmark = pytest.mark.slow  # games are generated
 
 
-@pytest.fixture
-def open_game(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache(tmp_path_factory)))
+SIMPLE = "textworld:simple?seed=7"
+COOKING = "textworld:cooking?recipe=1&take=1&cook=1&open=1&go=6&seed=3"
+GAMES = [SIMPLE, COOKING, "textworld:coin-collector?level=5&seed=1", "textworld:treasure-hunter?level=3&seed=1"]
 
-    def make(env_id: str = "textworld:simple?seed=7", **changes):
+
+@pytest.fixture(scope="module")
+def games_folder(tmp_path_factory):
+    """The session's cache folder with all games. They are generated in parallel to save time."""
+    folder = session_cache(tmp_path_factory)
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(max_workers=2) as executor:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        list(executor.map(resolve_game, GAMES))
+    return folder
+
+
+@pytest.fixture
+def open_game(games_folder, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(games_folder))
+
+    def make(env_id: str = SIMPLE, **changes):
         arguments = {"seed": 0, "max_episode_steps": 100, "look_and_inventory": True, "drop_inert_commands": False}
         return make_game(resolve_game(env_id), **{**arguments, **changes})
 
@@ -22,18 +40,18 @@ def open_game(tmp_path_factory, monkeypatch):
 
 
 def walkthrough(env_id: str) -> list[str]:
-    """The generator's own solution."""
+    """The solution that the generator provides."""
     return json.loads(resolve_game(env_id).path.with_suffix(".json").read_text())["metadata"]["walkthrough"]
 
 
-def test_first_state(open_game):
+def test_textworld_game_first_state(open_game):
     state = open_game().reset()
-    assert state.feedback.startswith("Who's got a virtual machine")  # the title in ASCII art is gone
+    assert state.feedback.startswith("Who's got a virtual machine")  # the ASCII-art title is removed
     assert "$" not in state.feedback
     assert state.goal in state.feedback
     assert state.feedback.endswith("There is a closed wooden door leading east.")
     assert state.look.startswith("-= Bedroom =-\nYou arrive in a bedroom.")
-    assert state.look in state.feedback  # so that raw_obs_text does not say it twice
+    assert state.look in state.feedback  # so raw_obs_text does not repeat it
     assert state.inventory == "You are carrying nothing."
     assert state.raw_obs_text == f"{state.feedback}\n{state.inventory}"
     assert state.valid_actions == (
@@ -50,28 +68,20 @@ def test_first_state(open_game):
     assert not (state.done or state.won or state.truncated or state.actions_are_fallback)
 
 
-def test_inert_commands_are_left_out(open_game):
+def test_textworld_game_excludes_inert_commands(open_game):
     game = open_game(drop_inert_commands=True, look_and_inventory=False)
     state = game.reset()
     assert state.valid_actions == ("open antique trunk", "open chest drawer")
     assert (state.look, state.inventory) == ("", "")
     with pytest.raises(ValueError, match="'look' is not among"):
         game.step("look")
-    assert game._filter(["look", "examine door"]) == ("examine door", "look")  # nothing else to do
+    assert game._filter(["look", "examine door"]) == ("examine door", "look")  # there are no other commands
     assert is_inert("examine key")
     assert not is_inert("look for trouble")
 
 
-@pytest.mark.parametrize(
-    ("env_id", "max_score"),
-    [
-        ("textworld:simple?seed=7", 7.0),
-        ("textworld:coin-collector?level=5&seed=1", 1.0),
-        ("textworld:treasure-hunter?level=3&seed=1", 1.0),
-        ("textworld:cooking?recipe=1&take=1&cook=1&open=1&go=6&seed=3", None),
-    ],
-)
-def test_the_generators_solution_wins(open_game, env_id, max_score):
+@pytest.mark.parametrize(("env_id", "max_score"), list(zip(GAMES, [7.0, None, 1.0, 1.0], strict=True)))
+def test_textworld_game_is_won_by_the_solution(open_game, env_id, max_score):
     game = open_game(env_id)
     state, rewards = game.reset(), []
     for command in walkthrough(env_id):
@@ -92,16 +102,16 @@ def test_the_generators_solution_wins(open_game, env_id, max_score):
         game.step("look")
 
 
-def test_rewards_come_with_their_commands(open_game):
+def test_textworld_game_rewards_each_command(open_game):
     game = open_game()
     game.reset()
-    commands = walkthrough("textworld:simple?seed=7")
+    commands = walkthrough(SIMPLE)
     rewards = {command: game.step(command)[1] for command in commands}
-    # Dense rewards: a point for each part of the task; opening the refrigerator is none.
+    # With dense rewards, each part of the task earns a point. Opening the refrigerator is not part of it.
     assert rewards == {command: 0.0 if command == "open refrigerator" else 1.0 for command in commands}
 
 
-def test_reset_starts_the_same_game_again(open_game):
+def test_textworld_game_reset_repeats_the_game(open_game):
     def play(game):
         states = [game.reset()]
         for number in range(12):
@@ -112,23 +122,23 @@ def test_reset_starts_the_same_game_again(open_game):
     game = open_game()
     first = play(game)
     assert play(game) == first
-    assert play(open_game(seed=5)) == first  # there is nothing random in it
+    assert play(open_game(seed=5)) == first  # the game is not random
     plain = play(open_game(look_and_inventory=False))
     assert [state.feedback for state in plain] == [state.feedback for state in first]
     assert [state.valid_actions for state in plain] == [state.valid_actions for state in first]
 
 
-def test_losing(open_game):
+def test_textworld_game_can_be_lost(open_game):
     game = open_game()
     state = game.reset()
-    for command in [*walkthrough("textworld:simple?seed=7")[:7], "eat apple"]:
+    for command in [*walkthrough(SIMPLE)[:7], "eat apple"]:
         state, _ = game.step(command)
     assert state.done
     assert not state.won
     assert "You lost!" in state.feedback
 
 
-def test_move_limit_and_wrong_use(open_game):
+def test_textworld_game_truncates_episodes_and_refuses_wrong_use(open_game):
     game = open_game(max_episode_steps=2)
     with pytest.raises(ValueError, match="reset"):
         game.step("look")
@@ -140,16 +150,16 @@ def test_move_limit_and_wrong_use(open_game):
     assert state.done
     assert state.truncated
     assert state.valid_actions == ()
-    assert state.inventory  # still shown: the value of this state is estimated
+    assert state.inventory  # still observed, because the value of this state is estimated
     with pytest.raises(ValueError, match="reset"):
         game.step("look")
     game.close()
     for change in ({"seed": -1}, {"max_episode_steps": 0}):
-        with pytest.raises(ValueError, match="must be 0 or more"):
+        with pytest.raises(ValueError, match="must be at least 0"):
             open_game(**change)
 
 
-def test_fallback_actions(open_game):
+def test_textworld_game_offers_fallback_actions(open_game):
     game = open_game()
     game._filter = lambda _: ()
     state = game.reset()
@@ -158,7 +168,7 @@ def test_fallback_actions(open_game):
     assert "Bedroom" in game.step("look")[0].feedback
 
 
-def test_missing_files(tmp_path):
+def test_textworld_game_reports_missing_files(tmp_path):
     arguments = {"seed": 0, "max_episode_steps": 9, "look_and_inventory": True, "drop_inert_commands": True}
     with pytest.raises(UserError, match=r"g\.z8' is missing"):
         TextWorldGame(tmp_path / "g.z8", **arguments)
@@ -167,7 +177,7 @@ def test_missing_files(tmp_path):
         TextWorldGame(tmp_path / "g.z8", **arguments)
 
 
-def test_clean_text():
+def test_clean_text_removes_title_prompt_and_status_line():
     raw = (
         "\n\n   ___  ___ \n  |$$ \\/ $$|\n\nDo this.\n\n\n\n-= Attic =-\nDust. \n\n\n> look\nMore.\n\n>  -= Attic =-0/1"
     )

@@ -1,3 +1,5 @@
+"""Tests of games in worker processes: time limits, crashes, errors and cleanup."""
+
 import asyncio
 import os
 import signal
@@ -8,13 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.game_files import story
-
-sys.path.insert(0, str(Path(__file__).parent))  # worker processes import fake_games, however pytest imports tests
-
 from priorzero.envs import GameWorker, make_worker, resolve_game
 from priorzero.types import GameWorkerError, UserError
 from tests.helpers.fake_games import ACTIONS, FakeGame, NotAGame
+from tests.helpers.game_files import story
 
 
 def fake_worker(*, timeout_s: float = 20.0, start_timeout_s: float = 20.0, **arguments) -> GameWorker:
@@ -22,7 +21,7 @@ def fake_worker(*, timeout_s: float = 20.0, start_timeout_s: float = 20.0, **arg
 
 
 def exists(pid: int) -> bool:
-    """Also true of a zombie."""
+    """Whether the process exists. True for a zombie process."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -31,18 +30,18 @@ def exists(pid: int) -> bool:
 
 
 def run(scenario, worker: GameWorker):
-    """Run ``scenario(worker)`` and close the worker."""
+    """Run ``scenario(worker)``, then close the worker."""
 
-    async def whole():
+    async def main():
         try:
             return await scenario(worker)
         finally:
             await worker.close()
 
-    return asyncio.run(whole())
+    return asyncio.run(main())
 
 
-def test_plays():
+def test_worker_plays_in_one_other_process():
     async def scenario(worker):
         assert worker.pid is None
         state = await worker.reset()
@@ -59,7 +58,7 @@ def test_plays():
     assert not exists(pid)
 
 
-def test_closing_is_polite_and_may_be_repeated():
+def test_worker_close_lets_the_process_exit_and_can_be_repeated():
     async def scenario(worker):
         await worker.close()  # before the start
         await worker.reset()
@@ -67,7 +66,7 @@ def test_closing_is_polite_and_may_be_repeated():
         began = time.monotonic()
         await worker.close()
         assert time.monotonic() - began < 1.5
-        assert process.returncode == 0  # it left by itself
+        assert process.returncode == 0  # it was not killed
         assert worker.pid is None
         await worker.close()
         assert (await worker.reset()).score == 0.0  # a new process
@@ -76,14 +75,14 @@ def test_closing_is_polite_and_may_be_repeated():
 
 
 @pytest.mark.parametrize("action", ["hang", "hang in C"])
-def test_hang_is_killed(action):
+def test_worker_kills_a_process_that_hangs(action):
     async def scenario(worker):
         await worker.reset()
         pid = worker.pid
         began = time.monotonic()
-        with pytest.raises(GameWorkerError, match=f"fake: \"step '{action}'\" took longer than 0.8 s"):
+        with pytest.raises(GameWorkerError, match=f"fake: \"step '{action}'\" took longer than 0.5 s"):
             await worker.step(action)
-        assert 0.8 <= time.monotonic() - began < 4.0
+        assert 0.5 <= time.monotonic() - began < 4.0
         assert not exists(pid)
         with pytest.raises(GameWorkerError, match=r"call reset\(\) first"):
             await worker.step("go")
@@ -92,22 +91,22 @@ def test_hang_is_killed(action):
         assert (await worker.step("go"))[1] == 1.0
         assert worker.pid != pid
 
-    run(scenario, fake_worker(timeout_s=0.8))
+    run(scenario, fake_worker(timeout_s=0.5))
 
 
-def test_crash_is_reported():
+def test_worker_reports_a_crash():
     async def scenario(worker):
         await worker.reset()
         pid = worker.pid
         with pytest.raises(GameWorkerError, match="died in \"step 'crash'\""):
             await worker.step("crash")
         assert not exists(pid)
-        assert (await worker.reset()).score == 0.0  # starts a fresh process
+        assert (await worker.reset()).score == 0.0  # starts a new process
 
     run(scenario, fake_worker())
 
 
-def test_killed_between_two_requests():
+def test_worker_reports_a_process_that_died_between_two_requests():
     async def scenario(worker):
         await worker.reset()
         os.kill(worker.pid, signal.SIGKILL)
@@ -119,8 +118,8 @@ def test_killed_between_two_requests():
     run(scenario, fake_worker())
 
 
-def held():
-    """What a process can leak: open files, children (zombies among them), shared memory."""
+def count_resources():
+    """The number of open files, of child processes (including zombies), and of shared memory files."""
     children = [p for p in Path("/proc").glob("[0-9]*/stat") if _parent_of(p) == os.getpid()]
     return len(list(Path("/proc/self/fd").iterdir())), len(children), len(list(Path("/dev/shm").iterdir()))
 
@@ -128,16 +127,16 @@ def held():
 def _parent_of(stat):
     try:
         return int(stat.read_text().rsplit(")", 1)[1].split()[1])
-    except OSError:  # gone since
+    except OSError:  # it has ended in the meantime
         return None
 
 
 @pytest.mark.slow
-def test_two_hundred_kills_leave_nothing_behind():
+def test_worker_leaks_nothing_when_processes_are_killed_repeatedly():
     async def scenario():
         workers = [fake_worker() for _ in range(4)]
         await asyncio.gather(*(worker.reset() for worker in workers))
-        before = held()
+        before = count_resources()
 
         async def kill(worker, times):
             for n in range(times):
@@ -147,15 +146,15 @@ def test_two_hundred_kills_leave_nothing_behind():
                     await worker.step("crash")
                 await worker.reset()
 
-        await asyncio.gather(*(kill(worker, 50) for worker in workers))
-        assert held() == before
+        await asyncio.gather(*(kill(worker, 10) for worker in workers))
+        assert count_resources() == before
         await asyncio.gather(*(worker.close() for worker in workers))
-        assert held()[1] == before[1] - 4
+        assert count_resources()[1] == before[1] - 4
 
     asyncio.run(scenario())
 
 
-def test_exceptions_come_back_and_the_process_lives():
+def test_worker_raises_exceptions_of_the_game_and_keeps_the_process():
     async def scenario(worker):
         await worker.reset()
         await worker.step("go")
@@ -171,40 +170,40 @@ def test_exceptions_come_back_and_the_process_lives():
 
 
 @pytest.mark.parametrize(
-    ("start", "error", "words"),
+    ("start", "error", "message"),
     [
         ("raise", GameWorkerError, "'start' failed inside the worker process: KeyError: 'the lamp is gone'"),
         ("user error", UserError, "type something else"),
         ("crash", GameWorkerError, "died in 'start'"),
-        ("hang", GameWorkerError, "'start' took longer than 1.5 s"),
+        ("hang", GameWorkerError, "'start' took longer than 1 s"),
     ],
 )
-def test_failures_of_the_start(start, error, words):
+def test_worker_reset_reports_a_failed_start(start, error, message):
     async def scenario(worker):
-        with pytest.raises(error, match=words):
+        with pytest.raises(error, match=message):
             await worker.reset()
         assert worker.pid is None
 
-    run(scenario, fake_worker(start=start, start_timeout_s=1.5 if start == "hang" else 20.0))
+    run(scenario, fake_worker(start=start, start_timeout_s=1.0 if start == "hang" else 20.0))
 
 
-def test_a_game_that_cannot_be_built_or_sent():
-    async def not_built(worker):
+def test_worker_start_reports_a_game_that_cannot_be_created_or_pickled():
+    async def cannot_create(worker):
         with pytest.raises(GameWorkerError, match="TypeError"):
             await worker.start()
         assert worker.pid is None
 
-    run(not_built, GameWorker(NotAGame, {"size": 1}, timeout_s=5.0))
+    run(cannot_create, GameWorker(NotAGame, {"size": 1}, timeout_s=5.0))
 
-    async def not_sent(worker):
+    async def cannot_pickle(worker):
         with pytest.raises((AttributeError, TypeError)):
             await worker.start()
         assert worker.pid is None
 
-    run(not_sent, GameWorker(lambda: None, {}, timeout_s=5.0))
+    run(cannot_pickle, GameWorker(lambda: None, {}, timeout_s=5.0))
 
 
-def test_event_loop_is_not_blocked():
+def test_worker_step_does_not_block_the_event_loop():
     async def scenario(worker):
         await worker.reset()
         ticks = 0
@@ -223,7 +222,7 @@ def test_event_loop_is_not_blocked():
     run(scenario, fake_worker())
 
 
-def test_several_workers_at_once():
+def test_workers_run_in_parallel():
     async def scenario():
         workers = [fake_worker() for _ in range(3)]
         await asyncio.gather(*(worker.start() for worker in workers))
@@ -231,18 +230,18 @@ def test_several_workers_at_once():
         await asyncio.gather(*(worker.reset() for worker in workers))
         began = time.monotonic()
         await asyncio.gather(*(worker.step("pause") for worker in workers))
-        assert time.monotonic() - began < 1.4  # not three times half a second
+        assert time.monotonic() - began < 1.4  # three steps of half a second each
         await asyncio.gather(*(worker.close() for worker in workers))
 
     asyncio.run(scenario())
 
 
-def test_two_requests_at_once_are_refused():
+def test_worker_refuses_two_requests_at_once():
     async def scenario(worker):
         await worker.reset()
         first = asyncio.create_task(worker.step("pause"))
         await asyncio.sleep(0.05)
-        with pytest.raises(RuntimeError, match="before the last request was answered"):
+        with pytest.raises(RuntimeError, match="while another request is in progress"):
             await worker.step("go")
         await first
         assert (await worker.step("go"))[1] == 1.0
@@ -250,7 +249,7 @@ def test_two_requests_at_once_are_refused():
     run(scenario, fake_worker())
 
 
-def test_cancelled_request_leaves_no_late_answer():
+def test_worker_kills_the_process_when_a_request_is_cancelled():
     async def scenario(worker):
         await worker.reset()
         pid = worker.pid
@@ -258,22 +257,22 @@ def test_cancelled_request_leaves_no_late_answer():
             await asyncio.wait_for(worker.step("pause"), 0.1)
         assert not exists(pid)
         await worker.reset()
-        assert (await worker.step("go"))[0].feedback == "gone"
+        assert (await worker.step("go"))[0].feedback == "ok"
 
     run(scenario, fake_worker())
 
 
-def test_ctrl_c_is_the_parents_business():
+def test_worker_process_ignores_ctrl_c():
     async def scenario(worker):
         await worker.reset()
         os.kill(worker.pid, signal.SIGINT)
         assert (await worker.step("go"))[1] == 1.0
-        assert os.getsid(worker.pid) != os.getsid(0)  # the terminal does not even send it there
+        assert os.getsid(worker.pid) != os.getsid(0)  # the terminal does not send Ctrl-C to it
 
     run(scenario, fake_worker())
 
 
-def test_output_does_not_reach_the_terminal(capfd):
+def test_worker_process_does_not_print_to_the_terminal(capfd):
     async def scenario(worker):
         await worker.reset()
         await worker.step("print")
@@ -283,13 +282,13 @@ def test_output_does_not_reach_the_terminal(capfd):
     assert capfd.readouterr().out == ""
 
 
-def test_large_answers_and_what_the_process_imports():
+def test_worker_returns_large_texts_and_its_process_does_not_import_torch():
     async def scenario(worker):
         await worker.reset()
         assert len((await worker.step("big"))[0].feedback) == 3_000_000
         modules = (await worker.step("modules"))[0].feedback.split()
         assert not {"torch", "jericho", "textworld", "pytest"} & set(modules)
-        assert "no-torch" in modules  # and spaCy will not import it later
+        assert "no-torch" in modules  # so that spaCy cannot import it later
 
     run(scenario, fake_worker())
 
@@ -309,13 +308,12 @@ asyncio.run(main())
 
 
 @pytest.mark.parametrize("action", ["go", "hang in C"])
-def test_worker_leaves_when_its_parent_is_killed(action):
-    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+def test_worker_process_exits_when_its_parent_is_killed(action):
     parent = subprocess.Popen(
         [sys.executable, "-c", PARENT, action],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "PYTHONPATH": path},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     pid = int(parent.stdout.readline())
     time.sleep(0.2)
@@ -328,22 +326,15 @@ def test_worker_leaves_when_its_parent_is_killed(action):
 
 
 def is_running(pid: int) -> bool:
-    """Not a zombie: an orphan is reaped by the system's first process, which may take its time."""
+    """Whether the process exists and is not a zombie. The init process may reap an orphan late."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
 
 
-def zork_worker(*, timeout_s: float) -> GameWorker:
-    spec = resolve_game(str(story("zork1.z5")))
-    return make_worker(
-        spec, seed=0, max_episode_steps=50, look_and_inventory=True, drop_inert_commands=True, timeout_s=timeout_s
-    )
-
-
 @pytest.mark.slow
-def test_real_game_is_killed_and_starts_again():
+def test_worker_kills_and_restarts_a_jericho_game():
     async def scenario(worker):
         first = await worker.reset()
         assert "open mailbox" in first.valid_actions
@@ -352,10 +343,14 @@ def test_real_game_is_killed_and_starts_again():
         with pytest.raises(GameWorkerError, match="ValueError: 'dance' is not among the valid actions"):
             await worker.step("dance")
         pid = worker.pid
-        os.kill(pid, signal.SIGSTOP)  # does not answer any more, like an endless loop inside C
-        with pytest.raises(GameWorkerError, match="\"step 'north'\" took longer than 3 s"):
+        os.kill(pid, signal.SIGSTOP)  # no reply, as in an endless loop in C
+        worker._timeout_s = 0.5
+        with pytest.raises(GameWorkerError, match=r"\"step 'north'\" took longer than 0\.5 s"):
             await worker.step("north")
         assert not exists(pid)
+        worker._timeout_s = 20.0
         assert await worker.reset() == first
 
-    run(scenario, zork_worker(timeout_s=3.0))
+    spec = resolve_game(str(story("zork1.z5")))
+    arguments = {"seed": 0, "max_episode_steps": 50, "look_and_inventory": True, "drop_inert_commands": True}
+    run(scenario, make_worker(spec, **arguments, timeout_s=20.0))

@@ -6,7 +6,10 @@ LightZero's search as a whole:
 * A node has its own context, which is passed through the transformer as a whole, so a search depends neither on other
   roots nor on earlier searches. LightZero's key-value caches outlive learning steps and episodes.
 * Below the root only the actions that the vocabulary contains are expanded. LightZero expands all A.
-* Ties are broken by a generator with the root's seed. LightZero's C++ tree uses the clock.
+* Ties are broken by a generator with the root's seed.
+
+LightZero's C++ tree gives other results: it breaks ties by the clock, and its PUCT score leaves out the visit that
+created a node, so that the prior has no effect on the first action that is selected in a node.
 """
 
 from __future__ import annotations

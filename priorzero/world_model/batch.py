@@ -71,7 +71,8 @@ class ReplayBatch:
         cls, current_batch: Sequence[Any], target_batch: Sequence[Any], *, sequences: SampledSequences
     ) -> ReplayBatch:
         """A batch from LightZero's two lists of arrays."""
-        return cls(*current_batch, *target_batch, sequences)
+        fields: list[Any] = [*current_batch, *target_batch, sequences]
+        return cls(*fields)
 
     def to_lightzero(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """``current_batch`` and ``target_batch``, as LightZero's learning step takes them."""

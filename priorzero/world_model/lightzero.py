@@ -155,7 +155,7 @@ def _standardise(encoder: Any, inputs: tuple[Tensor]) -> Tensor:
 
 
 class RunningStatistics:
-    """A copy of batch normalisation's means and variances, which already a forward pass changes."""
+    """A copy of batch normalisation's means and variances, to undo the effect of a forward pass on them."""
 
     NAMES = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -210,7 +210,7 @@ class SequenceWeights:
 
 
 def nonfinite_reason(error: Exception) -> str | None:
-    """Says what an update found to be not finite; None if the error is about something else.
+    """What was not finite in an update that failed; None if the error is about something else.
 
     LightZero reports a loss that is not finite as an ``AssertionError`` or a ``ValueError``, whose text names the loss.
     """

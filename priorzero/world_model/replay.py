@@ -84,7 +84,7 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         current_batch, target_batch = super().sample(batch_size, policy)
         assert self._sampled is not None
         batch = ReplayBatch.from_lightzero(current_batch, target_batch, sequences=self._sampled)
-        # LightZero's mask ends with the segment, but the targets in the padding behind it are as good.
+        # LightZero's mask ends with the segment, although the targets of the padding are valid as well.
         steps = np.arange(batch.mask.shape[1])
         known = [len(s) - t for s, t in zip(self._sampled.segments, self._sampled.positions, strict=True)]
         mask = (steps < np.minimum(known, self._cfg.num_unroll_steps)[:, None]).astype(np.float64)
@@ -151,7 +151,7 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         segments = [self.game_segment_buffer[number - self.base_idx] for number, _ in places]
         positions = np.array([t for _, t in places])
         self._sampled = SampledSequences(segments, positions)  # LightZero's sample does not return them
-        # Numbers that an eviction does not change, so that update_priority finds the decisions afterwards.
+        # Evictions do not change these numbers, so update_priority finds the decisions afterwards.
         return segments, positions, index + self.num_evicted, is_weights, np.zeros(batch_size)
 
     def _draw(self, batch_size: int, probs: np.ndarray) -> np.ndarray:

@@ -24,10 +24,10 @@ class PriorZeroGameSegment(GameSegment):
     ``num_unroll_steps + td_steps``, or fewer where the episode ends. All arrays are computed from the step records and
     have the same length. LightZero's own ``pad_over`` extends only some of the arrays, which breaks sampling.
 
-    If the game ended the episode, the arrays have one more step: from the terminal state to itself, with zero reward and
-    without a policy target. It teaches the world model that terminal states are absorbing and have zero value. Otherwise
-    a search would give a lost game the value of the state before. A truncated episode has no such step. LightZero's
-    value targets count zero for what follows its last decision.
+    If the game ended the episode, the arrays have one more step: from the terminal state to itself, with zero reward
+    and without a policy target. It teaches the world model that terminal states are absorbing and have zero value.
+    Otherwise a search would give a lost game the value of the state before. A truncated episode has no such step, and
+    its value targets do not bootstrap beyond its last decision.
 
     Args:
         records: the decisions of the segment, at least one.

@@ -1,4 +1,4 @@
-"""A game that hangs, crashes and complains on command. A module of its own, so that worker processes can import it."""
+"""Games that hang, crash or raise errors on command. Worker processes import this module."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ ACTIONS = ("go", "hang", "hang in C", "crash", "raise", "user error", "print", "
 
 
 class FakeGame:
-    """Scores one point for each ``go``. ``start`` says what its constructor does."""
+    """Each ``go`` scores one point. If ``start`` is an action, the constructor performs it."""
 
-    def __init__(self, *, start: str = "well") -> None:
+    def __init__(self, *, start: str | None = None) -> None:
         self._score = 0.0
-        if start != "well":
+        if start is not None:
             self._act(start)
 
     def reset(self) -> GameState:
@@ -28,7 +28,7 @@ class FakeGame:
     def step(self, action: str) -> tuple[GameState, float]:
         if action == "go":
             self._score += 1.0
-            return self._state("gone"), 1.0
+            return self._state("ok"), 1.0
         return self._state(self._act(action)), 0.0
 
     def close(self) -> None:
@@ -61,4 +61,4 @@ class FakeGame:
 
 
 class NotAGame:
-    """Takes no arguments, so building it with arguments fails."""
+    """Its constructor takes no arguments."""

@@ -1,5 +1,5 @@
-"""Faults on purpose: a seeded plan that kills games, garbles and delays the LLM's answers, fills the disk and poisons
-what is learned from, while a run goes on in this process."""
+"""Fault injection: kills games, corrupts and delays replies of the LLM, fills the disk and puts NaN into batches, as
+planned by a seed, while a run continues in this process."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from priorzero.llm.engines import TransformersEngine
 from priorzero.llm.fine_tuning import LLMLearner
 from priorzero.policy import PriorZeroPolicy
 
-ENGINE_FAULTS = ("engine raises", "engine is late", "engine answers garbage", "engine answers too little")
+ENGINE_FAULTS = ("engine raises", "engine is late", "engine gives NaN", "engine gives too few priors")
 
 RATES = {
     "game killed": 0.02,
@@ -32,74 +32,91 @@ RATES = {
 
 
 class FaultPlan:
-    """Which faults happen, drawn from one seed.
+    """Decides which faults occur.
 
     Args:
         seed: the same seed and the same calls give the same faults.
-        rates: probability of each fault at each occasion.
-        delay_s: how late a late answer is.
+        rates: probability of each fault at each opportunity.
+        delay_s: delay of a late reply of the engine, in seconds.
 
     Attributes:
-        done: how often each fault has happened.
+        counts: how often each fault has occurred.
     """
 
     def __init__(self, seed: int, rates: dict[str, float], *, delay_s: float) -> None:
         self._rngs = {name: np.random.default_rng([seed, n]) for n, name in enumerate(sorted(rates))}
         self._rates = rates
         self._delay_s = delay_s
-        self.done: Counter[str] = Counter()
+        self.counts: Counter[str] = Counter()
 
-    def strikes(self, name: str) -> bool:
-        struck = bool(self._rngs[name].random() < self._rates[name])
-        self.done[name] += struck
-        return struck
+    def occurs(self, name: str) -> bool:
+        """Decide whether the fault ``name`` occurs now, and count it."""
+        occurs = bool(self._rngs[name].random() < self._rates[name])
+        self.counts[name] += occurs
+        return occurs
 
     @contextmanager
-    def at_work(self, monkeypatch) -> Iterator[FaultPlan]:
-        """Until the end of the block, the package's own classes fail as planned."""
-        step, priors = GameWorker.step, TransformersEngine.priors
-        learn_world_model, llm_step = PriorZeroPolicy.learn_world_model, LLMLearner._gradient
-        save = priorzero.runs.saver.save_checkpoint
+    def inject(self, monkeypatch) -> Iterator[FaultPlan]:
+        """Within the block, patch the classes of the package so that they fail as planned."""
+        with monkeypatch.context() as patch:
+            self._patch_games(patch)
+            self._patch_engine(patch)
+            self._patch_learners(patch)
+            self._patch_disk(patch)
+            yield self
 
-        async def step_or_die(worker, action):
-            if self.strikes("game killed"):
+    def _patch_games(self, patch) -> None:
+        step = GameWorker.step
+
+        async def faulty_step(worker, action):
+            if self.occurs("game killed"):
                 os.kill(worker.pid, signal.SIGKILL)
             return await step(worker, action)
 
-        async def priors_or_not(engine, requests):
-            struck = [name for name in ENGINE_FAULTS if self.strikes(name)][:1]
-            if struck == ["engine raises"]:
-                raise RuntimeError("made to fail")
-            if struck == ["engine is late"]:
-                await asyncio.sleep(self._delay_s)
-            answers = await priors(engine, requests)
-            if struck == ["engine answers garbage"]:
-                return [dataclasses.replace(a, logprobs=np.full_like(a.logprobs, np.nan)) for a in answers]
-            return answers[1:] if struck == ["engine answers too little"] else answers
+        patch.setattr(GameWorker, "step", faulty_step)
 
-        def learn_or_not(policy, batch, *, train_iter):
-            if self.strikes("batch poisoned"):
+    def _patch_engine(self, patch) -> None:
+        compute_priors = TransformersEngine.priors
+
+        async def faulty_priors(engine, requests):
+            fault = next(iter([name for name in ENGINE_FAULTS if self.occurs(name)]), None)
+            if fault == "engine raises":
+                raise RuntimeError("injected fault")
+            if fault == "engine is late":
+                await asyncio.sleep(self._delay_s)
+            priors = await compute_priors(engine, requests)
+            if fault == "engine gives NaN":
+                return [dataclasses.replace(p, logprobs=np.full_like(p.logprobs, np.nan)) for p in priors]
+            return priors[1:] if fault == "engine gives too few priors" else priors
+
+        patch.setattr(TransformersEngine, "priors", faulty_priors)
+
+    def _patch_learners(self, patch) -> None:
+        learn_world_model, llm_gradient = PriorZeroPolicy.learn_world_model, LLMLearner._gradient
+
+        def faulty_learn_world_model(policy, batch, *, train_iter):
+            if self.occurs("batch poisoned"):
                 rewards = np.array(batch.rewards, dtype=np.float32)
                 rewards.flat[0] = np.nan
                 batch = dataclasses.replace(batch, rewards=rewards)
             return learn_world_model(policy, batch, train_iter=train_iter)
 
-        def llm_step_or_not(learner, samples):
-            if self.strikes("LLM sample poisoned"):
+        def faulty_llm_gradient(learner, samples):
+            if self.occurs("LLM sample poisoned"):
                 samples = [dataclasses.replace(samples[0], advantage=float("inf")), *samples[1:]]
-            return llm_step(learner, samples)
+            return llm_gradient(learner, samples)
 
-        def save_or_not(folder, *, write, about):
-            def write_half(aside):
-                write(aside)
+        patch.setattr(PriorZeroPolicy, "learn_world_model", faulty_learn_world_model)
+        patch.setattr(LLMLearner, "_gradient", faulty_llm_gradient)
+
+    def _patch_disk(self, patch) -> None:
+        save_checkpoint = priorzero.runs.saver.save_checkpoint
+
+        def faulty_save(folder, *, write, **arguments):
+            def write_and_fail(temporary):
+                write(temporary)
                 raise OSError(errno.ENOSPC, "No space left on device")
 
-            return save(folder, write=write_half if self.strikes("disk full") else write, about=about)
+            return save_checkpoint(folder, write=write_and_fail if self.occurs("disk full") else write, **arguments)
 
-        with monkeypatch.context() as patch:
-            patch.setattr(GameWorker, "step", step_or_die)
-            patch.setattr(TransformersEngine, "priors", priors_or_not)
-            patch.setattr(PriorZeroPolicy, "learn_world_model", learn_or_not)
-            patch.setattr(LLMLearner, "_gradient", llm_step_or_not)
-            patch.setattr(priorzero.runs.saver, "save_checkpoint", save_or_not)
-            yield self
+        patch.setattr(priorzero.runs.saver, "save_checkpoint", faulty_save)

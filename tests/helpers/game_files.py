@@ -1,4 +1,4 @@
-"""Where the tests of games find story files and keep the games that they generate."""
+"""Story files for tests, and a cache folder for generated games."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import pytest
 
 
 def story(name: str) -> Path:
-    """A story file from ``$PRIORZERO_GAMES``; skips the test if it is not there."""
+    """The path of a story file in ``$PRIORZERO_GAMES``. Skips the test if the file does not exist."""
     folder = os.environ.get("PRIORZERO_GAMES")
     if not folder:
-        pytest.skip("PRIORZERO_GAMES is not set: no story files")
+        pytest.skip("PRIORZERO_GAMES is not set, so there are no story files")
     path = Path(folder) / name
     if not path.is_file():
-        pytest.skip(f"no {name} in PRIORZERO_GAMES={folder}")
+        pytest.skip(f"there is no {name} in PRIORZERO_GAMES={folder}")
     return path
 
 
 def session_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One cache folder for a whole test session: generating a game takes seconds."""
+    """The cache folder of the whole test session. Tests share it because generating a game takes seconds."""
     return tmp_path_factory.getbasetemp() / "cache"

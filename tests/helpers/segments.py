@@ -1,13 +1,14 @@
-"""Synthetic episodes: step records, segments and the settings of a very small world model."""
+"""Synthetic episodes: step records, segments and the settings of a small world model."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
+from easydict import EasyDict
 
 from priorzero.config import resolve_settings
+from priorzero.settings import Settings
 from priorzero.types import GameState, StepRecord
 from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.segment import PriorZeroGameSegment, SegmentWriter
@@ -16,8 +17,8 @@ FEATURE_SIZE = 6
 COMMANDS = ("north", "south", "take lamp", "open box")
 
 
-def demo_settings(*, segment_length: int = 4, buffer_size: int = 500, batch_size: int = 4) -> Any:
-    """Settings of a very small world model without an LLM."""
+def demo_settings(*, segment_length: int = 4, buffer_size: int = 500, batch_size: int = 4) -> Settings:
+    """Settings of a small world model without an LLM."""
     return resolve_settings(
         {
             "env": {"action_space_size": 8},
@@ -36,13 +37,13 @@ def demo_settings(*, segment_length: int = 4, buffer_size: int = 500, batch_size
     )
 
 
-def demo_config(**changes: int) -> Any:
-    """LightZero's configuration for :func:`demo_settings`."""
+def demo_config(**changes: int) -> EasyDict:
+    """LightZero's policy configuration of :func:`demo_settings`."""
     return unizero_config(demo_settings(**changes), feature_size=FEATURE_SIZE, device="cpu")
 
 
 def demo_record(step: int, *, episode: int = 0, done: bool = False, reward: float | None = None) -> StepRecord:
-    """Decision ``step`` of a made-up episode; its features, action and reward say which one it is."""
+    """Decision ``step`` of a synthetic episode. Features, action and reward are functions of ``step``."""
     actions = COMMANDS[: 2 + step % 3]
     chosen = step % len(actions)
     return StepRecord(
@@ -63,14 +64,14 @@ def demo_record(step: int, *, episode: int = 0, done: bool = False, reward: floa
 
 
 def demo_episode(*, length: int, episode: int = 0, ends: bool = True) -> Iterator[tuple[StepRecord, np.ndarray]]:
-    """Decisions of an episode, each with the features of the state after it."""
+    """The decisions of an episode, each with the features of the state after it."""
     for step in range(length):
         record = demo_record(step, episode=episode, done=ends and step == length - 1)
         yield record, np.full(FEATURE_SIZE, 100 * episode + step + 1, dtype=np.float32)
 
 
-def demo_segments(config: Any, *, lengths: Sequence[int]) -> list[PriorZeroGameSegment]:
-    """Segments of several episodes."""
+def demo_segments(config: EasyDict, *, lengths: Sequence[int]) -> list[PriorZeroGameSegment]:
+    """The segments of one episode of each length."""
     segments = []
     for episode, length in enumerate(lengths):
         writer = SegmentWriter(config)
