@@ -86,7 +86,7 @@ class RestartableLearner:
         return result
 
     async def _save(self) -> None:
-        folder = self._folder / f"{self._name}_{self._num_steps}"
+        folder = self._folder / f"{self._name.replace(' ', '_')}_{self._num_steps}"
         try:
             await self._learner.save(folder)
         except ProcessError as error:

@@ -84,14 +84,14 @@ class ClusterRun:
         cluster, states = settings.cluster, folder / "learners"
         self.world_model = RestartableLearner(
             self._world_model,
-            name="world_model",
+            name="world model",
             folder=states,
             save_every=cluster.save_every,
             max_restarts=cluster.max_restarts,
         )
         self.ppo = RestartableLearner(
             self._engine,
-            name="ppo",
+            name="PPO learner",
             folder=states,
             save_every=cluster.save_every,
             max_restarts=cluster.max_restarts if self._engine.capabilities.resumable else 0,
