@@ -23,10 +23,12 @@ from easydict import EasyDict
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from priorzero.settings import MODES_WITHOUT_LLM, Settings, SettingsGroup
+from priorzero.settings import MODES_WITHOUT_LLM, Settings, SettingsGroup, whole_number
 from priorzero.types import UserError
 
 Layer = Mapping[str, Mapping[str, Any]]
+
+MICRO_BATCH_NAMES = {"micro_batch_size", "gradient_accumulation_steps"}
 
 QUICK_TEST_GAME = "textworld:simple?seed=7"
 
@@ -94,21 +96,25 @@ def _merge(merged: dict[str, dict[str, Any]], layer: Layer, errors: list[str]) -
         raise UserError(f"a configuration must consist of groups such as 'llm: {{batch_size: 8}}', not {layer!r}")
     for group, values in layer.items():
         if group not in Settings.model_fields:
-            errors.append(f"unknown group '{group}'; {_nearest(str(group), Settings.model_fields)}")
+            errors.append(f"unknown group '{group}'; {_nearest_group(str(group))}")
         elif not isinstance(values, Mapping):
             example = next(iter(group_type(group).model_fields))
             errors.append(f"group '{group}' must contain settings, such as '{group}: {{{example}: ...}}'")
         else:
-            merged.setdefault(group, {}).update({str(key): value for key, value in values.items()})
+            own = merged.setdefault(group, {})
+            if group == "llm" and not MICRO_BATCH_NAMES.isdisjoint(values):
+                for name in MICRO_BATCH_NAMES:  # a later layer wins, whichever of the two names it uses
+                    own.pop(name, None)
+            own.update({str(key): value for key, value in values.items()})
 
 
 def _replace_accumulation_steps(merged: dict[str, dict[str, Any]], errors: list[str]) -> None:
     """``llm.gradient_accumulation_steps`` is an alias: it sets ``llm.micro_batch_size``."""
     llm = merged.get("llm", {})
-    steps = llm.pop("gradient_accumulation_steps", None)
-    if steps is None:
+    if "gradient_accumulation_steps" not in llm:
         return
-    batch_size = llm.get("batch_size", group_type("llm").model_fields["batch_size"].default)
+    steps = whole_number(llm.pop("gradient_accumulation_steps"))
+    batch_size = whole_number(llm.get("batch_size", group_type("llm").model_fields["batch_size"].default))
     if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
         errors.append(f"llm.gradient_accumulation_steps={steps!r} must be a whole number, at least 1")
     elif isinstance(batch_size, int) and batch_size % steps:
@@ -128,8 +134,7 @@ def _describe_error(error: Any) -> str:
         return f"{group} {error['msg']}"
     key, fields = rest[0], group_type(group).model_fields
     if key not in fields:
-        known = [f"{g}.{k}" for g in Settings.model_fields for k in group_type(g).model_fields]
-        return f"unknown setting '{group}.{key}'; {_nearest(f'{group}.{key}', known)}"
+        return f"unknown setting '{group}.{key}'; {_nearest_setting(group, key)}"
     return f"{group}.{key}={str(error['input'])[:100]} must be {allowed(fields[key])}"
 
 
@@ -250,13 +255,19 @@ def _batch_conflicts(s: Settings) -> list[str]:
     return errors
 
 
-def _nearest(name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
-    if not close and "." in name:  # the key exists in another group
-        key = name.split(".", 1)[1]
-        close = [k for k in known if k.endswith(f".{key}")][:1]
-    return f"did you mean '{close[0]}'?" if close else f"known are {', '.join(known)}"
+def _nearest_group(group: str) -> str:
+    close = difflib.get_close_matches(group, Settings.model_fields, n=1)
+    return f"did you mean '{close[0]}'?" if close else f"the groups are {', '.join(Settings.model_fields)}"
+
+
+def _nearest_setting(group: str, key: str) -> str:
+    """The same key of another group, a name that is spelled similarly, or all settings of the group."""
+    known = [f"{g}.{k}" for g in Settings.model_fields for k in group_type(g).model_fields]
+    close = [name for name in known if name.endswith(f".{key}")]
+    close = close or difflib.get_close_matches(f"{group}.{key}", known, n=1, cutoff=0.75)
+    if close:
+        return f"did you mean '{close[0]}'?"
+    return f"the settings of '{group}' are {', '.join(group_type(group).model_fields)}"
 
 
 # ---- text: flags, files, documentation ----
@@ -266,12 +277,14 @@ class _UniqueKeyLoader(yaml.SafeLoader):
     """Refuses a mapping in which a key occurs twice; plain YAML would silently use the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        keys: list[Any] = []
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<: *anchor" may be overridden by the keys beside it
+                continue
             key = self.construct_object(key_node, deep=True)
-            if isinstance(key, typing.Hashable) and key in seen:
+            if key in keys:
                 raise yaml.constructor.ConstructorError(None, None, f"'{key}' occurs twice", key_node.start_mark)
-            seen.add(key if isinstance(key, typing.Hashable) else None)
+            keys.append(key)
         return super().construct_mapping(node, deep=deep)
 
 
@@ -338,8 +351,7 @@ def describe_settings() -> str:
     for group in Settings.model_fields:
         lines.append(f"{group}:")
         for key, field in group_type(group).model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            lines.append(f"  {group}.{key} = {default!r} ({allowed(field)})\n      {field.description}")
+            lines.append(f"  {group}.{key} = {field.default!r} ({allowed(field)})\n      {field.description}")
     return "\n".join(lines)
 
 
@@ -348,8 +360,8 @@ def settings_page() -> str:
     lines = [
         "# Settings",
         "",
-        "Generated by `python -m priorzero.config --markdown`. Change a setting with `--set group.key=value` or in a file",
-        "that `--config` reads.",
+        "This page is generated by `python -m priorzero.config --markdown`.",
+        "Change a setting with `--set group.key=value` or in a file that `--config` reads.",
     ]
     for group in Settings.model_fields:
         own = group_type(group)
@@ -363,16 +375,16 @@ def settings_page() -> str:
             "|---|---|---|---|",
         ]
         for key, field in own.model_fields.items():
-            default = field.get_default(call_default_factory=True)
-            shown = (
-                ",".join(default)
-                if isinstance(default, list)
-                else str(default).lower()
-                if default in (True, False) and isinstance(default, bool)
-                else str(default)
-            )
-            lines.append(f"| `{group}.{key}` | `{shown}` | {allowed(field)} | {field.description} |")
+            lines.append(f"| `{group}.{key}` | {_shown(field.default)} | {allowed(field)} | {field.description} |")
     return "\n".join(lines) + "\n"
+
+
+def _shown(default: Any) -> str:
+    """A default value as one types it."""
+    if isinstance(default, list):
+        return f"`{','.join(default)}`"
+    text = str(default).lower() if isinstance(default, bool) else str(default)
+    return f"`{text}`" if text else "empty"
 
 
 # ---- DI-engine's form ----

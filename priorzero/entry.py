@@ -61,7 +61,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of all training command lines; :func:`layers_from` reads them."""
     parser.add_argument("--env_id", help="the game")
     preset = parser.add_mutually_exclusive_group()
-    preset.add_argument("--preset", choices=tuple(PRESETS), default="standard", help="settings to start from")
+    preset.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from (default: standard)")
     preset.add_argument(
         "--quick_test",
         action="store_const",
@@ -99,7 +99,7 @@ def layers_from(arguments: argparse.Namespace) -> tuple[Layers, Layers]:
     flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
     if flags.get("exp_name") == "":
         raise UserError("--exp_name '' is empty; leave the flag out to get a new name")
-    base = [PRESETS[arguments.preset]]
+    base = [PRESETS[arguments.preset or "standard"]]
     if arguments.config is not None:
         base.append(read_config_file(arguments.config))
     engine = {"prior": {"engine": arguments.engine}} if arguments.engine is not None else {}
@@ -129,7 +129,7 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
     from priorzero.runs.resume import find_checkpoint
 
     base, flags = layers_from(arguments)
-    gives_all_settings = arguments.preset != "standard" or arguments.config is not None
+    gives_all_settings = arguments.preset is not None or arguments.config is not None
     given = {key for layer in flags for key in layer.get("run", {})}
     # The group run only: whether the others are consistent depends on the run that is found.
     run = resolve_settings(*({"run": layer.get("run", {})} for layer in [*base, *flags])).run

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from priorzero.agent import Agent
-from priorzero.config import dump_settings
 from priorzero.play.action_vocabulary import ActionIndexer
 from priorzero.play.collector import Collector
 from priorzero.policy import PriorZeroPolicy
-from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint
+from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint, save_tensors, write_world_model
 from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
@@ -24,8 +23,8 @@ from priorzero.world_model.records import RecordTable, read_records
 class RunState:
     """Writes and restores everything that the next step of a run depends on.
 
-    A checkpoint holds ``world_model.pt`` (state dict), ``llm/`` (``save_pretrained`` form: the model or its adapters, and
-    the tokenizer), ``actions.json`` (the action vocabulary), ``config.yaml`` and ``training.pt`` (all else).
+    A checkpoint holds ``world_model.pt`` (state dict), ``llm/`` (``save_pretrained`` form: the model or its adapters,
+    and the tokenizer), ``actions.json`` (the action vocabulary), ``config.yaml`` and ``training.pt`` (all else).
     """
 
     settings: Settings
@@ -40,15 +39,19 @@ class RunState:
             loop: state of the training loop.
 
         Raises:
-            OSError, RuntimeError: a file cannot be written, or a parameter is not finite.
+            OSError: a file cannot be written.
+            RuntimeError: a parameter is not finite.
         """
         policy, agent, table = self.agent.policy, self.agent, RecordTable()
         _check_parameters(policy)
-        torch.save(policy.world_model_state(), folder / "world_model.pt")
+        write_world_model(
+            folder,
+            parameters=policy.world_model_state(),
+            actions=agent.indexer.state_dict(),
+            settings=self.settings,
+        )
         if agent.llm is not None:
             agent.llm.save(folder / "llm")
-        (folder / "actions.json").write_text(json.dumps(agent.indexer.state_dict()), encoding="utf-8")
-        (folder / "config.yaml").write_text(dump_settings(self.settings), encoding="utf-8")
         state = {
             "loop": loop,
             "policy": policy.training_state(),
@@ -56,7 +59,7 @@ class RunState:
             "collector": self.collector.state_dict(table),
             "random": global_random_state(),
         }
-        torch.save({**state, "records": table.state_dict()}, folder / TRAINING_STATE)
+        save_tensors({**state, "records": table.state_dict()}, folder / TRAINING_STATE)
 
     async def restore(self, checkpoint: Checkpoint) -> Plain:
         """Restore models, replay buffer, games and random numbers; returns the state of the training loop.

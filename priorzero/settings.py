@@ -15,7 +15,8 @@ EVAL_MODES: tuple[EvalMode, ...] = ("world_model", "world_model_with_prior", "pr
 MODES_WITHOUT_LLM: tuple[EvalMode, ...] = ("world_model", "random")
 
 
-def _whole_number(value: Any) -> Any:
+def whole_number(value: Any) -> Any:
+    """8 for 8.0; anything else as it is."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -37,7 +38,7 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole_number)]
+Whole = Annotated[int, BeforeValidator(whole_number)]
 Number = Annotated[float, BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,7 +12,6 @@ import torch
 
 from priorzero.agent import (
     check_games,
-    choose_engine,
     make_agent,
     make_evaluators,
     make_workers,
@@ -19,11 +19,12 @@ from priorzero.agent import (
 )
 from priorzero.envs import GameSpec, resolve_games
 from priorzero.llm.engines import cores_for_training
+from priorzero.llm.engines.make import choose_engine
 from priorzero.llm.models import choose_device
 from priorzero.play.collector import Collector
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.errors import reported_to_user
-from priorzero.runs.folder import create_files, new_run_folder
+from priorzero.runs.folder import new_run_folder
 from priorzero.runs.resume import prepare_resume
 from priorzero.runs.summary import RunSummary
 from priorzero.runtime.random_state import seed_globals
@@ -74,18 +75,18 @@ async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
         overlap: both models learn during the next collection; otherwise before it.
     """
     while True:
-        # ---- evaluate and save, if due ----
-        if run.evaluation_due and not await run.evaluate():
-            return
+        # ---- evaluate and save, if due. This comes first because a run can be resumed here ----
+        if run.evaluation_due:
+            await run.evaluate()
         if run.save_due:
             await run.save()
-        if run.stop.requested or run.is_finished:
-            return
+        if run.is_finished or run.stop.requested:
+            break
 
         # ---- collect: the LLM computes priors, UniZero searches, the games reply ----
         collected = await run.collect()
         if collected is None:
-            return
+            break
         run.store(collected)
 
         # ---- learn: both models from one sample; then the prior engine gets the new parameters ----
@@ -94,6 +95,8 @@ async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
         if run.evaluation_due or run.save_due or run.stop.requested or not overlap:
             await run.learner.wait()
         run.log(collected)
+    if run.stop.requested:
+        await run.save()
 
 
 async def _train(
@@ -105,17 +108,16 @@ async def _train(
     folder: Path,
     checkpoint: Checkpoint | None,
 ) -> RunSummary:
-    """Build everything, run the loop, and close everything. After an error, what was learned is saved first."""
+    """Build everything, run the loop, and close everything. After an error, what was learned is saved."""
     _set_num_threads(settings, device=device)
     # All random numbers come from one seed, in independent streams.
     *global_seeds, buffer_seed, collector_seed = np.random.SeedSequence(settings.run.seed).spawn(5)
     seed_globals(global_seeds)
     workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
-    vllm_log = folder / "log" / "vllm.log"
-    agent = await start_workers(
-        workers,
-        meanwhile=lambda: make_agent(settings, device=device, buffer_seed=buffer_seed, vllm_log=vllm_log),
+    load = functools.partial(
+        make_agent, settings, device=device, buffer_seed=buffer_seed, vllm_log=folder / "log" / "vllm.log"
     )
+    agent = await start_workers(workers, meanwhile=load)
     overlap = _overlaps(settings)
     collector = Collector(
         workers,
@@ -135,27 +137,17 @@ async def _train(
         folder=folder,
         checkpoint=checkpoint,
     )
-    lock = None
     try:
-        lock = create_files(settings, folder, resumed=checkpoint is not None)
         await run.begin()
-        try:
-            with run.stop.handle_signals():
-                agent.timeline.discard_interval()
-                await training_loop(run, overlap=overlap)
-                if run.stop.requested:
-                    await run.save()
-        except (asyncio.CancelledError, GameWorkerError, EngineError, UserError, OSError) as error:
-            await run.save_after(error)
-            raise
+        with run.stop.handle_signals():
+            await training_loop(run, overlap=overlap)
+    except (asyncio.CancelledError, GameWorkerError, EngineError, UserError, OSError) as error:
+        await run.save_after(error)
+        raise
     finally:
         await run.learner.stop()
         await asyncio.gather(*(worker.close() for worker in [*workers, *evaluators.workers]))
-        if agent.engine is not None:
-            await agent.engine.close()
-        run.close()
-        if lock is not None:
-            lock.close()
+        await run.close()
     return run.summary()
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
-import numpy as np
 from loguru import logger
 
 from priorzero.agent import Agent
-from priorzero.config import differences
 from priorzero.envs import GameSpec
 from priorzero.learning import Learner
 from priorzero.llm.models import warn_of_long_prompts
@@ -19,21 +17,21 @@ from priorzero.play.evaluator import Evaluation, Evaluators
 from priorzero.run_state import RunState
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.counters import Counters
-from priorzero.runs.folder import truncate_files
-from priorzero.runs.logger import RunLogger, log_segments
+from priorzero.runs.folder import create_files, truncate_files
+from priorzero.runs.logger import RunLogger, log_segments, log_start
 from priorzero.runs.nonfinite import NonFiniteUpdates
 from priorzero.runs.saver import Saver
 from priorzero.runs.summary import (
     RunSummary,
     count_moved,
-    describe_evaluation,
     fingerprint,
     format_table,
     peak_memory_mb,
+    summary_rows,
 )
 from priorzero.runtime.concurrency import StopRequest
 from priorzero.settings import Settings
-from priorzero.types import Plain, UserError
+from priorzero.types import Plain
 
 
 class TrainingRun:
@@ -79,6 +77,7 @@ class TrainingRun:
         self._state = RunState(settings, agent, collector)
         self._checkpoint = checkpoint
         self._initial_fingerprints = trained_fingerprints(agent)
+        self._lock: TextIO | None = None
         self._logger: RunLogger | None = None
         self._evaluations: dict[str, Evaluation] = {}
         self._unstored: Collected | None = None  # not in the replay buffer yet
@@ -103,13 +102,15 @@ class TrainingRun:
     # ---- beginning ----
 
     async def begin(self) -> None:
-        """Log the settings, restore the checkpoint, and start the prior engine."""
+        """Create the run's files, log the settings, restore the checkpoint, and start the prior engine.
+
+        Raises:
+            UserError: the files cannot be written, or the checkpoint belongs to models of another shape.
+            EngineError: the engine cannot be started.
+        """
         settings, agent = self.settings, self.agent
-        logger.info(
-            f"{self.games_text}, seed {settings.run.seed}, on {agent.device}; the run's folder is {self.folder}"
-        )
-        changed = [f"{group}.{key}={v}" for group, own in differences(settings).items() for key, v in own.items()]
-        logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
+        self._lock = create_files(settings, self.folder, resumed=self._checkpoint is not None)
+        log_start(settings, games=self.games_text, where=str(agent.device), folder=self.folder)
         if agent.llm is not None:
             warn_of_long_prompts(agent.llm, settings.llm)
         saved = None if self._checkpoint is None else await self._restore(self._checkpoint)
@@ -118,6 +119,7 @@ class TrainingRun:
             await agent.engine.sync_weights(agent.policy.llm_version)
         elif agent.engine is not None:
             await agent.engine.ready()
+        agent.timeline.discard_interval()
 
     async def _restore(self, checkpoint: Checkpoint) -> Plain:
         """Restore the run; returns the logger's state."""
@@ -145,7 +147,7 @@ class TrainingRun:
     # ---- the steps of an iteration ----
 
     async def collect(self) -> Collected | None:
-        """Collect the steps of an iteration, and wait for the updates of the one before; None if a stop is requested."""
+        """Collect the steps of an iteration and wait for the updates of the one before; None if a stop is requested."""
         num_steps = self.settings.train.collect_env_steps
         collected = await self.collector.collect(num_steps, stop=lambda: self.stop.requested)
         self._unstored = self._unlogged = collected
@@ -161,13 +163,11 @@ class TrainingRun:
 
     def set_due(self) -> None:
         """Set ``evaluation_due`` and ``save_due`` for the present iteration."""
-        iteration, every = self.counters.iteration, self.settings.run.checkpoint_every
-        self.evaluation_due = self.is_finished or iteration % self.settings.eval.every == 0
-        self.save_due = self.is_finished or (every > 0 and iteration % every == 0)
+        self.evaluation_due = self.is_finished or self.counters.is_due(self.settings.eval.every)
+        self.save_due = self.is_finished or self.counters.is_due(self.settings.run.checkpoint_every)
 
     def log(self, collected: Collected) -> None:
         """Log an iteration."""
-        self._unlogged = None
         prior = self.agent.prior
         self.logger.log_iteration(
             self.counters,
@@ -177,16 +177,17 @@ class TrainingRun:
             episodes=collected.episodes,
         )
         log_segments(collected.segments, iteration=self.counters.iteration)
+        self._unlogged = None
 
     def _log_learning(self, metrics: Mapping[str, float], train_iter: int) -> None:
         self.logger.writer.write(metrics, step=train_iter)
 
-    async def evaluate(self) -> bool:
-        """Evaluate; False if a stop was requested before the end."""
+    async def evaluate(self) -> None:
+        """Evaluate. If a stop is requested, the evaluation is cancelled and remains due."""
         results = await self.stop.run_or_cancel(self.evaluators.evaluate())
         if results is None:
             await self.agent.world_model_thread.run("search", lambda: None)  # wait for a search that still runs
-            return False
+            return
         prior = self.agent.prior
         fallbacks = prior.take_statistics()["prior/fallbacks"] if prior is not None else None
         self._evaluations = self.logger.log_evaluations(
@@ -194,10 +195,9 @@ class TrainingRun:
         )
         self.evaluation_due = False
         self.agent.timeline.discard_interval()
-        return True
 
     async def save(self) -> None:
-        """Write a checkpoint, unless nothing has happened yet."""
+        """Write a checkpoint, unless nothing was collected yet."""
         self.save_due = False
         begun = self.collector.collected.env_steps
         if self.counters.env_step + begun == 0:
@@ -229,8 +229,10 @@ class TrainingRun:
     # ---- ending ----
 
     async def save_after(self, error: BaseException) -> None:
-        """An error ends the run: complete the iteration without further updates, and save it."""
+        """Save what was learned when an error ends the run. The iteration is completed without further updates."""
         await self.learner.stop()
+        if self._logger is None:  # the run has not begun
+            return
         if isinstance(error, OSError) and self._unlogged is not None:
             return  # the iteration cannot be logged; the last checkpoint remains
         if self._unlogged is not None:
@@ -239,13 +241,16 @@ class TrainingRun:
             self.log(self._unlogged)
             self.evaluation_due = False
         await self.save()
-        if self.saver.last is not None and not self.saver.failure:
-            logger.warning(f"interrupted; what was learned so far is in {self.saver.last}")
+        self.saver.log_last()
 
-    def close(self) -> None:
-        """Close the files and write the trace."""
+    async def close(self) -> None:
+        """Close the prior engine and the files, and write the trace."""
+        if self.agent.engine is not None:
+            await self.agent.engine.close()
         if self._logger is not None:
             self._logger.close()
+        if self._lock is not None:
+            self._lock.close()
         timeline = self.agent.timeline
         if self.settings.run.trace_iterations and timeline.has_trace:
             timeline.write_trace(self.folder / "trace.json")
@@ -257,10 +262,7 @@ class TrainingRun:
             UserError: the last checkpoint could not be written.
         """
         self.logger.progress.end()
-        if self.saver.failure:
-            raise UserError(
-                f"the run has ended, but {self.saver.failure}; the last checkpoint is {self.saver.last or 'none'}"
-            )
+        self.saver.check()
         rows = self._rows()
         stopped = self.stop.requested and (self.evaluation_due or not self.is_finished)
         logger.info(f"{'stopped' if stopped else 'done'}:\n" + format_table(rows))
@@ -269,29 +271,31 @@ class TrainingRun:
         return RunSummary(self.folder, rows, dict(self.logger.writer.last), self._evaluations, stopped)
 
     def _rows(self) -> dict[str, Any]:
-        counters, returns = self.counters, self.collector.recent_returns
+        counters, agent = self.counters, self.agent
         nothing_learned = f"0 (fewer than train.batch_size={self.settings.train.batch_size} decisions were stored)"
-        mean_return = f"{np.mean(list(returns)):.2f}" if returns else "-"
-        now = trained_fingerprints(self.agent)
-        return {
-            "game": self.games_text,
-            "iterations": counters.iteration,
-            "environment steps": counters.env_step,
-            "episodes finished": self.collector.num_episodes,
-            "mean return": f"{mean_return} over the last {len(returns)} episodes",
-            "world-model updates": counters.train_iter or nothing_learned,
-            "LLM updates": counters.llm_version if self.agent.llm is not None else "no LLM",
-            **{
-                f"{name} tensors moved": f"{count_moved(before, now[name])} of {len(before)}"
-                for name, before in self._initial_fingerprints.items()
+        now = trained_fingerprints(agent)
+        return summary_rows(
+            counters,
+            settings=self.settings,
+            games=self.games_text,
+            num_episodes=self.collector.num_episodes,
+            recent_returns=self.collector.recent_returns,
+            updates={
+                "world-model updates": counters.train_iter or nothing_learned,
+                "LLM updates": counters.llm_version if agent.llm is not None else "no LLM",
+                **{
+                    f"{name} tensors moved": f"{count_moved(before, now[name])} of {len(before)}"
+                    for name, before in self._initial_fingerprints.items()
+                },
             },
-            **{f"evaluation, {mode}": describe_evaluation(e) for mode, e in self._evaluations.items()},
-            "time of the iterations": self.agent.timeline.total.describe(),
-            "peak memory": f"{peak_memory_mb():.0f} MB in this process",
-            "wall time": f"{self.logger.seconds:.0f} s",
-            "checkpoint": self.saver.last or "none (nothing was trained)",
-            "charts": f"tensorboard --logdir {self.settings.run.output_dir}",
-        }
+            evaluations=self._evaluations,
+            resources={
+                "time of the iterations": agent.timeline.total.describe(),
+                "peak memory": f"{peak_memory_mb():.0f} MB in this process",
+                "wall time": f"{self.logger.seconds:.0f} s",
+            },
+            checkpoint=self.saver.last,
+        )
 
 
 def trained_fingerprints(agent: Agent) -> dict[str, dict[str, int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
@@ -13,7 +14,7 @@ import torch
 
 torch.set_num_threads(1)  # the models of most tests are too small to profit from threads
 
-from priorzero.llm.models import LanguageModel, load_language_model  # noqa: E402
+from priorzero.llm.models import LanguageModel, load_language_model, load_tokenizer  # noqa: E402
 from tests.helpers.models import make_settings, make_tiny_llm  # noqa: E402
 
 
@@ -26,3 +27,11 @@ def smollm2() -> LanguageModel:
 @pytest.fixture
 def tiny_llm(smollm2: LanguageModel) -> LanguageModel:
     return make_tiny_llm(smollm2.tokenizer)
+
+
+@pytest.fixture(scope="session")
+def tiny_llm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random language model for ``llm.path``."""
+    folder = tmp_path_factory.mktemp("tiny_llm") / "llm"
+    make_tiny_llm(load_tokenizer(make_settings().llm)).save(folder)
+    return folder

@@ -18,6 +18,7 @@ from priorzero.runtime.concurrency import (
     STOP_SIGNALS,
     OwnerThread,
     ReadersWriterLock,
+    StopRequest,
     exit_immediately_on_signal,
     gather_or_cancel,
 )
@@ -201,3 +202,44 @@ def test_exit_immediately_on_signal_restores_previous_handlers():
     with exit_immediately_on_signal():
         assert signal.getsignal(signal.SIGTERM) not in before
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+
+
+def test_stop_request_run_or_cancel_cancels_work_when_a_stop_is_requested():
+    ended = []
+
+    async def long_work():
+        try:
+            await asyncio.sleep(60)
+        finally:
+            ended.append(True)
+
+    async def short_work():
+        return 7
+
+    async def fails():
+        raise ValueError("ours")
+
+    async def check():
+        stop = StopRequest()
+        assert await stop.run_or_cancel(short_work()) == 7
+        with pytest.raises(ValueError, match="ours"):
+            await stop.run_or_cancel(fails())
+        asyncio.get_running_loop().call_later(0.01, stop.request, "test")
+        assert await stop.run_or_cancel(long_work()) is None and ended == [True] and stop.requested
+
+    asyncio.run(check())
+
+
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_stop_request_records_a_signal_and_restores_previous_handlers(number):
+    before = [signal.getsignal(n) for n in STOP_SIGNALS]
+
+    async def check():
+        stop = StopRequest()
+        with stop.handle_signals():
+            os.kill(os.getpid(), number)
+            await asyncio.sleep(0.01)
+        return stop.requested
+
+    assert asyncio.run(check())
+    assert [signal.getsignal(n) for n in STOP_SIGNALS] == before

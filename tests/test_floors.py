@@ -1,98 +1,207 @@
-"""The import floors: a module imports from lower floors only, and each third-party system is behind one door."""
+"""Structure of the package: imports go down the floors, one door per third-party system, short functions."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "priorzero"
+FILES = sorted(PACKAGE.rglob("*.py"))
 
-FLOORS = [
+# From the bottom to the top. A module imports from lower floors, and from its own folder.
+FLOORS: list[set[str]] = [
     {"types"},
-    {"timeline", "config", "priors", "losses", "completions", "metrics", "vocabulary", "tree"},
-    {"envs", "models", "lightzero", "prompts", "concurrency", "records", "process_group"},
-    {"engines", "text_encoder", "segment"},
-    {"llm_learner", "buffer", "search", "exploration"},
-    {"policy", "ppo"},
-    {"player", "demo"},
-    {"collector", "evaluator", "checkpoint"},
-    {"saving", "teller"},
-    {"train"},
-    {"cluster", "entry"},
+    {"runtime"},
+    {"settings"},
+    {"config"},
+    {"search", "envs"},
+    {"llm", "world_model"},
+    {"policy"},
+    {"play"},
+    {"runs"},
+    {"agent"},
+    {"learning", "run_state"},
+    {"training_run"},
+    {"train", "cluster"},
+    {"entry"},
     {"ray_entry"},
 ]
-FLOOR = {module: number for number, modules in enumerate(FLOORS) for module in modules}
-DOORS = {
-    "jericho": {"envs"},
-    "textworld": {"envs"},
-    "lzero": {"lightzero", "segment", "buffer", "search", "policy"},
-    "ding": {"policy"},
-    "transformers": {"models", "engines", "text_encoder"},
-    "peft": {"models"},
-    "vllm": {"engines"},
-    "tensorboardX": {"metrics"},
-    "ray": {"cluster"},
-    "orz": {"cluster"},
+FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
+
+# Third-party system -> the modules, or folders, that may import it.
+DOORS: dict[str, tuple[str, ...]] = {
+    "jericho": ("envs",),
+    "textworld": ("envs",),
+    "minigrid": ("envs",),
+    "vllm": ("llm.engines",),
+    "peft": ("llm.models",),
+    "transformers": ("llm", "play.text_encoder", "runtime.quiet"),
+    "lzero": ("world_model",),
+    "ding": ("world_model",),
+    "tensorboardX": ("runs",),
+    "ray": ("cluster",),
+    "orz": ("cluster",),
+    "pydantic": ("settings", "config"),
 }
 
+# runs/ gets state dicts and plain records, never a model.
+RECORDS_OF_THE_WORLD_MODEL = {"priorzero.world_model.records", "priorzero.world_model.segment"}
+MODEL_ROOMS = {"policy", "llm", "world_model"}
 
-def unit(path: Path) -> str:
-    """``priorzero/envs/worker.py`` belongs to ``envs``, ``priorzero/types.py`` is ``types``."""
-    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+MAX_LINES = 60
+TABLES = {"unizero_config"}  # functions that are a table
 
 
-def imports(source: str) -> set[str]:
+def module_name(path: Path) -> str:
+    """``envs.worker`` for ``priorzero/envs/worker.py``, ``envs`` for ``priorzero/envs/__init__.py``."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_name(path) for path in FILES}
+
+
+def imports(tree: ast.AST, *, module_level_only: bool = False) -> set[str]:
+    """Full names of the imported modules."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(source)):
+    for node in module_level(tree) if module_level_only else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, "imports are absolute here"
-            found.add(node.module or "")
-            if node.module == "priorzero":
-                found |= {f"priorzero.{alias.name}" for alias in node.names}
+            assert node.level == 0 and node.module, "imports are absolute"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in names if name.removeprefix("priorzero.") in MODULES}
+            found |= modules or {node.module}
     return found
 
 
+def module_level(tree: ast.AST) -> Iterator[ast.AST]:
+    """The nodes that run when the module is imported; ``if TYPE_CHECKING`` does not."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        yield node
+        yield from module_level(node)
+
+
 def violations(name: str, source: str) -> list[str]:
-    wrong = []
-    for imported in imports(source):
+    """What is wrong with the imports of the module ``name``."""
+    room, wrong = name.split(".")[0], []
+    for imported in sorted(imports(ast.parse(source))):
         top, _, rest = imported.partition(".")
+        target = rest.split(".")[0]
         if top == "priorzero" and rest:
-            target = rest.split(".")[0]
-            if target != name and target in FLOOR and FLOOR[target] >= FLOOR[name]:
-                wrong.append(f"{name} (floor {FLOOR[name]}) imports {target} (floor {FLOOR[target]})")
-        elif top in DOORS and name not in DOORS[top]:
-            wrong.append(f"{name} imports {top}, which belongs in {sorted(DOORS[top])}")
+            if target != room and FLOOR[target] >= FLOOR[room]:
+                wrong.append(f"{name} (floor {FLOOR[room]}) imports {imported} (floor {FLOOR[target]})")
+            if room == "runs" and target in MODEL_ROOMS and imported not in RECORDS_OF_THE_WORLD_MODEL:
+                wrong.append(f"{name} imports {imported}, but runs/ knows no model")
+        elif top in DOORS and not any(name == door or name.startswith(f"{door}.") for door in DOORS[top]):
+            wrong.append(f"{name} imports {top}, which only {', '.join(DOORS[top])} may import")
     return wrong
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+def cycle(graph: Mapping[str, set[str]]) -> list[str]:
+    """The modules that are in an import cycle or lead to one."""
+    remaining = {name: set(targets) for name, targets in graph.items()}
+    while leaves := [name for name, targets in remaining.items() if not targets & remaining.keys()]:
+        for name in leaves:
+            del remaining[name]
+    return sorted(remaining)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_no_arrow_goes_up(path):
-    name = unit(path)
-    if name == "__init__":
-        assert imports(path.read_text()) == set()
+def long_functions(source: str) -> list[str]:
+    """Functions of more than :data:`MAX_LINES` lines."""
+    return [
+        f"{node.name} has {lines} lines"
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        and (lines := node.end_lineno - node.lineno + 1) > MAX_LINES
+        and node.name not in TABLES
+    ]
+
+
+def untyped_settings(source: str) -> list[str]:
+    """Parameters and attributes called ``settings`` or ``cfg`` that are annotated ``Any``."""
+    found = []
+    for node in ast.walk(ast.parse(source)):
+        name = node.arg if isinstance(node, ast.arg) else getattr(getattr(node, "target", None), "id", "")
+        annotation = getattr(node, "annotation", None)
+        if name in ("settings", "cfg") and annotation is not None and ast.unparse(annotation) == "Any":
+            found.append(f"line {node.lineno}: {name}: Any")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_imports_go_down_the_floors_and_through_the_doors(path):
+    name = module_name(path)
+    if name == "":  # priorzero/__init__.py
+        assert imports(ast.parse(path.read_text())) == set()
         return
-    assert name in FLOOR, f"{name} has no floor; give it one in this test"
+    assert name.split(".")[0] in FLOOR, f"{name} has no floor; give it one in this test"
     assert violations(name, path.read_text()) == []
 
 
-def test_the_check_can_fail():
-    assert violations("priors", "from priorzero.policy import PriorZeroPolicy")
-    assert violations("segment", "from priorzero import text_encoder")
+def test_floors_have_no_empty_room():
+    assert FLOOR.keys() == {name.split(".")[0] for name in MODULES} - {""}
+
+
+def test_imports_have_no_cycle():
+    graph = {
+        name: {
+            imported.removeprefix("priorzero.")
+            for imported in imports(ast.parse(path.read_text()), module_level_only=True)
+        }
+        for path in FILES
+        if (name := module_name(path))
+    }
+    assert cycle(graph) == []
+
+
+def test_import_check_can_fail():
+    assert violations("llm.priors", "from priorzero.policy import PriorZeroPolicy")
+    assert violations("search.mcts", "from priorzero.world_model.inference import WorldModelInference")
+    assert violations("search.mcts", "import priorzero.llm.models")
+    assert violations("envs.worker", "from priorzero.search.base import Root")
+    assert violations("settings", "from priorzero import config")
     assert violations("train", "import jericho")
-    assert violations("types", "import priorzero.config")
+    assert violations("llm.losses", "import vllm.outputs")
+    assert violations("runs.saver", "from priorzero.policy import PriorZeroPolicy")
+    assert violations("runs.saver", "from priorzero.world_model.unizero import UniZeroLearner")
+    assert not violations("runs.saver", "from priorzero.world_model.records import RecordTable")
     assert not violations("train", "from priorzero.policy import PriorZeroPolicy")
+    assert not violations("llm.engines.vllm", "def start():\n    import vllm")
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert cycle({"a": {"b", "numpy"}, "b": {"c"}, "c": set()}) == []
+    source = "def f():\n    import late\nif TYPE_CHECKING:\n    import never\ntry:\n    import now\nfinally: pass"
+    assert imports(ast.parse(source), module_level_only=True) == {"now"}
 
 
-def test_worker_processes_and_configuration_need_no_torch():
+@pytest.mark.parametrize("path", FILES, ids=module_name)
+def test_functions_are_short_and_settings_are_typed(path):
+    source = path.read_text()
+    assert long_functions(source) == [] and untyped_settings(source) == []
+
+
+def test_function_check_can_fail():
+    body = "\n    x = 1" * MAX_LINES
+    assert long_functions(f"def f():{body}") == ["f has 61 lines"]
+    assert long_functions(f"def unizero_config():{body}") == []
+    assert untyped_settings("def f(settings: Any, cfg: Any): ...") and untyped_settings("class A:\n    settings: Any")
+    assert not untyped_settings("def f(settings: Settings, value: Any): ...")
+
+
+def test_train_fits_its_limit():
+    assert len((PACKAGE / "train.py").read_text().splitlines()) <= 250
+
+
+def test_imports_of_games_configuration_and_command_line_need_no_torch():
     code = "import sys, priorzero.envs, priorzero.config, priorzero.entry; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

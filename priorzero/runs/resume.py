@@ -46,13 +46,13 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
         try:
             checkpoint = read_checkpoint(folder)
         except ValueError as error:
-            notes.append(f"{folder} is damaged ({error}); the checkpoint before it is used")
+            notes.append(f"{folder} cannot be used ({error}); the checkpoint before it is used")
             reason = reason or f" (the newest: {error})"
             continue
         checkpoint.damaged.extend(found[found.index(folder) + 1 :])
         checkpoint.notes.extend(notes)
         return checkpoint
-    what = f"all {len(found)} checkpoints are damaged{reason}" if found else "it has no checkpoint"
+    what = f"none of its {len(found)} checkpoints can be used{reason}" if found else "it has no checkpoint"
     raise UserError(f"--resume {run_folder}: {what}; start a new run instead")
 
 

@@ -1,0 +1,88 @@
+"""``python -m priorzero.entry`` in processes that can be stopped and killed.
+
+They are forked from a server process that has imported everything once, since the imports take much longer than a run.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from tests.helpers.toy_game import toy_games
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["priorzero.train", "priorzero.entry", "tests.helpers.toy_game"])
+
+
+ENDLESS_UPDATE = "the world model learns endlessly"
+
+
+def _main(arguments: Sequence[str], stderr: str, endless_update: bool) -> None:
+    from priorzero import entry, learning
+
+    def learn_endlessly(*_: Any, **__: Any) -> None:
+        print(ENDLESS_UPDATE, file=sys.stderr)
+        time.sleep(600)
+
+    descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, sys.stderr.fileno())
+    if endless_update:
+        learning.update_world_model = learn_endlessly
+    with toy_games(in_process=False):
+        code = entry.main(arguments)
+    sys.stderr.flush()
+    os._exit(code)
+
+
+class EntryProcess:
+    """The command line with ``arguments`` in a process of its own; games are toy games in worker processes.
+
+    Args:
+        arguments: of the command line.
+        folder: gets the file ``stderr``.
+        endless_update: the first update of the world model writes :data:`ENDLESS_UPDATE` and does not end.
+    """
+
+    def __init__(self, arguments: Sequence[str], *, folder: Path, endless_update: bool = False) -> None:
+        self._stderr = folder / "stderr"
+        self._process = FORKSERVER.Process(target=_main, args=(list(arguments), str(self._stderr), endless_update))
+
+    def __enter__(self) -> EntryProcess:
+        self._process.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._process.kill()
+        self._process.join()
+
+    @property
+    def pid(self) -> int:
+        assert self._process.pid is not None
+        return self._process.pid
+
+    @property
+    def stderr(self) -> str:
+        """What it has written to stderr so far."""
+        return self._stderr.read_text() if self._stderr.exists() else ""
+
+    def wait_for(self, text: str, *, timeout_s: float = 120.0) -> None:
+        """Wait until ``text`` is on stderr."""
+        deadline = time.monotonic() + timeout_s
+        while text not in self.stderr:
+            assert self._process.is_alive() and time.monotonic() < deadline, f"no {text!r} in:\n{self.stderr}"
+            time.sleep(0.01)
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout_s: float) -> int | None:
+        """The exit code; None if the process still runs after ``timeout_s``. A signal that ended it is negative."""
+        self._process.join(timeout_s)
+        return self._process.exitcode

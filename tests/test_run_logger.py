@@ -1,0 +1,134 @@
+"""What a run logs: metrics, episodes, evaluations, the progress line and the summary."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+
+import pytest
+import torch
+
+from priorzero.play.episode import EpisodeResult
+from priorzero.play.evaluator import Evaluation
+from priorzero.runs.counters import Counters
+from priorzero.runs.logger import MetricsWriter, RunLogger
+from priorzero.runs.progress import Progress
+from priorzero.runs.summary import count_moved, fingerprint, format_table
+from priorzero.runtime.timeline import Timeline
+from priorzero.settings import RunSettings
+from tests.helpers.runs import lines, read_events
+
+
+def test_metrics_writer_counts_values_that_are_not_finite_and_does_not_write_them(tmp_path):
+    writer = MetricsWriter(tmp_path)
+    writer.write({"a": 1.0, "b": math.nan, "c": math.inf}, step=1)
+    writer.close()
+    assert writer.num_not_finite == 2 and writer.last == {"a": 1.0}
+    assert read_events(tmp_path) == {"a": [1.0]}
+
+
+def test_run_logger_writes_iterations(tmp_path):
+    run_logger = RunLogger(tmp_path, RunSettings(log_every=1))
+    episodes = [EpisodeResult(total_reward=2.0, score=3.0, steps=5, won=False, env_step=20)]
+    for iteration in (1, 2):
+        run_logger.log_iteration(
+            Counters(iteration=iteration, env_step=20 * iteration),
+            scalars={"collector_iter/reward_mean": 2.0 * iteration},
+            prior={"prior/retries": 1.0},
+            time_usage=Timeline().finish_interval(),
+            episodes=episodes,
+        )
+    run_logger.close()
+    events = read_events(tmp_path)
+    assert events["collector_iter/reward_mean"] == [2.0, 4.0] and events["prior/retries"] == [1.0, 1.0]
+    assert "memory/peak_mb" in events and "time/iteration_s" in events
+    assert lines(tmp_path, "episodes.jsonl") == 2 * [
+        {"total_reward": 2.0, "score": 3.0, "steps": 5, "won": False, "env_step": 20}
+    ]
+
+
+def evaluation(mode, score, *, episodes=1):
+    return Evaluation(mode, [score - 1] * episodes, [score] * episodes, wins=0, max_score=10.0)
+
+
+def test_run_logger_merges_the_evaluations_of_several_games(tmp_path):
+    run_logger = RunLogger(tmp_path, RunSettings())
+    results = {
+        ("random", False): {"a": evaluation("random", 1.0), "b": evaluation("random", 3.0)},
+        ("world_model", False): {"a": evaluation("world_model", 5.0), "b": evaluation("world_model", 7.0)},
+        ("random", True): {"c": evaluation("random", 4.0)},
+    }
+    merged = run_logger.log_evaluations(results, env_step=48, prior_fallbacks=2.0)
+    run_logger.close()
+    assert {name: e.scores for name, e in merged.items()} == {
+        "random": [1.0, 3.0],
+        "world_model": [5.0, 7.0],
+        "unseen_random": [4.0],
+    }
+    events = read_events(tmp_path)
+    assert events["evaluator_step/random_score_mean"] == [2.0]
+    assert events["evaluator_step/unseen_random_score_mean"] == [4.0]
+    assert events["evaluator_step/reward_mean"] == events["evaluator_step/world_model_reward_mean"] == [5.0]
+    assert events["evaluator_step/prior_fallbacks"] == [2.0]
+    written = lines(tmp_path, "evaluations.jsonl")
+    assert [(line["game"], line["mode"], line["unseen"], line["env_step"]) for line in written] == [
+        ("a", "random", False, 48),
+        ("b", "random", False, 48),
+        ("a", "world_model", False, 48),
+        ("b", "world_model", False, 48),
+        ("c", "random", True, 48),
+    ]
+
+
+def test_run_logger_state_dict_holds_sizes_time_and_last_metrics(tmp_path):
+    first = RunLogger(tmp_path, RunSettings())
+    first.writer.write({"a": 1.0}, step=1)
+    first.log_evaluations({("random", False): {"a": evaluation("random", 1.0)}}, env_step=1)
+    state = first.state_dict()
+    assert state["sizes"] == {
+        path.name: path.stat().st_size for path in [*tmp_path.glob("*.jsonl"), *tmp_path.glob("events*")]
+    }
+    assert json.dumps(state) and state["last"]["a"] == 1.0
+    first.close()
+    again = RunLogger(tmp_path, RunSettings(), state={**state, "seconds": 1000.0})
+    assert again.seconds >= 1000 and again.writer.last == state["last"]
+    again.writer.write({"a": 2.0}, step=2)
+    again.close()
+    assert len(list(tmp_path.glob("events*"))) == 2  # one for each process, so that none is overwritten
+    assert read_events(tmp_path)["a"] == [1.0, 2.0]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_one_line_on_a_terminal():
+    terminal = Terminal()
+    progress = Progress(max_iter=10, max_env_step=1000, every=2, terminal=terminal)
+    for iteration in range(1, 5):
+        progress.show(iteration=iteration, env_step=20 * iteration, episode_return=None, loss=1.5)
+    text = terminal.getvalue()
+    assert text.count("\r") == 2 and "\n" not in text
+    assert "iteration 4/10" in text and "env steps 80" in text and "return -" in text and "loss 1.500" in text
+    progress.end()
+    assert terminal.getvalue().endswith("\n")
+
+
+def test_fingerprint_detects_a_change_anywhere():
+    tensors = {"w": torch.arange(6.0).reshape(2, 3), "v": torch.ones(3)}
+    before = fingerprint(tensors)
+    assert count_moved(before, fingerprint(tensors)) == 0
+    swapped = {"w": tensors["w"].flip(0), "v": tensors["v"]}
+    assert count_moved(before, fingerprint(swapped)) == 1
+
+
+def test_format_table_aligns_two_columns():
+    assert format_table({"a": 1, "long name": "x"}) == "  a          1\n  long name  x"
+
+
+@pytest.mark.parametrize(("counters", "finished"), [((10, 0), True), ((9, 99), False), ((0, 100), True)])
+def test_counters_say_when_a_run_is_finished(counters, finished):
+    run = RunSettings(max_iter=10, max_env_step=100)
+    assert Counters(*counters).is_finished(run) == finished

@@ -1,0 +1,130 @@
+"""The settings: their defaults, types and bounds, and the messages about wrong values."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+from priorzero.config import PRESETS, parse_assignments, resolve_settings, settings_page
+from priorzero.settings import Settings
+from priorzero.types import UserError
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.parametrize(
+    ("assignments", "message"),
+    [
+        ("run.max_iter=-1", "run.max_iter=-1 must be a whole number, at least 1"),
+        ("run.max_iter=many", "run.max_iter=many must be a whole number, at least 1"),
+        ("run.max_iter=true", "run.max_iter=True must be a whole number, at least 1"),
+        ("run.max_iter=2.5", "run.max_iter=2.5 must be a whole number"),
+        ("run.max_iter=", "run.max_iter=None must be a whole number"),
+        ("llm.learning_rate=.nan", "llm.learning_rate=nan must be a finite number greater than 0"),
+        ("llm.learning_rate=.inf", "must be a finite number"),
+        ("llm.learning_rate=fast", "llm.learning_rate=fast must be a finite number greater than 0"),
+        ("llm.learning_rate=true", "llm.learning_rate=True must be a finite number"),
+        ("llm.learning_rate=1" + "0" * 400, "must be a finite number"),
+        ("llm.use_lora=1", "llm.use_lora=1 must be true or false"),
+        ("llm.path=[1]", "llm.path=[1] must be text"),
+        ("prior.combine=add", "prior.combine=add must be one of mix, replace"),
+        ("world_model.embed_dim=1000000", "must be a whole number between 8 and 16384"),
+        ("world_model.num_unroll_steps=2", "must be a whole number, at least 4"),
+        ("env.max_episode_steps=1", "must be a whole number, at least 2"),
+        ("eval.modes=everything", "must be one or more of world_model, world_model_with_prior, prior, prior_sampled"),
+        ("eval.modes=[]", "must be one or more of world_model"),
+        # Settings that do not go together.
+        ("world_model.num_heads=3", "world_model.embed_dim=512 must be a multiple of 8 and of world_model.num_heads=3"),
+        ("world_model.context_length=7", "world_model.context_length=7 must be even and at most twice"),
+        ("llm.micro_batch_size=6", "llm.micro_batch_size=6 must divide llm.batch_size=32; try 4 or 8"),
+        ("llm.batch_size=128", "llm.batch_size=128 must be at most train.batch_size=64"),
+        ("cluster.num_learners=3", "cluster.num_learners=3 must divide llm.batch_size=32"),
+        ("replay.buffer_size=100", "must be at least train.batch_size + replay.segment_length = 264"),
+        ("prior.use_cot=true", "prior.use_cot=True needs prior.mode=rank"),
+        ("llm.rft_clip=0.2 prior.mode=rank", "llm.rft_clip=0.2 needs prior.mode=score"),
+        ("llm.objective=actions prior.mode=rank", "llm.objective=actions needs prior.mode=score"),
+        ("llm.prompt_layout=walkthrough prior.mode=rank", "llm.prompt_layout=walkthrough needs prior.mode=score"),
+        ("prior.enabled=false", "prior.enabled=False leaves no LLM to evaluate; add --set eval.modes=world_model"),
+        ("vllm.sync_every=3", "vllm.max_staleness=1 must be at least 2: with vllm.sync_every=3"),
+        ("vllm.sleep=true train.overlap=always", "type --set train.overlap=never"),
+        ("vllm.max_model_len=500", "must be at least llm.prompt_max_len + llm.generate_max_len = 2304, or 0"),
+    ],
+)  # fmt: skip
+def test_settings_that_are_wrong_are_refused_with_what_is_allowed(assignments, message):
+    with pytest.raises(UserError) as caught:
+        resolve_settings(parse_assignments(assignments.split(" ")))
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("assignments", ["vllm.sync_every=3 vllm.max_staleness=2", "train.overlap=always"])
+def test_settings_that_go_together_are_accepted(assignments):
+    resolve_settings(parse_assignments(assignments.split(" ")))
+
+
+def test_settings_values_are_converted_only_where_nothing_is_lost():
+    layer = {
+        "run": {"max_iter": 8.0, "exp_name": 2024},
+        "search": {"temperature": 2},
+        "eval": {"modes": "prior, random"},
+    }
+    settings = resolve_settings(layer)
+    assert settings.run.max_iter == 8 and isinstance(settings.run.max_iter, int)
+    assert settings.search.temperature == 2.0 and isinstance(settings.search.temperature, float)
+    assert settings.run.exp_name == "2024" and settings.eval.modes == ["prior", "random"]
+    assert resolve_settings({"eval": {"unseen": None}}).eval.unseen == ""
+
+
+def test_settings_defaults_of_the_specification():
+    s = resolve_settings()
+    assert (s.world_model.num_layers, s.world_model.num_heads, s.world_model.embed_dim) == (2, 8, 512)
+    assert (s.world_model.context_length, s.world_model.num_unroll_steps, s.replay.segment_length) == (8, 10, 200)
+    assert (s.search.num_simulations, s.search.root_dirichlet_alpha, s.search.root_noise_weight) == (25, 0.3, 0.25)
+    assert (s.search.pb_c_base, s.search.pb_c_init) == (19652, 1.25)
+    assert (s.train.batch_size, s.train.update_per_collect, s.env.collector_env_num) == (64, 10, 4)
+    assert (s.replay.buffer_size, s.replay.priority_prob_alpha, s.replay.priority_prob_beta) == (10_000, 0.6, 0.4)
+    assert (s.llm.learning_rate, s.llm.llm_loss_weight, s.llm.rft_loss_weight) == (1e-6, 0.5, 0.3)
+    assert (s.llm.prompt_max_len, s.llm.generate_max_len, s.llm.history_length) == (2048, 256, 5)
+    assert (s.llm.batch_size, s.llm.micro_batch_size, s.eval.every) == (32, 4, 500)
+    assert (s.prior.attempts, s.prior.timeout_s, s.env.action_space_size) == (3, 30.0, 256)
+    assert s.llm.path == "Qwen/Qwen2.5-0.5B-Instruct"
+
+
+def test_settings_of_the_quick_test():
+    q = resolve_settings(PRESETS["quick_test"])
+    assert (q.search.num_simulations, q.replay.segment_length, q.train.batch_size) == (10, 50, 32)
+    assert (q.train.update_per_collect, q.env.collector_env_num, q.llm.history_length) == (5, 2, 3)
+    assert (q.llm.prompt_max_len, q.llm.generate_max_len) == (1024, 128)
+    assert (q.llm.batch_size, q.llm.micro_batch_size) == (8, 2)
+
+
+def test_settings_are_all_read_somewhere():
+    """A setting that nothing reads would be accepted and ignored."""
+    read = {
+        node.attr
+        for path in (ROOT / "priorzero").rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
+    unread = [
+        f"{group}.{key}" for group, values in Settings().model_dump().items() for key in values if key not in read
+    ]
+    assert unread == []
+
+
+def test_settings_page_is_up_to_date():
+    page = ROOT / "docs" / "settings.md"
+    assert page.is_file() and page.read_text() == settings_page(), (
+        "docs/settings.md is not what priorzero/settings.py says; type "
+        "python -m priorzero.config --markdown > docs/settings.md"
+    )
+
+
+def test_settings_page_is_a_table_of_every_setting():
+    rows = [line for line in settings_page().splitlines() if line.startswith("| `")]
+    assert len(rows) == sum(len(values) for values in Settings().model_dump().values())
+    assert all(row.count("|") == 5 for row in rows)
+    assert "| `llm.micro_batch_size` | `4` | a whole number, at least 1 | decisions in one forward and backward" in str(
+        rows
+    )
