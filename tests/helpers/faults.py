@@ -96,9 +96,7 @@ class FaultPlan:
 
         def faulty_learn_world_model(policy, batch, *, train_iter):
             if self.occurs("batch poisoned"):
-                rewards = np.array(batch.rewards, dtype=np.float32)
-                rewards.flat[0] = np.nan
-                batch = dataclasses.replace(batch, rewards=rewards)
+                batch.rewards.flat[0] = np.nan  # in place, so that the batch that is saved contains it
             return learn_world_model(policy, batch, train_iter=train_iter)
 
         def faulty_llm_gradient(learner, samples):
