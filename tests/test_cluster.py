@@ -5,18 +5,23 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
 import pytest
 import ray
 import torch
+from ray.exceptions import ActorDiedError
 
 from priorzero import ray_entry
+from priorzero.cluster import collectors
 from priorzero.cluster.actors import prior_server, registry
+from priorzero.cluster.actors.collector import CollectorReport
 from priorzero.cluster.actors.prior_server import PriorServer, load_trained_parameters
 from priorzero.cluster.actors.registry import Registry, RemoteVocabulary
 from priorzero.cluster.calls import result_of
+from priorzero.cluster.collectors import Collectors
 from priorzero.cluster.connection import check_settings, connect
 from priorzero.cluster.resources import Share, plan_resources
 from priorzero.cluster.restart import RestartableLearner
@@ -27,6 +32,7 @@ from priorzero.llm.packing import PromptRow
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
 from priorzero.run_state import load_world_model
+from priorzero.runtime.timeline import TimeUsage
 from priorzero.types import PriorRequest, ProcessError, UserError
 from tests.helpers.models import make_settings, make_tiny_llm
 from tests.helpers.records import ACTIONS
@@ -185,7 +191,7 @@ def test_restartable_learner_ends_the_run_after_too_many_failures(tmp_path):
     assert learner.num_starts == 3
 
 
-# ---- registry and prior server, without Ray ----
+# ---- actors in this process, without Ray ----
 
 
 class LocalActor:
@@ -271,6 +277,46 @@ def test_prior_server_serves_published_parameters_also_after_a_restart(tmp_path,
     with torch.no_grad():
         logprobs, mask = other.token_logprobs([row])
     assert after.rollout_logprobs == pytest.approx((logprobs * mask).sum(dim=1).numpy(), abs=1e-4)
+
+
+class DeadCollector:
+    """A collector that Ray has given up."""
+
+    def collect(self, *arguments):
+        return None, result_of_dead_actor()
+
+    def __ray_ready__(self):
+        return result_of_dead_actor()
+
+
+async def result_of_dead_actor():
+    raise ActorDiedError
+
+
+class LiveCollector:
+    def collect(self, num_steps, versions, world_model):
+        report = CollectorReport({}, {}, [], num_steps, TimeUsage(0.0, {}, 0.0, 0.0), [], pid=1)
+        return "segments", Ready(report)
+
+
+def test_collectors_continue_without_a_lost_one_and_end_the_run_without_any(monkeypatch):
+    actors = iter([LocalActor(DeadCollector()), LocalActor(LiveCollector())])
+    monkeypatch.setattr(collectors.ray, "remote", lambda actor: SimpleNamespace(options=lambda **options: factory))
+    factory = SimpleNamespace(remote=lambda settings, servers: next(actors))
+    settings = make_settings({"cluster": {"num_collectors": 2}})
+
+    async def run():
+        both = Collectors(settings, share=Share(0, 0), servers=["server 0"])
+        both.start_all()
+        result = await both.next_result()
+        with pytest.raises(UserError, match="none of 2 collectors is left"):
+            await both.next_result()  # the live one was not started again
+        return both, result
+
+    both, result = asyncio.run(run())
+    assert (result.collector, result.segments) == (1, "segments")
+    assert result.report.env_steps == settings.train.collect_env_steps
+    assert (both.restarts, both.lost) == (1, 1)
 
 
 def test_merge_prior_metrics_adds_the_failures_of_both_sides():
