@@ -144,9 +144,7 @@ def test_transformers_engine_finds_most_of_each_prompt_in_the_cache(llm):
     for request in episode(llm, steps=6):
         got, want = (asyncio.run(engine.priors([request]))[0] for engine in (with_cache, without))
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
-    assert (
-        with_cache.take_statistics()["prior/prefix_cache_hit_rate"] > 0.5
-    )  # short prompts, and a new one first
+    assert with_cache.take_statistics()["prior/prefix_cache_hit_rate"] > 0.5  # short prompts, and a new one first
     assert without.take_statistics()["prior/prefix_cache_hit_rate"] == 0
 
 
