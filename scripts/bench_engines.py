@@ -23,8 +23,8 @@ import torch
 from bench_prompts import largest_difference, logprobs_one_prompt_per_action, numbered_prompt
 from bench_tools import Row, report, seconds
 
-from priorzero.llm.engines.make import make_engine
 from priorzero.config import PRESETS, resolve_settings
+from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PromptRow
 from priorzero.llm.prompts import prompt_style
