@@ -1,1 +1,1 @@
-"""Training on a Ray cluster: collectors, prior servers and learners in processes of their own."""
+"""Training on a Ray cluster. :mod:`priorzero.cluster.train` is the loop."""
