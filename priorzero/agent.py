@@ -164,7 +164,7 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
     Raises:
         UserError: settings of vLLM do not fit the model or the machine.
     """
-    maker = PriorBuilder(
+    builder = PriorBuilder(
         llm,
         prompt_style(settings),
         temperature=settings.prior.temperature,
@@ -172,8 +172,10 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
     )
     if settings.prior.engine == "transformers":
         if llm.device.type == "cpu":  # one row keeps a CPU busy and can use the prompt cache
-            return TransformersEngine(maker, rows_per_forward=1, prompt_cache_tokens=settings.prior.prompt_cache_tokens)
-        return TransformersEngine(maker, rows_per_forward=16)
+            return TransformersEngine(
+                builder, rows_per_forward=1, prompt_cache_tokens=settings.prior.prompt_cache_tokens
+            )
+        return TransformersEngine(builder, rows_per_forward=16)
     max_model_len = max(4096, 2 * (settings.llm.prompt_max_len + settings.llm.generate_max_len))
     if llm.max_length is not None:
         max_model_len = min(max_model_len, llm.max_length)
@@ -185,7 +187,7 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
     if settings.vllm.sleep and llm.device.type == "cpu":
         raise UserError("vllm.sleep=True frees a GPU's memory, and this run is on a CPU; leave it out")
     return VLLMEngine(
-        maker,
+        builder,
         model=resolve_model(settings.llm.path, setting="llm.path"),
         cfg=settings.vllm,
         max_model_len=settings.vllm.max_model_len or max_model_len,
