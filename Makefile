@@ -1,14 +1,14 @@
-# PriorZero: everyday commands. `make` alone lists them. Packages go into .venv, made on first use.
+# PriorZero's commands. `make` lists them. The first use installs packages into .venv.
 
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
-# Passed on to the program or to pytest: make quick-test ARGS="--env_id zork1.z5", make test ARGS="-k buffer".
+# Further arguments of the program or of pytest: make quick-test ARGS="--env_id zork1.z5", make test ARGS="-k replay".
 ARGS ?=
 
-# Without cached bytecode every process that imports torch and LightZero starts some 15 seconds later.
+# Without cached bytecode, importing torch and LightZero takes about 15 seconds longer.
 unexport PYTHONDONTWRITEBYTECODE
 
-# No test may reach for a model hub: everything that the tests load comes from installed packages.
+# Tests must not use a model hub. All models that they load come from installed packages.
 PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(PYTHON) -m pytest
 
 .DEFAULT_GOAL := help
@@ -17,47 +17,47 @@ PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(PYTHON) -m pytest
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-quick-test:  ## set up the small set and run the whole loop once, on a CPU (up to 10 minutes)
+quick-test:  ## train with small models for a few steps on a CPU (up to 10 minutes)
 	@scripts/set_up.sh cpu
-	@echo "quick-test: running the whole loop on the CPU (up to 10 minutes)"
+	@echo "quick-test: training with small models on the CPU (up to 10 minutes)"
 	@$(PYTHON) -m priorzero.entry --quick_test $(ARGS)
 
-test:  ## set up everything and run the whole test suite
+test:  ## run all tests
 	@scripts/set_up.sh test
-	@echo "test: running the whole test suite (some minutes)"
-	@$(PYTEST) $(ARGS)
+	@echo "test: running all tests (some minutes)"
+	@$(PYTEST) --durations=10 $(ARGS)
 
-unit:  ## run the fast tests only
+unit:  ## run the fast tests
 	@scripts/set_up.sh test
 	@$(PYTEST) -m "not slow and not vllm" $(ARGS)
 
-learn-check:  ## see that search, prior, SFT and RFT each do what makes the agent better (below 5 minutes)
+learn-check:  ## check that search, prior, SFT and RFT each improve the agent (less than 5 minutes)
 	@scripts/set_up.sh test
 	@$(PYTEST) -m learn tests/test_learning.py --durations=0 $(ARGS)
 
-# In turn, on an otherwise idle machine; all of them, also after one has found results that differ.
-bench:  ## measure what docs/performance.md states (up to 20 minutes); fails if results differ
+# One after the other, since they need an idle machine. All are run, even if the results of one differ.
+bench:  ## measure the figures of docs/performance.md (up to 20 minutes); fails if results differ
 	@scripts/set_up.sh test
 	@failed=0; for name in env search learner prior loop; do \
 		echo "== bench_$$name"; $(PYTHON) scripts/bench_$$name.py; status=$$?; \
-		case $$status in 0) ;; 2) echo "left out: see above" ;; *) failed=1 ;; esac; \
-	done; echo "bench: results in bench_results/"; exit $$failed
+		case $$status in 0) ;; 2) echo "skipped (see above)" ;; *) failed=1 ;; esac; \
+	done; echo "bench: the results are in bench_results/"; exit $$failed
 
-lint:  ## ruff over everything, mypy over priorzero/
+lint:  ## run ruff on all files and mypy on priorzero/
 	@scripts/set_up.sh test
-	@echo "lint: ruff, then mypy (about a minute without its cache)"
+	@echo "lint: running ruff, then mypy (about a minute without its cache)"
 	@.venv/bin/ruff check .
 	@.venv/bin/mypy
 
-format:  ## format the code and fix what ruff can fix
+format:  ## format the code and apply the automatic fixes of ruff
 	@scripts/set_up.sh test
 	@.venv/bin/ruff check --fix-only --quiet .
 	@.venv/bin/ruff format .
 
-lock:  ## rewrite requirements/ from pyproject.toml (ARGS=--upgrade for the newest versions)
+lock:  ## write requirements/ from pyproject.toml (ARGS=--upgrade for the newest versions)
 	@scripts/set_up.sh uv
 	@UV=$(CURDIR)/.venv/bin/uv $(PYTHON) scripts/lock_requirements.py $(ARGS)
 
-clean:  ## remove caches and build folders (keeps .venv and the data of runs)
+clean:  ## remove caches and build folders (keeps .venv and the runs)
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist ./*.egg-info
 	@find . -name __pycache__ -type d -not -path './.venv*' -prune -exec rm -rf {} +

@@ -67,17 +67,17 @@ class Learner:
         self._agent.llm_thread.close()
 
     async def _learn(self) -> None:
-        settings, iteration = self._settings, self._counters.iteration
+        settings, counters = self._settings, self._counters
         metrics: dict[str, float] = {}
         batch: ReplayBatch | None = None
-        if iteration % settings.train.update_every == 0:
+        if counters.is_due(settings.train.update_every):
             for _ in range(settings.train.update_per_collect):
                 batch, update_metrics = await self._agent.world_model_thread.run(
                     "world-model update", self._update_world_model
                 )
                 metrics.update(update_metrics)
         prior, llm = self._agent.prior, settings.llm
-        if prior is not None and (llm.enable_sft or llm.enable_rft) and iteration % llm.update_every == 0:
+        if prior is not None and (llm.enable_sft or llm.enable_rft) and counters.is_due(llm.update_every):
             first = None if batch is None else batch.sequences
 
             async def update_llm() -> int:

@@ -9,11 +9,10 @@ from pathlib import Path
 import torch
 
 from priorzero.agent import Agent
-from priorzero.config import dump_settings
 from priorzero.play.action_vocabulary import ActionIndexer
 from priorzero.play.collector import Collector
 from priorzero.policy import PriorZeroPolicy
-from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint, save_tensors
+from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint, save_tensors, write_world_model
 from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
@@ -45,11 +44,14 @@ class RunState:
         """
         policy, agent, table = self.agent.policy, self.agent, RecordTable()
         _check_parameters(policy)
-        save_tensors(policy.world_model_state(), folder / "world_model.pt")
+        write_world_model(
+            folder,
+            parameters=policy.world_model_state(),
+            actions=agent.indexer.state_dict(),
+            settings=self.settings,
+        )
         if agent.llm is not None:
             agent.llm.save(folder / "llm")
-        (folder / "actions.json").write_text(json.dumps(agent.indexer.state_dict()), encoding="utf-8")
-        (folder / "config.yaml").write_text(dump_settings(self.settings), encoding="utf-8")
         state = {
             "loop": loop,
             "policy": policy.training_state(),

@@ -12,7 +12,6 @@ import torch
 
 from priorzero.agent import (
     check_games,
-    choose_engine,
     make_agent,
     make_evaluators,
     make_workers,
@@ -20,6 +19,7 @@ from priorzero.agent import (
 )
 from priorzero.envs import GameSpec, resolve_games
 from priorzero.llm.engines import cores_for_training
+from priorzero.llm.engines.make import choose_engine
 from priorzero.llm.models import choose_device
 from priorzero.play.collector import Collector
 from priorzero.runs.checkpoint import Checkpoint

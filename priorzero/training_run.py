@@ -6,11 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-import numpy as np
 from loguru import logger
 
 from priorzero.agent import Agent
-from priorzero.config import differences
 from priorzero.envs import GameSpec
 from priorzero.learning import Learner
 from priorzero.llm.models import warn_of_long_prompts
@@ -20,20 +18,20 @@ from priorzero.run_state import RunState
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.counters import Counters
 from priorzero.runs.folder import create_files, truncate_files
-from priorzero.runs.logger import RunLogger, log_segments
+from priorzero.runs.logger import RunLogger, log_segments, log_start
 from priorzero.runs.nonfinite import NonFiniteUpdates
 from priorzero.runs.saver import Saver
 from priorzero.runs.summary import (
     RunSummary,
     count_moved,
-    describe_evaluation,
     fingerprint,
     format_table,
     peak_memory_mb,
+    summary_rows,
 )
 from priorzero.runtime.concurrency import StopRequest
 from priorzero.settings import Settings
-from priorzero.types import Plain, UserError
+from priorzero.types import Plain
 
 
 class TrainingRun:
@@ -112,11 +110,7 @@ class TrainingRun:
         """
         settings, agent = self.settings, self.agent
         self._lock = create_files(settings, self.folder, resumed=self._checkpoint is not None)
-        logger.info(
-            f"{self.games_text}, seed {settings.run.seed}, on {agent.device}; the run's folder is {self.folder}"
-        )
-        changed = [f"{group}.{key}={v}" for group, own in differences(settings).items() for key, v in own.items()]
-        logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
+        log_start(settings, games=self.games_text, where=str(agent.device), folder=self.folder)
         if agent.llm is not None:
             warn_of_long_prompts(agent.llm, settings.llm)
         saved = None if self._checkpoint is None else await self._restore(self._checkpoint)
@@ -169,9 +163,8 @@ class TrainingRun:
 
     def set_due(self) -> None:
         """Set ``evaluation_due`` and ``save_due`` for the present iteration."""
-        iteration, every = self.counters.iteration, self.settings.run.checkpoint_every
-        self.evaluation_due = self.is_finished or iteration % self.settings.eval.every == 0
-        self.save_due = self.is_finished or (every > 0 and iteration % every == 0)
+        self.evaluation_due = self.is_finished or self.counters.is_due(self.settings.eval.every)
+        self.save_due = self.is_finished or self.counters.is_due(self.settings.run.checkpoint_every)
 
     def log(self, collected: Collected) -> None:
         """Log an iteration."""
@@ -248,8 +241,7 @@ class TrainingRun:
             self.log(self._unlogged)
             self.evaluation_due = False
         await self.save()
-        if self.saver.last is not None and not self.saver.failure:
-            logger.warning(f"interrupted; what was learned so far is in {self.saver.last}")
+        self.saver.log_last()
 
     async def close(self) -> None:
         """Close the prior engine and the files, and write the trace."""
@@ -270,10 +262,7 @@ class TrainingRun:
             UserError: the last checkpoint could not be written.
         """
         self.logger.progress.end()
-        if self.saver.failure:
-            raise UserError(
-                f"the run has ended, but {self.saver.failure}; the last checkpoint is {self.saver.last or 'none'}"
-            )
+        self.saver.check()
         rows = self._rows()
         stopped = self.stop.requested and (self.evaluation_due or not self.is_finished)
         logger.info(f"{'stopped' if stopped else 'done'}:\n" + format_table(rows))
@@ -282,29 +271,31 @@ class TrainingRun:
         return RunSummary(self.folder, rows, dict(self.logger.writer.last), self._evaluations, stopped)
 
     def _rows(self) -> dict[str, Any]:
-        counters, returns = self.counters, self.collector.recent_returns
+        counters, agent = self.counters, self.agent
         nothing_learned = f"0 (fewer than train.batch_size={self.settings.train.batch_size} decisions were stored)"
-        mean_return = f"{np.mean(list(returns)):.2f}" if returns else "-"
-        now = trained_fingerprints(self.agent)
-        return {
-            "game": self.games_text,
-            "iterations": counters.iteration,
-            "environment steps": counters.env_step,
-            "episodes finished": self.collector.num_episodes,
-            "mean return": f"{mean_return} over the last {len(returns)} episodes",
-            "world-model updates": counters.train_iter or nothing_learned,
-            "LLM updates": counters.llm_version if self.agent.llm is not None else "no LLM",
-            **{
-                f"{name} tensors moved": f"{count_moved(before, now[name])} of {len(before)}"
-                for name, before in self._initial_fingerprints.items()
+        now = trained_fingerprints(agent)
+        return summary_rows(
+            counters,
+            settings=self.settings,
+            games=self.games_text,
+            num_episodes=self.collector.num_episodes,
+            recent_returns=self.collector.recent_returns,
+            updates={
+                "world-model updates": counters.train_iter or nothing_learned,
+                "LLM updates": counters.llm_version if agent.llm is not None else "no LLM",
+                **{
+                    f"{name} tensors moved": f"{count_moved(before, now[name])} of {len(before)}"
+                    for name, before in self._initial_fingerprints.items()
+                },
             },
-            **{f"evaluation, {mode}": describe_evaluation(e) for mode, e in self._evaluations.items()},
-            "time of the iterations": self.agent.timeline.total.describe(),
-            "peak memory": f"{peak_memory_mb():.0f} MB in this process",
-            "wall time": f"{self.logger.seconds:.0f} s",
-            "checkpoint": self.saver.last or "none (nothing was trained)",
-            "charts": f"tensorboard --logdir {self.settings.run.output_dir}",
-        }
+            evaluations=self._evaluations,
+            resources={
+                "time of the iterations": agent.timeline.total.describe(),
+                "peak memory": f"{peak_memory_mb():.0f} MB in this process",
+                "wall time": f"{self.logger.seconds:.0f} s",
+            },
+            checkpoint=self.saver.last,
+        )
 
 
 def trained_fingerprints(agent: Agent) -> dict[str, dict[str, int]]:

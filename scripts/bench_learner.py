@@ -1,52 +1,52 @@
-"""Learning steps of both models, each against the straightforward way. Takes about four minutes.
+"""Time of an update of each model, compared with the straightforward implementation. Takes about four minutes.
 
     python scripts/bench_learner.py [llm|world_model]
 
-Language model: one learning step (forward, backward, AdamW) of SmolLM2-135M in float32 on the visits of two states,
-with a prompt of 300 tokens and the top 8 of its actions each (`llm.sft_top_actions`), or 16. Ours packs a state's
-actions behind one copy of its prompt; the plain way repeats the prompt for every action, in as many rows at a time as
-ours has states (`llm.micro_batch_size`, 2 as in the quick test), so that both hold about as many tokens. Equal means
-the losses within 1e-5 relative, and the gradients of all parameters within 1e-5 of the whole gradient's norm.
+Language model: one update (forward, backward, AdamW) of SmolLM2-135M in float32 on the visit counts of two states,
+each with a prompt of 300 tokens and its 8 or 16 most visited actions (``llm.sft_top_actions``). The package packs the
+actions of a state behind one copy of its prompt. The reference repeats the prompt for every action. It has as many rows
+in a micro-batch as the package has states (``llm.micro_batch_size``, 2 as in the quick test), so that both process
+similar numbers of tokens. The results are equal if the relative difference of the losses is below 1e-5, and the norm of
+the difference of the gradients is below 1e-5 of the gradient's norm.
 
-World model: one learning step of UniZero, 32 sequences of 10 steps, embed 256, 2 layers, 256 actions, without dropout.
-Ours reads stored features of the frozen encoder (all-MiniLM-L6-v2, 22M), as the default settings make them: feedback,
-room and inventory apart. The plain way is LightZero's own policy with `obs_type='text'`: it reads the token ids of an
-observation and encodes all of them in the model and again in its target. Two changes, and one in its favour: LightZero
-overwrites the pretrained encoder with random values when it builds the model, so it is loaded back; the encoder's
-dropout is off; and observations are padded to the longest (some 160 tokens), where LightZero's Jericho environment pads
-to 512. Equal means that a second world model of ours, with the plain one's parameters and its projection (one linear
-layer behind the first token's output, where ours has two layers behind the mean), gives the same losses and gradient
-norm, within 1e-4 relative, from features that were encoded once, one text at a time.
+World model: one update of UniZero on 32 sequences of 10 steps, with embedding size 256, 2 layers, 256 actions and no
+dropout. The package reads stored features of the frozen encoder (all-MiniLM-L6-v2, 22M parameters). The reference is
+LightZero's own policy with ``obs_type='text'``: it reads token ids and encodes all observations in the model and again
+in its target. It is changed in three points: the pretrained encoder is loaded again, because LightZero overwrites it
+with random values; the encoder's dropout is off; and observations are padded to the longest one (about 160 tokens)
+instead of 512 tokens, which is faster.
 
-The plain step is run once and is its policy's first; ours is the best of several. The second row adds to our side what
-it pays elsewhere: encoding the texts of new states.
+The world-model results are equal if the relative difference of the losses and the gradient norm is below 1e-4. They are
+computed by a second policy of the package, with the parameters of the reference and its projection (one linear layer on
+the output at the first token; the package uses two layers on the mean), from features that are encoded once.
 
-What grows: seconds of our learning step with the number of actions, and with the depth of the world model.
+The reference's update is run once, the package's several times. The second row adds the time to encode the texts of new
+states to the package's time.
+
+Two more tables show the seconds of the package's updates by the number of actions and by the number of layers.
 """
 
 from __future__ import annotations
 
-import os
+import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 import numpy as np
 import torch
+from bench_prompts import ROOM, numbered_prompt
 from bench_tools import Row, report, seconds
 
 from priorzero.config import PRESETS, resolve_settings
 from priorzero.llm.fine_tuning import LLMLearner, LLMSample
 from priorzero.llm.losses import gradient_norm, sft_loss
 from priorzero.llm.models import LanguageModel, load_language_model, resolve_model
-from priorzero.play.text_encoder import TextEncoder
 from priorzero.llm.prompts import prompt_style
+from priorzero.play.text_encoder import TextEncoder
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.quiet import quiet
+from priorzero.settings import Settings
 from priorzero.types import GameState, StepRecord
 from priorzero.world_model.batch import ReplayBatch, SampledSequences
 from priorzero.world_model.lightzero import unizero_config
@@ -57,55 +57,54 @@ with quiet():
 VERBS = ("take", "open", "examine", "push")
 THINGS = ("brass lantern", "old brown sack", "trap door", "jewel-encrusted egg")
 COMMANDS = tuple(f"{verb} the {thing}" for thing in THINGS for verb in VERBS)  # 16
-ROOM = (
-    "You are standing in an open field west of a white house, with a boarded front door. There is a small mailbox "
-    "here. A path leads around the house, and the forest begins not far from it. "
-)
-LOSSES = ("wm_total_loss", "wm_latent_loss", "wm_reward_loss", "wm_policy_loss", "wm_value_loss", "wm_grad_norm")
 BATCH = 32
-FEATURE_SIZE = 3 * 384 + 128  # of the default encoder
-STOCK_LOSSES = (
-    "weighted_total_loss", "obs_loss", "reward_loss", "policy_loss", "value_loss", "total_grad_norm_before_clip_wm"
-)  # fmt: skip
+FEATURE_SIZE = 3 * 384 + 128  # of the default encoder: feedback, room and inventory, then score and moves
+# the package's metric -> LightZero's name for it
+WORLD_MODEL_LOSSES = {
+    "wm_total_loss": "weighted_total_loss",
+    "wm_latent_loss": "obs_loss",
+    "wm_reward_loss": "reward_loss",
+    "wm_policy_loss": "policy_loss",
+    "wm_value_loss": "value_loss",
+    "wm_grad_norm": "total_grad_norm_before_clip_wm",
+}
 
 
 # ---- language model ----
 
 
 def make_learner(llm: LanguageModel, *, top: int) -> tuple[LLMLearner, list[torch.Tensor]]:
-    """A learner whose steps cost what they cost and leave the parameters alone; the list holds the last gradient."""
+    """A learner with a learning rate of 0, and a list that holds the gradient of the last update."""
     layer = {"llm": {"objective": "tokens", "enable_rft": False, "sft_top_actions": top, "grad_clip": 1e9}}
     settings = resolve_settings(PRESETS["quick_test"], layer)
     learner = LLMLearner(llm, settings.llm, style=prompt_style(settings))
     learner.optimizer.param_groups[0]["lr"] = 0.0
     gradient: list[torch.Tensor] = []
 
-    def take(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
+    def copy_gradient(optimizer: torch.optim.Optimizer, arguments: Any, keywords: Any) -> None:
         gradient[:] = [p.grad for p in llm.trainable_parameters() if p.grad is not None]
 
-    learner.optimizer.register_step_pre_hook(take)
+    learner.optimizer.register_step_pre_hook(copy_gradient)
     return learner, gradient
 
 
 def make_records(llm: LanguageModel, *, states: int, tokens: int) -> list[StepRecord]:
-    """Decisions over 16 valid actions, all of them visited."""
+    """Decisions with 16 valid actions. All of them have visits."""
     rng = np.random.default_rng(0)
     records = []
     for number in range(states):
         visits = rng.permutation(len(COMMANDS)) + 1
-        ids = llm.tokenizer(f"Move {number}. " + ROOM * 20, add_special_tokens=False)["input_ids"][: tokens - 30]
-        messages = [{"role": "user", "content": llm.tokenizer.decode(ids) + "\nWhat is the next command?"}]
         records.append(
             StepRecord(
                 state=GameState(ROOM, COMMANDS, 0.0, 350.0, number),
                 features=np.zeros(1, dtype=np.float32),
                 action_indices=np.arange(len(COMMANDS)),
-                prompt=llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True),
+                prompt=numbered_prompt(llm, max_tokens=tokens - 30, number=number),
                 prior=None,
                 visit_counts=visits,
                 root_value=0.0,
                 predicted_value=0.0,
-                chosen=int(visits.argmax()),  # among the top actions, however few
+                chosen=int(visits.argmax()),
                 reward=0.0,
                 done=False,
                 episode=0,
@@ -115,8 +114,8 @@ def make_records(llm: LanguageModel, *, states: int, tokens: int) -> list[StepRe
     return records
 
 
-def one_row_an_action(learner: LLMLearner, samples: Sequence[LLMSample]) -> float:
-    """The straightforward learning step: the whole prompt again for every action. Returns the SFT loss."""
+def learn_one_row_per_action(learner: LLMLearner, samples: Sequence[LLMSample]) -> float:
+    """An update in which the model processes the whole prompt again for every action. Returns the SFT loss."""
     llm, cfg = learner.llm, learner.cfg
     rows = [
         (sample.row.prompt_ids, completion, float(share))
@@ -129,7 +128,7 @@ def one_row_an_action(learner: LLMLearner, samples: Sequence[LLMSample]) -> floa
     for start in range(0, len(rows), cfg.micro_batch_size):
         micro = rows[start : start + cfg.micro_batch_size]
         sequences = [torch.tensor([*prompt, *completion]) for prompt, completion, _ in micro]
-        # Padding on the right is out of a causal model's sight: no mask, so that its fastest attention can be used.
+        # A causal model does not attend to padding on the right. Without a mask the fastest attention can be used.
         input_ids = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
         first = min(len(prompt) for prompt, _, _ in micro) - 1
         logits = llm.model(input_ids=input_ids, logits_to_keep=input_ids.shape[1] - first, use_cache=False).logits
@@ -147,31 +146,31 @@ def one_row_an_action(learner: LLMLearner, samples: Sequence[LLMSample]) -> floa
 
 
 def language_model_row(llm: LanguageModel, *, top: int, states: int, tokens: int) -> tuple[Row, dict[str, Any]]:
-    """Both ways of one learning step, and by how much they differ."""
+    """The comparison of one update, and the differences of its results."""
     learner, gradient = make_learner(llm, top=top)
     samples, _ = learner.samples(make_records(llm, states=states, tokens=tokens), np.zeros(states))
-    learner.learn(samples)  # the first step also makes AdamW's moments
+    learner.learn(samples)  # warm-up; it also creates AdamW's moments
     ours_s, ours = seconds(lambda: learner.learn(samples)["sft_loss"], repeats=2)
     ours_gradient = list(gradient)
-    plain_s, plain = seconds(lambda: one_row_an_action(learner, samples), repeats=1)
+    reference_s, reference = seconds(lambda: learn_one_row_per_action(learner, samples), repeats=1)
     details = {
         "top_actions": top,
         "prompt_tokens": len(samples[0].row.prompt_ids),
-        "loss_difference": abs(ours - plain) / plain,
+        "loss_difference": abs(ours - reference) / reference,
         "gradient_difference": relative_difference(ours_gradient, gradient),
     }
     equal = max(details["loss_difference"], details["gradient_difference"]) < 1e-5
-    return Row(f"LLM step, {states} states, top {top} actions", ours_s, plain_s, 3, equal), details
+    return Row(f"LLM update, {states} states, top {top} actions", ours_s, reference_s, 3, equal), details
 
 
 def relative_difference(one: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Norm of the difference of two gradients, as a share of the second one's norm."""
+    """Norm of the difference of two gradients, divided by the norm of the second."""
     difference = torch.stack([(a - b).double().norm() for a, b in zip(one, other, strict=True)]).norm()
     return float(difference / torch.stack([b.double().norm() for b in other]).norm())
 
 
-def llm_steps(llm: LanguageModel, *, numbers: Sequence[int], states: int, tokens: int) -> list[dict[str, float]]:
-    """Seconds of our learning step for several numbers of actions."""
+def llm_update_times(llm: LanguageModel, *, numbers: Sequence[int], states: int, tokens: int) -> list[dict[str, float]]:
+    """Seconds of the package's update for several numbers of actions."""
     table = []
     for top in numbers:
         learner, _ = make_learner(llm, top=top)
@@ -186,20 +185,20 @@ def llm_steps(llm: LanguageModel, *, numbers: Sequence[int], states: int, tokens
 # ---- world model ----
 
 
-def world_model_settings(*, num_layers: int = 2) -> Any:
+def world_model_settings(*, num_layers: int = 2) -> Settings:
+    """Settings of UniZero without an LLM."""
     return resolve_settings(
+        PRESETS["pure_unizero"],
         {
-            "prior": {"enabled": False},
             "world_model": {"embed_dim": 256, "num_layers": num_layers, "dropout": 0.0},
             "train": {"batch_size": BATCH},
             "llm": {"batch_size": BATCH},
-            "eval": {"modes": ["world_model"]},
-        }
+        },
     )
 
 
 def make_states(*, count: int) -> list[GameState]:
-    """Different observations, in some twenty rooms and with some twenty things carried."""
+    """States with different feedback, in 20 rooms and with 19 inventories."""
     return [
         GameState(
             feedback=f"You take step number {n}. " + ROOM,
@@ -215,13 +214,19 @@ def make_states(*, count: int) -> list[GameState]:
 
 
 def make_batch(observations: np.ndarray, *, num_actions: int, seed: int = 0) -> ReplayBatch:
-    """A batch of observations ``[B, U + 1, O]`` with random targets."""
+    """A batch with random targets.
+
+    Args:
+        observations: features or token ids, ``[B, U + 1, F]``.
+        num_actions: A.
+        seed: seed of the targets.
+    """
     rng = np.random.default_rng(seed)
     size, steps = len(observations), observations.shape[1] - 1
     visits = np.zeros((size, steps + 1, num_actions), dtype=np.float32)
     visits[:, :, :20] = rng.dirichlet(np.ones(20), size=(size, steps + 1))
     mask = np.ones((size, steps + 1))
-    mask[: size // 8, steps // 2 :] = 0  # some sequences reach the end of their episode
+    mask[: size // 8, steps // 2 :] = 0  # these sequences contain the end of their episode
     actions = rng.integers(num_actions, size=(size, steps))
     return ReplayBatch(
         features=observations.reshape(size, -1),
@@ -239,8 +244,8 @@ def make_batch(observations: np.ndarray, *, num_actions: int, seed: int = 0) -> 
     )
 
 
-def make_stock_policy(settings: Any, *, encoder_folder: str, tokens: int) -> Any:
-    """LightZero's policy on token ids, with the pretrained encoder where LightZero left random values."""
+def make_reference_policy(settings: Settings, *, encoder_folder: str, tokens: int) -> Any:
+    """LightZero's policy on token ids, with the parameters of the pretrained encoder."""
     from transformers import AutoModel
 
     config = unizero_config(settings, feature_size=tokens, device="cpu")
@@ -253,7 +258,7 @@ def make_stock_policy(settings: Any, *, encoder_folder: str, tokens: int) -> Any
     model, target = policy._model._orig_mod, policy._target_model._model._orig_mod
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "encoder.model" not in name:  # LightZero starts its heads at zero, where many mistakes do not show
+            if "encoder.model" not in name:  # LightZero initialises its heads with zeros, which would hide errors
                 p += 0.02 * torch.randn(p.shape, generator=generator)
     model.tokenizer.encoder.model.load_state_dict(pretrained)
     target.load_state_dict(model.state_dict())
@@ -263,14 +268,14 @@ def make_stock_policy(settings: Any, *, encoder_folder: str, tokens: int) -> Any
     return policy
 
 
-def make_twin(settings: Any, stock: Any) -> PriorZeroPolicy:
-    """Our policy on the encoder's output, with all parameters and the projection of LightZero's."""
-    source = stock._model._orig_mod
+def make_twin(settings: Settings, reference: Any) -> PriorZeroPolicy:
+    """The package's policy on the encoder's output, with the parameters and the projection of the reference."""
+    source = reference._model._orig_mod
     projection = source.tokenizer.encoder.embed_proj_head
     twin = PriorZeroPolicy(settings, feature_size=projection.in_features, device="cpu", llm=None)
-    rest = {k: v for k, v in source.world_model.state_dict().items() if not k.startswith("tokenizer.")}
+    parameters = {k: v for k, v in source.world_model.state_dict().items() if not k.startswith("tokenizer.")}
     for model in (twin.network, twin.target_network):
-        missing, unexpected = model.world_model.load_state_dict(rest, strict=False)
+        missing, unexpected = model.world_model.load_state_dict(parameters, strict=False)
         assert not unexpected and all(name.startswith("tokenizer.") for name in missing)
         copied = torch.nn.Linear(projection.in_features, projection.out_features)
         copied.load_state_dict(projection.state_dict())
@@ -280,7 +285,7 @@ def make_twin(settings: Any, stock: Any) -> PriorZeroPolicy:
 
 @torch.inference_mode()
 def first_token_outputs(encoder: TextEncoder, texts: Sequence[str]) -> np.ndarray:
-    """The frozen encoder's output at the first token, one text at a time, ``[n, D]``."""
+    """The encoder's output at the first token of each text, ``[n, D]``."""
     rows = []
     for text in texts:
         inputs = encoder._tokenizer(text, return_tensors="pt", truncation=True)
@@ -288,50 +293,62 @@ def first_token_outputs(encoder: TextEncoder, texts: Sequence[str]) -> np.ndarra
     return np.stack(rows)
 
 
-def world_model_rows() -> tuple[list[Row], dict[str, Any]]:
-    settings = world_model_settings()
-    num_actions, steps = settings.env.action_space_size, settings.world_model.num_unroll_steps
-    shape = (BATCH, steps + 1)
-    states = make_states(count=BATCH * (steps + 1))
-    texts = [state.raw_obs_text for state in states]
-    encoder = TextEncoder(settings.encoder.path, cache_size=20_000, with_look=True, max_moves=100)
-    features = encoder.features(states)
-    batch = make_batch(features.reshape(*shape, -1), num_actions=num_actions)
+def compare_losses(
+    settings: Settings, encoder: TextEncoder, states: Sequence[GameState]
+) -> tuple[float, int, dict[str, dict[str, float]]]:
+    """Run the reference's update and that of its twin.
 
-    folder = resolve_model(settings.encoder.path, setting="encoder.path")
+    Returns:
+        The seconds of the reference, its tokens for each observation, and the losses of both.
+    """
+    num_actions = settings.env.action_space_size
+    shape = (BATCH, settings.world_model.num_unroll_steps + 1, -1)
+    texts = [state.raw_obs_text for state in states]
     ids = encoder._tokenizer(texts, truncation=True, padding=True)["input_ids"]
-    stock = make_stock_policy(settings, encoder_folder=folder, tokens=len(ids[0]))
-    stock_batch = make_batch(np.array(ids).reshape(*shape, -1), num_actions=num_actions)
-    twin = make_twin(settings, stock)
-    twin_batch = make_batch(first_token_outputs(encoder, texts).reshape(*shape, -1), num_actions=num_actions)
-    plain_s, plain = seconds(lambda: stock._forward_learn([*stock_batch.to_lightzero(), 0]), repeats=1)
+    folder = resolve_model(settings.encoder.path, setting="encoder.path")
+    reference_policy = make_reference_policy(settings, encoder_folder=folder, tokens=len(ids[0]))
+    twin = make_twin(settings, reference_policy)
+    text_batch = make_batch(np.array(ids).reshape(shape), num_actions=num_actions)
+    twin_batch = make_batch(first_token_outputs(encoder, texts).reshape(shape), num_actions=num_actions)
+    reference_s, reference = seconds(
+        lambda: reference_policy._forward_learn([*text_batch.to_lightzero(), 0]), repeats=1
+    )
     ours = twin.learn_world_model(twin_batch, train_iter=0)
     losses = {
-        name: {"ours": ours[f"train/{name}"], "plain": plain[stock_name]}
-        for name, stock_name in zip(LOSSES, STOCK_LOSSES, strict=True)
+        name: {"ours": ours[f"train/{name}"], "reference": reference[lightzero_name]}
+        for name, lightzero_name in WORLD_MODEL_LOSSES.items()
     }
-    equal = all(abs(v["ours"] - v["plain"]) <= 1e-4 * abs(v["plain"]) for v in losses.values())
+    return reference_s, len(ids[0]), losses
 
-    ours_s = world_model_step(settings, batch)
-    # What our way pays elsewhere: each new state's texts, once. The default settings collect 20 states for 10 updates.
-    fresh = [state_with(number) for number in range(10)]
-    encode_s = seconds(lambda: encoder.features(fresh), repeats=1)[0] / len(fresh)
+
+def world_model_rows() -> tuple[list[Row], dict[str, Any]]:
+    """The comparisons of the world model, and further figures."""
+    settings = world_model_settings()
+    steps = settings.world_model.num_unroll_steps + 1
+    states = make_states(count=BATCH * steps)
+    encoder = TextEncoder(settings.encoder.path, with_look=True, max_moves=100)
+    features = encoder.features(states).reshape(BATCH, steps, -1)
+    reference_s, tokens, losses = compare_losses(settings, encoder, states)
+    equal = all(abs(v["ours"] - v["reference"]) <= 1e-4 * abs(v["reference"]) for v in losses.values())
+    ours_s = world_model_update_s(settings, make_batch(features, num_actions=settings.env.action_space_size))
+    # The package encodes each new state once. With the default settings, 20 states are collected for 10 updates.
     new_states = settings.train.collect_env_steps / settings.train.update_per_collect
-    with_encoding_s = ours_s + new_states * encode_s
+    unknown = [unknown_state(number) for number in range(10)]
+    encode_s = seconds(lambda: encoder.features(unknown), repeats=1)[0] / len(unknown)
     rows = [
-        Row("world-model step: features | text", ours_s, plain_s, 100, equal),
-        Row("the same, and encoding the new states of an update", with_encoding_s, plain_s, None, equal),
+        Row("world-model update: features | text", ours_s, reference_s, 100, equal),
+        Row("the same, with encoding the new states", ours_s + new_states * encode_s, reference_s, None, equal),
     ]
     return rows, {
         "losses": losses,
-        "tokens_an_observation": len(ids[0]),
-        "encode_a_new_state_s": encode_s,
-        "new_states_an_update": new_states,
+        "tokens_per_observation": tokens,
+        "encode_new_state_s": encode_s,
+        "new_states_per_update": new_states,
     }
 
 
-def state_with(number: int) -> GameState:
-    """A state of which no text has been seen before."""
+def unknown_state(number: int) -> GameState:
+    """A state whose texts the encoder has not seen before."""
     return GameState(
         feedback=f"Something new: {number}. " + ROOM,
         valid_actions=COMMANDS,
@@ -343,49 +360,50 @@ def state_with(number: int) -> GameState:
     )
 
 
-def world_model_step(settings: Any, batch: ReplayBatch) -> float:
-    """Seconds of our learning step."""
+def world_model_update_s(settings: Settings, batch: ReplayBatch) -> float:
+    """Seconds of the package's update."""
     size = batch.features.shape[1] // (settings.world_model.num_unroll_steps + 1)
     policy = PriorZeroPolicy(settings, feature_size=size, device="cpu", llm=None)
-    policy.learn_world_model(batch, train_iter=0)  # the first step also makes AdamW's moments
-    return seconds(lambda: policy.learn_world_model(batch, train_iter=1), repeats=3)[0]
+    policy.learn_world_model(batch, train_iter=0)  # warm-up; it also creates AdamW's moments
+    return seconds(lambda: policy.learn_world_model(batch, train_iter=1))[0]
 
 
-def world_model_steps(*, depths: Sequence[int]) -> list[dict[str, float]]:
-    """Seconds of our learning step for several depths of the transformer."""
+def world_model_update_times(*, depths: Sequence[int]) -> list[dict[str, float]]:
+    """Seconds of the package's update for several numbers of layers."""
     table = []
     for depth in depths:
         settings = world_model_settings(num_layers=depth)
         shape = (BATCH, settings.world_model.num_unroll_steps + 1, FEATURE_SIZE)
-        observations = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        batch = make_batch(observations, num_actions=settings.env.action_space_size)
-        table.append({"layers": depth, "seconds": world_model_step(settings, batch)})
+        features = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+        batch = make_batch(features, num_actions=settings.env.action_space_size)
+        table.append({"layers": depth, "seconds": world_model_update_s(settings, batch)})
     return table
 
 
-def main(arguments: list[str]) -> int:
-    which = arguments[0] if arguments else "both"
-    if len(arguments) > 1 or which not in ("both", "llm", "world_model"):
-        sys.exit("usage: python scripts/bench_learner.py [llm|world_model]")
+def main() -> int:
+    """Returns the exit code: 0 if all results are equal, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", choices=("llm", "world_model"), help="measure one model (default: both)")
+    model = parser.parse_args().model
     rows: list[Row] = []
     details: dict[str, Any] = {}
-    if which in ("both", "world_model"):
-        made, details["world_model"] = world_model_rows()
-        rows += made
-        details["world_model_step_by_layers"] = world_model_steps(depths=(1, 2, 4))
-    if which in ("both", "llm"):
+    if model != "llm":
+        own_rows, details["world_model"] = world_model_rows()
+        rows += own_rows
+        details["world_model_update_by_layers"] = world_model_update_times(depths=(1, 2, 4))
+    if model != "world_model":
         llm = load_language_model(resolve_settings(PRESETS["quick_test"]).llm, device=torch.device("cpu"))
         details["llm"] = []
         for top in (8, 16):
             row, differences = language_model_row(llm, top=top, states=2, tokens=300)
             rows.append(row)
             details["llm"].append(differences)
-        details["llm_step_by_actions"] = llm_steps(llm, numbers=(1, 4, 16), states=2, tokens=300)
-    for name in ("world_model_step_by_layers", "llm_step_by_actions"):
+        details["llm_update_by_actions"] = llm_update_times(llm, numbers=(1, 4, 16), states=2, tokens=300)
+    for name in ("world_model_update_by_layers", "llm_update_by_actions"):
         for line in details.get(name, []):
             print("  ".join([name, *(f"{key}={value:.3g}" for key, value in line.items())]))
     return report("learner", rows, **details, threads=torch.get_num_threads())
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

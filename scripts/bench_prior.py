@@ -1,13 +1,19 @@
-"""What a prior costs in this process, against sending the whole prompt again for every action. Takes some six minutes.
+"""Time to compute priors in this process, compared with one prompt for each action. Takes about six minutes.
 
-    python scripts/bench_prior.py            # --every 1: a quarter of an hour
+    python scripts/bench_prior.py            # with --every 1: about 15 minutes
 
-SmolLM2-135M in float32 on all cores. Equal means log-probabilities of every token within 1e-4. The episode is one of
-TextWorld's, played at random, with the prompt that the defaults make (five past decisions), and with twenty past
-decisions (about 600 tokens); its states have 9 valid actions on average and are given more from a list until they have
-16. The plain way takes half a minute a step: it is run on every fifth step and its time scaled by the tokens of the
-others (``--every 1`` runs it on all). The floor is what the tokens that must be computed would take if every matrix
-product ran as fast as one large one alone.
+The model is SmolLM2-135M in float32 on all cores. The results are equal if the log-probabilities of all tokens differ
+by less than 1e-4.
+
+The episode is one of TextWorld, played at random, with the default prompt settings (five past decisions) and with
+twenty past decisions (about 600 tokens). Its states have 9 valid actions on average; more are added from a list until
+there are 16.
+
+Reference: the model processes the whole prompt again for every action. This takes half a minute for each step, so it is
+measured on every fifth step and scaled by the number of tokens of all steps; ``--every 1`` measures all steps.
+
+The lower bound is the time that the necessary tokens would take if every matrix product ran at the speed of a single
+large one.
 """
 
 from __future__ import annotations
@@ -15,206 +21,243 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
-import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from bench_tools import Row, matmul_rate, print_table, report, seconds
+from bench_prompts import ROOM, chat_prompt, largest_difference, logprobs_one_prompt_per_action
+from bench_tools import Row, at_least, print_table, report, seconds
 
 from priorzero.config import PRESETS, resolve_settings
-from priorzero.envs import resolve_game
-from priorzero.envs.games import make_game
+from priorzero.envs import make_game, resolve_game
 from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PromptRow, pack
-from priorzero.llm.prompts import PromptStyle, render_prompt
-from priorzero.llm.prompts import prompt_style
+from priorzero.llm.prompts import PromptStyle, prompt_style, render_prompt
 from priorzero.types import HistoryStep, PriorRequest
 
 GAME = "textworld:simple?seed=7"
 VERBS = ("open", "take", "push", "examine", "enter", "read", "climb", "turn on")
 THINGS = ("the mailbox", "the lantern", "the trap door", "a brown sack", "the window", "the sword", "an egg", "the rug")
 COMMANDS = [f"{verb} {thing}" for thing in THINGS for verb in VERBS]
-ROOM = (
-    "You are standing in an open field west of a white house, with a boarded front door. There is a small mailbox "
-    "here. A path leads around the house, and the forest begins not far from it. "
-)
+TOLERANCE = 1e-4  # of log-probabilities
 
 
-def question(llm: LanguageModel, *, tokens: int, actions: int) -> PriorRequest:
-    """A chat prompt of ``tokens`` tokens (give or take one or two) and as many commands."""
+# ---- inputs ----
 
-    def text(words: int) -> str:
-        messages = [{"role": "user", "content": " ".join((ROOM * 40).split()[:words]) + "\nWhat is the next command?"}]
-        return llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+def request_of_length(llm: LanguageModel, *, tokens: int, actions: int) -> PriorRequest:
+    """A request with a chat prompt of about ``tokens`` tokens."""
+    all_words = (ROOM * 40).split()
+
+    def prompt(words: int) -> str:
+        return chat_prompt(llm, " ".join(all_words[:words]))
 
     words = 1
-    while len(llm.tokenizer(text(words), add_special_tokens=False)["input_ids"]) < tokens:
+    while len(llm.tokenizer(prompt(words), add_special_tokens=False)["input_ids"]) < tokens:
         words += 1
-    return PriorRequest(text(words), tuple(COMMANDS[:actions]))
+    return PriorRequest(prompt(words), tuple(COMMANDS[:actions]))
 
 
-def episode(llm: LanguageModel, *, steps: int, style: PromptStyle, actions: int = 0) -> list[PriorRequest]:
-    """The questions of one episode, played at random; states are given more commands until they have ``actions``."""
+def episode_requests(llm: LanguageModel, *, steps: int, style: PromptStyle, min_actions: int = 0) -> list[PriorRequest]:
+    """The requests of one episode that is played at random.
+
+    Args:
+        llm: its tokenizer renders the prompts.
+        steps: length of the episode.
+        style: of the prompts.
+        min_actions: commands are added to the valid actions of a state until there are as many.
+    """
     game = make_game(
         resolve_game(GAME), seed=0, max_episode_steps=steps + 1, look_and_inventory=True, drop_inert_commands=False
     )
     rng = np.random.default_rng(0)
-    state, history, asked = game.reset(), [], []
+    state, history, requests = game.reset(), list[HistoryStep](), []
     for _ in range(steps):
         own = state.valid_actions
-        more = [command for command in COMMANDS if command not in own][: max(0, actions - len(own))]
-        state = dataclasses.replace(state, valid_actions=(*own, *more))
+        added = [command for command in COMMANDS if command not in own][: max(0, min_actions - len(own))]
+        state = dataclasses.replace(state, valid_actions=(*own, *added))
         prompt = render_prompt(state, history, style=style, tokenizer=llm.tokenizer)
-        asked.append(PriorRequest(prompt.text, state.valid_actions))
+        requests.append(PriorRequest(prompt.text, state.valid_actions))
         action = own[rng.integers(len(own))]
-        following, reward = game.step(action)
+        next_state, reward = game.step(action)
         history.append(HistoryStep(state.feedback, action, reward))
-        state = following
+        state = next_state
     game.close()
-    return asked
+    return requests
 
 
-@torch.inference_mode()
-def one_prompt_an_action(llm: LanguageModel, row: PromptRow) -> np.ndarray:
-    """The straightforward way: the whole prompt again for every action. Log-probabilities of all tokens in a row."""
-    result = []
-    for completion in row.completions:
-        ids = torch.tensor([[*row.prompt_ids, *completion]])
-        logits = llm.model(input_ids=ids, logits_to_keep=len(completion) + 1, use_cache=False).logits[0, :-1]
-        result.append(torch.log_softmax(logits, -1)[range(len(completion)), completion])
-    return torch.cat(result).numpy()
+# ---- the engine, and what it has to compute ----
 
 
-class Ours:
-    """The engine as the loop uses it; notes the log-probabilities of all tokens and counts what it computed."""
+class RecordingEngine:
+    """The engine as in training. It also records the log-probabilities of all tokens."""
 
     def __init__(self, llm: LanguageModel, style: PromptStyle, *, prompt_cache_tokens: int) -> None:
-        self.logprobs: list[np.ndarray] = []
-        outer = self
+        self.logprobs: list[list[np.ndarray]] = []
+        recorded = self.logprobs
 
-        class Builder(PriorBuilder):
+        class RecordingBuilder(PriorBuilder):
             def from_logprobs(self, logprobs: Sequence[np.ndarray], *, version: int):
-                outer.logprobs.append(np.concatenate(logprobs))
+                recorded.append(list(logprobs))
                 return super().from_logprobs(logprobs, version=version)
 
-        self.engine = TransformersEngine(Builder(llm, style), rows_per_forward=1, prompt_cache_tokens=prompt_cache_tokens)
+        self.builder = RecordingBuilder(llm, style)
+        self._engine = TransformersEngine(self.builder, rows_per_forward=1, prompt_cache_tokens=prompt_cache_tokens)
 
-    def ask(self, requests: Sequence[PriorRequest]) -> list[np.ndarray]:
-        """One question after the other, as an episode brings them, from a standing start."""
-        asyncio.run(self.engine.sync_weights(0))
-        self.logprobs = []
+    def compute(self, requests: Sequence[PriorRequest]) -> list[list[np.ndarray]]:
+        """Compute the priors one after the other, as in an episode, with empty caches at the beginning."""
+        asyncio.run(self._engine.clear_cache())
+        self.logprobs.clear()
         for request in requests:
-            asyncio.run(self.engine.priors([request]))
-        return self.logprobs
+            asyncio.run(self._engine.priors([request]))
+        return list(self.logprobs)
 
 
-def tokens_computed(rows: Sequence[PromptRow]) -> int:
-    """Tokens that have to go through the model when each prompt goes on from the longest beginning known so far."""
-    total, known = 0, set()
+def num_new_tokens(rows: Sequence[PromptRow]) -> int:
+    """Number of tokens that the model must process if it keeps all prefixes of earlier prompts."""
+    total, known = 0, set[tuple[int, ...]]()
     for row in rows:
-        beginnings = [tuple(row.prompt_ids[: n + 1]) for n in range(len(row.prompt_ids))]
-        total += max(1, sum(b not in known for b in beginnings))
+        prefixes = [tuple(row.prompt_ids[: n + 1]) for n in range(len(row.prompt_ids))]
+        total += max(1, sum(prefix not in known for prefix in prefixes))
         total += pack([row], dtype=torch.float32, device="cpu").num_logits - 1
-        known.update(beginnings)
+        known.update(prefixes)
     return total
 
 
-def operations(llm: LanguageModel, rows: Sequence[PromptRow]) -> float:
-    """Floating point operations in matrix products with the parameters; the output layer reads few of the tokens."""
+def num_reference_tokens(row: PromptRow) -> int:
+    """Number of tokens that the reference processes."""
+    return sum(len(row.prompt_ids) + len(completion) for completion in row.completions)
+
+
+def num_operations(llm: LanguageModel, rows: Sequence[PromptRow]) -> float:
+    """Floating point operations in matrix products with the parameters. The output layer is not used for all tokens."""
     output = llm.model.get_output_embeddings().weight.numel()
     inner = sum(p.numel() for p in llm.model.parameters()) - output
     predicting = sum(pack([row], dtype=torch.float32, device="cpu").num_logits for row in rows)
-    return 2.0 * (inner * tokens_computed(rows) + output * predicting)
+    return 2.0 * (inner * num_new_tokens(rows) + output * predicting)
 
 
-def tokens(rows: Sequence[PromptRow]) -> dict[str, float]:
-    """What there is to compute, and what the plain way computes."""
-    sent = sum(len(row.prompt_ids) + len(c) for row in rows for c in row.completions)
+def token_counts(rows: Sequence[PromptRow]) -> dict[str, float]:
+    """Numbers of tokens."""
+    reference = sum(map(num_reference_tokens, rows))
     return {
-        "new": tokens_computed(rows),
-        "plain": sent,
-        "plain / new": sent / tokens_computed(rows),
+        "new": num_new_tokens(rows),
+        "reference": reference,
+        "reference / new": reference / num_new_tokens(rows),
         "prompt mean": float(np.mean([len(row.prompt_ids) for row in rows])),
         "actions mean": float(np.mean([len(row.completions) for row in rows])),
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--steps", type=int, default=20, help="steps of the episode")
-    parser.add_argument("--every", type=int, default=5, help="the plain way is run on every N-th of them")
-    args = parser.parse_args()
-    settings = resolve_settings(PRESETS["quick_test"])
-    defaults = prompt_style(resolve_settings())
-    llm = load_language_model(settings.llm, device=torch.device("cpu"))
-    tokens_kept = settings.prior.prompt_cache_tokens
-    rate = matmul_rate()
-    rows, floors = [], {}
+def matmul_rate(size: int = 1536) -> float:
+    """Floating point operations a second of one large float32 matrix product on all of torch's threads."""
+    a, b = torch.randn(size, size), torch.randn(size, size)
+    spent, _ = seconds(lambda: a @ b, repeats=5)
+    return 2 * size**3 / spent
+
+
+# ---- measurements ----
+
+
+@dataclass(frozen=True)
+class Case:
+    """Requests to compare on.
+
+    Attributes:
+        name: of the row.
+        requests: all different, since the engine caches the priors of equal requests.
+        goal: the speed-up that is aimed at.
+        every: the reference is measured on every N-th request.
+    """
+
+    name: str
+    requests: list[PriorRequest]
+    goal: float | None
+    every: int
+
+
+def make_cases(llm: LanguageModel, *, steps: int, every: int) -> list[Case]:
+    """One decision, and one episode with a long and with the default history."""
     long = prompt_style(resolve_settings({"llm": {"history_length": 20}}))
-    for name, requests, goal, every in (
-        ("one decision, 600 tokens, 16 actions", [question(llm, tokens=600, actions=16)], 12, 1),
-        (
-            f"{args.steps}-step episode, 16 actions, 20 past decisions",
-            episode(llm, steps=args.steps, style=long, actions=16),
-            30,
-            args.every,
-        ),
-        (
-            f"{args.steps}-step episode, 16 actions, default history",
-            episode(llm, steps=args.steps, style=defaults, actions=16),
-            None,
-            args.every,
-        ),
-    ):
-        ours = Ours(llm, defaults, prompt_cache_tokens=tokens_kept)
-        assert len(set(requests)) == len(requests), "a question that comes again is answered from memory"
-        packed = [ours.engine.builder.row(request) for request in requests]
-        ours.ask(requests[:1])  # warm
-        ours_s, got = seconds(lambda: ours.ask(requests), repeats=3 if len(requests) == 1 else 1)  # noqa: B023
-        every = min(every, len(packed))
-        asked = range(every - 1, len(packed), every)
-        asked_s, want = seconds(lambda: [one_prompt_an_action(llm, packed[t]) for t in asked], repeats=1)  # noqa: B023
-        equal = all(np.abs(got[t] - a).max() < 1e-4 for t, a in zip(asked, want, strict=True))
-        sent = [sum(len(row.prompt_ids) + len(c) for c in row.completions) for row in packed]
-        rows.append(Row(name, ours_s, asked_s * sum(sent) / sum(sent[t] for t in asked), goal, equal))
-        floors[name] = tokens(packed) | {"floor_s": operations(llm, packed) / rate, "ours_s": ours_s}
-        floors[name] |= {"steps": len(packed), "plain steps run": len(asked)}
-    builder = PriorBuilder(llm, defaults)
-    kinds = ("new", "plain", "plain / new", "prompt mean", "actions mean")
-    counts = {name: {kind: figures[kind] for kind in kinds} for name, figures in floors.items()}
-    counts[f"{args.steps}-step episode, its own actions"] = tokens(
-        [builder.row(request) for request in episode(llm, steps=args.steps, style=defaults)]
-    )
-    print_table("tokens", counts)
-    print_table(
-        "floor",
-        {
-            name: {k: figures[k] for k in ("floor_s", "ours_s", "steps", "plain steps run")}
-            for name, figures in floors.items()
-        },
-    )
+    default = prompt_style(resolve_settings())
+    name = f"{steps}-step episode, 16 actions"
+    long_episode = episode_requests(llm, steps=steps, style=long, min_actions=16)
+    default_episode = episode_requests(llm, steps=steps, style=default, min_actions=16)
+    return [
+        Case("one decision, 600 tokens, 16 actions", [request_of_length(llm, tokens=600, actions=16)], 12, 1),
+        Case(f"{name}, 20 past decisions", long_episode, 30, every),
+        Case(f"{name}, default history", default_episode, None, every),
+    ]
+
+
+def compare(case: Case, llm: LanguageModel, *, prompt_cache_tokens: int, rate: float) -> tuple[Row, dict[str, Any]]:
+    """The comparison, and the numbers of tokens and the lower bound."""
+    requests = case.requests
+    assert len(set(requests)) == len(requests)
+    engine = RecordingEngine(llm, prompt_style(resolve_settings()), prompt_cache_tokens=prompt_cache_tokens)
+    rows = [engine.builder.row(request) for request in requests]
+    engine.compute(requests[:1])  # warm-up
+    ours_s, ours = seconds(lambda: engine.compute(requests), repeats=3 if len(requests) == 1 else 1)
+    every = min(case.every, len(rows))
+    measured = range(every - 1, len(rows), every)
+    measured_s, reference = seconds(lambda: [logprobs_one_prompt_per_action(llm, rows[t]) for t in measured], repeats=1)
+    equal = all(largest_difference(ours[t], own) < TOLERANCE for t, own in zip(measured, reference, strict=True))
+    tokens = [num_reference_tokens(row) for row in rows]
+    reference_s = measured_s * sum(tokens) / sum(tokens[t] for t in measured)
+    details = token_counts(rows) | {"lower_bound_s": num_operations(llm, rows) / rate, "ours_s": ours_s}
+    details |= {"steps": len(rows), "reference steps": len(measured)}
+    return Row(case.name, ours_s, reference_s, case.goal, equal), details
+
+
+def measure_growth(llm: LanguageModel, *, steps: int, prompt_cache_tokens: int) -> dict[str, dict[str, float]]:
+    """Seconds for one decision, by the number of actions and by the length of the history."""
     growth = {}
     for actions in (1, 4, 16, 64):
-        ours = Ours(llm, defaults, prompt_cache_tokens=tokens_kept)
-        request = question(llm, tokens=600, actions=actions)
-        growth[f"K={actions}, 600 tokens"] = {"seconds": seconds(lambda: ours.ask([request]), repeats=2)[0]}  # noqa: B023
+        engine = RecordingEngine(llm, prompt_style(resolve_settings()), prompt_cache_tokens=prompt_cache_tokens)
+        requests = [request_of_length(llm, tokens=600, actions=actions)]
+        spent, _ = seconds(lambda: engine.compute(requests), repeats=2)  # noqa: B023
+        growth[f"{actions} actions, 600 tokens"] = {"seconds": spent}
     for history_length in (0, 2, 5, 10):
         style = prompt_style(resolve_settings({"llm": {"history_length": history_length}}))
-        requests = episode(llm, steps=min(10, args.steps), style=style)
-        for kept in (tokens_kept, 0):
-            ours = Ours(llm, style, prompt_cache_tokens=kept)
-            spent, _ = seconds(lambda: ours.ask(requests), repeats=1)  # noqa: B023
-            what = f"history_length={history_length}, {'prompts kept' if kept else 'each prompt anew'}"
-            growth[what] = {"seconds": spent / len(requests)}
-    print_table("growth, a decision", growth)
-    return report("prior", rows, floors=floors, growth=growth, matmul_gflops=rate / 1e9)
+        requests = episode_requests(llm, steps=min(10, steps), style=style)
+        for cached in (True, False):
+            engine = RecordingEngine(llm, style, prompt_cache_tokens=prompt_cache_tokens if cached else 0)
+            spent, _ = seconds(lambda: engine.compute(requests), repeats=1)  # noqa: B023
+            name = f"history_length={history_length}, prompt cache {'on' if cached else 'off'}"
+            growth[name] = {"seconds": spent / len(requests)}
+    return growth
+
+
+def main() -> int:
+    """Returns the exit code: 0 if all results are equal, 1 otherwise."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=at_least(1), default=20, help="steps of the episode (default: 20)")
+    parser.add_argument(
+        "--every", type=at_least(1), default=5, help="measure the reference on every N-th step (default: 5)"
+    )
+    options = parser.parse_args()
+    settings = resolve_settings(PRESETS["quick_test"])
+    llm = load_language_model(settings.llm, device=torch.device("cpu"))
+    prompt_cache_tokens, rate = settings.prior.prompt_cache_tokens, matmul_rate()
+    rows, figures = [], {}
+    for case in make_cases(llm, steps=options.steps, every=options.every):
+        row, figures[case.name] = compare(case, llm, prompt_cache_tokens=prompt_cache_tokens, rate=rate)
+        rows.append(row)
+    style = prompt_style(resolve_settings())
+    builder = PriorBuilder(llm, style)
+    own_actions = [builder.row(request) for request in episode_requests(llm, steps=options.steps, style=style)]
+    kinds = ("new", "reference", "reference / new", "prompt mean", "actions mean")
+    counts = {name: {kind: own[kind] for kind in kinds} for name, own in figures.items()}
+    print_table("tokens", counts | {f"{options.steps}-step episode, its own actions": token_counts(own_actions)})
+    times = ("lower_bound_s", "ours_s", "steps", "reference steps")
+    print_table("lower bound", {name: {key: own[key] for key in times} for name, own in figures.items()})
+    growth = measure_growth(llm, steps=options.steps, prompt_cache_tokens=prompt_cache_tokens)
+    print_table("seconds for one decision", growth)
+    return report("prior", rows, figures=figures, growth=growth, matmul_gflops=rate / 1e9)
 
 
 if __name__ == "__main__":

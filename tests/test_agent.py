@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from priorzero.agent import check_games, choose_engine
+from priorzero.agent import check_games
+from priorzero.llm.engines.make import choose_engine
 from priorzero.types import UserError
 from tests.helpers.models import make_settings
 from tests.helpers.toy_game import toy_spec

@@ -1,23 +1,19 @@
-"""What scripts/benchmark_learning.py keeps of its runs, and what scripts/plot_learning.py makes of it."""
+"""scripts/benchmark_learning.py: its runs and its results; scripts/plot_learning.py: tables and curves."""
 
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 import json
 import math
 import sys
 from pathlib import Path
 
-import pytest
-
-sys.path.append(str(Path(__file__).parent.parent / "scripts"))
-
 import benchmark_learning as bench
 import plot_learning as plot
+import pytest
 
-from priorzero.config import OPTIONS, dump_settings, parse_assignments, read_config_file, resolve_settings
+from priorzero.config import dump_settings, parse_assignments, read_config_file, resolve_settings
 
 GAME = "textworld:simple?seed=201"
 LOG_TAIL = "something broke"
@@ -33,16 +29,16 @@ def evaluation(mode, scores, *, wins=0, env_step=0, unseen=False):
 
 
 class FakeRuns:
-    """Stands in for ``run_process``: writes what a run writes.
+    """Replaces ``run_process`` and writes the files of a run.
 
     Attributes:
-        names: of the runs that were started.
-        fails: parts of the names of those that fail.
+        names: names of the runs that were started.
+        failing: a run fails if its name contains one of these.
     """
 
     def __init__(self):
         self.names = []
-        self.fails = ()
+        self.failing = ()
 
     async def __call__(self, command, log):
         flags = dict(zip(command[3::2], command[4::2], strict=True))
@@ -50,7 +46,7 @@ class FakeRuns:
         settings = resolve_settings(read_config_file(flags["--config"]), layer)
         name = flags["--exp_name"]
         self.names.append(name)
-        if any(part in name for part in self.fails):
+        if any(part in name for part in self.failing):
             log.write_text(f"working\n{LOG_TAIL}\n")
             return 1
         log.write_text("done\n")
@@ -75,7 +71,7 @@ def runs(monkeypatch):
 
 @pytest.fixture
 def call(tmp_path):
-    """Calls the benchmark; returns its exit code and the lines of its results."""
+    """Runs the benchmark; returns its exit code and the lines of its results."""
     config, out = tmp_path / "settings.yaml", tmp_path / "out"
     config.write_text("search: {num_simulations: 8}\n")
 
@@ -93,11 +89,11 @@ def call(tmp_path):
     ("wins", "index"),
     [("", None), ("1111", None), ("11111", 0), ("0111101111", None), ("01011111", 3), ("111110", 0), ("0111111", 1)],
 )
-def test_solved_is_the_first_of_five_wins_in_a_row(wins, index):
+def test_solved_index_is_the_first_of_five_wins_in_a_row(wins, index):
     assert bench.solved_index([win == "1" for win in wins]) == index
 
 
-def test_a_line_of_a_run_that_learns(tmp_path):
+def test_make_line_of_a_run_that_learns(tmp_path):
     settings = resolve_settings({"search": {"num_simulations": 8}, "run": {"output_dir": "/somewhere"}})
     (tmp_path / "config.yaml").write_text(dump_settings(settings))
     scores = [0.0, 3.0, *[4.0] * 5, *[2.0] * 49]
@@ -124,7 +120,7 @@ def test_a_line_of_a_run_that_learns(tmp_path):
     assert line["settings"] == {"search": {"num_simulations": 8}}  # no folder of this machine
 
 
-def test_what_does_not_learn_is_evaluated_only(runs, call):
+def test_benchmark_only_evaluates_agents_that_do_not_learn(runs, call):
     code, lines = call("--agents", "random,prior,unizero")
     assert code == 0
     random, prior, unizero = lines
@@ -134,53 +130,53 @@ def test_what_does_not_learn_is_evaluated_only(runs, call):
     assert (unizero["env_steps"], unizero["mean_score"], unizero["simulations"]) == (40, 2.5, 8)
 
 
-def test_what_is_there_already_is_not_run_again(runs, call, capsys):
+def test_benchmark_runs_only_what_is_missing(runs, call, capsys):
     assert call("--agents", "random,unizero", "--seeds", "0,1")[0] == 0
     assert len(runs.names) == 4
     capsys.readouterr()
     code, lines = call("--agents", "random,unizero,priorzero_sft", "--seeds", "0,1")
     assert code == 0 and len(runs.names) == 6 and len(lines) == 6
-    assert capsys.readouterr().out.count("there already: ") == 4
-    # Threads change no result; another setting, label or number of steps is another run.
+    assert capsys.readouterr().out.count("already complete: ") == 4
+    # The number of threads does not matter. Another setting, label or number of steps is another run.
     assert len(call("--agents", "unizero", "--jobs", "2")[1]) == 6
     assert len(call("--agents", "unizero", "--set", "search.num_simulations=9")[1]) == 7
     assert len(call("--agents", "unizero", "--label", "again")[1]) == 8
     assert len(call("--agents", "unizero", "--env_steps", "60")[1]) == 9
-    # What does not learn has no environment steps to differ in.
+    # The number of environment steps does not apply to agents that do not learn.
     assert len(call("--agents", "random", "--env_steps", "60")[1]) == 9
     assert len(set(runs.names)) == 9
 
 
-def test_a_line_from_other_defaults_does_not_count(runs, call, monkeypatch):
+def test_benchmark_repeats_runs_with_other_defaults(runs, call, monkeypatch):
     assert len(call("--agents", "unizero")[1]) == 1
-    option = OPTIONS["search"]["return_first"]
-    monkeypatch.setitem(OPTIONS["search"], "return_first", dataclasses.replace(option, default=not option.default))
+    changed_default = {"search": {"deviation_prob": 0.9}}
+    monkeypatch.setattr(bench, "resolve_settings", lambda *layers: resolve_settings(changed_default, *layers))
     assert len(call("--agents", "unizero")[1]) == 2
 
 
-def test_a_run_that_fails_leaves_no_line_and_is_tried_again(runs, call, capsys):
-    runs.fails = ("unizero",)
+def test_benchmark_repeats_failed_runs(runs, call, capsys):
+    runs.failing = ("unizero",)
     code, lines = call("--agents", "random,unizero")
     assert code == 1 and [line["agent"] for line in lines] == ["random"]
     error = capsys.readouterr().err
     assert "unizero" in error and LOG_TAIL in error
     log = Path(error.split("(log: ")[1].split(")")[0])
     assert LOG_TAIL in log.read_text()
-    runs.fails = ()
+    runs.failing = ()
     code, lines = call("--agents", "random,unizero")
     assert code == 0 and [line["agent"] for line in lines] == ["random", "unizero"]
-    assert LOG_TAIL in log.read_text()  # kept beside that of the second try
+    assert LOG_TAIL in log.read_text()  # the second run has another log
 
 
-def test_a_run_in_which_no_episode_ends_has_failed(runs, call, monkeypatch, capsys):
+def test_benchmark_fails_if_no_episode_ends(runs, call, monkeypatch, capsys):
     read = bench._read_jsonl
     monkeypatch.setattr(bench, "_read_jsonl", lambda file: [] if file.name == "episodes.jsonl" else read(file))
     assert call("--agents", "unizero") == (1, [])
     assert "no episode ended" in capsys.readouterr().err
 
 
-def test_a_run_that_was_stopped_does_not_count(runs, call, monkeypatch, capsys):
-    """A run that is ended by a signal is saved and ends well; its figures are of fewer steps than asked for."""
+def test_benchmark_fails_if_a_run_was_stopped_early(runs, call, monkeypatch, capsys):
+    """A run that a signal stops has exit code 0, but fewer steps than requested."""
     read = bench._read_jsonl
 
     def stopped(file):
@@ -188,11 +184,11 @@ def test_a_run_that_was_stopped_does_not_count(runs, call, monkeypatch, capsys):
 
     monkeypatch.setattr(bench, "_read_jsonl", stopped)
     assert call("--agents", "unizero") == (1, [])
-    assert "it was stopped at 30 of 40 env steps" in capsys.readouterr().err
+    assert "the run was stopped at 30 of 40 env steps" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "message"),
     [
         (["--set", "run.seed=3"], "--seeds"),
         (["--set", "search.num_simulation=3"], "search.num_simulations"),
@@ -201,15 +197,14 @@ def test_a_run_that_was_stopped_does_not_count(runs, call, monkeypatch, capsys):
         (["--config", "missing.yaml"], "missing.yaml"),
     ],
 )
-def test_what_cannot_be_run_is_said_first(runs, call, capsys, flags, said):
+def test_benchmark_reports_wrong_arguments_before_any_run(runs, call, capsys, flags, message):
     code, lines = call(*flags)
     assert (code, lines, runs.names) == (2, [], [])
     error = capsys.readouterr().err
-    assert error.startswith("error: ") and said in error
+    assert error.startswith("error: ") and message in error
 
 
-def test_a_process_that_is_cancelled_is_ended(tmp_path):
-    # Notes the wish to end, and would sleep for long without it.
+def test_run_process_ends_the_process_when_cancelled(tmp_path):
     script = (
         "import signal, sys, time\n"
         "signal.signal(signal.SIGTERM, lambda *_: (print('interrupted', flush=True), sys.exit()))\n"
@@ -279,10 +274,10 @@ def two_games_two_seeds():
     ]
 
 
-def test_the_table_of_hand_made_lines(write):
+def test_table_of_hand_made_lines(write):
     rows = plot.read_rows([write(*two_games_two_seeds())])
     assert [row.name for row in rows] == ["random", "unizero"]
-    random, unizero = (plot.cells_of(row, plot.ENV_STEP) for row in rows)
+    random, unizero = (plot.table_cells(row, plot.ENV_STEP) for row in rows)
     # random: (1 of 10 + 2 of 20) / 2 = 0.1, one seed
     assert random == ["coin-collector: random", "2 x 1", "-", "-", "0.100", "-", "0.100", "-", "-", "-, -, -", "50"]
     # Seed 0: (0 + 4 + 8)/3 of 10 = 0.4 and (2 + 6)/2 of 20 = 0.2, mean 0.3; seed 1: 1 and 1. Mean 0.65, deviation
@@ -292,26 +287,26 @@ def test_the_table_of_hand_made_lines(write):
         "coin-collector: unizero", "2 x 2", "100", "8", "0.650 ± 0.495", "0.775 ± 0.318", "0.775", "0.50", "never",
         "-, -, -", "30",
     ]  # fmt: skip
-    table = plot.table_of(rows, plot.ENV_STEP)
-    assert table.count("\n") == 6 and "Most points a game can give: coin-collector 10 to 20." in table
+    table = plot.main_table(rows, plot.ENV_STEP)
+    assert table.count("\n") == 6 and "Maximum scores: coin-collector 10 to 20." in table
 
 
-def test_the_time_to_solved_by_steps_and_by_wall(write):
+def test_table_shows_time_to_solved_in_steps_and_seconds(write):
     lines = two_games_two_seeds()
     rows = plot.read_rows([write(*lines[:2], *lines[4:])])
-    assert [plot.cells_of(rows[1], by)[8] for by in (plot.ENV_STEP, plot.WALL_S)] == ["45", "16"]  # 80, 10; 30, 3
+    assert [plot.table_cells(rows[1], by)[8] for by in (plot.ENV_STEP, plot.WALL_S)] == ["45", "16"]  # 80, 10; 30, 3
     incomplete = plot.read_rows([write(*lines[:5])])[1]
-    assert plot.cells_of(incomplete, plot.ENV_STEP)[1] == "3 of 2 x 2"
+    assert plot.table_cells(incomplete, plot.ENV_STEP)[1] == "3 of 2 x 2"
 
 
-def test_wins_of_greedy_play_by_mode(write):
+def test_greedy_wins_by_mode(write):
     lines = two_games_two_seeds()
     for line, wins in zip(lines[2:5], (1, 0, 1), strict=True):  # the fourth was not evaluated so
         line["evaluations"] = {"world_model": {"wins": wins, "episodes": 1}, "prior": {"wins": 1, "episodes": 4}}
     assert plot.greedy_wins(plot.read_rows([write(*lines)])[1]) == "0.67, -, 0.25"
 
 
-def test_a_figure_of_each_run(write, capsys):
+def test_run_table_shows_one_figure_of_each_run(write, capsys):
     lines = two_games_two_seeds()
     assert plot.main([str(write(*lines[:5])), "--each", "solved_at"]) == 0  # the last run is missing
     assert capsys.readouterr().out.endswith(
@@ -321,32 +316,32 @@ def test_a_figure_of_each_run(write, capsys):
     assert f"| {B} | 2 | 6, 20 |\n" in capsys.readouterr().out
 
 
-def test_no_episode_in_the_last_quarter(write):
+def test_table_shows_a_dash_without_episodes_in_the_last_quarter(write):
     lines = [line_of("random", A, 0), line_of("unizero", A, 0, [(75, 5.0, False, 1.0)])]
-    assert plot.cells_of(plot.read_rows([write(*lines)])[1], plot.ENV_STEP)[5] == "-"
+    assert plot.table_cells(plot.read_rows([write(*lines)])[1], plot.ENV_STEP)[5] == "-"
 
 
-def test_bins():
+def test_bin_means():
     points = [(20, 1.0), (25, 3.0), (26, 5.0), (99, 7.0), (100, 9.0), (101, 50.0)]
-    assert plot.binned(points, end=100, bins=4) == [2.0, 5.0, 5.0, 8.0]  # the third has none of its own
-    later = plot.binned([(60, 1.0)], end=100, bins=4)
+    assert plot.bin_means(points, end=100, bins=4) == [2.0, 5.0, 5.0, 8.0]  # the third has none of its own
+    later = plot.bin_means([(60, 1.0)], end=100, bins=4)
     assert math.isnan(later[0]) and math.isnan(later[1]) and later[2:] == [1.0, 1.0]
 
 
-def test_a_curve_is_the_mean_over_games_and_deviates_over_seeds(write):
+def test_learning_curve_is_the_mean_over_games_with_the_deviation_over_seeds(write):
     random, unizero = plot.read_rows([write(*two_games_two_seeds())])
-    x, means, deviations = plot.curve_of(unizero, by=plot.ENV_STEP, bins=2)
+    x, means, deviations = plot.learning_curve(unizero, by=plot.ENV_STEP, bins=2)
     assert x == [25.0, 75.0]
     # Until 50: seed 1 of game A has ended no episode. Then seed 0: (0.4 + 0.8)/2 and 0.3, mean 0.45; seed 1: 1.
     assert math.isnan(means[0]) and math.isnan(deviations[0])
     assert means[1] == pytest.approx(0.725) and deviations[1] == pytest.approx(0.55 / math.sqrt(2))
     # By wall time: until 34 s, where the shortest run ends. Seed 0: 0 then 0.4; 0.1, which stays. Seed 1: from 30 s on.
-    x, means, _ = plot.curve_of(unizero, by=plot.WALL_S, bins=2)
+    x, means, _ = plot.learning_curve(unizero, by=plot.WALL_S, bins=2)
     assert x == [8.5, 25.5] and means[1] == pytest.approx(((0.4 + 0.1) / 2 + 1) / 2)
-    assert plot.level_of(random) == pytest.approx(0.1)
+    assert plot.mean_return(random) == pytest.approx(0.1)
 
 
-def test_without_a_random_row_there_is_no_table(write, capsys):
+def test_table_needs_runs_of_the_random_agent(write, capsys):
     lines = two_games_two_seeds()
     assert plot.main([str(write(*lines[2:]))]) == 2
     assert f"--agents random --games '{A},{B}'" in capsys.readouterr().err
@@ -355,19 +350,19 @@ def test_without_a_random_row_there_is_no_table(write, capsys):
     assert plot.main([str(write(*lines))]) == 0
 
 
-def test_runs_with_other_settings_are_no_row(write, capsys):
+def test_table_rejects_a_row_with_different_settings(write, capsys):
     lines = two_games_two_seeds()
     again = {**lines[2], "digest": "other", "mean_score": 9.0}
     assert plot.main([str(write(*lines, again))]) == 2
-    said = capsys.readouterr().err
-    assert "later of two lines counts" in said and "different settings" in said
-    # All of its runs made again: the later ones count.
+    message = capsys.readouterr().err
+    assert "the later one is used" in message and "its runs have different settings" in message
+    # All runs of the row were made again: the later ones are used.
     later = [{**line, "digest": "other", "mean_score": line["max_score"]} for line in lines[2:]]
-    assert plot.cells_of(plot.read_rows([write(*lines, *later)])[1], plot.ENV_STEP)[4] == "1.000 ± 0.000"
+    assert plot.table_cells(plot.read_rows([write(*lines, *later)])[1], plot.ENV_STEP)[4] == "1.000 ± 0.000"
 
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_a_picture_is_drawn_and_repeatable(write, tmp_path, suffix):
+def test_plot_is_reproducible(write, tmp_path, suffix):
     pytest.importorskip("matplotlib")
     lines = two_games_two_seeds()
     labelled = [{**line, "label": "x"} for line in lines[2:]]
@@ -384,7 +379,7 @@ def test_a_picture_is_drawn_and_repeatable(write, tmp_path, suffix):
         assert all(name in text for name in ("coin-collector", "zork1", "unizero (x)", "random"))
 
 
-def test_a_missing_matplotlib_is_said(write, tmp_path, monkeypatch, capsys):
+def test_plot_reports_missing_matplotlib(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.main([str(write(*two_games_two_seeds())), "--plot", str(tmp_path / "a.png")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err

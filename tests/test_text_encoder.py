@@ -1,4 +1,4 @@
-"""Text features: the pretrained encoder's own, whatever else is in the batch, and computed once."""
+"""Features of the text encoder: the pretrained model's, independent of the batch, each text encoded once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModel, AutoTokenizer, BertModel
 
 from priorzero.llm.models import resolve_model
 from priorzero.play.text_encoder import TextEncoder
@@ -20,15 +21,30 @@ CELLAR = dataclasses.replace(KITCHEN, feedback="It is pitch dark. You are likely
 KITCHEN_AGAIN = dataclasses.replace(KITCHEN, feedback="This is a kitchen with a table; on it are a bottle and a sack.")
 
 
+def make_encoder(*, with_look: bool = False, **arguments) -> TextEncoder:
+    return TextEncoder(PATH, with_look=with_look, max_moves=50, **arguments)
+
+
 @pytest.fixture(scope="module")
-def encoder():
-    return TextEncoder(PATH, cache_size=100, with_look=True, max_moves=50)
+def encoder() -> TextEncoder:
+    return make_encoder(with_look=True)
 
 
-def test_features_are_the_pretrained_encoders(encoder):
-    """Against the model called by hand. (LightZero's own text path overwrites the encoder with random values.)"""
-    from transformers import AutoModel, AutoTokenizer
+@pytest.fixture
+def encoded(monkeypatch) -> list[int]:
+    """Grows by one for each text that the model encodes."""
+    calls, forward = [], BertModel.forward
 
+    def counted(self, *args, **kwargs):
+        calls.append(1)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(BertModel, "forward", counted)
+    return calls
+
+
+def test_text_encoder_features_are_the_pretrained_models(encoder):
+    """Compared with direct calls of the model. LightZero overwrites the parameters of its own text encoder."""
     folder = resolve_model(PATH, setting="encoder.path")
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
     features = encoder.features([KITCHEN])[0]
@@ -42,54 +58,45 @@ def test_features_are_the_pretrained_encoders(encoder):
     assert features[-128:] == pytest.approx([10 / 40] * 64 + [5 / 50] * 64)
 
 
-def test_similar_texts_are_near_one_another(encoder):
+def test_text_encoder_features_of_similar_texts_are_similar(encoder):
     kitchen, cellar, again = encoder.features([KITCHEN, CELLAR, KITCHEN_AGAIN])[:, :384] / np.sqrt(384)
     assert kitchen @ again > 0.7 > 0.4 > kitchen @ cellar
 
 
-def test_features_do_not_depend_on_the_batch():
-    alone, together = (TextEncoder(PATH, cache_size=100, with_look=False, max_moves=50) for _ in range(2))
+def test_text_encoder_features_do_not_depend_on_the_batch():
+    alone, batch = make_encoder(), make_encoder()
     want = alone.features([KITCHEN])[0]
-    got = together.features([CELLAR, KITCHEN, dataclasses.replace(KITCHEN, feedback="word " * 400)])[1]
+    got = batch.features([CELLAR, KITCHEN, dataclasses.replace(KITCHEN, feedback="word " * 400)])[1]
     assert np.array_equal(want, got)
     assert alone.feature_size == 384 + 128
 
 
-def test_a_text_is_encoded_once(encoder, monkeypatch):
-    first = encoder.features([KITCHEN])[0]
-    monkeypatch.setattr(encoder, "_model", None)  # a call would fail
-    again, later = encoder.features([KITCHEN, dataclasses.replace(KITCHEN, moves=6)])
+def test_text_encoder_encodes_a_text_once(encoder, encoded):
+    state = dataclasses.replace(KITCHEN, feedback="A text of this test alone.")
+    first = encoder.features([state])[0]
+    assert encoded
+    encoded.clear()
+    again, later = encoder.features([state, dataclasses.replace(state, moves=6)])
+    assert not encoded
     assert np.array_equal(again, first) and np.array_equal(later[:-64], first[:-64]) and later[-1] > first[-1]
 
 
-def test_the_cache_is_bounded_and_still_right():
-    small, large = (TextEncoder(PATH, cache_size=n, with_look=False, max_moves=50) for n in (2, 100))
+def test_text_encoder_cache_keeps_the_latest_texts(encoded):
+    small, large = make_encoder(cache_size=2), make_encoder(cache_size=100)
     states = [dataclasses.replace(KITCHEN, feedback=f"room {n % 5}") for n in range(12)]
     for state in states:
         assert np.array_equal(small.features([state]), large.features([state]))
-    assert len(small._cache) == 2
-    assert np.array_equal(small.features(states[:5]), large.features(states[:5]))
+    assert len(encoded) == 12 + 5  # the small cache has forgotten each text before it comes again
+    small.features(states[-2:])
+    assert len(encoded) == 12 + 5
+    assert np.array_equal(small.features(states[:5]), large.features(states[:5]))  # more texts than the cache keeps
 
 
-def test_a_game_without_a_maximum_score_and_empty_text(encoder):
+def test_text_encoder_accepts_no_maximal_score_and_an_empty_text(encoder):
     features = encoder.features([GameState("", ("wait",), -5.0, 0.0, 0)])[0]
     assert np.isfinite(features).all() and features[-128:-64] == pytest.approx(-0.05)
 
 
-def test_an_encoder_that_is_not_there():
+def test_text_encoder_path_that_does_not_exist_is_a_user_error():
     with pytest.raises(UserError, match=r"encoder.path=./nowhere"):
-        TextEncoder("./nowhere", cache_size=1, with_look=False, max_moves=1)
-
-
-def test_other_poolings_and_one_text():
-    from transformers import AutoModel, AutoTokenizer
-
-    folder = resolve_model(PATH, setting="encoder.path")
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder).eval()
-    made = TextEncoder(PATH, pooling="cls", parts="together", cache_size=9, with_look=True, max_moves=50)
-    features = made.features([KITCHEN])[0]
-    assert features.shape == (made.feature_size,) == (384 + 128,)
-    with torch.no_grad():
-        text = f"{KITCHEN.feedback}\n{KITCHEN.look}\n{KITCHEN.inventory}"
-        first = model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0, 0].numpy()
-    assert features[:384] == pytest.approx(first / np.linalg.norm(first) * np.sqrt(384), abs=1e-4)
+        TextEncoder("./nowhere", with_look=False, max_moves=1)

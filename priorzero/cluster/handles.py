@@ -1,185 +1,202 @@
-"""Calls to Ray actors that end: with an answer, or with an error that says which part failed and how."""
+"""Handles of the registry, of the prior servers and of the world model's learner."""
 
 from __future__ import annotations
 
 import asyncio
-import shutil
-import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+import numpy as np
 import ray
 from loguru import logger
-from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
+from ray.exceptions import RayError
 
-from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
-
-
-async def answer(reference: Any, *, timeout_s: float, who: str, setting: str = "cluster.timeout_s") -> Any:
-    """What a remote call returns.
-
-    Args:
-        reference: Ray's reference to the answer, or anything that can be awaited.
-        timeout_s: the longest that it may take.
-        who: the part, for messages.
-        setting: that names the limit, for messages.
-
-    Raises:
-        ProcessError: it died, or did not answer in time; or what it asked in turn did.
-        UserError, GameWorkerError, EngineError: raised by the part.
-    """
-    try:
-        return await asyncio.wait_for(_await(reference), timeout_s)
-    except TimeoutError as error:
-        raise ProcessError(f"{who} did not answer within {timeout_s:g} s ({setting})") from error
-    except RayTaskError as error:  # an exception inside the part: as it is
-        for kind in (UserError, GameWorkerError, EngineError):
-            if isinstance(error.cause, kind):
-                raise kind(str(error.cause)) from error
-        if isinstance(error.cause, (RayActorError, GetTimeoutError)):
-            raise ProcessError(f"what {who} asked failed ({_line(error.cause)})") from error
-        raise
-    except RayActorError as error:
-        raise ProcessError(f"{who} died ({_line(error)})") from error
-    except RayError as error:
-        raise ProcessError(f"{who} cannot be reached ({type(error).__name__}: {error})") from error
+from priorzero.cluster.actors.prior_server import PriorServer
+from priorzero.cluster.actors.registry import REGISTRY, Registry
+from priorzero.cluster.actors.world_model import WorldModelProcess
+from priorzero.cluster.calls import kill, kill_if_hanging, result_of, wait_for_restart
+from priorzero.cluster.resources import Share
+from priorzero.settings import Settings
+from priorzero.types import Plain, ProcessError, UserError
 
 
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+class RegistryHandle:
+    """Starts the registry. The run ends if it fails, because nothing else knows its state."""
 
+    def __init__(self, settings: Settings) -> None:
+        self._timeout_s = settings.cluster.timeout_s
+        self._actor = ray.remote(Registry).options(num_cpus=0, name=REGISTRY).remote(settings)
 
-async def _await(reference: Any) -> Any:
-    return await reference
+    async def publish(self, version: int, parameters: Any) -> None:
+        """:meth:`Registry.publish`; ``parameters`` is Ray's reference to them."""
+        await self._result_of(self._actor.publish.remote(version, [parameters]))
 
+    async def actions(self) -> Plain:
+        """State of the action vocabulary."""
+        actions: Plain = await self._result_of(self._actor.actions.remote())
+        return actions
 
-async def comes_back(actor: Any, *, timeout_s: float, who: str) -> bool:
-    """Wait for an actor that Ray starts again; False if Ray has given it up, or it takes longer than ``timeout_s``."""
-    began = time.monotonic()
-    while (left := timeout_s - (time.monotonic() - began)) > 0:
+    async def _result_of(self, reference: Any) -> Any:
         try:
-            await answer(actor.__ray_ready__.remote(), timeout_s=left, who=who, setting="cluster.start_timeout_s")
-            return True
+            return await result_of(reference, timeout_s=self._timeout_s, process="the registry")
         except ProcessError as error:
-            if isinstance(error.__cause__, ActorDiedError):
-                return False
-            await asyncio.sleep(1.0)  # unavailable: not up yet
-    return False
+            raise UserError(f"{error}; a run cannot continue without it") from error
 
 
-def kill(actor: Any) -> None:
-    """End an actor's process for good."""
-    ray.kill(actor, no_restart=True)
-
-
-class Restartable(Protocol):
-    """Something that can be started afresh, and brought to a state that was saved."""
-
-    async def start(self) -> None: ...
-
-    async def save(self, folder: Path) -> None: ...
-
-    async def load(self, folder: Path) -> None: ...
-
-    async def kill(self) -> None: ...
-
-
-class Durable:
-    """A learner that survives its processes: calls since its last saved state are kept, and made again after a restart.
-
-    The calls must lead from equal states to equal states, and tell what they told before; then a run with a restart is
-    the run without.
+class PriorServers:
+    """Starts the prior servers. Ray restarts those that die; those that hang are killed, so that Ray restarts them.
 
     Args:
-        part: the learner.
-        name: for messages and for the folder of its states.
-        folder: where its states go, the last one only.
-        save_every: calls of :meth:`step` between two states.
-        max_restarts: beyond them the run ends.
+        settings: all settings.
+        share: resources of each server.
+        log_folder: folder of vLLM's log files.
 
     Attributes:
-        restarts: so far.
-        replayed: calls that were made again.
+        names: names of the servers in Ray's namespace of the run.
+        restarts: number of restarts that were noticed.
     """
 
-    def __init__(self, part: Restartable, *, name: str, folder: Path, save_every: int, max_restarts: int) -> None:
-        self.part = part
-        self.name = name
+    def __init__(self, settings: Settings, *, share: Share, log_folder: Path) -> None:
+        self.names = [f"server {n}" for n in range(settings.cluster.num_servers)]
         self.restarts = 0
-        self.replayed = 0
-        self._folder = folder
-        self._save_every = save_every
-        self._max_restarts = max_restarts
-        self._steps = 0
-        self._saved: Path | None = None
-        self._log: list[Callable[[], Awaitable[Any]]] = []
+        self._cluster = settings.cluster
+        options = {
+            "num_cpus": share.num_cpus,
+            "num_gpus": share.num_gpus,
+            "max_concurrency": 1000,
+            "max_restarts": self._cluster.max_restarts,
+        }
+        self._actors = {
+            name: ray.remote(PriorServer)
+            .options(name=name, **options)
+            .remote(settings, log_folder / f"vllm{n or ''}.log")
+            for n, name in enumerate(self.names)
+        }
+        self._pids: dict[str, int] = {}
 
-    async def call(self, function: Callable[[], Awaitable[Any]]) -> Any:
-        """Make a call that changes the learner's state; returns its answer.
-
-        Raises:
-            UserError: the learner has failed too often.
-        """
-        told = await self.ask(function)
-        self._log.append(function)
-        return told
-
-    async def ask(self, function: Callable[[], Awaitable[Any]]) -> Any:
-        """Make a call that changes nothing, or that :meth:`call` takes note of; it is made again after a restart.
-
-        Raises:
-            UserError: the learner has failed too often.
-        """
-        while True:
-            try:
-                return await function()
-            except ProcessError as error:
-                await self._restart(error)
-
-    async def step(self, function: Callable[[], Awaitable[Any]]) -> Any:
-        """:meth:`call`, after which the state is saved when it is due."""
-        told = await self.call(function)
-        self._steps += 1
-        if self._steps % self._save_every == 0:
-            await self._save()
-        return told
-
-    async def _save(self) -> None:
-        folder = self._folder / f"{self.name}_{self._steps}"
-        try:
-            await self.part.save(folder)
-        except ProcessError as error:
-            await self._restart(error)
-            return  # the next one will do
-        except OSError as error:
-            logger.error(f"{self.name}: its state could not be saved ({error}); the last one stays")
-            return
-        before, self._saved, self._log = self._saved, folder, []
-        if before is not None:
-            shutil.rmtree(before, ignore_errors=True)
-
-    async def _restart(self, error: ProcessError) -> None:
-        """Start afresh, load the last state, and make all calls since then again."""
-        while True:
-            if self.restarts >= self._max_restarts:
-                raise UserError(
-                    f"{error}; the {self.name} has been started again {self.restarts} times already "
-                    f"(cluster.max_restarts={self._max_restarts})"
-                ) from error
-            self.restarts += 1
-            logger.warning(
-                f"{error}; the {self.name} is started again, from "
-                f"{self._saved.name if self._saved else 'its beginning'} and {len(self._log)} calls since"
+    async def start(self) -> None:
+        """Wait until all servers are ready."""
+        limit = self._cluster.start_timeout_s
+        await asyncio.gather(
+            *(
+                result_of(
+                    actor.ready.remote(), timeout_s=limit, process=f"prior {name}", setting="cluster.start_timeout_s"
+                )
+                for name, actor in self._actors.items()
             )
+        )
+
+    async def load_parameters(self, version: int, parameters: Any) -> None:
+        """Send the LLM's parameters to all servers, and wait until all serve them.
+
+        Args:
+            version: number of LLM updates.
+            parameters: Ray's reference to the state dict.
+        """
+        await self._call_all(lambda actor: actor.load_parameters.remote(version, [parameters]))
+
+    async def statistics(self) -> dict[str, float]:
+        """Means of the servers' metrics since the last call. Restarts are counted here."""
+        replies = await self._call_all(lambda actor: actor.statistics.remote())
+        for name, (pid, _) in replies.items():
+            self.restarts += self._pids.setdefault(name, pid) != pid
+            self._pids[name] = pid
+        all_metrics = [metrics for _, metrics in replies.values()]
+        return {name: float(np.mean([metrics[name] for metrics in all_metrics])) for name in all_metrics[0]}
+
+    async def _call_all(self, call: Callable[[Any], Any]) -> dict[str, Any]:
+        """The reply of each server, by name."""
+        names = list(self._actors)
+        replies = await asyncio.gather(*(self._call(name, call) for name in names))
+        return dict(zip(names, replies, strict=True))
+
+    async def _call(self, name: str, call: Callable[[Any], Any]) -> Any:
+        """Call a server; if it fails, wait for its restart and call it again.
+
+        Raises:
+            UserError: it is not restarted.
+        """
+        cluster, actor, process = self._cluster, self._actors[name], f"prior {name}"
+        while True:
             try:
-                await self.part.kill()
-                await self.part.start()
-                if self._saved is not None:
-                    await self.part.load(self._saved)
-                for function in self._log:
-                    await function()
-                    self.replayed += 1
-                return
-            except ProcessError as again:
-                error = again
+                return await result_of(call(actor), timeout_s=cluster.timeout_s, process=process)
+            except ProcessError as error:
+                kill_if_hanging(actor, error)
+                logger.warning(f"{error}; it is restarted")
+                if not await wait_for_restart(actor, timeout_s=cluster.start_timeout_s, process=process):
+                    raise UserError(
+                        f"{error}, and it could not be restarted (cluster.max_restarts={cluster.max_restarts}, "
+                        f"cluster.start_timeout_s={cluster.start_timeout_s:g})"
+                    ) from error
+
+    async def close(self) -> None:
+        """Close the engines, and kill all servers."""
+        for actor in self._actors.values():
+            try:
+                await result_of(actor.close.remote(), timeout_s=30.0, process="a prior server", setting="fixed")
+            except (ProcessError, RayError, UserError) as error:
+                logger.debug(f"a prior server could not close its engine: {error}")
+            kill(actor)
+
+
+class WorldModelHandle:
+    """Starts the world model's learner; a :class:`~priorzero.cluster.restart.Restartable`.
+
+    Args:
+        settings: all settings.
+        share: its resources.
+        folder: the run's.
+        feature_size: returns ``F``.
+    """
+
+    def __init__(
+        self, settings: Settings, *, share: Share, folder: Path, feature_size: Callable[[], Awaitable[int]]
+    ) -> None:
+        self._settings, self._share, self._folder = settings, share, folder
+        self._get_feature_size = feature_size
+        self._feature_size: int | None = None
+        self._actor: Any = None
+
+    async def start(self) -> None:
+        """Start the process, and wait until it has loaded everything."""
+        if self._feature_size is None:
+            self._feature_size = await self._get_feature_size()
+        actor = ray.remote(WorldModelProcess).options(num_cpus=self._share.num_cpus, num_gpus=self._share.num_gpus)
+        self._actor = actor.remote(self._settings, self._feature_size, self._folder)
+        limit, setting = self._settings.cluster.start_timeout_s, "cluster.start_timeout_s"
+        await self._result_of(self._actor.__ray_ready__.remote(), timeout_s=limit, setting=setting)
+
+    async def push(self, segments: Any) -> dict[str, float]:
+        """:meth:`WorldModelProcess.push`; ``segments`` is Ray's reference to them."""
+        metrics: dict[str, float] = await self._result_of(self._actor.push.remote(segments))
+        return metrics
+
+    async def learn(self) -> tuple[dict[str, float], int]:
+        """:meth:`WorldModelProcess.learn`."""
+        result: tuple[dict[str, float], int] = await self._result_of(self._actor.learn.remote())
+        return result
+
+    async def parameters(self) -> tuple[Any, int]:
+        """Ray's reference to the parameters, and their version."""
+        parameters, version = self._actor.parameters.remote()
+        return parameters, await self._result_of(version)
+
+    async def save(self, folder: Path) -> None:
+        """:meth:`WorldModelProcess.save`."""
+        await self._result_of(self._actor.save.remote(folder))
+
+    async def load(self, folder: Path) -> None:
+        """:meth:`WorldModelProcess.load`."""
+        await self._result_of(self._actor.load.remote(folder))
+
+    async def kill(self) -> None:
+        """Kill the process."""
+        if self._actor is not None:
+            kill(self._actor)
+
+    async def _result_of(
+        self, reference: Any, *, timeout_s: float | None = None, setting: str = "cluster.timeout_s"
+    ) -> Any:
+        limit = timeout_s or self._settings.cluster.timeout_s
+        return await result_of(reference, timeout_s=limit, process="the world model's learner", setting=setting)

@@ -1,4 +1,4 @@
-"""What each part of a run asks Ray for, from what the cluster has."""
+"""How the CPUs and GPUs of the cluster are divided among the processes of a run."""
 
 from __future__ import annotations
 
@@ -10,26 +10,28 @@ from priorzero.types import UserError
 
 @dataclass(frozen=True)
 class Share:
-    """CPUs and GPUs that Ray sets aside for one process; fractions of a GPU share it."""
+    """CPUs and GPUs that Ray reserves for one process. Several processes can have fractions of one GPU."""
 
     num_cpus: float
     num_gpus: float
 
 
 def plan_resources(settings: Settings, *, cpus: float, gpus: float) -> dict[str, Share]:
-    """The share of each process of a role: ``collector``, ``server``, ``world_model``, ``learner``.
+    """The share of each process, by role: ``collector``, ``server``, ``world_model``, ``learner``.
 
-    A CPU each, if there are enough; otherwise none is set aside, and the processes share what there is. With fewer GPUs
-    than servers and learners, these share nine tenths of each, the world model and the collectors the rest. With more,
-    each server and each learner has its own, and world model and collectors share the others.
+    Each process gets a CPU if there are enough. Otherwise no CPU is reserved, and the processes share all CPUs.
+
+    If there are fewer GPUs than servers and learners, these share 0.9 of each GPU, and the world model and the
+    collectors share the rest. If there are more, each server and each learner has a GPU of its own, and the world model
+    and the collectors share the others.
 
     Args:
         settings: all settings.
-        cpus: of the cluster.
-        gpus: of the cluster; 0: all on CPUs.
+        cpus: number of CPUs of the cluster.
+        gpus: number of GPUs of the cluster. Without a GPU, everything runs on CPUs.
 
     Raises:
-        UserError: a GPU was asked for (``run.device=cuda``), and there is none; or two learners would share one.
+        UserError: ``run.device=cuda`` without a GPU, or two learners would have to share one.
     """
     cluster = settings.cluster
     counts = {
@@ -47,22 +49,22 @@ def plan_resources(settings: Settings, *, cpus: float, gpus: float) -> dict[str,
     large, small = cluster.num_servers + cluster.num_learners, cluster.num_collectors + 1
     if gpus >= large + small:
         shares = dict.fromkeys(counts, 1.0)
-    elif gpus > large:  # a GPU for each server and learner; the world model and the collectors share the others
-        of_small = _part(1.0, small, gpus - large)
-        shares = {"collector": of_small, "server": 1.0, "world_model": of_small, "learner": 1.0}
+    elif gpus > large:
+        small_share = _part(1.0, small, gpus - large)
+        shares = {"collector": small_share, "server": 1.0, "world_model": small_share, "learner": 1.0}
     else:
-        of_small = _part(0.1, small, gpus)
-        of_large = _part(0.9, large, gpus)
-        shares = {"collector": of_small, "server": of_large, "world_model": of_small, "learner": of_large}
-        if cluster.num_learners > 1 and of_large < 0.9:
+        small_share = _part(0.1, small, gpus)
+        large_share = _part(0.9, large, gpus)
+        shares = {"collector": small_share, "server": large_share, "world_model": small_share, "learner": large_share}
+        if cluster.num_learners > 1 and large_share < 0.9:
             raise UserError(
-                f"cluster.num_learners={cluster.num_learners} would have to share GPUs, and their exchange of "
-                f"gradients (nccl) does not allow it: with {gpus} GPUs and cluster.num_servers={cluster.num_servers} "
+                f"cluster.num_learners={cluster.num_learners} would have to share GPUs, which their exchange of "
+                f"gradients (nccl) does not support: with {gpus} GPUs and cluster.num_servers={cluster.num_servers} "
                 f"type --set cluster.num_learners={max(1, gpus - cluster.num_servers)}"
             )
     return {role: Share(num_cpus, shares[role]) for role in counts}
 
 
 def _part(room: float, processes: int, gpus: int) -> float:
-    """The share of one of ``processes``, which fill at most ``room`` of each GPU; a share lies on one GPU."""
+    """The share of each of ``processes``, which use at most ``room`` of each GPU. A share is a part of one GPU."""
     return int(1000 * room / -(-processes // gpus)) / 1000

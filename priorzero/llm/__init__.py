@@ -1,0 +1,1 @@
+"""The language model: prompts, priors, fine-tuning and the engines that run it."""

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from loguru import logger
 from priorzero.llm.losses import action_logprobs, gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.packing import PromptRow
-from priorzero.llm.prompts import PromptStyle, completion_text, learning_context
+from priorzero.llm.prompts import PromptStyle, completion_text, training_context
 from priorzero.runtime.process_group import ProcessGroup
 from priorzero.settings import LLMSettings
 from priorzero.types import NonFiniteError, StepRecord, UserError
@@ -23,34 +23,34 @@ from priorzero.types import NonFiniteError, StepRecord, UserError
 
 @dataclass(frozen=True)
 class LLMSample:
-    """One decision as the language model learns from it. All lists are over the C actions that take part.
+    """One decision as the language model is trained on it. C is the number of actions that take part.
 
     Attributes:
-        row: token ids of the context and of the C answers.
-        target_probs: share of the visits of each answer's action, ``[C]``, sums to one.
-        played: index of the answer whose action was played.
-        advantage: of the played action.
-        rollout_logprob: of the played answer when it was played, of its text or among the valid actions as the
-            objective wants it; NaN if not known (``rank``).
+        row: token ids of the context and of the C completions.
+        target_probs: share of the visits of each action, ``[C]``, sums to one.
+        chosen: index of the completion of the action that was taken.
+        advantage: advantage of that action.
+        rollout_logprob: log-probability of that action when it was taken: of its text (objective ``tokens``) or among
+            the valid actions (objective ``actions``). NaN if it is unknown (``rank``).
     """
 
     row: PromptRow
     target_probs: np.ndarray
-    played: int
+    chosen: int
     advantage: float
     rollout_logprob: float
 
 
-def choose_answers(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarray]:
-    """Which actions of a decision the LLM learns from.
+def select_actions(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarray]:
+    """Select the actions of a decision that the LLM is trained on.
 
     Args:
         record: the decision.
-        top: at most this many of the visited actions, the most visited ones; 0 leaves the played one alone.
+        top: largest number of visited actions; the most visited ones are selected. 0 selects the chosen action only.
 
     Returns:
-        Positions in the valid actions, the played one always among them, and their shares of the visits: renormalised
-        over the top, zero for a played action that is not among them.
+        Positions in the valid actions, which always include the chosen action, and the target probabilities: shares of
+        the visits, normalised over the top actions, and zero for a chosen action that is not among them.
     """
     counts = record.visit_counts
     order = np.argsort(-counts, kind="stable")[:top]
@@ -63,7 +63,7 @@ def choose_answers(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarr
 
 
 class _Scorer(torch.nn.Module):
-    """The forward pass that is learned through, as a module, which is what a group of learners wraps."""
+    """``LanguageModel.token_logprobs`` as a module, which a :class:`ProcessGroup` can wrap (DDP, FSDP)."""
 
     def __init__(self, llm: LanguageModel) -> None:
         super().__init__()
@@ -75,14 +75,18 @@ class _Scorer(torch.nn.Module):
 
 
 class LLMLearner:
-    """One optimiser step a call, with the gradient of the whole batch whatever the micro-batch.
+    """Trains the language model. The gradient of a batch does not depend on the micro-batch size.
 
     Args:
-        llm: the language model, shared with the prior engine.
+        llm: the language model, which the prior engine shares.
         cfg: the ``llm`` group of the settings.
-        style: how answers are written.
-        temperature: of the prior (``objective="actions"``).
-        group: the learners that share the work; each is given its part of the samples. Alone by default.
+        style: determines how an action is written as a completion.
+        temperature: temperature of the prior (objective ``actions``).
+        group: the learners that share each batch; every learner gets its own part of the samples. Default: one learner.
+
+    Attributes:
+        micro_batch_size: decisions in one forward pass; halved once if the GPU's memory does not suffice.
+        is_consistent: False if an optimiser step failed halfway, so that parameters are partly updated.
     """
 
     def __init__(
@@ -103,21 +107,26 @@ class LLMLearner:
         auto = "actions" if style.mode == "score" else "tokens"
         self.objective = auto if cfg.objective == "auto" else cfg.objective
         self.micro_batch_size = cfg.micro_batch_size
-        self.is_consistent = True  # False after an optimiser step that did not come to its end
-        self._clips = cfg.enable_rft and cfg.rft_clip > 0
-        # No weight decay: a batch that teaches nothing must move nothing.
+        self.is_consistent = True
+        self._needs_rollout_logprobs = cfg.enable_rft and cfg.rft_clip > 0
+        self._loss_weights = {
+            "sft_loss": cfg.llm_loss_weight if cfg.enable_sft else 0.0,
+            "rft_loss": cfg.rft_loss_weight if cfg.enable_rft else 0.0,
+            "kl_loss": cfg.kl_weight,
+        }
+        # No weight decay: a batch with zero gradient must not change the parameters.
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
 
     def samples(self, records: Sequence[StepRecord], returns: np.ndarray) -> tuple[list[LLMSample], int]:
-        """Turn decisions into samples.
+        """Convert decisions to samples.
 
         Args:
             records: the decisions.
             returns: their discounted returns, ``[n]``.
 
         Returns:
-            The samples, and how many decisions had nothing to teach (no prompt, no thought to answer after, too long
-            for the model, or, where ``rft_clip`` needs one, no log-probability of what was played).
+            The samples, and the number of decisions that cannot be used: no prompt, no "Answer:" heading (chain of
+            thought), too long for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
         """
         samples, kept = self.prepare(records)
         if not samples:
@@ -128,32 +137,37 @@ class LLMLearner:
 
     @staticmethod
     def with_advantages(samples: Sequence[LLMSample], advantages: np.ndarray) -> list[LLMSample]:
-        """The samples with these advantages, ``[n]``."""
+        """Copies of the samples with the given advantages, ``[n]``."""
         return [dataclasses.replace(s, advantage=float(a)) for s, a in zip(samples, advantages, strict=True)]
 
     def prepare(self, records: Sequence[StepRecord]) -> tuple[list[LLMSample], list[int]]:
-        """Samples without advantages (they are 0), and the positions of their decisions in ``records``."""
+        """Samples whose advantages are 0, and the index in ``records`` of each sample's decision."""
         samples, kept = [], []
         for i, record in enumerate(records):
-            completion = record.prior.completion if record.prior is not None else None
-            context = learning_context(record.prompt, completion, style=self.style) if record.prompt else None
-            rollout = self._rollout_logprobs(record)
-            if context is None or (rollout is None and self._clips):
-                continue
-            if self.objective == "actions":
-                positions, probs = list(range(len(record.visit_counts))), record.visit_probs()
-            else:
-                positions, probs = choose_answers(record, top=self.cfg.sft_top_actions if self.cfg.enable_sft else 0)
-            answers = [completion_text(record.state.valid_actions[k], style=self.style) for k in positions]
-            try:
-                row = self.llm.row(context, answers, end_of_turn=self.style.ends_turn)
-            except ValueError:
-                continue
-            played = positions.index(record.chosen)
-            logprob = math.nan if rollout is None else float(rollout[record.chosen])
-            samples.append(LLMSample(row, probs, played, advantage=0.0, rollout_logprob=logprob))
-            kept.append(i)
+            sample = self._sample(record)
+            if sample is not None:
+                samples.append(sample)
+                kept.append(i)
         return samples, kept
+
+    def _sample(self, record: StepRecord) -> LLMSample | None:
+        """The sample of a decision with advantage 0; None if the decision cannot be used."""
+        completion = record.prior.completion if record.prior is not None else None
+        context = training_context(record.prompt, completion, style=self.style) if record.prompt else None
+        rollout = self._rollout_logprobs(record)
+        if context is None or (rollout is None and self._needs_rollout_logprobs):
+            return None
+        if self.objective == "actions":
+            positions, probs = list(range(len(record.visit_counts))), record.visit_probs()
+        else:
+            positions, probs = select_actions(record, top=self.cfg.sft_top_actions if self.cfg.enable_sft else 0)
+        completions = [completion_text(record.state.valid_actions[k], style=self.style) for k in positions]
+        try:
+            row = self.llm.row(context, completions, end_of_turn=self.style.ends_turn)
+        except ValueError:
+            return None
+        logprob = math.nan if rollout is None else float(rollout[record.chosen])
+        return LLMSample(row, probs, positions.index(record.chosen), advantage=0.0, rollout_logprob=logprob)
 
     def _rollout_logprobs(self, record: StepRecord) -> np.ndarray | None:
         prior = record.prior
@@ -161,39 +175,56 @@ class LLMLearner:
             return None
         return prior.logprobs if self.objective == "actions" else prior.rollout_logprobs
 
-    def objective_logprobs(self, samples: Sequence[LLMSample], logprobs: torch.Tensor, mask: torch.Tensor) -> Any:
-        """What the losses are made of: tokens as they are, or one unit an action, its share among the valid ones."""
+    def objective_logprobs(
+        self, samples: Sequence[LLMSample], token_logprobs: torch.Tensor, completion_mask: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Log-probabilities that the losses are computed from.
+
+        Args:
+            samples: the samples; they have R completions in total.
+            token_logprobs: ``[R, T]``.
+            completion_mask: ``[R, T]``.
+
+        Returns:
+            Log-probabilities and their mask: both arguments unchanged (objective ``tokens``), or ``[R, 1]``, the prior
+            over the valid actions (objective ``actions``).
+        """
         if self.objective == "tokens":
-            return logprobs, mask
-        shares = action_logprobs(
-            logprobs,
-            mask,
+            return token_logprobs, completion_mask
+        logprobs = action_logprobs(
+            token_logprobs,
+            completion_mask,
             [len(s.row.completions) for s in samples],
             temperature=self.temperature,
         )
-        return shares[:, None], torch.ones_like(mask[:, :1])
+        return logprobs[:, None], torch.ones_like(completion_mask[:, :1])
 
-    def _num_units(self, samples: Sequence[LLMSample]) -> tuple[float, float]:
-        """Units in the SFT loss, each answer's counted by its share of the visits, and units of what was played."""
+    def _denominators(self, samples: Sequence[LLMSample]) -> dict[str, float]:
+        """What each summed loss is divided by, over the samples of all learners: tokens, or decisions.
+
+        In the SFT loss the tokens of a completion count with its target probability.
+        """
         if self.objective == "actions":
-            return float(len(samples)), float(len(samples))
-        visited = sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples)
-        return max(1.0, visited), float(sum(len(s.row.completions[s.played]) for s in samples))
+            sft, rft = float(len(samples)), float(len(samples))
+        else:
+            sft = max(1.0, sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples))
+            rft = float(sum(len(s.row.completions[s.chosen]) for s in samples))
+        totals = self.group.sum({"sft_loss": sft, "rft_loss": rft, "kl_loss": rft})
+        return {name: max(1.0, total) for name, total in totals.items()}
 
     def learn(self, samples: Sequence[LLMSample]) -> dict[str, float]:
-        """One optimiser step on at least one sample.
+        """Make one optimiser step on at least one sample.
 
-        The losses are means over tokens, or over decisions (``objective="actions"``); ``llm_loss_weight``,
-        ``rft_loss_weight`` and ``kl_weight`` scale their gradients.
+        The losses are means over tokens, or over decisions (objective ``actions``). ``llm_loss_weight``,
+        ``rft_loss_weight`` and ``kl_weight`` scale their gradients. If a GPU's memory does not suffice, the micro-batch
+        is halved, once in a run; this does not change the gradient.
 
         Returns:
-            ``sft_loss``, ``rft_loss`` and ``kl_loss`` (unweighted; the last is 0 where ``kl_weight`` is), ``loss``
-            (weighted sum) and ``grad_norm`` (before clipping).
-
-        Where a GPU's memory does not suffice, the micro-batch is halved, once in a run: that changes no gradient.
+            ``sft_loss``, ``rft_loss`` and ``kl_loss`` (unweighted; the last is 0 if ``kl_weight`` is 0), ``loss``
+            (weighted sum) and ``grad_norm`` (before the clipping).
 
         Raises:
-            NonFiniteError: a loss or the gradient is not finite; the parameters are as they were.
+            NonFiniteError: a loss or the gradient is not finite; the parameters are unchanged.
             UserError: the memory does not suffice for half a micro-batch either.
         """
         try:
@@ -201,7 +232,8 @@ class LLMLearner:
         except torch.OutOfMemoryError as error:
             self.optimizer.zero_grad(set_to_none=True)
             halved = self.micro_batch_size < self.cfg.micro_batch_size
-            if halved or self.micro_batch_size == 1 or self.group.size > 1:  # several must do the same
+            # The learners of a group must run the same number of forward passes, so none may halve alone.
+            if halved or self.micro_batch_size == 1 or self.group.size > 1:
                 raise UserError(
                     f"out of GPU memory in an LLM update with {self.micro_batch_size} decisions at a time; type --set "
                     "llm.micro_batch_size=1, then --set llm.prompt_max_len=512, then --set llm.use_lora=true"
@@ -211,7 +243,7 @@ class LLMLearner:
             return result
         self.micro_batch_size //= 2
         torch.cuda.empty_cache()
-        logger.warning(f"out of GPU memory in an LLM update: from now on {self.micro_batch_size} decisions at a time")
+        logger.warning(f"out of GPU memory in an LLM update; micro-batches have {self.micro_batch_size} decisions now")
         return self.learn(samples)
 
     def _step(self) -> None:
@@ -220,67 +252,59 @@ class LLMLearner:
             self.optimizer.step()
         except torch.OutOfMemoryError as error:
             raise UserError(
-                "out of GPU memory for the LLM's optimiser, in the middle of its step; type --set llm.use_lora=true"
+                "out of GPU memory in the LLM's optimiser, during its step; type --set llm.use_lora=true"
             ) from error
         self.is_consistent = True
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gradient(self, samples: Sequence[LLMSample]) -> dict[str, float]:
-        """Accumulate it; returns what :meth:`learn` does."""
-        cfg = self.cfg
-        loss_weights = {
-            "sft_loss": cfg.llm_loss_weight if cfg.enable_sft else 0.0,
-            "rft_loss": cfg.rft_loss_weight if cfg.enable_rft else 0.0,
-            "kl_loss": cfg.kl_weight,
-        }
-        # Totals first: every micro-batch is divided by the units of the whole batch.
-        sft_units, played_units = self._num_units(samples)
-        units = self.group.sum({"sft_loss": sft_units, "rft_loss": played_units, "kl_loss": played_units})
-        units = {name: max(1.0, total) for name, total in units.items()}
-        totals = dict.fromkeys(units, 0.0)
+        """Accumulate the gradient of the batch and clip it; returns the same as :meth:`learn`."""
+        denominators = self._denominators(samples)
+        totals = dict.fromkeys(denominators, 0.0)
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(samples), self.micro_batch_size):
-            micro = samples[start : start + self.micro_batch_size]
+            micro_batch = samples[start : start + self.micro_batch_size]
             last = start + self.micro_batch_size >= len(samples)
             with self.group.accumulate(self.scorer, last=last):
-                sums = self._losses(micro)
-                # The group averages gradients, and each divides by the units of all.
-                loss = sum(loss_weights[name] * value / units[name] for name, value in sums.items())
+                sums = self._losses(micro_batch)
+                terms = (self._loss_weights[name] * value / denominators[name] for name, value in sums.items())
+                loss = sum(terms, start=torch.zeros((), device=self.llm.device))
+                # A group averages the gradients of its learners, but the denominators are over all learners.
                 (self.group.size * loss).backward()
             for name, value in sums.items():
                 totals[name] += value.item()
             if not all(map(math.isfinite, totals.values())) and self.group.size == 1:
-                break  # the rest cannot mend it
+                break  # the sum stays non-finite
         totals = self.group.sum(totals)
         for name, total in totals.items():
             if not math.isfinite(total):
-                self._give_up(f"{name} is {total}")
-        norm = gradient_norm(self.llm.trainable_parameters(), max_norm=cfg.grad_clip)
+                self._raise_nonfinite(f"{name} is {total}")
+        norm = gradient_norm(self.llm.trainable_parameters(), max_norm=self.cfg.grad_clip)
         if not math.isfinite(norm):
-            self._give_up(f"the norm of the gradient is {norm}")
-        losses = {name: total / units[name] for name, total in totals.items()}
-        return {**losses, "loss": sum(loss_weights[name] * losses[name] for name in losses), "grad_norm": norm}
+            self._raise_nonfinite(f"gradient norm is {norm}")
+        losses = {name: total / denominators[name] for name, total in totals.items()}
+        return {**losses, "loss": sum(self._loss_weights[name] * losses[name] for name in losses), "grad_norm": norm}
 
-    def _losses(self, micro: Sequence[LLMSample]) -> dict[str, torch.Tensor]:
-        """Summed losses of a micro-batch."""
-        token_logprobs, completion_mask = self.scorer([s.row for s in micro])  # (R, T)
-        logprobs, mask = self.objective_logprobs(micro, token_logprobs, completion_mask)  # (R, T) or (R, 1)
-        target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro]).to(logprobs.device)  # (R,)
+    def _losses(self, micro_batch: Sequence[LLMSample]) -> dict[str, torch.Tensor]:
+        """Summed losses of a micro-batch of M samples with R completions."""
+        rows = [s.row for s in micro_batch]
+        token_logprobs, completion_mask = self.scorer(rows)  # (R, T)
+        logprobs, mask = self.objective_logprobs(micro_batch, token_logprobs, completion_mask)  # (R, T) or (R, 1)
+        target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro_batch]).to(logprobs.device)  # (R,)
         sums = {"sft_loss": sft_loss(logprobs, mask, target_probs)[0]}
-        firsts = np.cumsum([0, *(len(s.row.completions) for s in micro[:-1])])
-        played = torch.as_tensor(firsts + [s.played for s in micro], device=logprobs.device)  # (M,)
-        advantages = torch.tensor([s.advantage for s in micro], device=logprobs.device)
-        rollout = torch.tensor([s.rollout_logprob for s in micro], device=logprobs.device)
+        firsts = np.cumsum([0, *(len(s.row.completions) for s in micro_batch[:-1])])
+        chosen = torch.as_tensor(firsts + [s.chosen for s in micro_batch], device=logprobs.device)  # (M,)
+        advantages = torch.tensor([s.advantage for s in micro_batch], device=logprobs.device)
+        rollout = torch.tensor([s.rollout_logprob for s in micro_batch], device=logprobs.device)
         sums["rft_loss"], _ = rft_loss(
-            logprobs[played], mask[played], advantages, rollout_logprobs=rollout, clip=self.cfg.rft_clip
+            logprobs[chosen], mask[chosen], advantages, rollout_logprobs=rollout, clip=self.cfg.rft_clip
         )
         if self.cfg.kl_weight > 0:
-            reference = self.llm.reference_logprobs([s.row for s in micro])
-            reference, _ = self.objective_logprobs(micro, reference, completion_mask)
-            sums["kl_loss"], _ = kl_loss(logprobs[played], reference[played], mask[played])
+            reference, _ = self.objective_logprobs(micro_batch, self.llm.reference_logprobs(rows), completion_mask)
+            sums["kl_loss"], _ = kl_loss(logprobs[chosen], reference[chosen], mask[chosen])
         return sums
 
-    def _give_up(self, problem: str) -> None:
+    def _raise_nonfinite(self, problem: str) -> NoReturn:
         self.optimizer.zero_grad(set_to_none=True)
         raise NonFiniteError(
             f"the LLM's {problem} in an update, which was not applied; lower llm.learning_rate="

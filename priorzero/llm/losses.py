@@ -1,7 +1,7 @@
-"""Losses of the language model, and the returns and advantages that they use.
+"""Losses of the language model.
 
-Losses return ``(loss_sum, num_tokens)``; the caller divides once per optimiser step, so that cutting a batch into
-micro-batches leaves the gradient as it is.
+Each loss returns ``(loss_sum, num_tokens)``. The caller divides once per optimiser step, so that the gradient does not
+depend on how a batch is split into micro-batches.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from torch.distributed.tensor import DTensor
 
 
 def sft_loss(token_logprobs: Tensor, completion_mask: Tensor, target_probs: Tensor) -> tuple[Tensor, Tensor]:
-    r"""Cross-entropy of the completions against the search's visit distribution.
+    r"""Cross-entropy between the search's visit distribution and the completions.
 
     .. math:: -\sum_r \pi_r \sum_t \log p(y_{r,t} \mid x_r, y_{r,<t})
 
-    which is the policy loss of AlphaZero (Silver et al. 2018, eq. 1) with the LLM's text as the policy.
+    This is the policy loss of AlphaZero (Silver et al. 2018, eq. 1) with the LLM's text as the policy.
 
     Args:
         token_logprobs: ``[R, T]``, R completions of one or more prompts.
@@ -27,14 +27,14 @@ def sft_loss(token_logprobs: Tensor, completion_mask: Tensor, target_probs: Tens
         target_probs: ``[R]``, share of the visits of each completion's action; sums to one within a prompt.
 
     Returns:
-        The summed loss and the number of tokens in it, each completion's counted by its share.
+        The summed loss, and the number of tokens, where the tokens of a completion count with its share.
     """
     mask = completion_mask.to(token_logprobs.dtype)
     loss_sum = -(target_probs[:, None] * token_logprobs * mask).sum()
     return loss_sum, (target_probs[:, None] * mask).sum()
 
 
-# Log-ratios beyond this are as good as infinite; the exponential of more would be so in fact.
+# Log-ratios are clamped to this range, because the exponential of a larger one would overflow.
 LOG_RATIO_LIMIT = 10.0
 
 
@@ -46,22 +46,23 @@ def rft_loss(
     rollout_logprobs: Tensor | None = None,
     clip: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
-    r"""Policy gradient on what was done.
+    r"""Policy gradient on the completions of the actions that were taken.
 
-    Without ``clip`` it is REINFORCE (Williams 1992), :math:`-\sum_r A_r \sum_t \log p(y_{r,t} \mid x_r, y_{r,<t})`.
-    With it, PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with one ratio a completion, the geometric mean over
-    its tokens (GSPO, Zheng et al. 2025, eq. 7): :math:`-\sum_r T_r \min(\rho_r A_r,
-    \mathrm{clip}(\rho_r, 1-\epsilon, 1+\epsilon) A_r)`. At :math:`\rho = 1` both have the same gradient.
+    With ``clip=0`` it is REINFORCE (Williams 1992): :math:`-\sum_r A_r \sum_t \log p(y_{r,t} \mid x_r, y_{r,<t})`.
+    Otherwise it is PPO's clipped surrogate (Schulman et al. 2017, eq. 7) with one ratio for each completion, the
+    geometric mean over its tokens (GSPO, Zheng et al. 2025, eq. 7): :math:`-\sum_r T_r \min(\rho_r A_r,
+    \mathrm{clip}(\rho_r, 1-\epsilon, 1+\epsilon) A_r)`. Both have the same gradient at :math:`\rho = 1`.
 
     Args:
-        token_logprobs: ``[R, T]`` of the completions that were played.
+        token_logprobs: ``[R, T]`` of the completions of the actions that were taken.
         completion_mask: ``[R, T]``, True where a completion has a token.
         advantages: ``[R]``, constants.
-        rollout_logprobs: ``[R]``, of the whole completions when they were played; needed with ``clip``.
+        rollout_logprobs: ``[R]``, log-probabilities of the whole completions when the actions were taken; required if
+            ``clip`` is not 0.
         clip: :math:`\epsilon`; 0 for REINFORCE.
 
     Returns:
-        The summed loss and the number of tokens in it.
+        The summed loss and the number of tokens.
     """
     mask = completion_mask.to(token_logprobs.dtype)
     advantages = advantages.detach()
@@ -76,17 +77,17 @@ def rft_loss(
 
 
 def action_logprobs(
-    token_logprobs: Tensor, completion_mask: Tensor, sizes: Sequence[int], *, temperature: float
+    token_logprobs: Tensor, completion_mask: Tensor, num_completions: Sequence[int], *, temperature: float
 ) -> Tensor:
-    r"""What the prior makes of the completions: a log-distribution over those of each prompt.
+    r"""The prior's log-probabilities: a distribution over the completions of each prompt.
 
-    :math:`\log \mathrm{softmax}_k(s_k / \tau)` with :math:`s_k` the mean of a completion's token log-probabilities,
-    as :func:`priorzero.llm.priors.prior_from_scores` has it.
+    :math:`\log \mathrm{softmax}_k(s_k / \tau)`, where :math:`s_k` is the mean of a completion's token
+    log-probabilities. It is the differentiable form of :func:`priorzero.llm.priors.prior_from_scores`.
 
     Args:
-        token_logprobs: ``[R, T]``, the completions of all prompts one after another.
+        token_logprobs: ``[R, T]``, the completions of all prompts, prompt by prompt.
         completion_mask: ``[R, T]``, True where a completion has a token.
-        sizes: completions of each prompt; they sum to R.
+        num_completions: number of completions of each prompt; the sum is R.
         temperature: :math:`\tau`.
 
     Returns:
@@ -94,15 +95,17 @@ def action_logprobs(
     """
     mask = completion_mask.to(token_logprobs.dtype)
     scores = (token_logprobs * mask).sum(dim=1) / mask.sum(dim=1)  # (R,)
-    return torch.cat([torch.log_softmax(of_one / temperature, dim=0) for of_one in scores.split(list(sizes))])
+    return torch.cat(
+        [torch.log_softmax(of_prompt / temperature, 0) for of_prompt in scores.split(list(num_completions))]
+    )
 
 
 def kl_loss(token_logprobs: Tensor, reference_logprobs: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
-    r"""How far the model has moved from its reference on some tokens: :math:`\sum e^{d} - d - 1` with
+    r"""KL penalty towards a reference model: :math:`\sum e^{d} - d - 1` with
     :math:`d = \log p_\mathrm{ref} - \log p` (Schulman, "Approximating KL divergence", 2020, estimator k3).
 
-    It is never negative. Tokens that the model itself has drawn make it an unbiased estimate of the KL divergence;
-    those of a command that the search has chosen make it a penalty on moving where the agent acts.
+    It is never negative. It is an unbiased estimate of the KL divergence if the model itself sampled the tokens. The
+    search chose the actions here, so it is only a penalty on moving away from the reference on those actions.
 
     Args:
         token_logprobs: ``[R, T]``.
@@ -110,7 +113,7 @@ def kl_loss(token_logprobs: Tensor, reference_logprobs: Tensor, completion_mask:
         completion_mask: ``[R, T]``, True where a completion has a token.
 
     Returns:
-        The summed loss and the number of tokens in it.
+        The summed loss and the number of tokens.
     """
     mask = completion_mask.to(token_logprobs.dtype)
     difference = (reference_logprobs.detach() - token_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -118,9 +121,9 @@ def kl_loss(token_logprobs: Tensor, reference_logprobs: Tensor, completion_mask:
 
 
 def normalised_advantages(returns: np.ndarray, baselines: np.ndarray) -> np.ndarray:
-    """``returns - baselines``, brought to mean zero and deviation one over the whole batch.
+    """``returns - baselines``, shifted and scaled to mean 0 and standard deviation 1 over the whole batch.
 
-    Equal differences give zeros rather than noise divided by nothing. Both arguments and the result are ``[n]``.
+    The result is zero if all differences are equal. The arguments and the result are ``[n]``.
     """
     differences = np.asarray(returns, dtype=np.float64) - np.asarray(baselines, dtype=np.float64)
     centred = differences - differences.mean()
@@ -131,6 +134,6 @@ def normalised_advantages(returns: np.ndarray, baselines: np.ndarray) -> np.ndar
 
 
 def gradient_norm(parameters: Sequence[torch.nn.Parameter], *, max_norm: float) -> float:
-    """Clip the gradients to ``max_norm`` and return their norm before."""
+    """Clip the gradients to ``max_norm`` and return their norm before the clipping."""
     norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     return float(norm.full_tensor() if isinstance(norm, DTensor) else norm)

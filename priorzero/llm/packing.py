@@ -1,9 +1,9 @@
-"""Log-probabilities of many completions of one prompt in one forward pass, for scoring and for training alike.
+"""Log-probabilities of many completions of one prompt in one forward pass, for scoring and for training.
 
-A row holds a prompt once, followed by its completions as a tree: what several of them begin with is there once, and a
-completion's last token, which is predicted but predicts nothing, is not there at all. An attention mask lets each token
-see the prompt and the tokens before it in its own completions, and position ids let each completion start right after
-the prompt, so the result is that of one sequence per completion while nothing is computed twice.
+A row holds a prompt once, followed by its completions as a prefix tree: a beginning that several completions share
+appears once, and the last token of a completion, which is predicted but predicts nothing, does not appear. The
+attention mask lets each token see the prompt and the earlier tokens of its own completions. The position ids let each
+completion start right after the prompt. The result equals that of one sequence per completion.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 
-def without_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
-    """Text from outside in which nothing reads as a token of the chat template, such as ``<|im_end|>``.
+def escape_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
+    """Change text from outside so that no part of it is tokenized as a special token, such as ``<|im_end|>``.
 
-    A space is put behind the first character of each such token, which the tokenizer then takes for ordinary text.
+    A space is inserted after the first character of each special token; the tokenizer then reads ordinary text.
     """
     for token in special_tokens:
         if token in text:
@@ -30,7 +30,7 @@ def without_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class PromptRow:
-    """Token ids of one prompt and of its completions. Both must be non-empty, and so must each completion."""
+    """Token ids of one prompt and of its completions. The prompt, the list and each completion must be non-empty."""
 
     prompt_ids: Sequence[int]
     completions: Sequence[Sequence[int]]
@@ -38,17 +38,17 @@ class PromptRow:
 
 @dataclass(frozen=True)
 class PackedBatch:
-    """M rows packed for one forward pass; R completions in all rows together, each of at most T tokens.
+    """M rows packed for one forward pass. They have R completions in total, of N tokens, each of at most T tokens.
 
     Attributes:
-        input_ids: ``[M, L]``; prompts end at the same column (padded on the left), the tree of completions follows.
+        input_ids: ``[M, L]``. Prompts are padded on the left and end at the same column; the prefix trees follow.
         position_ids: ``[M, L]``.
-        attention_mask: additive, ``[M, 1, L, C + L]``, where C tokens of the prompt are cached.
-        num_logits: how many of the last columns predict a completion token.
+        attention_mask: additive mask, ``[M, 1, L, C + L]``, where C tokens of the prompt are cached.
+        num_logits: number of last columns that predict a completion token.
         row: row of each completion token, ``[N]``.
-        column: column of the logits (among the last ``num_logits``) that predict it, ``[N]``.
+        column: column of the logits (among the last ``num_logits``) that predict the token, ``[N]``.
         target: the token, ``[N]``.
-        completion_mask: ``[R, T]``, True where a completion has a token; ``N`` entries are True, in reading order.
+        completion_mask: ``[R, T]``, True where a completion has a token. Its N True entries are in reading order.
     """
 
     input_ids: Tensor
@@ -64,41 +64,35 @@ class PackedBatch:
 def pack(
     rows: Sequence[PromptRow], *, dtype: torch.dtype, device: torch.device | str, num_cached: int = 0
 ) -> PackedBatch:
-    """Pack ``rows``; completions keep their order (row by row).
+    """Pack rows for one forward pass. The completions keep their order, row by row.
 
     Args:
         rows: prompts and completions.
-        dtype: of the mask: what the model computes in.
-        device: where the model is.
-        num_cached: tokens at the prompt's beginning whose keys and values are already there; they are left out. More
-            than zero takes a single row, and must leave one token of its prompt.
+        dtype: type of the attention mask: the type that the model computes in.
+        device: device of the model.
+        num_cached: number of first prompt tokens whose keys and values are cached; they are not packed. If it is not 0,
+            there must be a single row, and at least one token of its prompt must not be cached.
 
     Raises:
         ValueError: ``num_cached`` does not fit the rows.
     """
     if num_cached and not (len(rows) == 1 and num_cached < len(rows[0].prompt_ids)):
-        raise ValueError(f"num_cached={num_cached} takes one row with a longer prompt")
-    trees = [_Tree(r.completions) for r in rows]
+        raise ValueError(f"num_cached={num_cached} needs exactly one row with a longer prompt")
+    trees = [_PrefixTree(r.completions) for r in rows]
     prompts = [list(r.prompt_ids[num_cached:]) for r in rows]
     prompt_width = max(map(len, prompts))
-    suffix_width = max(len(tree.tokens) for tree in trees)
-    length = prompt_width + suffix_width
-    input_ids = np.zeros((len(rows), length), dtype=np.int64)
-    position_ids = np.zeros((len(rows), length), dtype=np.int64)
-    visible = np.zeros((len(rows), length, length), dtype=bool)
+    tree_width = max(len(tree.tokens) for tree in trees)
+    shape = (len(rows), prompt_width + tree_width)
+    input_ids = np.zeros(shape, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
     for i, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
         start, end = prompt_width - len(prompt), prompt_width + len(tree.tokens)
         input_ids[i, start:end] = prompt + tree.tokens
         position_ids[i, start:end] = [*range(len(prompt)), *(len(prompt) + depth for depth in tree.depths)]
-        visible[i, start:prompt_width, start:prompt_width] = np.tri(len(prompt), dtype=bool)
-        for node, parent in enumerate(tree.parents):  # column 0 of the logits is the prompt's last token
-            visible[i, prompt_width + node] = visible[i, prompt_width - 1 + parent]
-            visible[i, prompt_width + node, prompt_width + node] = True
-    visible[:, np.arange(length), np.arange(length)] = True  # padding sees itself: an empty row would be NaN
-    mask = torch.zeros(len(rows), 1, length, num_cached + length, dtype=dtype)
-    mask[:, 0, :, num_cached:].masked_fill_(~torch.from_numpy(visible), torch.finfo(dtype).min)
+    visible = torch.from_numpy(_visible([len(p) for p in prompts], trees, shape=shape))
+    mask = torch.zeros(len(rows), 1, shape[1], num_cached + shape[1], dtype=dtype)
+    mask[:, 0, :, num_cached:].masked_fill_(~visible, torch.finfo(dtype).min)
     lengths = np.array([len(c) for r in rows for c in r.completions])
-    tokens_of_row = [len(tree.columns) for tree in trees]
 
     def tensor(array: Any) -> Tensor:
         return torch.as_tensor(array, dtype=torch.long, device=device)
@@ -107,22 +101,39 @@ def pack(
         input_ids=tensor(input_ids),
         position_ids=tensor(position_ids + num_cached),
         attention_mask=mask.to(device),
-        num_logits=suffix_width + 1,
-        row=tensor(np.repeat(np.arange(len(rows)), tokens_of_row)),
+        num_logits=tree_width + 1,
+        row=tensor(np.repeat(np.arange(len(rows)), [len(tree.columns) for tree in trees])),
         column=tensor([column for tree in trees for column in tree.columns]),
         target=tensor([token for r in rows for completion in r.completions for token in completion]),
         completion_mask=torch.as_tensor(np.arange(lengths.max()) < lengths[:, None], device=device),
     )
 
 
-class _Tree:
-    """The distinct beginnings of some completions, parents first.
+def _visible(prompt_lengths: Sequence[int], trees: Sequence[_PrefixTree], *, shape: tuple[int, int]) -> np.ndarray:
+    """Which packed token (second axis) may attend to which (third axis), ``[M, L, L]`` bool."""
+    length, prompt_width = shape[1], max(prompt_lengths)
+    visible = np.zeros((shape[0], length, length), dtype=bool)
+    for i, (prompt_length, tree) in enumerate(zip(prompt_lengths, trees, strict=True)):
+        start = prompt_width - prompt_length
+        visible[i, start:prompt_width, start:prompt_width] = np.tri(prompt_length, dtype=bool)
+        for node, parent in enumerate(tree.parents):  # parent 0 is the prompt's last token
+            visible[i, prompt_width + node] = visible[i, prompt_width - 1 + parent]
+            visible[i, prompt_width + node, prompt_width + node] = True
+    # Padding attends to itself, because the softmax of a fully masked row would be NaN.
+    visible[:, np.arange(length), np.arange(length)] = True
+    return visible
+
+
+class _PrefixTree:
+    """The distinct proper prefixes of some completions, one node each, parents before children.
+
+    Columns count the prompt's last token as 0 and the first node as 1.
 
     Attributes:
-        tokens: last token of each node.
-        depths: tokens before it in its completion.
-        parents: column of the node before it; columns count the prompt's end as 0 and the first node as 1.
-        columns: for each token of each completion the column that predicts it.
+        tokens: last token of each node's prefix.
+        depths: index of that token in its completions.
+        parents: column of each node's parent.
+        columns: for each token of each completion, the column that predicts it.
     """
 
     def __init__(self, completions: Sequence[Sequence[int]]) -> None:
@@ -136,7 +147,7 @@ class _Tree:
             for depth, token in enumerate(completion):
                 self.columns.append(column)
                 if depth == len(completion) - 1:
-                    break  # nothing is predicted after the last token
+                    break  # the last token predicts nothing
                 if (column, token) not in children:
                     self.tokens.append(token)
                     self.depths.append(depth)
@@ -146,13 +157,13 @@ class _Tree:
 
 
 def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> Tensor:
-    """Log-probability of every completion token given its prompt and the tokens before it.
+    """Log-probability of every completion token, given the prompt and the earlier tokens of the completion.
 
     Args:
         model: a causal language model of transformers with ``sdpa`` or ``eager`` attention.
-        batch: from :func:`pack`.
-        past: transformers' ``Cache`` with the prompt's first ``num_cached`` tokens; afterwards it holds the rest of the
-            prompt and the completions as well.
+        batch: result of :func:`pack`.
+        past: a transformers ``Cache`` with the first ``num_cached`` tokens of the prompt. The forward pass appends the
+            remaining tokens of the prompt and the completions.
 
     Returns:
         ``[R, T]`` float32, zero where ``completion_mask`` is False. Gradients flow if they are enabled.

@@ -1,4 +1,4 @@
-"""The one place that turns a game's state into the text an LLM is asked with, in collection and in training alike."""
+"""Renders the LLM's prompts and completions. Collection and training use the same functions."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from priorzero.envs.history import without_loops
-from priorzero.llm.packing import without_special_tokens
+from priorzero.llm.packing import escape_special_tokens
 from priorzero.llm.priors import ANSWER_HEADING
 from priorzero.settings import Settings
 from priorzero.types import GameState, HistoryStep
 
 SYSTEM = "You are an expert player of text adventure games. You choose commands that raise the score."
-# Said here rather than at the end, where every prompt would have to be computed anew for it.
+# Part of the system message, so that it belongs to the prefix that all prompts share (prefix caching).
 ANSWER_WITH_ONE = " Answer with the next command and nothing else."
 ASK_ONE = "Next command?"
 ASK_RANKING = (
@@ -26,8 +26,8 @@ ASK_RANKING_COT = (
 )
 
 
-# The walkthrough layout: a small model goes on with a list more sensibly than it answers a question, and an example
-# shows it what such a list looks like.
+# The walkthrough layout: a small model continues a list more sensibly than it answers a question. The example shows the
+# form of the list.
 SYSTEM_WALKTHROUGH = "You play text adventure games. Write the commands that reach the goal, one a line."
 EXAMPLE_GOAL = (
     "Goal: Make sure the wooden chest is ajar, then pick up the lamp from the chest, go north and put the lamp on the "
@@ -41,9 +41,9 @@ class Prompt:
     """A rendered prompt.
 
     Attributes:
-        text: what the LLM is given, chat template and all; its answer follows directly.
-        dropped_history: past decisions left out because the prompt would have been too long.
-        over_length: the prompt is longer than allowed even without history (the observation is never cut).
+        text: the prompt, including the chat template; the LLM's completion follows directly.
+        dropped_history: number of past decisions that were left out because the prompt was too long.
+        over_length: the prompt is too long even without history (the observation is never cut to fit).
     """
 
     text: str
@@ -51,22 +51,23 @@ class Prompt:
     over_length: bool = False
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class PromptStyle:
-    """What goes into a prompt.
+    """What a prompt contains.
 
     Attributes:
-        mode: ``"score"`` asks for one command, ``"rank"`` for a list.
-        use_cot: ask for a thought before the list.
-        history_length: past decisions shown, at most; when there are more, the older half goes.
-        max_tokens: length limit; the oldest history is dropped first.
-        history_chars: characters of each past answer of the game that are shown; 0 shows past commands only.
-        observation_chars: characters of what the game shows now; 0 shows all.
+        mode: ``"score"`` asks for one command, ``"rank"`` for a ranked list.
+        use_cot: ``rank``: ask for a chain of thought before the list.
+        history_length: largest number of past decisions; beyond it the older half is dropped.
+        max_tokens: largest number of tokens; the oldest history is dropped first.
+        history_chars: characters of each past observation; 0 shows the past commands only.
+        observation_chars: characters of the current observation; 0 shows all.
         list_commands: list the valid commands (``rank`` always does).
-        layout: ``"transcript"`` asks a question about the game so far; ``"walkthrough"`` (``score`` only) has the LLM
-            go on with a list of commands that it has begun.
-        history: ``"all"`` past decisions, or ``"loop_free"``: without loops (:func:`~priorzero.envs.history.without_loops`).
-        show_observation: show what the game shows now; games that state no goal show it in any case.
+        layout: ``"transcript"`` asks a question about the game so far; ``"walkthrough"`` (``score`` only) lets the LLM
+            continue the list of the past commands.
+        history: ``"all"`` past decisions, or ``"loop_free"``: without the decisions that
+            :func:`~priorzero.envs.history.without_loops` removes.
+        show_observation: show the current observation. Games that state no goal always show it.
     """
 
     mode: str
@@ -82,12 +83,12 @@ class PromptStyle:
 
     @property
     def ends_turn(self) -> bool:
-        """Whether an answer ends the LLM's turn; otherwise it ends a line."""
+        """Whether a completion ends with the end-of-turn token; otherwise it ends with a newline."""
         return self.mode == "score" and self.layout == "transcript"
 
 
 def prompt_style(settings: Settings) -> PromptStyle:
-    """The prompt settings, as the renderer, the engine and the learner share them."""
+    """The prompt style that the settings describe."""
     return PromptStyle(
         mode=settings.prior.mode,
         use_cot=settings.prior.use_cot,
@@ -103,42 +104,45 @@ def prompt_style(settings: Settings) -> PromptStyle:
 
 
 def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> Prompt:
-    """Render the question about one state. The same arguments give the same text.
+    """Render the prompt for a state. Equal arguments give equal texts.
 
-    A prompt goes on where the one before it ended, so that an engine can reuse what it computed for that: first comes
-    what never changes, then a transcript that only grows. It ends with the game's last answer, of which the first
-    ``history_chars`` characters will stand in the next prompt as well; what belongs to this state alone (room,
-    inventory, score, commands) comes last. The transcript is cut in large steps, because each cut makes the next prompt
-    new from there on; with a ``history_length`` of 1 or 2 that is every step.
+    The text is laid out for prefix caching. The parts that never change come first, then a transcript that only grows,
+    then the parts that depend on the current state alone (score, commands). The transcript ends with the current
+    observation, whose first ``history_chars`` characters appear in the next prompt at the same place. The start of the
+    transcript moves in large steps (:func:`first_shown`), because each move invalidates the prefix.
 
     Args:
-        state: the state to decide in; its ``valid_actions`` must not be empty.
+        state: the current state; its ``valid_actions`` must not be empty.
         history: earlier decisions of the episode, oldest first; at most the last ``history_length`` are shown.
-        style: what goes in.
-        tokenizer: gives the chat template and counts tokens.
+        style: what the prompt contains.
+        tokenizer: provides the chat template and counts tokens.
     """
     if style.history == "loop_free":
         history = without_loops(history, now=state)
     shown = history[first_shown(len(history), style.history_length) :]
     chunk = _chunk(style.history_length)
     for dropped in [*range(0, len(shown), chunk), len(shown)]:
-        # Not before the texts are put together: leaving the goal out of one could make a token of its two halves.
-        messages = [
-            {**message, "content": without_special_tokens(message["content"], tokenizer.all_special_tokens)}
-            for message in build_messages(state, shown[dropped:], style=style)
-        ]
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        if style.layout == "walkthrough":
-            commands = "".join(f"{step.action}\n" for step in shown[dropped:])
-            text += without_special_tokens(commands, tokenizer.all_special_tokens)
-        length = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-        if length <= style.max_tokens:
+        text = _render(state, shown[dropped:], style=style, tokenizer=tokenizer)
+        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= style.max_tokens:
             return Prompt(text, dropped_history=dropped)
     return Prompt(text, dropped_history=len(shown), over_length=True)
 
 
+def _render(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> str:
+    special_tokens = tokenizer.all_special_tokens
+    # Escaped after the messages are built, because removing the goal from a text can join two halves of a token.
+    messages = [
+        {**message, "content": escape_special_tokens(message["content"], special_tokens)}
+        for message in build_messages(state, history, style=style)
+    ]
+    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if style.layout == "walkthrough":
+        text += escape_special_tokens("".join(f"{step.action}\n" for step in history), special_tokens)
+    return text
+
+
 def first_shown(num_past: int, history_length: int) -> int:
-    """Of ``num_past`` decisions the first to show; it moves on by half of ``history_length``, rounded up, at a time."""
+    """Index of the first of ``num_past`` decisions to show. It grows in steps of half of ``history_length``."""
     too_many = max(0, num_past - history_length)
     chunk = _chunk(history_length)
     return min(num_past, -(-too_many // chunk) * chunk)
@@ -149,16 +153,16 @@ def _chunk(history_length: int) -> int:
 
 
 def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle) -> list[dict[str, str]]:
-    """The prompt as chat messages, before the model's own template.
+    """The prompt as chat messages, before the model's chat template is applied.
 
-    In the walkthrough layout the commands of ``history`` are no message: they follow as the beginning of the answer.
+    In the walkthrough layout the messages do not contain ``history``: its commands are the start of the LLM's turn.
     """
     if style.layout == "walkthrough":
         return _walkthrough_messages(state, style=style)
-    lines = [_past(step, goal=state.goal, chars=style.history_chars) for step in history]
-    now = _now(state, style=style)
+    lines = [_past_step(step, goal=state.goal, chars=style.history_chars) for step in history]
+    observation = _current_observation(state, style=style)
     parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
-    parts.append("\n".join(["The game so far:", *lines, *([now] if now else [])]))
+    parts.append("\n".join(["The game so far:", *lines, *([observation] if observation else [])]))
     parts.append(f"Score: {state.score:g} of {state.max_score:g}." if state.max_score else f"Score: {state.score:g}.")
     if style.list_commands or style.mode == "rank":
         parts.append("Possible commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
@@ -173,34 +177,34 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
 
 def _walkthrough_messages(state: GameState, *, style: PromptStyle) -> list[dict[str, str]]:
     parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
-    now = _now(state, style=style)
+    observation = _current_observation(state, style=style)
     if style.list_commands:
         parts.append("Possible commands: " + ", ".join(state.valid_actions))
     return [
         {"role": "system", "content": SYSTEM_WALKTHROUGH},
         {"role": "user", "content": EXAMPLE_GOAL},
         {"role": "assistant", "content": EXAMPLE_COMMANDS},
-        {"role": "user", "content": "\n".join([*parts, *([now] if now else [])]) or "Go on."},
+        {"role": "user", "content": "\n".join([*parts, *([observation] if observation else [])]) or "Go on."},
     ]
 
 
-def _now(state: GameState, *, style: PromptStyle) -> str:
+def _current_observation(state: GameState, *, style: PromptStyle) -> str:
     if state.goal and not style.show_observation:
         return ""
     return _clip(_one_line(_without_goal(state.raw_obs_text, state.goal)), style.observation_chars)
 
 
-def _past(step: HistoryStep, *, goal: str, chars: int) -> str:
+def _past_step(step: HistoryStep, *, goal: str, chars: int) -> str:
     earned = f" (reward {step.reward:+g})" if step.reward else ""
     command = f"> {step.action}{earned}"
     if chars == 0:
         return command
-    said = _clip(_one_line(_without_goal(step.feedback, goal)), chars)
-    return f"{said}\n{command}" if said else command
+    observation = _clip(_one_line(_without_goal(step.feedback, goal)), chars)
+    return f"{observation}\n{command}" if observation else command
 
 
 def _without_goal(text: str, goal: str) -> str:
-    """The text without the goal, which the prompt states once, at its top."""
+    """The text without the goal, which the prompt states only once, at its start."""
     return text.replace(goal, "").strip() if goal.strip() else text
 
 
@@ -212,22 +216,22 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def learning_context(prompt: str, completion: str | None, *, style: PromptStyle) -> str | None:
-    """The text after which the LLM is taught to name an action.
+def training_context(prompt: str, completion: str | None, *, style: PromptStyle) -> str | None:
+    """The text after which the LLM is trained to write an action.
 
-    That is the prompt itself; with chain of thought it is the prompt and the thought that was written for it, up to and
-    including the "Answer:" heading. None if there is no such line: then there is nothing to learn the answer after.
+    It is the prompt. With chain of thought it is the prompt and the completion's thought, up to and including the last
+    "Answer:" heading; None if there is no such heading.
     """
     if not style.use_cot:
         return prompt
-    ends = list(ANSWER_HEADING.finditer(completion or ""))
-    if not ends:
+    headings = list(ANSWER_HEADING.finditer(completion or ""))
+    if not headings:
         return None
-    return prompt + (completion or "")[: ends[-1].end()] + "\n"
+    return prompt + (completion or "")[: headings[-1].end()] + "\n"
 
 
 def completion_text(action: str, *, style: PromptStyle) -> str:
-    """How an answer that puts ``action`` first begins; in ``score`` mode that is the whole answer."""
+    """The start of a completion that chooses ``action``; the whole completion in ``score`` mode."""
     if style.mode == "rank":
         return f"1. {action}\n"
     return action if style.layout == "transcript" else f"{action}\n"

@@ -1,4 +1,4 @@
-"""The action vocabulary: the world model needs an index for each action text."""
+"""The action vocabulary: an index for each action text, as the world model needs it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class ActionIndexer(Protocol):
 
     Attributes:
         capacity: ``A``.
-        num_overflows: number of actions that found no free index.
-        num_used: the indices below this have been assigned.
+        num_overflows: how often an action found no free index.
+        num_used: number of indices that have been assigned. These are the indices below it.
     """
 
     capacity: int
@@ -27,7 +27,7 @@ class ActionIndexer(Protocol):
     def num_used(self) -> int: ...
 
     def keep(self, actions: Sequence[str]) -> tuple[str, ...]:
-        """The first ``capacity`` actions. Those beyond are counted as overflows."""
+        """The first ``capacity`` actions. The others are counted as overflows."""
         ...
 
     def indices(self, actions: Sequence[str]) -> np.ndarray:
@@ -40,10 +40,13 @@ class ActionIndexer(Protocol):
 
 
 class ActionVocabulary:
-    """An action text keeps its index from the first time it is seen.
+    """Assigns the next free index to each new action text. The text keeps it.
 
-    If all indices are taken, a new action gets the index of the action that has not been valid for the longest time.
-    This is counted as an overflow: what the world model learned for the old action then applies to the new one.
+    If no index is free, a new action gets the index of the action that has not been valid for the longest time. This is
+    counted as an overflow: what the world model has learned for the old action is then applied to the new one.
+
+    Args:
+        capacity: number of indices ``A``, ``env.action_space_size``.
     """
 
     def __init__(self, capacity: int) -> None:

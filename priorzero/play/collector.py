@@ -16,7 +16,7 @@ from priorzero.envs import GameWorker
 from priorzero.llm.priors import agreement, entropy
 from priorzero.play.episode import Episode, EpisodeResult
 from priorzero.play.exploration import make_exploration
-from priorzero.play.novelty import make_counts, shaped_reward
+from priorzero.play.novelty import NoveltyCounts, shaped_reward
 from priorzero.play.player import Decision, Player
 from priorzero.runtime.concurrency import gather_or_cancel
 from priorzero.types import GameState, GameWorkerError, Plain, StepRecord
@@ -79,7 +79,7 @@ class Collected:
 class Collector:
     """Plays several games at the same time, in one group or in more.
 
-    The games of a group are searched together, one decision each at a time. Groups run independently: one is searched
+    The games of a group make one decision at a time, all in one batch. Groups run independently: one group is searched
     for while the LLM computes the priors of another. If a game hangs or crashes, the decision is lost and a new episode
     begins. A game that fails to start :data:`MAX_FAILED_STARTS` times in a row is given up.
 
@@ -88,7 +88,7 @@ class Collector:
         player: makes the decisions.
         config: LightZero's policy configuration, for the segments.
         seed: seed of the environments' generators.
-        groups: number of groups. With one group, equal parameters and seeds give equal games.
+        groups: number of groups. With one group, equal parameters and seeds give equal episodes.
         first_episode: number of the first episode. Collectors that share a replay buffer need different numbers.
         num_games: number of different games; environment ``e`` plays game ``e % num_games``.
     """
@@ -114,7 +114,7 @@ class Collector:
         self._episode_numbers = [0] * len(workers)
         self._next_episode = first_episode
         self._failed_starts = [0] * len(workers)  # in a row
-        self._counts = make_counts(num_games)
+        self._counts = [NoveltyCounts() for _ in range(num_games)]
         self._exploration = make_exploration(player.settings, self._counts)
         self.env_steps = 0
         self.num_episodes = 0
@@ -127,7 +127,7 @@ class Collector:
         """Take at least ``num_steps`` environment steps, all games together.
 
         Args:
-            num_steps: counted from the last complete call.
+            num_steps: number of steps. Steps of interrupted calls since the last complete one are included.
             stop: checked before each decision; True interrupts the call, and the next call continues.
 
         Returns:
@@ -165,9 +165,9 @@ class Collector:
         while collected.env_steps < num_steps and not stop():
             idle = [e for e in group if self._episodes[e] is None and not self._is_given_up(e)]
             await asyncio.gather(*(self._begin(e) for e in idle))
-            playing = [episode for e in group if (episode := self._episodes[e]) is not None]
             if all(map(self._is_given_up, group)):
                 return  # the other groups continue
+            playing = [episode for e in group if (episode := self._episodes[e]) is not None]
             if not playing:
                 continue
             decisions = await self._player.decide(playing, exploration=self._exploration, sample=True)
@@ -188,7 +188,11 @@ class Collector:
                     self._record(episode, decision, state, reward, collected)
 
     async def _begin(self, e: int) -> None:
-        """Begin an episode in environment ``e``."""
+        """Begin an episode in environment ``e``. If its game does not start twice, this is counted.
+
+        Raises:
+            GameWorkerError: no game is left.
+        """
         self._episode_numbers[e] = self._next_episode  # before any await, so that numbers follow the environments
         self._next_episode += 1
         with self._player.timeline.span("games"):
@@ -211,7 +215,7 @@ class Collector:
         return self._failed_starts[e] >= MAX_FAILED_STARTS
 
     def _count_failed_start(self, e: int, error: GameWorkerError) -> None:
-        """Raises the error if no game is left."""
+        """Count a failed start of game ``e``. Raises ``error`` if no game is left."""
         self.num_game_failures += 1
         self._failed_starts[e] += 1
         if not self._is_given_up(e):

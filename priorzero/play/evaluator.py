@@ -40,7 +40,7 @@ class Evaluation:
     """Episodes of one mode. Equal parameters and seeds give equal episodes.
 
     Attributes:
-        mode: which agent played, see ``eval.modes``.
+        mode: the agent that played, see ``eval.modes``.
         returns: undiscounted return of each episode.
         scores: the game's score at the end of each episode. Some games give points before the first action.
         wins: number of episodes that ended with a win.
@@ -80,14 +80,14 @@ def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
 
 
 class Evaluator:
-    """Evaluates on one game.
+    """Plays one game without exploration.
 
     Args:
         game: name of the game.
         workers: processes that play it, each with its own seed.
         player: makes the decisions.
-        episodes: number of episodes of each mode.
-        seed: seed of the modes that sample their actions.
+        episodes: number of episodes in each mode.
+        seed: seed for the modes that sample their actions.
     """
 
     def __init__(self, game: str, workers: Sequence[GameWorker], *, player: Player, episodes: int, seed: int) -> None:
@@ -98,10 +98,12 @@ class Evaluator:
         self._seed = seed
 
     async def evaluate(self, mode: EvalMode) -> Evaluation:
-        """Play one mode. Training is not affected: new actions get indices in a copy of the vocabulary.
+        """Play the episodes of one mode. Episodes of games that fail are replaced.
+
+        Training is not affected: new actions get indices in a copy of the vocabulary.
 
         Raises:
-            GameWorkerError: no episode could be finished.
+            GameWorkerError: no game could finish its episode.
         """
         player = copy.copy(self._player)
         player.indexer = copy.deepcopy(self._player.indexer)

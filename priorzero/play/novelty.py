@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,12 +40,15 @@ class NoveltyCounts:
 def shaped_reward(
     counts: NoveltyCounts, *, before: GameState, action: str, after: GameState, cfg: TrainSettings
 ) -> float:
-    """Count a step and return what the world model's reward gets in addition to the points.
+    """Count a step, and return the addition to the world model's reward, in points.
 
-    This is ``novelty_bonus / sqrt(N)``, minus ``loss_penalty`` if the step loses the game. N counts the action in its
-    room with its score (MBIE-EB, Strehl & Littman 2008, section 3.2), or the game's feedback (Yuan et al. 2018,
-    "Counting to explore and generalize in text-based games"). The last feedback of a game gets no bonus: it contains
-    the number of turns, so it is always new.
+    The addition is ``novelty_bonus / sqrt(N)``, minus ``loss_penalty`` if the step loses the game. With
+    ``novelty_of=action``, N is the count of the action in its room with its score (MBIE-EB, Strehl & Littman 2008,
+    section 3.2). With ``novelty_of=feedback``, N is the count of the game's feedback (Yuan et al. 2018, "Counting to
+    explore and generalize in text-based games"). The last feedback of a game gets no bonus: it contains the number of
+    turns, so it is always new.
+
+    The action is counted in both cases, since exploration uses its count.
 
     Args:
         counts: the game's counts, which are updated.
@@ -66,8 +68,3 @@ def shaped_reward(
         counts.feedback[after.feedback] += 1
         bonus = cfg.novelty_bonus / math.sqrt(counts.feedback[after.feedback])
     return bonus - (cfg.loss_penalty if game_over and not after.won else 0.0)
-
-
-def make_counts(num_games: int) -> Sequence[NoveltyCounts]:
-    """One object for each game."""
-    return [NoveltyCounts() for _ in range(num_games)]

@@ -1,4 +1,4 @@
-"""Decisions: prompt, prior, search, choice. Collection and evaluation both play through this."""
+"""Decisions: prompt, prior, search and choice of an action, for collection and for evaluation."""
 
 from __future__ import annotations
 
@@ -63,14 +63,14 @@ class Player:
 
     Args:
         settings: all settings.
-        policy: searches.
+        policy: runs the searches.
         encoder: computes features.
-        indexer: assigns action indices.
+        indexer: assigns indices to actions.
         prior: computes the LLM's priors; None for UniZero alone.
-        style: of the prompt.
-        tokenizer: the LLM's; None without an LLM.
+        style: how prompts are rendered.
+        tokenizer: the LLM's tokenizer; None without an LLM.
         world_model_thread: the thread that searches run in.
-        timeline: records what runs when.
+        timeline: records the time of features, searches and games.
     """
 
     def __init__(
@@ -98,7 +98,13 @@ class Player:
         self._warned_of_length = False
 
     def new_episode(self, env: int, state: GameState, *, rng: np.random.Generator) -> Episode:
-        """An episode at its beginning."""
+        """An episode at its beginning.
+
+        Args:
+            env: index of its environment.
+            state: the first state.
+            rng: the environment's generator.
+        """
         num_observations = self.settings.world_model.context_length // 2
         features = deque([self.features(state)], maxlen=num_observations)
         return Episode(env, state, features, deque(maxlen=num_observations - 1), rng)
@@ -121,11 +127,11 @@ class Player:
 
         Args:
             episodes: the episodes.
-            exploration: noise at the roots of the searches; None for none.
-            sample: sample the action from the visit counts, or from the prior without a search, or uniformly without
-                either. Otherwise the best action is taken; it depends on the parameters and the history only.
+            exploration: the strategy that adds noise at the roots of the searches; None for no noise.
+            sample: sample the action: from the visit counts, or without a search from the prior, or without either
+                uniformly. False: take the action with the largest weight.
             use_prior: use the LLM's prior, if there is an LLM.
-            use_search: search.
+            use_search: search with the world model.
         """
         states = [
             dataclasses.replace(e.state, valid_actions=self.indexer.keep(e.state.valid_actions)) for e in episodes
@@ -134,8 +140,8 @@ class Player:
         prompts: Sequence[Prompt | None] = [None] * len(episodes)
         priors: Sequence[ActionPrior | None] = [None] * len(episodes)
         if use_prior and self.prior is not None:
-            prompts = self._render_prompts(episodes, states)
-            requests = [PriorRequest(p.text, s.valid_actions) for p, s in zip(prompts, states, strict=True) if p]
+            prompts = rendered = self._render_prompts(episodes, states)
+            requests = [PriorRequest(p.text, s.valid_actions) for p, s in zip(rendered, states, strict=True)]
             priors = await self.prior.priors(requests)
         noises: list[RootNoise | None] = [None] * len(episodes)
         results: Sequence[SearchResult | None] = [None] * len(episodes)
@@ -163,8 +169,8 @@ class Player:
         if not self._warned_of_length and any(prompt.over_length for prompt in prompts):
             self._warned_of_length = True
             logger.warning(
-                f"some prompts are longer than llm.prompt_max_len={self.style.max_tokens} even without history; they "
-                "are used as they are and counted in prior/over_length_prompts"
+                f"a prompt is longer than llm.prompt_max_len={self.style.max_tokens} even without history; such "
+                "prompts are used as they are and counted in prior/over_length_prompts"
             )
         return prompts
 
@@ -201,7 +207,7 @@ def _make_root(episode: Episode, indices: np.ndarray, prior: ActionPrior | None,
 
 
 def _choose(weights: np.ndarray, *, rng: np.random.Generator | None) -> tuple[int, float]:
-    """Sample an action, or take the best one if ``rng`` is None.
+    """Sample an action in proportion to ``weights`` ``[K]``, or take the largest weight if ``rng`` is None.
 
     Returns:
         Its position, and the probability with which it was sampled (1 if it was not).

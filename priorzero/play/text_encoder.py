@@ -12,23 +12,23 @@ from priorzero.llm.models import resolve_model
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.types import GameState, UserError
 
-# A single number would have little weight among a thousand entries of embeddings, so score and moves are repeated.
+# Score and moves are repeated, since single numbers would have little weight among a thousand entries of embeddings.
 COUNTER_COPIES = 64
-CACHE_SIZE = 20_000  # texts; 1.5 kB each
-MAX_TOKENS = 256
+CACHE_SIZE = 20_000  # number of texts; an embedding of 384 numbers has 1.5 kB
+MAX_TOKENS = 256  # longer texts are truncated
 
 
 class TextEncoder:
     """A pretrained sentence encoder with mean pooling (Reimers & Gurevych 2019). It is never trained.
 
-    Feedback, room description and inventory are encoded separately. Each embedding has the norm ``sqrt(D)``, so that its
-    entries have a variance of about one.
+    Feedback, room description and inventory are encoded separately. Each embedding ``[D]`` is scaled to the norm
+    ``sqrt(D)``, so that its entries have a variance of about one.
 
     Args:
         path: ``package:NAME``, a folder, or a hub id.
         device: device of the encoder.
-        with_look: states have a room description and an inventory.
-        max_moves: the move counter is divided by this.
+        with_look: states have a room description and an inventory (``env.look_and_inventory``).
+        max_moves: the number of moves is divided by this.
         cache_size: number of texts whose embeddings are kept.
 
     Raises:
@@ -62,11 +62,15 @@ class TextEncoder:
 
     @property
     def feature_size(self) -> int:
-        """``F``."""
+        """The feature size F."""
         return self.embedding_size * (3 if self._with_look else 1) + 2 * COUNTER_COPIES
 
     def features(self, states: Sequence[GameState]) -> np.ndarray:
-        """Features of n states, ``[n, F]`` float32: embeddings, share of the maximal score, share of the moves."""
+        """Features of n states, ``[n, F]`` float32.
+
+        Each row consists of the embeddings, ``score / max_score`` and ``moves / max_moves``. The score is divided by
+        100 if the maximal score is not known.
+        """
         texts_of = [self._texts(state) for state in states]
         self._encode_missing(sorted({text for texts in texts_of for text in texts}))
         rows = [

@@ -20,9 +20,9 @@ from typing import Any
 
 import torch
 
-from priorzero.config import read_config_file, resolve_settings
+from priorzero.config import dump_settings, read_config_file, resolve_settings
 from priorzero.settings import Settings
-from priorzero.types import UserError
+from priorzero.types import Plain, UserError
 
 FORMAT = 7  # raise it when a change makes older checkpoints unreadable
 MANIFEST = "manifest.json"
@@ -110,6 +110,23 @@ def save_tensors(state: Any, path: Path) -> None:
         torch.save(state, path)
     except RuntimeError as error:  # torch raises it if the disk is full
         raise OSError(f"{path.name}: {error}") from error
+
+
+def write_world_model(folder: Path, *, parameters: Plain, actions: Plain, settings: Settings) -> None:
+    """Write the files of a checkpoint that both training loops have, besides the LLM.
+
+    Args:
+        folder: where to write.
+        parameters: state dict of the world model.
+        actions: state of the action vocabulary.
+        settings: settings of the run.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    save_tensors(parameters, folder / "world_model.pt")
+    (folder / "actions.json").write_text(json.dumps(actions), encoding="utf-8")
+    (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
 
 
 def package_versions() -> dict[str, str]:

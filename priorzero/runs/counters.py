@@ -28,6 +28,10 @@ class Counters:
         """Whether ``run.max_iter`` or ``run.max_env_step`` is reached."""
         return self.iteration >= run.max_iter or self.env_step >= run.max_env_step
 
+    def is_due(self, every: int) -> bool:
+        """Whether something that happens every ``every`` iterations is due in this one; never if ``every`` is 0."""
+        return every > 0 and self.iteration % every == 0
+
     def as_dict(self) -> dict[str, int]:
         """Name to count."""
         return dataclasses.asdict(self)

@@ -14,12 +14,13 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @contextlib.contextmanager
-def reported_to_user(folder: Path, settings: Settings) -> Iterator[None]:
+def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True) -> Iterator[None]:
     """Turn errors of games, engines and disks into messages for the user.
 
     Args:
         folder: the run's.
         settings: all settings.
+        resumable: ``--resume`` can continue the run.
 
     Raises:
         UserError: in place of these errors. Other errors are raised as they are.
@@ -36,4 +37,7 @@ def reported_to_user(folder: Path, settings: Settings) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
-        raise UserError(f"{folder}: cannot write ({error}); make it writable, then type --resume {folder}") from error
+        how = (
+            f"make it writable, then type --resume {folder}" if resumable else "make it writable, then start a new run"
+        )
+        raise UserError(f"{folder}: cannot write ({error}); {how}") from error

@@ -14,18 +14,26 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
+from priorzero.config import differences
 from priorzero.play.episode import EpisodeResult
 from priorzero.play.evaluator import Evaluation, Evaluations, merge
 from priorzero.runs.counters import Counters
 from priorzero.runs.progress import Progress
 from priorzero.runs.summary import peak_memory_mb
 from priorzero.runtime.timeline import TimeUsage
-from priorzero.settings import RunSettings
+from priorzero.settings import RunSettings, Settings
 from priorzero.types import Plain
 from priorzero.world_model.segment import PriorZeroGameSegment
 
 # The first of these modes that was evaluated is the run's main result.
 MAIN_MODES = ("world_model_with_prior", "world_model")
+
+
+def log_start(settings: Settings, *, games: str, where: str, folder: Path) -> None:
+    """Log what is run where, and the settings that differ from the defaults."""
+    logger.info(f"{games}, seed {settings.run.seed}, on {where}; the run's folder is {folder}")
+    changed = [f"{group}.{key}={value}" for group, own in differences(settings).items() for key, value in own.items()]
+    logger.info(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
 
 
 class MetricsWriter:

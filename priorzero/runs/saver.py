@@ -11,6 +11,7 @@ from typing import Any
 from loguru import logger
 
 from priorzero.runs.checkpoint import remove_old_checkpoints, save_checkpoint
+from priorzero.types import UserError
 
 
 class Saver:
@@ -36,19 +37,34 @@ class Saver:
         """The run was resumed from this checkpoint, so that it need not be written again."""
         self.last, self._last_about = folder, about
 
+    def is_saved(self, name: str, *, about: Mapping[str, Any]) -> bool:
+        """Whether the last checkpoint has this name and these entries of the manifest, and still exists."""
+        folder = self._run_folder / "checkpoints" / name
+        return folder.exists() and (folder, about) == (self.last, self._last_about)
+
+    def check(self) -> None:
+        """Raises UserError if the last checkpoint of a run that has ended could not be written."""
+        if self.failure:
+            raise UserError(f"the run has ended, but {self.failure}; the last checkpoint is {self.last or 'none'}")
+
+    def log_last(self) -> None:
+        """Log where an interrupted run was saved, if it was."""
+        if self.last is not None and not self.failure:
+            logger.warning(f"interrupted; what was learned so far is in {self.last}")
+
     async def save(self, name: str, *, write: Callable[[Path], None], about: Mapping[str, Any]) -> None:
         """Write a checkpoint and remove the oldest. If it cannot be written, this is logged.
 
-        Nothing is written if the last checkpoint has the same name and the same ``about``.
+        Nothing is written if :meth:`is_saved`.
 
         Args:
             name: name of the checkpoint.
             write: writes its files into a folder; raises OSError or RuntimeError if this fails.
             about: entries of the manifest.
         """
-        folder = self._run_folder / "checkpoints" / name
-        if folder.exists() and (folder, about) == (self.last, self._last_about):
+        if self.is_saved(name, about=about):
             return
+        folder = self._run_folder / "checkpoints" / name
         started = time.perf_counter()
         try:
             # In a thread, so that a second signal is noticed. The caller does nothing else meanwhile.

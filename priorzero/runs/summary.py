@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import resource
 import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from priorzero.play.evaluator import Evaluation
+from priorzero.runs.counters import Counters
+from priorzero.settings import Settings
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,46 @@ class RunSummary:
     metrics: dict[str, float]
     evaluations: dict[str, Evaluation]
     stopped: bool
+
+
+def summary_rows(
+    counters: Counters,
+    *,
+    settings: Settings,
+    games: str,
+    num_episodes: int,
+    recent_returns: Collection[float],
+    updates: Mapping[str, Any],
+    evaluations: Mapping[str, Evaluation],
+    resources: Mapping[str, str],
+    checkpoint: Path | None,
+) -> dict[str, Any]:
+    """The rows of a run's summary.
+
+    Args:
+        counters: of the run.
+        settings: all settings.
+        games: names of the games.
+        num_episodes: number of training episodes that have ended.
+        recent_returns: returns of the last episodes.
+        updates: rows about the models' updates.
+        evaluations: the last evaluation of each mode.
+        resources: rows about time and memory.
+        checkpoint: the last checkpoint.
+    """
+    mean_return = f"{np.mean(list(recent_returns)):.2f}" if recent_returns else "-"
+    return {
+        "game": games,
+        "iterations": counters.iteration,
+        "environment steps": counters.env_step,
+        "episodes finished": num_episodes,
+        "mean return": f"{mean_return} over the last {len(recent_returns)} episodes",
+        **updates,
+        **{f"evaluation, {mode}": describe_evaluation(e) for mode, e in evaluations.items()},
+        **resources,
+        "checkpoint": checkpoint or "none (nothing was trained)",
+        "charts": f"tensorboard --logdir {settings.run.output_dir}",
+    }
 
 
 def format_table(rows: Mapping[str, Any]) -> str:

@@ -1,13 +1,16 @@
-"""The contract between a training loop and whatever runs PPO for the LLM."""
+"""The interface between the training loop and whatever runs PPO for the LLM."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from priorzero.cluster.ppo.trajectories import Trajectory
+
+# Sends the LLM's parameters to all prior servers: called with a version and Ray's reference to the parameters.
+SendParameters = Callable[[int, Any], Awaitable[None]]
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,9 @@ class Capabilities:
     Attributes:
         advantages_over_turns: advantages are estimated along the decisions of an episode; otherwise each decision is an
             episode of its own, whose reward is its discounted return.
-        valid_actions_only: the policy is the prior over a state's valid commands; otherwise over all texts.
-        drops_stale_samples: it counts and leaves out what is older than ``ppo.max_staleness``.
-        resumable: :meth:`PPOEngine.load` brings back everything, so that steps can be made again after a crash.
+        valid_actions_only: the policy is the prior over a state's valid actions; otherwise it is over all texts.
+        drops_stale_samples: decisions older than ``ppo.max_staleness`` are skipped and counted.
+        resumable: :meth:`PPOEngine.load` restores everything, so that steps can be replayed after a crash.
         needs_gpu: it does not run on CPUs.
     """
 
@@ -30,33 +33,42 @@ class Capabilities:
     needs_gpu: bool
 
 
-class PPOEngine(Protocol):
-    """Learns from trajectories and hands its parameters on.
+@dataclass(frozen=True)
+class PPOResult:
+    """The result of a PPO step.
 
-    Calls that fail because a process is gone, or does not answer in time, raise
-    :class:`~priorzero.types.ProcessError`; :meth:`kill` and :meth:`start` begin again.
+    Attributes:
+        metrics: metrics under ``ppo/`` and ``train/``.
+        nonfinite: what was not finite, if the step was skipped for this reason; otherwise "".
+    """
+
+    metrics: dict[str, float]
+    nonfinite: str = ""
+
+
+class PPOEngine(Protocol):
+    """Learns from trajectories and publishes its parameters.
+
+    A call that fails because a process died or did not reply in time raises :class:`~priorzero.types.ProcessError`.
+    After :meth:`kill` and :meth:`start` the engine can be used again.
     """
 
     capabilities: Capabilities
 
     async def start(self) -> None:
-        """Bring it to life, with the LLM as it was loaded."""
+        """Start the processes and load the LLM."""
         ...
 
-    async def ppo_step(self, trajectories: Sequence[Trajectory], step_id: int) -> dict[str, Any]:
-        """One PPO step. The same ``step_id`` again changes nothing and tells the same.
-
-        Returns:
-            Scalars under ``ppo/`` and ``train/``, and ``left_out``: why the step was not applied, or "".
-        """
+    async def ppo_step(self, trajectories: Sequence[Trajectory], step_id: int) -> PPOResult:
+        """One PPO step. A call with the ``step_id`` of the last step changes nothing and returns the same result."""
         ...
 
     async def publish(self) -> int:
-        """Hand the current actor to everybody who makes priors; returns its version once they all have it."""
+        """Send the current actor to all prior servers; returns its version when all of them serve it."""
         ...
 
     async def save(self, folder: Path) -> None:
-        """Write everything that the next step depends on; the folder is whole or not there.
+        """Write everything that the next step depends on. The folder is complete or not there.
 
         Raises:
             OSError: it cannot be written.
@@ -64,7 +76,7 @@ class PPOEngine(Protocol):
         ...
 
     async def load(self, folder: Path) -> None:
-        """Go on from what :meth:`save` wrote."""
+        """The inverse of :meth:`save`."""
         ...
 
     async def export(self, folder: Path) -> None:
@@ -72,5 +84,5 @@ class PPOEngine(Protocol):
         ...
 
     async def kill(self) -> None:
-        """End all of its processes at once."""
+        """Kill all processes of the engine."""
         ...

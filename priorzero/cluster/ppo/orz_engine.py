@@ -1,8 +1,11 @@
-"""PPO by Open-Reasoner-Zero's ``RayPPOTrainer``, driven a step at a time. Needs its package and CUDA GPUs.
+"""PPO by Open-Reasoner-Zero's ``RayPPOTrainer``, one step at a time. It needs their package and CUDA GPUs.
 
-It was written against the trainer's source and is tested against a double with the same methods; it was not run.
-The trainer learns from texts: a decision is a sample of its own, prompt and command, whose last token is rewarded with
-the decision's discounted return. It knows nothing of the other valid commands, and takes what is played for its own.
+This adapter was written against the trainer's source code and is tested with a stub that has the same methods. It has
+never been run with the real trainer.
+
+The trainer learns from texts. Each decision is a sample: a prompt and an action, whose last token gets the discounted
+return of the decision as its reward. The trainer does not know the other valid actions, and it assumes that the LLM
+sampled the action.
 """
 
 from __future__ import annotations
@@ -16,8 +19,8 @@ import ray
 import torch
 from loguru import logger
 
-from priorzero.cluster.ppo.engine import Capabilities
-from priorzero.cluster.ppo.trajectories import Trajectory, turn_rewards
+from priorzero.cluster.ppo.engine import Capabilities, PPOResult, SendParameters
+from priorzero.cluster.ppo.trajectories import Trajectory, scaled_rewards
 from priorzero.cluster.resources import Share
 from priorzero.llm.models import load_tokenizer, resolve_model
 from priorzero.llm.prompts import completion_text, prompt_style
@@ -25,8 +28,8 @@ from priorzero.settings import Settings
 from priorzero.types import UserError
 from priorzero.world_model.returns import returns_to_go
 
-# What of the trainer is called or overridden, and the names of the parameters that are relied on.
-SEAM = {
+# The methods of the trainer that are called or overridden, and the names of the parameters that must exist.
+TRAINER_METHODS = {
     "__init__": ("cfg", "strategy", "tokenizer", "train_dataset", "vllm_engines"),
     "build_dataloader": ("dataset",),
     "build_models": ("PolicyRayActor", "CriticRayActor", "RefRayActor"),
@@ -39,44 +42,41 @@ SEAM = {
 }
 
 
-def why_not_orz(settings: Settings) -> str:
-    """Why ``ppo.engine=orz`` cannot be used here, and what to do; "" if it can be tried."""
+def check_orz(settings: Settings) -> None:
+    """Raises UserError if ``ppo.engine=orz`` cannot be used with these settings or on this machine."""
     if settings.ppo.credit != "none" or settings.llm.use_lora:
-        return (
+        raise UserError(
             "ppo.engine=orz needs ppo.credit=none and llm.use_lora=false: its trainer has neither sample weights "
             "nor adapters"
         )
     if settings.replay.segment_length < settings.env.max_episode_steps:
-        return (
+        raise UserError(
             "ppo.engine=orz needs whole episodes for its returns: "
             f"replay.segment_length={settings.replay.segment_length} must be at least "
             f"env.max_episode_steps={settings.env.max_episode_steps}"
         )
-    how = (
-        "get https://github.com/Open-Reasoner-Zero/Open-Reasoner-Zero, type pip install -e . in it (it wants Python "
-        "3.10, vllm 0.6.5, ray 2.40, deepspeed and CUDA), or type --ppo_engine torch"
-    )
     try:
         found = importlib.util.find_spec("orz.ppo.trainer")
-    except ModuleNotFoundError:  # no orz, or another package of that name
+    except ModuleNotFoundError:  # orz is not installed, or it is another package of this name
         found = None
     if found is None:
-        return f"ppo.engine=orz: orz.ppo.trainer cannot be imported; {how}"
+        raise UserError(
+            "ppo.engine=orz: orz.ppo.trainer cannot be imported; get "
+            "https://github.com/Open-Reasoner-Zero/Open-Reasoner-Zero, type pip install -e . in it (it needs Python "
+            "3.10, vllm 0.6.5, ray 2.40, deepspeed and CUDA), or type --ppo_engine torch"
+        )
     if not torch.cuda.is_available():
-        return "ppo.engine=orz: torch sees no GPU here, and Open-Reasoner-Zero needs CUDA; type --ppo_engine torch"
-    return ""
+        raise UserError(
+            "ppo.engine=orz: torch finds no GPU, and Open-Reasoner-Zero needs CUDA; type --ppo_engine torch"
+        )
 
 
 def jericho_reward_trainer(base: Any) -> Any:
-    """``JerichoRewardTrainer``: a subclass of ORZ's ``RayPPOTrainer`` for decisions that have been played already.
-
-    Args:
-        base: the trainer's class.
-    """
+    """``JerichoRewardTrainer``: a subclass of ``base``, ORZ's ``RayPPOTrainer``, for decisions of finished episodes."""
 
     class JerichoRewardTrainer(base):
         def build_dataloader(self, dataset: Any) -> list[Any]:
-            """Prompts come step by step; there is no data set."""
+            """There is no data set: each step gets its prompts."""
             self.num_update_steps_per_episodes = 1
             self._max_steps = 1
             return []
@@ -84,14 +84,14 @@ def jericho_reward_trainer(base: Any) -> Any:
         async def generate_vllm(
             self, gen_func: Any, prompts: list[str], extras: list[dict[str, Any]] | None = None, **kwargs: Any
         ) -> list[str]:
-            """What was played, in place of what the LLM would write now."""
+            """The actions that were taken. The LLM generates nothing."""
             assert extras is not None and len(extras) == len(prompts)
-            return [extra["command"] for extra in extras]
+            return [extra["completion"] for extra in extras]
 
         async def custom_reward_fn(
             self, prompts: list[str], outputs: list[str], extras: list[dict[str, Any]], reward_model_fn: Any
         ) -> tuple[list[str], list[str], list[torch.Tensor]]:
-            """A reward a token: zero but for the last one's, which is the decision's."""
+            """One reward for each token: the decision's for the last token, 0 for the others."""
             tokens = self._tokenize(outputs, self.cfg.generate_max_len, padding=False)["input_ids"]
             rewards = []
             for ids, extra in zip(tokens, extras, strict=True):
@@ -108,9 +108,9 @@ class OrzPPOEngine:
 
     Args:
         settings: all settings.
-        share: not used: ORZ places its own actors.
-        hand_on: given a version and Ray's reference to the parameters, makes all servers take them over.
-        make_trainer: builds the trainer with its models; another one for tests.
+        share: not used, since ORZ places its own actors.
+        send_parameters: sends the actor to the prior servers.
+        make_trainer: builds the trainer and its models; tests replace it.
     """
 
     capabilities = Capabilities(
@@ -126,66 +126,70 @@ class OrzPPOEngine:
         settings: Settings,
         *,
         share: Share,
-        hand_on: Callable[[int, Any], Awaitable[None]],
-        make_trainer: Callable[[Any], Awaitable[Any]] | None = None,
+        send_parameters: SendParameters,
+        make_trainer: Callable[[Settings], Awaitable[Any]] | None = None,
     ) -> None:
         self._settings = settings
         self._style = prompt_style(settings)
-        self._hand_on = hand_on
+        self._send_parameters = send_parameters
         self._make_trainer = make_trainer or _make_trainer
         self._trainer: Any = None
         self._step_id, self._version = 0, 0
-        self._stats: dict[str, Any] = {}
+        self._result = PPOResult({})
 
     async def start(self) -> None:
         self._trainer = await self._make_trainer(self._settings)
 
-    def inputs(self, trajectories: Sequence[Trajectory]) -> tuple[list[tuple[str, dict[str, Any]]], int]:
-        """``(prompt, extra)`` of each decision as ``make_experience`` takes them, and how many were too old."""
-        made, stale = [], 0
+    async def ppo_step(self, trajectories: Sequence[Trajectory], step_id: int) -> PPOResult:
+        if step_id == self._step_id:
+            return self._result
+        inputs, num_stale = self._inputs(trajectories)
+        metrics = {"ppo/samples": float(len(inputs)), "ppo/stale": float(num_stale)}
+        if inputs:
+            await self._trainer.make_experience(inputs)
+        if inputs and len(self._trainer.replay_buffer) > 0:
+            metrics |= await self._train(step_id)
+        self._step_id, self._result = step_id, PPOResult(metrics)
+        return self._result
+
+    def _inputs(self, trajectories: Sequence[Trajectory]) -> tuple[list[tuple[str, dict[str, Any]]], int]:
+        """``(prompt, extra)`` of each decision, for ``make_experience``; and the number of stale decisions."""
+        inputs, num_stale = [], 0
         for trajectory in trajectories:
-            rewards = turn_rewards(trajectory.records, cfg=self._settings.ppo)
+            rewards = scaled_rewards(trajectory.records, cfg=self._settings.ppo)
             returns = returns_to_go(rewards, discount=self._settings.search.discount_factor)
             for record, value in zip(trajectory.records, returns, strict=True):
                 if record.prior is None or record.prior.source != "score":
                     continue
                 if self._version - record.prior.version > self._settings.ppo.max_staleness:
-                    stale += 1
+                    num_stale += 1
                     continue
-                command = completion_text(record.action_text, style=self._style)
+                completion = completion_text(record.action_text, style=self._style)
                 if self._style.ends_turn:
-                    command += self._trainer.tokenizer.eos_token
-                made.append((record.prompt, {"command": command, "reward": float(value)}))
-        return made, stale
+                    completion += self._trainer.tokenizer.eos_token
+                inputs.append((record.prompt, {"completion": completion, "reward": float(value)}))
+        return inputs, num_stale
 
-    async def ppo_step(self, trajectories: Sequence[Trajectory], step_id: int) -> dict[str, Any]:
-        if step_id == self._step_id:
-            return dict(self._stats)
-        trainer = self._trainer
-        inputs, stale = self.inputs(trajectories)
-        stats: dict[str, Any] = {"left_out": "", "ppo/samples": float(len(inputs)), "ppo/stale": float(stale)}
-        if inputs:
-            await trainer.make_experience(inputs)
-        if inputs and len(trainer.replay_buffer) > 0:
-            if trainer.cfg.advantage_normalize:
-                from orz.ppo.utils import normalize_advantages
+    async def _train(self, step_id: int) -> dict[str, float]:
+        """Train both models on the trainer's replay buffer, and empty it; returns the metrics."""
+        trainer, cfg = self._trainer, self._trainer.cfg
+        if cfg.advantage_normalize:
+            from orz.ppo.utils import normalize_advantages
 
-                trainer.replay_buffer = normalize_advantages(trainer.replay_buffer)
-            cfg = trainer.cfg
-            policy = trainer.replay_buffer.split_to_n_batches(cfg.actor_num_nodes * cfg.actor_num_gpus_per_node)
-            critic = trainer.replay_buffer.split_to_n_batches(cfg.critic_num_nodes * cfg.critic_num_gpus_per_node)
-            of_critic = await trainer.ppo_local_train_critic(critic, step_id)
-            of_policy = await trainer.ppo_local_train_policy(policy, step_id)  # None while only the critic learns
-            trainer.replay_buffer.clear()
-            stats["ppo/value_loss"] = float(of_critic.get("critic_loss", 0.0))
-            if of_policy is not None:
-                self._version += 1
-                stats["train/llm_loss"] = float(of_policy.get("policy_loss", 0.0))
-        self._step_id, self._stats = step_id, stats
-        return dict(stats)
+            trainer.replay_buffer = normalize_advantages(trainer.replay_buffer)
+        actor_batches = trainer.replay_buffer.split_to_n_batches(cfg.actor_num_nodes * cfg.actor_num_gpus_per_node)
+        critic_batches = trainer.replay_buffer.split_to_n_batches(cfg.critic_num_nodes * cfg.critic_num_gpus_per_node)
+        critic_status = await trainer.ppo_local_train_critic(critic_batches, step_id)
+        actor_status = await trainer.ppo_local_train_policy(actor_batches, step_id)  # None while only the critic learns
+        trainer.replay_buffer.clear()
+        metrics = {"ppo/value_loss": float(critic_status.get("critic_loss", 0.0))}
+        if actor_status is not None:
+            self._version += 1
+            metrics["train/llm_loss"] = float(actor_status.get("policy_loss", 0.0))
+        return metrics
 
     async def publish(self) -> int:
-        """Through the folder that the trainer writes: its own vLLM engines are not the prior servers."""
+        """Through the folder that the trainer writes, since its own vLLM engines are not the prior servers."""
         from safetensors.torch import load_file
 
         trainer = self._trainer
@@ -194,18 +198,18 @@ class OrzPPOEngine:
         state = {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
         if not state:
             raise UserError(f"{folder}: Open-Reasoner-Zero wrote no .safetensors file there")
-        await self._hand_on(self._version, ray.put(state))
+        await self._send_parameters(self._version, ray.put(state))
         return self._version
 
     async def save(self, folder: Path) -> None:
-        logger.warning("ppo.engine=orz saves its actor alone, below its own folder; a run cannot go on from it")
+        logger.warning("ppo.engine=orz saves only its actor, in a folder of its own; a run cannot continue from it")
         await self._trainer.policy_model.async_save_model(self._trainer.tokenizer, self._step_id)
 
     async def load(self, folder: Path) -> None:
-        raise UserError("ppo.engine=orz cannot go on from a saved state; start a new run with llm.path=FOLDER/policy")
+        raise UserError("ppo.engine=orz cannot load a state; start a new run with llm.path=FOLDER/policy")
 
     async def export(self, folder: Path) -> None:
-        """The folder that the trainer writes becomes ``folder``."""
+        """Rename the folder that the trainer writes."""
         trainer = self._trainer
         await trainer.policy_model.async_save_model(trainer.tokenizer, self._step_id)
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -217,7 +221,7 @@ class OrzPPOEngine:
 
 
 def orz_config(settings: Settings) -> dict[str, Any]:
-    """Our settings under the names of ORZ's ``BasePPOExpConfig``; what is not named keeps ORZ's default."""
+    """The settings under the names of ORZ's ``BasePPOExpConfig``; the others keep ORZ's defaults."""
     model = resolve_model(settings.llm.path, setting="llm.path")
     learners = settings.cluster.num_learners
     return {
@@ -237,7 +241,7 @@ def orz_config(settings: Settings) -> dict[str, Any]:
         "max_epochs": settings.ppo.epochs,
         "eps_clip": settings.ppo.clip,
         "value_clip": settings.ppo.value_clip,
-        "gamma": 1.0,  # within a command; over commands the return is discounted here
+        "gamma": 1.0,  # within an action; the returns are already discounted over the actions
         "lambd": 1.0,
         "max_norm": settings.llm.grad_clip,
         "freezing_actor_steps": settings.ppo.critic_warmup_steps,

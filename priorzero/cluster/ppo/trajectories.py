@@ -1,16 +1,19 @@
-"""What PPO learns from: consecutive decisions of an episode, made from the step records that all learners share."""
+"""The training data of PPO: consecutive decisions of an episode, made from step records."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from priorzero.settings import PPOSettings
 from priorzero.types import StepRecord
-from priorzero.world_model.segment import PriorZeroGameSegment
+
+if TYPE_CHECKING:  # a PPO learner imports this module and does not need LightZero
+    from priorzero.world_model.segment import PriorZeroGameSegment
 
 
 @dataclass(frozen=True)
@@ -18,9 +21,9 @@ class Trajectory:
     """Consecutive decisions of one episode.
 
     Attributes:
-        records: the decisions, at least one; their features are left out, since the language model reads prompts.
-        bootstrap_prompt: of the state after the last of them, whose value stands for what came then; None where the
-            game had ended.
+        records: the decisions, at least one. Their features are empty, because the language model reads prompts.
+        bootstrap_prompt: prompt of the state after the last decision, whose value bootstraps the returns; None if the
+            game ended.
     """
 
     records: tuple[StepRecord, ...]
@@ -28,10 +31,11 @@ class Trajectory:
 
 
 def trajectories_from(segments: Sequence[PriorZeroGameSegment]) -> list[Trajectory]:
-    """A trajectory a segment; whole episodes where ``replay.segment_length`` is at least ``env.max_episode_steps``.
+    """One trajectory for each segment.
 
-    Where an episode was cut, by the move limit or because its game failed, the state after its last decision has no
-    prompt: that decision's own state takes its place and is not learned from.
+    A trajectory is a whole episode if ``replay.segment_length`` is at least ``env.max_episode_steps``. The state after
+    the last decision of a truncated episode has no prompt. In this case the last decision is left out, and its own
+    state bootstraps the returns.
     """
     trajectories = []
     for segment in segments:
@@ -47,7 +51,7 @@ def trajectories_from(segments: Sequence[PriorZeroGameSegment]) -> list[Trajecto
 
 
 def newest(trajectories: Sequence[Trajectory], *, limit: int) -> list[Trajectory]:
-    """The last trajectories, with ``limit`` decisions at most (0: all); of the first of them the beginning is kept."""
+    """The last trajectories, with at most ``limit`` decisions (0: all). The oldest of them is shortened to fit."""
     kept: list[Trajectory] = []
     for trajectory in reversed(trajectories):
         room = limit - sum(len(t.records) for t in kept)
@@ -59,29 +63,19 @@ def newest(trajectories: Sequence[Trajectory], *, limit: int) -> list[Trajectory
     return kept[::-1]
 
 
-def turn_rewards(records: Sequence[StepRecord], *, cfg: PPOSettings) -> np.ndarray:
-    """The reward of each decision, ``[n]``: the change of the game's score and what the settings add to it.
-
-    Args:
-        records: the decisions.
-        cfg: the ``ppo`` group of the settings: ``reward_scale``, ``shaping_weight``, ``step_penalty``.
-    """
-    points = np.array([record.reward for record in records], dtype=np.float64)
-    return cfg.reward_scale * points
+def scaled_rewards(records: Sequence[StepRecord], *, cfg: PPOSettings) -> np.ndarray:
+    """The points that each decision gained, times ``ppo.reward_scale``, ``[n]``."""
+    return cfg.reward_scale * np.array([record.reward for record in records], dtype=np.float64)
 
 
 def credit_weights(records: Sequence[StepRecord], *, cfg: PPOSettings) -> np.ndarray:
-    r"""How much of a decision's advantage is the LLM's, ``[n]``.
+    r"""Weight of each decision's advantage, ``[n]``.
 
-    The search chose the command, from :math:`\mu` (its visits at a temperature); the LLM had proposed it with
-    :math:`\pi`. ``ppo.credit=importance`` weighs the advantage with :math:`\min(c, \pi(a)/\mu(a))`, the truncated
-    importance weight of V-trace (Espeholt et al. 2018, section 4.1), which makes what the search has played an estimate
-    for what the LLM would have played: a command that the LLM held to be hopeless is no merit of its, nor its fault.
-    ``none`` gives it all of it. Decisions without a ``score`` prior get 0.
-
-    Args:
-        records: the decisions.
-        cfg: the ``ppo`` group of the settings: ``credit``, ``importance_cap``.
+    The actions were sampled from the search's policy :math:`\mu` (visit counts with a temperature), but PPO learns the
+    prior :math:`\pi`. ``ppo.credit=importance`` gives the weight :math:`\min(1, \pi(a)/\mu(a))`, the truncated
+    importance weight of V-trace (Espeholt et al. 2018, section 4.1): an action that is improbable under the prior has
+    little weight. ``ppo.credit=none`` gives the weight 1. Decisions without a prior of the source ``score`` have the
+    weight 0.
     """
     weights = np.zeros(len(records))
     for n, record in enumerate(records):
@@ -90,6 +84,6 @@ def credit_weights(records: Sequence[StepRecord], *, cfg: PPOSettings) -> np.nda
         if cfg.credit == "none":
             weights[n] = 1.0
         else:
-            proposed = float(np.exp(np.float64(record.prior.logprobs[record.chosen])))
-            weights[n] = min(1.0, proposed / record.behaviour_prob)
+            prior_prob = float(np.exp(np.float64(record.prior.logprobs[record.chosen])))
+            weights[n] = min(1.0, prior_prob / record.behaviour_prob)
     return weights

@@ -1,16 +1,16 @@
-"""What every engine does alike: the tokens of a question, the prior from what was computed, and remembering it."""
+"""What all engines share: the tokens of a request, the prior from the model's output, and a cache of priors."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 from loguru import logger
 
 from priorzero.llm.models import LanguageModel
-from priorzero.llm.packing import PromptRow, without_special_tokens
+from priorzero.llm.packing import PromptRow, escape_special_tokens
 from priorzero.llm.priors import parse_ranking, prior_from_ranking, prior_from_scores, uniform_prior
 from priorzero.llm.prompts import PromptStyle, completion_text
 from priorzero.types import ActionPrior, PriorRequest
@@ -18,55 +18,56 @@ from priorzero.types import ActionPrior, PriorRequest
 
 @dataclass(frozen=True)
 class PriorBuilder:
-    """How a question is put to the LLM and its answer read.
+    """Tokenizes requests and builds priors from the model's output.
 
     Attributes:
-        llm: the training copy; gives the tokenizer.
-        style: tells ``score`` from ``rank``.
-        temperature: of the prior over the valid actions.
-        generate_max_len: tokens the LLM may write (``rank``). Generation is greedy, so the same question under the same
-            parameters has one answer.
+        llm: the training copy of the LLM, which provides the tokenizer.
+        style: the prompt style; it determines the mode (``score`` or ``rank``).
+        temperature: temperature of the prior over the valid actions.
+        generate_max_len: ``rank``: largest number of generated tokens. Generation is greedy, so equal requests have
+            equal priors under the same parameters.
     """
 
     llm: LanguageModel
     style: PromptStyle
+    _: KW_ONLY
     temperature: float = 1.0
     generate_max_len: int = 128
 
     def row(self, request: PriorRequest) -> PromptRow:
-        """``score``: token ids of the prompt and of each valid action with the token that ends it.
+        """``score``: token ids of the prompt and of each valid action, with the end-of-turn token or newline.
 
         Raises:
-            PromptTooLongError: they do not fit into the model.
+            PromptTooLongError: the row does not fit into the model.
         """
         if not request.valid_actions:
             raise ValueError("a prior needs at least one valid action")
-        answers = [completion_text(action, style=self.style) for action in request.valid_actions]
-        return self.llm.row(request.prompt, answers, end_of_turn=self.style.ends_turn)
+        completions = [completion_text(action, style=self.style) for action in request.valid_actions]
+        return self.llm.row(request.prompt, completions, end_of_turn=self.style.ends_turn)
 
     def prompt_ids(self, request: PriorRequest) -> list[int]:
         """``rank``: token ids of the prompt.
 
         Raises:
-            PromptTooLongError: they do not fit into the model together with what it may write.
+            PromptTooLongError: the prompt and ``generate_max_len`` tokens do not fit into the model.
         """
         ids = self.llm.tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
         self.llm.check_length(len(ids) + self.generate_max_len)
         return ids
 
     def lossy_actions(self, request: PriorRequest) -> list[str]:
-        """Valid actions that the tokenizer does not give back as they are, such as letters that it does not know.
+        """Valid actions that tokenizing and decoding changes, for example because of unknown letters.
 
-        ``score`` takes the probability of what it makes of them, ``rank`` cannot read them from what the LLM writes.
+        ``score`` gives such an action the probability of the changed text. ``rank`` cannot recognise it in a list.
         """
         tokenizer = self.llm.tokenizer
-        plain = [without_special_tokens(action, tokenizer.all_special_tokens) for action in request.valid_actions]
-        ids = tokenizer(plain, add_special_tokens=False)["input_ids"]
-        again = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
-        return [action for action, a, b in zip(request.valid_actions, plain, again, strict=True) if a != b]
+        escaped = [escape_special_tokens(action, tokenizer.all_special_tokens) for action in request.valid_actions]
+        ids = tokenizer(escaped, add_special_tokens=False)["input_ids"]
+        decoded = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
+        return [action for action, a, b in zip(request.valid_actions, escaped, decoded, strict=True) if a != b]
 
     def from_logprobs(self, logprobs: Sequence[np.ndarray], *, version: int) -> ActionPrior:
-        """``score``: the prior from the token log-probabilities of each action."""
+        """``score``: the prior from the token log-probabilities of each action (K arrays ``[T_k]``)."""
         sums = np.array([tokens.sum() for tokens in logprobs], dtype=np.float32)
         scores = sums / [len(tokens) for tokens in logprobs]
         return ActionPrior(
@@ -77,83 +78,83 @@ class PriorBuilder:
         )
 
     def from_text(self, text: str, request: PriorRequest, *, version: int) -> ActionPrior:
-        """``rank``: the prior from what the LLM wrote."""
+        """``rank``: the prior from the generated text."""
         ranking = parse_ranking(text, request.valid_actions)
         logprobs = prior_from_ranking(ranking, len(request.valid_actions), temperature=self.temperature)
         return ActionPrior(logprobs=logprobs, source="rank", version=version, completion=text, parsed=bool(ranking))
 
 
 class PriorCache:
-    """The latest answers under the current parameters, so that the same question is not computed twice.
+    """LRU cache of the priors under the current parameters. It also counts requests that the model cannot represent.
 
     Args:
-        builder: puts the questions.
-        size: answers kept.
+        builder: the engine's prior builder.
+        size: largest number of cached priors.
     """
 
     def __init__(self, builder: PriorBuilder, *, size: int) -> None:
-        self._maker = builder
+        self._builder = builder
         self._size = size
-        self._answers: OrderedDict[PriorRequest, ActionPrior] = OrderedDict()
-        self.asked = 0
-        self.known = 0
-        self.too_long = 0
-        self.lossy = 0
-        self._told_of_length = False
-        self._told_of_loss = False
+        self._priors: OrderedDict[PriorRequest, ActionPrior] = OrderedDict()
+        self._num_requests = 0
+        self._num_hits = 0
+        self._num_too_long = 0
+        self._num_lossy = 0
+        self._warned_too_long = False
+        self._warned_lossy = False
 
     def look_up(self, requests: Iterable[PriorRequest]) -> tuple[dict[PriorRequest, ActionPrior], list[PriorRequest]]:
-        """The answers that are known, and the questions that are new, each once."""
+        """The cached priors, and the requests that must be computed, without duplicates."""
         requests = list(requests)
-        known = {}
+        cached = {}
         for request in dict.fromkeys(requests):
-            if request in self._answers:
-                self._answers.move_to_end(request)
-                known[request] = self._answers[request]
-        new = [request for request in dict.fromkeys(requests) if request not in known]
-        self.asked += len(requests)
-        self.known += len(requests) - len(new)
-        for request in new:
+            if request in self._priors:
+                self._priors.move_to_end(request)
+                cached[request] = self._priors[request]
+        missing = [request for request in dict.fromkeys(requests) if request not in cached]
+        self._num_requests += len(requests)
+        self._num_hits += len(requests) - len(missing)
+        for request in missing:
             self._count_lossy(request)
-        return known, new
+        return cached, missing
 
     def _count_lossy(self, request: PriorRequest) -> None:
-        lossy = self._maker.lossy_actions(request)
-        self.lossy += len(lossy)
-        if lossy and not self._told_of_loss:
-            self._told_of_loss = True
+        lossy = self._builder.lossy_actions(request)
+        self._num_lossy += len(lossy)
+        if lossy and not self._warned_lossy:
+            self._warned_lossy = True
             logger.warning(
-                f"the LLM's tokenizer does not give {lossy[0]!r} back as it is, so the LLM may take it for another "
-                "action; prior/lossy_actions counts such actions"
+                f"the LLM's tokenizer cannot represent the action {lossy[0]!r} exactly, so the LLM may confuse it with "
+                "another action; prior/lossy_actions counts such actions"
             )
 
     def put(self, request: PriorRequest, prior: ActionPrior) -> None:
-        self._answers[request] = prior
-        while len(self._answers) > self._size:
-            self._answers.popitem(last=False)
+        """Add a prior; beyond the size the least recently used one is dropped."""
+        self._priors[request] = prior
+        while len(self._priors) > self._size:
+            self._priors.popitem(last=False)
 
-    def uniform(self, request: PriorRequest, reason: Exception, *, version: int) -> ActionPrior:
-        """The answer to a prompt that does not fit into the model; counted, and logged the first time."""
-        self.too_long += 1
-        if not self._told_of_length:
-            self._told_of_length = True
+    def too_long(self, request: PriorRequest, reason: Exception, *, version: int) -> ActionPrior:
+        """The uniform prior of a prompt that does not fit into the model. It is counted, and logged the first time."""
+        self._num_too_long += 1
+        if not self._warned_too_long:
+            self._warned_too_long = True
             logger.warning(
-                f"a prompt is too long for the model ({reason}); its search goes on with a uniform prior. "
-                "prior/too_long counts them; a smaller llm.history_length or llm.observation_chars or, with "
-                "vLLM, a larger vllm.max_model_len helps"
+                f"a prompt is too long ({reason}), so its prior is uniform; prior/too_long counts such prompts. Lower "
+                "llm.history_length or llm.observation_chars or, with vLLM, raise vllm.max_model_len"
             )
         return uniform_prior(len(request.valid_actions), version=version)
 
     def clear(self) -> None:
-        """Forget all answers: the parameters have changed."""
-        self._answers.clear()
+        """Drop all priors, because the parameters have changed."""
+        self._priors.clear()
 
     def take_statistics(self) -> dict[str, float]:
         """Metrics since the last call."""
-        taken = {
-            "prior/remembered": self.known / max(1, self.asked),
-            "prior/too_long": float(self.too_long),
-            "prior/lossy_actions": float(self.lossy),
+        statistics = {
+            "prior/remembered": self._num_hits / max(1, self._num_requests),
+            "prior/too_long": float(self._num_too_long),
+            "prior/lossy_actions": float(self._num_lossy),
         }
-        self.asked = self.known = self.too_long = self.lossy = 0
-        return taken
+        self._num_requests = self._num_hits = self._num_too_long = self._num_lossy = 0
+        return statistics

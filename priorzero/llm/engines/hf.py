@@ -1,4 +1,4 @@
-"""The prior engine that runs in this process on transformers, with the very parameters that are being trained."""
+"""Prior engine on transformers, in this process, with the parameters that are being trained."""
 
 from __future__ import annotations
 
@@ -17,25 +17,24 @@ from priorzero.types import ActionPrior, PriorRequest, PromptTooLongError
 
 
 class _Cancelled(Exception):
-    """The caller has stopped waiting."""
+    """The caller no longer waits for the result."""
 
 
 class TransformersEngine:
     """Implements :class:`~priorzero.types.PriorEngine` with a transformers model in this process.
 
-    The model is shared with the learner: ``sync_weights`` has nothing to copy, and what was kept from earlier
-    parameters is thrown away. ``priors`` runs in a thread, one call at a time; a cancelled call stops at its next
-    forward pass and does not return before its thread has let go of the model.
+    The learner uses the same model, so ``sync_weights`` copies nothing; it only clears the caches. ``priors`` runs in a
+    thread, one call at a time. A cancelled call stops before its next forward pass, and returns only when its thread no
+    longer uses the model.
 
     Args:
-        builder: puts the questions.
-        rows_per_forward: questions computed at once.
-        cache_size: answers kept for questions that come again under the same parameters.
-        prompt_cache_tokens: tokens of earlier prompts whose keys and values are kept, so that ``score`` computes only
-            what is new in a prompt. Takes one row per forward pass; 0 keeps none.
+        builder: tokenizes requests and builds priors.
+        rows_per_forward: number of requests in one forward pass.
+        cache_size: number of cached priors.
+        prompt_cache_tokens: ``score``: tokens of earlier prompts whose keys and values are cached; 0 for none.
 
     Raises:
-        ValueError: prompts are to be kept and several rows computed at once.
+        ValueError: ``prompt_cache_tokens`` is set and ``rows_per_forward`` is not 1.
     """
 
     exclusive = True
@@ -44,16 +43,16 @@ class TransformersEngine:
         self, builder: PriorBuilder, *, rows_per_forward: int = 4, cache_size: int = 4096, prompt_cache_tokens: int = 0
     ) -> None:
         if prompt_cache_tokens and rows_per_forward != 1:
-            raise ValueError(f"prompt_cache_tokens={prompt_cache_tokens} takes rows_per_forward=1")
+            raise ValueError(f"prompt_cache_tokens={prompt_cache_tokens} requires rows_per_forward=1")
         self.version = 0
         self.builder = builder
         self.rows_per_forward = rows_per_forward
         self.cache = PriorCache(builder, size=cache_size)
-        self.keeps_prompts = prompt_cache_tokens > 0
-        self.prompts = PromptCache(prompt_cache_tokens)
-        self._one_at_a_time = asyncio.Lock()
-        self._tokens = 0
-        self._seconds = 0.0
+        self.prompt_cache = PromptCache(prompt_cache_tokens)
+        self._uses_prompt_cache = prompt_cache_tokens > 0
+        self._lock = asyncio.Lock()
+        self._computed_tokens = 0
+        self._computing_s = 0.0
 
     async def ready(self) -> None: ...
 
@@ -67,76 +66,77 @@ class TransformersEngine:
 
     async def clear_cache(self) -> None:
         self.cache.clear()
-        self.prompts.clear()
+        self.prompt_cache.clear()
 
     async def close(self) -> None:
         await self.clear_cache()
 
     def take_statistics(self) -> dict[str, float]:
-        """As the protocol says; ``prior/tokens_per_s`` counts the tokens of prompts and commands that were computed."""
-        taken = {
+        """As in the protocol. ``prior/tokens_per_s`` counts the tokens of prompts and commands that were computed."""
+        statistics = {
             **self.cache.take_statistics(),
-            "prior/tokens_per_s": self._tokens / (self._seconds or 1.0),
-            "prior/prefix_cache_hit_rate": self.prompts.take_hit_rate(),
+            "prior/tokens_per_s": self._computed_tokens / (self._computing_s or 1.0),
+            "prior/prefix_cache_hit_rate": self.prompt_cache.take_hit_rate(),
         }
-        self._tokens, self._seconds = 0, 0.0
-        return taken
+        self._computed_tokens, self._computing_s = 0, 0.0
+        return statistics
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """As the protocol says.
+        """As in the protocol.
 
         Raises:
             ValueError: a request has no valid actions.
         """
-        async with self._one_at_a_time:
-            answers, new = self.cache.look_up(requests)
-            if new:
+        async with self._lock:
+            priors, missing = self.cache.look_up(requests)
+            if missing:
                 stop = threading.Event()
-                work = asyncio.ensure_future(asyncio.to_thread(self._compute, new, stop))
+                work = asyncio.ensure_future(asyncio.to_thread(self._compute, missing, stop))
                 try:
-                    answers.update(await asyncio.shield(work))
+                    priors.update(await asyncio.shield(work))
                 except asyncio.CancelledError:
                     stop.set()
                     await asyncio.wait([work])
-                    work.exception()  # taken note of: it is _Cancelled, or came too late to matter
+                    work.exception()  # retrieved, so that asyncio does not log it
                     raise
-            return [answers[request] for request in requests]
+            return [priors[request] for request in requests]
 
     def _compute(self, requests: list[PriorRequest], stop: threading.Event) -> dict[PriorRequest, ActionPrior]:
         started = time.perf_counter()
-        answers = {}
+        priors = {}
         fitting: list[tuple[PriorRequest, Any]] = []
-        prepare = self.builder.row if self.builder.style.mode == "score" else self.builder.prompt_ids
+        scores = self.builder.style.mode == "score"
+        tokenize = self.builder.row if scores else self.builder.prompt_ids
         for request in requests:
             try:
-                fitting.append((request, prepare(request)))
+                fitting.append((request, tokenize(request)))
             except PromptTooLongError as error:
-                answers[request] = self.cache.uniform(request, error, version=self.version)
-        compute = self._score if self.builder.style.mode == "score" else self._rank
+                priors[request] = self.cache.too_long(request, error, version=self.version)
+        compute = self._score if scores else self._rank
         for start in range(0, len(fitting), self.rows_per_forward):
             if stop.is_set():
                 raise _Cancelled
-            chunk, inputs = zip(*fitting[start : start + self.rows_per_forward], strict=True)
-            for request, prior in zip(chunk, compute(chunk, inputs, stop), strict=True):
-                # Kept at once: a try that runs out of time leaves less to do for the next one.
+            batch, inputs = zip(*fitting[start : start + self.rows_per_forward], strict=True)
+            for request, prior in zip(batch, compute(batch, inputs, stop), strict=True):
+                # Cached at once, so that after a timeout the next attempt computes only the rest.
                 self.cache.put(request, prior)
-                answers[request] = prior
-        self._seconds += time.perf_counter() - started
-        return answers
+                priors[request] = prior
+        self._computing_s += time.perf_counter() - started
+        return priors
 
     @torch.inference_mode()
     def _score(
         self, requests: Sequence[PriorRequest], rows: Sequence[PromptRow], stop: threading.Event
     ) -> list[ActionPrior]:
-        if self.keeps_prompts:
-            past = self.prompts.begin(rows[0].prompt_ids)
-            known = past.get_seq_length()
+        if self._uses_prompt_cache:
+            past = self.prompt_cache.lookup(rows[0].prompt_ids)
+            num_cached = past.get_seq_length()
             token_logprobs, completion_mask = self.builder.llm.token_logprobs(rows, past=past)  # (R, T)
-            self._tokens += past.get_seq_length() - known
-            self.prompts.keep(rows[0].prompt_ids, past)
+            self._computed_tokens += past.get_seq_length() - num_cached
+            self.prompt_cache.store(rows[0].prompt_ids, past)
         else:
             token_logprobs, completion_mask = self.builder.llm.token_logprobs(rows)  # (R, T)
-            self._tokens += sum(len(row.prompt_ids) for row in rows) + int(completion_mask.sum())
+            self._computed_tokens += sum(len(row.prompt_ids) for row in rows) + int(completion_mask.sum())
         all_logprobs = token_logprobs.cpu().numpy()
         lengths = completion_mask.sum(dim=1).tolist()
         priors, start = [], 0
@@ -169,14 +169,14 @@ class TransformersEngine:
                 attention_mask=torch.tensor(attention_mask, device=llm.device),
                 max_new_tokens=self.builder.generate_max_len,
                 do_sample=False,
-                repetition_penalty=1.0,  # some models come with another; the prior is what the model itself says
+                repetition_penalty=1.0,  # overrides the default of models that have another
                 pad_token_id=pad_id,
                 stopping_criteria=[StopWhenCancelled()],
             )
         if stop.is_set():
             raise _Cancelled
         texts = llm.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
-        self._tokens += sum(map(len, prompts)) + output[:, width:].numel()
+        self._computed_tokens += sum(map(len, prompts)) + output[:, width:].numel()
         return [
             self.builder.from_text(text, request, version=self.version)
             for request, text in zip(requests, texts, strict=True)

@@ -1,4 +1,4 @@
-"""Retries, a time limit, a counted fallback and a limit of staleness around any prior engine."""
+"""Wraps any prior engine with a timeout, retries, a counted fallback and a limit on staleness."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from priorzero.types import ActionPrior, EngineError, PriorEngine, PriorRequest
 
 @dataclass
 class PriorStatistics:
-    """What happened since the last ``take``."""
+    """Counters since the last :meth:`RetryingPrior.take_statistics`."""
 
     requests: int = 0
     retries: int = 0
@@ -30,7 +30,7 @@ class PriorStatistics:
     staleness: list[int] = field(default_factory=list)
 
     def scalars(self) -> dict[str, float]:
-        """Metrics under ``prior/``; rates are shares of the requests."""
+        """Metrics under ``prior/``; rates are relative to the requests."""
         n = max(1, self.requests)
         latencies = self.latencies_s or [0.0]
         staleness = self.staleness or [0]
@@ -51,22 +51,22 @@ class PriorStatistics:
 
 
 class RetryingPrior:
-    """Asks an engine up to ``attempts`` times; when all fail, every valid action is made alike.
+    """Requests priors from an engine with up to ``attempts`` attempts; if all fail, the priors are uniform.
 
-    When all were too late, the engine is to find out whether it hangs: then the next question starts it again.
+    If all attempts time out, the engine is told to check whether it hangs, and the next request restarts it.
 
-    An answer that comes from parameters more than ``max_staleness`` updates behind the learner's is asked for again.
-    While the engine takes over new parameters nobody asks; who asked before is waited for.
+    Priors from parameters that are more than ``max_staleness`` updates older than the learner's are requested again.
+    No request runs during a weight sync: requests that have started are finished first, and later ones wait.
 
     Args:
-        engine: what is asked.
-        attempts: tries a batch.
-        backoff_s: seconds before the second try, doubled for each further one.
-        timeout_s: seconds a try may take for the whole batch; starting the engine does not count.
-        sync_every: LLM updates between two takeovers of the parameters; an exclusive engine has one after every update.
+        engine: the engine.
+        attempts: attempts for each batch of requests.
+        backoff_s: seconds before the second attempt, doubled for each further one.
+        timeout_s: time limit of one attempt for the whole batch in seconds, without the start of the engine.
+        sync_every: LLM updates between two weight syncs; an exclusive engine is synchronised after every update.
         max_staleness: at least ``sync_every - 1``.
-        learner_version: how many updates the learner has made.
-        timeline: takes note of questions and takeovers, without the time that they wait for one another.
+        learner_version: returns the number of updates of the learner.
+        timeline: records the spans of requests and weight syncs, without the time that they wait for each other.
     """
 
     def __init__(
@@ -92,54 +92,54 @@ class RetryingPrior:
         self.timeline = timeline or Timeline()
         self.statistics = PriorStatistics()
         self._lock = ReadersWriterLock()
-        self._lost: EngineError | None = None  # why a takeover failed; whoever asks is told
+        self._sync_error: EngineError | None = None  # raised by every request after a failed weight sync
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """One prior per request, in order. An engine's errors are retried and then answered for with a uniform prior.
+        """One prior for each request, in order; uniform if all attempts fail.
 
         Raises:
-            EngineError: the engine is lost.
+            EngineError: the engine cannot be used any more.
         """
         while True:
-            if self._lost is not None:
-                raise self._lost
+            if self._sync_error is not None:
+                raise self._sync_error
             async with self._lock.shared():
-                priors = await self._ask(requests)
+                priors = await self._request(requests)
             staleness = [self.learner_version() - prior.version for prior in priors]
             if max(staleness, default=0) <= self.max_staleness:
                 self.statistics.staleness += staleness
                 return priors
             self.statistics.outdated += len(requests)
-            await asyncio.sleep(0)  # let the learner acquire the lock
+            await asyncio.sleep(0)  # let the weight sync acquire the lock
 
     async def learn(self, update: Callable[[], Awaitable[int]]) -> None:
-        """Run an update of the LLM and let the engine take over its result when that is due.
+        """Run an update of the LLM, followed by a weight sync of the engine if one is due.
 
         Args:
-            update: one learning step; returns the learner's version afterwards.
+            update: makes one update and returns the learner's version after it.
         """
         if self.engine.exclusive:
             async with self._lock.exclusive():
                 await self.engine.suspend()
-                await self._take_over(await update())
+                await self._sync(await update())
             return
         version = await update()
         if version - self.engine.version >= self.sync_every:
             async with self._lock.exclusive():
-                await self._take_over(version)
+                await self._sync(version)
 
-    async def _take_over(self, version: int) -> None:
+    async def _sync(self, version: int) -> None:
         with self.timeline.span("sync"):
             try:
                 await self.engine.sync_weights(version)
             except EngineError as error:
-                self._lost = error
+                self._sync_error = error
                 raise
 
-    async def _ask(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
+    async def _request(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         stats = self.statistics
         stats.requests += len(requests)
-        late = 0
+        timeouts = 0
         for attempt in range(1, self.attempts + 1):
             await self.engine.ready()
             started = time.perf_counter()
@@ -151,9 +151,9 @@ class RetryingPrior:
                 raise
             except TimeoutError:
                 stats.timeouts += 1
-                late += 1
+                timeouts += 1
                 problem = f"took longer than prior.timeout_s={self.timeout_s:g}"
-            except Exception as error:  # an engine may fail in any way; the search must go on
+            except Exception as error:  # whatever the failure is, the search needs a prior
                 problem = f"failed: {type(error).__name__}: {error}"
             else:
                 stats.latencies_s.append(time.perf_counter() - started)
@@ -161,11 +161,11 @@ class RetryingPrior:
                 return priors
             if attempt < self.attempts:
                 stats.retries += 1
-                logger.warning(f"LLM prior, try {attempt} of {self.attempts}, {problem}; trying again")
+                logger.warning(f"LLM prior {problem}; attempt {attempt} of {self.attempts}, retrying")
                 await asyncio.sleep(self.backoff_s * 2 ** (attempt - 1))
         stats.fallbacks += len(requests)
-        logger.error(f"LLM prior {problem}; {len(requests)} searches go on with a uniform prior")
-        if late == self.attempts:  # it may hang, and would go on to do so
+        logger.error(f"LLM prior {problem}; {len(requests)} searches use a uniform prior")
+        if timeouts == self.attempts:  # the engine may hang
             await self.engine.check()
         return [uniform_prior(len(request.valid_actions), version=self.learner_version()) for request in requests]
 
@@ -175,11 +175,11 @@ class RetryingPrior:
             raise ValueError(f"{len(priors)} priors for {len(requests)} requests")
         for request, prior in zip(requests, priors, strict=True):
             if prior.logprobs.shape != (len(request.valid_actions),):
-                raise ValueError(f"prior of shape {prior.logprobs.shape} for {len(request.valid_actions)} actions")
+                raise ValueError(f"a prior of shape {prior.logprobs.shape} for {len(request.valid_actions)} actions")
             if not np.isfinite(prior.logprobs).all():
-                raise ValueError("prior with log-probabilities that are not finite")
+                raise ValueError("a prior with non-finite log-probabilities")
 
     def take_statistics(self) -> dict[str, float]:
         """Metrics of this wrapper and of the engine since the last call."""
-        taken, self.statistics = self.statistics, PriorStatistics()
-        return {**taken.scalars(), **self.engine.take_statistics()}
+        statistics, self.statistics = self.statistics, PriorStatistics()
+        return {**statistics.scalars(), **self.engine.take_statistics()}

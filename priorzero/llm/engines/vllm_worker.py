@@ -1,4 +1,4 @@
-"""What runs inside vLLM's worker processes; imported there by ``worker_extension_cls``."""
+"""Code that runs inside vLLM's worker processes, which import it through ``worker_extension_cls``."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import signal
 import threading
 from typing import Any
 
-OWNER_VARIABLE = "PRIORZERO_VLLM_OWNER"  # "PID FOLDER" of the process that started vLLM, and its temporary folder
+OWNER_VARIABLE = "PRIORZERO_VLLM_OWNER"  # "PID FOLDER": the process that started vLLM, and its temporary folder
 
 
 class WorkerExtension:
-    """Mixed into vLLM's workers."""
+    """Mixin of vLLM's workers. Its methods are called with ``collective_rpc``."""
 
     model_runner: Any
 
     def repack_output_layers(self) -> int:
-        """Bring the output layer's packed copy up to date after ``reload_weights``; returns how many were packed.
+        """Update the packed copy of the output layer after ``reload_weights``; returns the number of packed layers.
 
-        On a CPU vLLM multiplies with packed copies of its weights. ``reload_weights`` (0.32.0) packs again what it has
-        loaded, but an output layer that shares its weights with the input embedding is not loaded itself and keeps its
-        copy of the old ones: seen as a parity error that grew by 1% of each update.
+        On a CPU vLLM multiplies with packed copies of its weights. ``reload_weights`` (0.32.0) packs the layers that it
+        has loaded. It does not load an output layer that shares its weights with the input embedding, so this layer
+        keeps a packed copy of the old weights. The parity error then grew by 1% of each update.
         """
         packed = 0
         for module in self.model_runner.get_model().modules():
-            if hasattr(module, "cpu_linear") and module.weight.numel() > 0:  # weights of other layers are let go of
+            if hasattr(module, "cpu_linear") and module.weight.numel() > 0:  # other layers free their weights
                 module.quant_method.process_weights_after_loading(module)
                 packed += 1
         return packed
 
 
 def end_with_owner(owner: int | None, engine: int | None, folder: str) -> None:
-    """Wait for the owner to end, however it does, and then end vLLM and remove the folder.
+    """Wait until the owner has ended, then end vLLM and delete the folder.
 
-    vLLM's processes outlive a killed owner and would hold its GPU memory for ever.
+    Without this, vLLM's processes would survive a killed owner and keep their GPU memory.
 
     Args:
-        owner: file descriptor of the process that started vLLM; None if it has ended already.
-        engine: likewise of the process of vLLM's engine, taken while the owner lived (a process whose parent has ended
-            gets another one, which is none of our business); None if this is it.
+        owner: pidfd of the process that started vLLM; None if it has ended already.
+        engine: pidfd of the process of vLLM's engine; None if this is that process. It is opened while the owner runs,
+            because a process whose parent has ended gets another parent, which must not be killed.
         folder: the owner's temporary folder.
     """
     if owner is not None:
@@ -54,12 +54,12 @@ def end_with_owner(owner: int | None, engine: int | None, folder: str) -> None:
 
 
 def watch_owner(pid: int, folder: str) -> None:
-    """Start :func:`end_with_owner` in a thread."""
+    """Run :func:`end_with_owner` in a thread."""
     try:
         owner = os.pidfd_open(pid)
     except ProcessLookupError:
         owner = None
-    parent = os.getppid()  # vLLM's engine or, if the worker runs within it, the owner
+    parent = os.getppid()  # vLLM's engine, or the owner if the worker runs inside the engine's process
     engine = os.pidfd_open(parent) if owner is not None and parent != pid else None
     threading.Thread(target=end_with_owner, args=(owner, engine, folder), daemon=True).start()
 

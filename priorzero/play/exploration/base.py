@@ -26,11 +26,13 @@ class RootNoise:
 
 
 class Exploration(Protocol):
-    """An exploration strategy for all environments of a run. To add one, write a class with these methods and name it in
-    :func:`priorzero.play.exploration.make_exploration`.
+    """An exploration strategy for all environments of a run.
+
+    To add one, write a class with these methods, add its name to ``search.exploration`` in
+    :mod:`priorzero.settings`, and construct it in :func:`priorzero.play.exploration.make_exploration`.
 
     The methods are called in this order for each environment: ``begin_episode``, then ``root_noise`` and ``observe``
-    for each decision, then ``end_episode``. An episode whose game crashes has no ``end_episode``.
+    for each decision, then ``end_episode``. If the game crashes, the next call is ``begin_episode``.
     """
 
     def begin_episode(self, env: int, state: GameState, *, rng: np.random.Generator) -> None:
@@ -43,8 +45,8 @@ class Exploration(Protocol):
         """Exploration for the next decision.
 
         Args:
-            env: the environment.
-            state: its state, with the valid actions that the search considers.
+            env: index of the environment.
+            state: its state, with the K valid actions that the search considers.
             prior: the LLM's prior over them; None without an LLM.
             rng: the environment's generator.
         """
@@ -63,7 +65,7 @@ class Exploration(Protocol):
         """The outcome of the decision.
 
         Args:
-            env: the environment.
+            env: index of the environment.
             before: the state that ``root_noise`` was given.
             position: position of the chosen action in its valid actions.
             reward: points that the action gained.
@@ -81,7 +83,9 @@ class Exploration(Protocol):
         ...
 
     def state_dict(self) -> Plain:
-        """Everything that later decisions depend on."""
+        """Everything that later decisions depend on, including the episodes in progress."""
         ...
 
-    def load_state_dict(self, state: Plain) -> None: ...
+    def load_state_dict(self, state: Plain) -> None:
+        """The inverse of :meth:`state_dict`."""
+        ...

@@ -1,16 +1,18 @@
 """Go-Explore as an exploration strategy (Ecoffet et al. 2021, "First return, then explore").
 
-1. The archive stores, for each cell, the best trajectory known from there: the score that it reached, its length, and
-   the actions that it took in the cell. A cell is a place (room description and inventory) or a room, with a score.
-2. If the archive knows a trajectory to more points from the present state, the root noise goes to its actions and the
-   sampling temperature is halved: the episode returns along the best trajectory.
-3. Otherwise the noise goes to one action, sampled from the LLM's prior divided by (1 + count)^2: the episode explores.
-4. With the probability ``search.deviation_prob`` an episode deviates: in a random stretch of the best trajectory it
-   ignores the archive and explores, until the stretch ends or it has gained points that the archive did not expect.
-5. A trajectory counts with the score it reached while its episode goes on, and with the episode's final score
-   afterwards. So a trajectory to points that are lost again is worth less.
+The archive of a game stores the best trajectory known from each cell. A cell is a score together with a room or with a
+place (room description and inventory). The best trajectory is the one to the highest score; of several, the shortest.
 
-Unlike the original, nothing is restored: the agent's own search replays the trajectory.
+- Return: if the archive has a trajectory from the present cell to a higher score, the root noise is uniform over its
+  actions, and the sampling temperature is halved. So the episode follows the trajectory.
+- Explore: otherwise the noise is all on one action, sampled with a probability proportional to
+  ``prior / (1 + count)^2``, where the count is of the action in its room with its score.
+- Deviate: with the probability ``search.deviation_prob``, an episode explores in a random interval of its actions even
+  if it could return. The interval ends early once the episode has gained points that no known trajectory has.
+- A trajectory has the score that its episode has reached; after the end of the episode, it has the final score.
+  So a trajectory to points that are lost again, for example by death, is worth less than one that keeps them.
+
+The original restores saved states of the game. Here the agent's own search replays the trajectory.
 """
 
 from __future__ import annotations
@@ -26,20 +28,20 @@ from priorzero.play.novelty import NoveltyCounts
 from priorzero.search.root import floored_probs
 from priorzero.types import ActionPrior, GameState, HistoryStep, Plain
 
-RETURN_TEMPERATURE_SCALE = 0.5  # on a known trajectory actions are sampled from the squared visit counts
+RETURN_TEMPERATURE_SCALE = 0.5  # with search.temperature=1, actions are sampled from the squared visit counts
 
 Place = tuple[str, ...]
-Cell = tuple[Place | str, float]  # a place or a room, with a score
+Cell = tuple[Place | str, float]  # a place or a room, and a score
 
 
 @dataclass(frozen=True)
 class Trajectory:
-    """The best known way on from a cell.
+    """A trajectory, as it is stored for one of its cells.
 
     Attributes:
         score: the score that it reached.
-        length: number of actions from the beginning of the episode to that score.
-        actions: the actions that it took in the cell.
+        length: number of actions from the beginning of the episode to that score, without loops.
+        actions: the actions that were taken in the cell.
     """
 
     score: float
@@ -56,8 +58,9 @@ class Plan:
     """What the archive suggests in a state.
 
     Attributes:
-        actions: which valid actions lead on, ``[K]`` of bool; none if no trajectory is known.
-        expected_gain: points still to be gained along the trajectory.
+        actions: True for the valid actions that are on the best known trajectory, ``[K]`` bool. All are False if no
+            trajectory to a higher score is known.
+        expected_gain: points that the trajectory gains from here on.
     """
 
     actions: np.ndarray
@@ -68,12 +71,12 @@ class Archive:
     """The best trajectories of one game, by cell."""
 
     def __init__(self) -> None:
-        self._provisional: dict[Cell, Trajectory] = {}  # by the score reached, while the episode goes on
-        self._confirmed: dict[Cell, Trajectory] = {}  # by the final score of the episode
+        self._provisional: dict[Cell, Trajectory] = {}  # with the score reached during the episode
+        self._confirmed: dict[Cell, Trajectory] = {}  # with the final score of the episode
 
     @property
     def num_actions(self) -> int:
-        """Number of actions known to lead on, over all rooms and scores."""
+        """Number of actions on known trajectories, summed over all rooms and scores."""
         return sum(len(trajectory.actions) for trajectory in self._from_rooms())
 
     def best(self) -> Trajectory | None:
@@ -81,9 +84,10 @@ class Archive:
         return max(self._from_rooms(), key=lambda t: (t.score, -t.length), default=None)
 
     def add_reward(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
-        """The last decision gained points: store the trajectory that led here, wherever it is the best so far.
+        """Store the trajectory to the points that the last decision gained, in each cell where it is the best so far.
 
-        Cells that had as many points already are left out: points that are lost and gained again lead nowhere.
+        Cells whose score is not below the present one are left out. So points that were lost and are gained again are
+        not stored as progress.
 
         Args:
             history: all decisions of the episode, at least one.
@@ -96,9 +100,9 @@ class Archive:
                 self._provisional[cell] = trajectory
 
     def add_episode(self, history: Sequence[HistoryStep], *, now: GameState) -> None:
-        """The episode has ended: store the trajectory to its highest score with its final score.
+        """Store the trajectory of an episode that has ended: the actions to its highest score, with its final score.
 
-        Provisional trajectories of this episode to points that it lost again are removed.
+        The trajectories that :meth:`add_reward` stored for points which the episode lost again are removed.
 
         Args:
             history: all decisions of the episode, at least one.
@@ -129,9 +133,9 @@ class Archive:
 
         Args:
             state: the state.
-            off_path_reward: points that this episode has gained off the known trajectories. Cells with that many
-                points less are looked up as well, and the trajectory with the larger gain is taken. Points of
-                ``off_path_reward`` that the trajectory itself contains are counted twice.
+            off_path_reward: points that this episode has gained off the known trajectories. The cells whose score is
+                lower by this amount are looked up as well, and the trajectory with the larger gain is taken. If that
+                trajectory contains some of these points itself, they are counted twice.
         """
         best = Plan(np.zeros(len(state.valid_actions), dtype=bool))
         for score in dict.fromkeys((state.score, state.score - off_path_reward)):
@@ -168,15 +172,15 @@ class Archive:
 
 @dataclass
 class _EpisodeProgress:
-    """Exploration in one episode.
+    """The strategy's state in one episode.
 
     Attributes:
-        deviation: the episode ignores the archive from its ``deviation[0]``-th action up to, not including, its
-            ``deviation[1]``-th; None: it does not deviate.
-        off_path_reward: points gained since the deviation began by actions that were on no known trajectory. Once
-            they are positive, the deviation is over.
-        num_actions: actions so far.
-        plan: the archive's plan for the present decision.
+        deviation: the interval of actions, counted from 0, in which the episode deviates: the first one, and the first
+            one after it. None: it does not deviate.
+        off_path_reward: points gained and lost since the deviation began, without those that the archive expected.
+            Once the sum is positive, the deviation is over.
+        num_actions: number of actions so far.
+        plan: the archive's plan for the present decision; None between decisions.
     """
 
     deviation: tuple[int, int] | None
@@ -217,10 +221,11 @@ class GoExplore:
     def _sample_deviation(
         self, archive: Archive, *, max_score: float, rng: np.random.Generator
     ) -> tuple[int, int] | None:
-        """The stretch of actions in which an episode deviates; None: it does not.
+        """The interval of actions in which an episode deviates; None: it does not deviate.
 
-        Its beginning and its length are uniform over the best trajectory. There is no deviation while no trajectory is
-        known, nor once one reaches ``max_score``.
+        It begins after 0 to L actions and contains 1 to L actions, both uniformly distributed, where L is the length
+        of the best trajectory. There is no deviation before a trajectory is known, nor after one has reached
+        ``max_score``.
         """
         if self._deviation_prob == 0.0 or rng.random() >= self._deviation_prob:
             return None
@@ -288,7 +293,7 @@ class GoExplore:
 
 
 def _actions_by_cell(path: Sequence[HistoryStep], *, below: float) -> Iterator[tuple[Cell, frozenset[str]]]:
-    """The actions of a path at scores below ``below``, by place and by room."""
+    """The actions that a path took at scores below ``below``, for each cell."""
     actions: dict[Cell, set[str]] = {}
     for step in path:
         if step.score < below:

@@ -1,0 +1,1 @@
+"""The classes that Ray runs as actors, each in a process of its own."""

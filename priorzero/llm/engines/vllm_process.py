@@ -1,0 +1,141 @@
+"""How vLLM is started: its arguments, its environment, and the cause of a failed start."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from priorzero.llm.engines.vllm_worker import OWNER_VARIABLE, WorkerExtension
+from priorzero.llm.models import LanguageModel
+from priorzero.settings import VLLMSettings
+
+IMPORT_FOLDER = Path(__file__).parents[3]  # contains the package
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # the ranks that vLLM supports
+
+
+def cores_for_training() -> int:
+    """Number of cores that this process uses on a machine without a GPU. vLLM gets the other half."""
+    cores = len(os.sched_getaffinity(0))
+    return max(1, cores - cores // 2)
+
+
+def engine_arguments(
+    llm: LanguageModel,
+    cfg: VLLMSettings,
+    *,
+    model: str,
+    tokenizer: str,
+    max_model_len: int,
+    trust_remote_code: bool,
+) -> dict[str, Any]:
+    """Arguments of vLLM's ``AsyncEngineArgs``.
+
+    Args:
+        llm: the training copy.
+        cfg: the ``vllm`` group of the settings.
+        model: folder or hub id that vLLM loads; the base model if the LLM has adapters.
+        tokenizer: folder or hub id of the tokenizer.
+        max_model_len: largest number of tokens in a sequence.
+        trust_remote_code: run code that comes with the model.
+    """
+    arguments: dict[str, Any] = {
+        "model": model,
+        "tokenizer": tokenizer,
+        "dtype": str(llm.compute_dtype).removeprefix("torch."),
+        "max_model_len": max_model_len,
+        "tensor_parallel_size": cfg.tensor_parallel_size,
+        "gpu_memory_utilization": cfg.gpu_memory_utilization,
+        "enable_prefix_caching": True,
+        "enable_sleep_mode": cfg.sleep,
+        "generation_config": "vllm",  # ignore the sampling defaults of the model
+        "use_tqdm_on_load": False,
+        "worker_extension_cls": f"{WorkerExtension.__module__}.{WorkerExtension.__qualname__}",
+        "trust_remote_code": trust_remote_code,
+        "seed": 0,
+    }
+    if llm.device.type == "cpu":
+        arguments |= {
+            # A fixed cache size and no compilation reduce the start from 80 to 20 seconds.
+            "kv_cache_memory_bytes": int(cfg.cpu_kv_cache_gib * 2**30),
+            "enforce_eager": True,
+            "block_size": 32,  # the smallest that the CPU build supports
+        }
+    if hasattr(llm.model, "peft_config"):
+        adapter = next(iter(llm.model.peft_config.values()))
+        arguments |= {
+            "enable_lora": True,
+            "max_lora_rank": next((rank for rank in LORA_RANKS if rank >= adapter.r), adapter.r),
+            "max_loras": 1,
+            # By default vLLM also wraps the output layer, and then it cannot return prompt log-probabilities.
+            "lora_target_modules": sorted(adapter.target_modules),
+        }
+    return arguments
+
+
+def _logging_config(log_file: Path) -> dict[str, Any]:
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"plain": {"format": "%(asctime)s %(levelname)s %(processName)s %(name)s: %(message)s"}},
+        "handlers": {"file": {"class": "logging.FileHandler", "filename": str(log_file), "formatter": "plain"}},
+        "loggers": {"vllm": {"handlers": ["file"], "level": "INFO", "propagate": False}},
+    }
+
+
+def _environment_variables(log_file: Path, scratch: Path) -> dict[str, str]:
+    config_file = scratch / "logging.json"
+    config_file.write_text(json.dumps(_logging_config(log_file)), encoding="utf-8")
+    variables = {
+        "VLLM_LOGGING_CONFIG_PATH": str(config_file),
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads can hang
+        "VLLM_CPU_NUM_OF_RESERVED_CPU": str(cores_for_training()),
+        "PYTHONWARNINGS": "ignore",
+        OWNER_VARIABLE: f"{os.getpid()} {scratch}",
+        # vLLM's workers import WorkerExtension, also if this package is not installed.
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(IMPORT_FOLDER), os.environ.get("PYTHONPATH")])),
+    }
+    if len(str(scratch)) < 60:  # the path of a socket has at most 107 characters
+        variables["VLLM_RPC_BASE_PATH"] = str(scratch)
+    return variables
+
+
+@contextmanager
+def process_environment(*, log_file: Path, scratch: Path) -> Iterator[None]:
+    """Set the environment that vLLM's processes inherit when they are started inside the block.
+
+    Args:
+        log_file: file of vLLM's own log.
+        scratch: temporary folder, which vLLM's processes delete if this process is killed.
+    """
+    variables = _environment_variables(log_file, scratch)
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    # A spawned process imports the main script again unless the main module has no file and no spec. It does not need
+    # the script. Importing it would also import flask, whose proxy objects break vLLM when it inspects all modules.
+    main = sys.modules["__main__"]
+    file, main.__spec__, spec = vars(main).pop("__file__", None), None, main.__spec__
+    try:
+        yield
+    finally:
+        main.__spec__ = spec
+        if file is not None:
+            main.__file__ = file
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+def first_logged_error(log_file: Path, *, start: int) -> str | None:
+    """The first error in vLLM's log after position ``start``; vLLM rarely passes the cause of a failed start on."""
+    text = log_file.read_text(encoding="utf-8", errors="replace") if log_file.is_file() else ""
+    match = re.search(r"^(?:[\w.]*Error|Exception): .+", text[start:], flags=re.MULTILINE)
+    return match[0] if match else None

@@ -1,0 +1,169 @@
+"""Tests of the vLLM engine's restarts and weight syncs with a double in place of vLLM's processes."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+
+import pytest
+
+from priorzero.llm.engines import PriorBuilder, RetryingPrior, VLLMEngine
+from priorzero.llm.prompts import prompt_style
+from priorzero.types import EngineError
+from tests.helpers.models import make_settings
+
+pytestmark = pytest.mark.slow  # vLLM is imported
+
+
+class VLLMDouble:
+    """A double of vLLM's ``AsyncLLM``: generates a token after ``delay_s`` and records all other calls."""
+
+    errored = False
+
+    def __init__(self):
+        self.delay_s, self.num_aborted, self.is_shut_down, self.calls = 0.0, 0, False, []
+
+    async def generate(self, prompt, sampling, request_id, *, lora_request):
+        await asyncio.sleep(self.delay_s)
+        yield SimpleNamespace(outputs=[SimpleNamespace(token_ids=[1])], num_cached_tokens=0, metrics=None)
+
+    async def abort(self, request_id):
+        self.num_aborted += 1
+
+    def shutdown(self):
+        self.is_shut_down = True
+        self.calls.append(("shutdown",))
+
+    def __getattr__(self, name):
+        async def call(*args, **kwargs):
+            self.calls.append((name, *args, *kwargs.values()))
+            return True
+
+        return call
+
+
+@pytest.fixture
+def make_vllm_engine(tiny_llm, tmp_path, monkeypatch):
+    """Makes an engine whose starts append a double to ``engine.doubles``. The parity check passes."""
+    import vllm.v1.engine.exceptions  # imported before the short timeouts below begin
+    from vllm import SamplingParams
+
+    assert SamplingParams and vllm.v1.engine.exceptions
+
+    def make(**vllm_settings):
+        settings = make_settings({"prior": {"engine": "vllm"}, "vllm": vllm_settings})
+        engine = VLLMEngine(
+            PriorBuilder(tiny_llm, prompt_style(settings)),
+            model="base",
+            cfg=settings.vllm,
+            max_model_len=512,
+            log_file=tmp_path / "vllm.log",
+        )
+        engine.doubles = []
+        engine.loaded = []
+
+        def start_process(model):
+            engine.loaded.append(model)
+            engine._engine = VLLMDouble()
+            engine.doubles.append(engine._engine)
+
+        async def reference_logprobs(row):
+            await asyncio.sleep(0.01)
+            return engine._weights.reference
+
+        monkeypatch.setattr(engine, "_start_process", start_process)
+        monkeypatch.setattr(engine, "_row_logprobs", reference_logprobs)
+        return engine
+
+    monkeypatch.setattr("priorzero.llm.engines.vllm.CHECK_TIMEOUT_S", 0.2)
+    return make
+
+
+def test_vllm_engine_with_sleep_frees_the_gpu_during_an_update(make_vllm_engine, tiny_llm):
+    engine = make_vllm_engine(sleep=True)
+    prior = RetryingPrior(engine, attempts=1, backoff_s=0, timeout_s=1)
+
+    async def update():
+        engine.doubles[0].calls.append(("update",))
+        for p in tiny_llm.trainable_parameters():
+            p.data += 0.01
+        return 1
+
+    async def run():
+        await engine.ready()
+        await prior.learn(update)
+        await engine.close()
+
+    asyncio.run(run())
+    (double,) = engine.doubles
+    assert [call if call[0] == "wake_up" else call[0] for call in double.calls] == [
+        "sleep", "update", ("wake_up", ["weights"]), "collective_rpc", "collective_rpc", ("wake_up", ["kv_cache"]),
+        "reset_prefix_cache", "shutdown",
+    ]  # fmt: skip
+    assert double.calls[0] == ("sleep", 2) and double.calls[3][:2] == ("collective_rpc", "reload_weights")
+    assert engine.version == 1 and not engine._scratch.exists()
+
+
+def test_vllm_engine_check_restarts_an_engine_that_hangs_and_keeps_a_slow_one(make_vllm_engine):
+    engine = make_vllm_engine()
+
+    async def run():
+        await engine.check()  # not started yet
+        await engine.ready()
+        (first,) = engine.doubles
+        first.delay_s = 0.05
+        await engine.check()
+        await engine.ready()
+        assert engine.doubles == [first] and engine.restarts == 0
+        first.delay_s = 60
+        late_check = asyncio.ensure_future(engine.check())
+        await asyncio.sleep(0.1)
+        await engine.check()
+        assert late_check.done() and first.num_aborted > 0 and not first.is_shut_down
+        await engine.ready()
+        assert len(engine.doubles) == 2 and first.is_shut_down and engine.restarts == 1
+        assert engine.take_statistics()["prior/engine_restarts"] == 1
+        engine.doubles[1].delay_s = 60
+        await asyncio.gather(engine.check(), engine.check())
+        with pytest.raises(EngineError, match="restarted 1 times already"):
+            await engine.ready()
+        assert engine.doubles[1].is_shut_down
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_vllm_engine_check_does_not_end_an_engine_that_was_restarted_meanwhile(make_vllm_engine):
+    engine = make_vllm_engine()
+
+    async def run():
+        await engine.ready()
+        engine.doubles[0].delay_s = 60
+        late_check = asyncio.ensure_future(engine.check())
+        await asyncio.sleep(0.05)
+        engine._mark_crashed()  # another request has noticed it
+        await engine.ready()
+        await late_check
+        await engine.ready()
+        assert len(engine.doubles) == 2 and not engine.doubles[1].is_shut_down and engine.restarts == 1
+        await engine.close()
+
+    asyncio.run(run())
+
+
+def test_vllm_engine_restarts_with_the_new_weights_if_it_hangs_during_a_sync(make_vllm_engine, monkeypatch):
+    engine = make_vllm_engine(sync_timeout_s=0.5)
+
+    async def hang(weights):
+        await asyncio.sleep(60)
+
+    async def run():
+        await engine.ready()
+        monkeypatch.setattr(engine, "_load", hang)
+        await engine.sync_weights(1)
+        first, second = engine.doubles
+        assert first.is_shut_down and not second.is_shut_down and engine.restarts == 1
+        assert engine.version == 1 and engine.loaded == ["base", str(engine._scratch / "version-1")]
+        await engine.close()
+
+    asyncio.run(run())
