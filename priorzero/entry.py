@@ -141,7 +141,7 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
             raise UserError(f"--resume auto: no run is saved under {where}; name a run's folder, or an --env_id")
         settings = settings_from(arguments)
         print(f"--resume auto: no run is saved under {where}; a new run starts", file=sys.stderr)
-        renamed = rename_unsaved(Path(where, run.exp_name)) if run.exp_name else None
+        renamed = rename_unsaved(Path(where), run.exp_name)
         if renamed is not None:
             print(f"an unsaved run of this name was renamed to {renamed}", file=sys.stderr)
         return settings, None

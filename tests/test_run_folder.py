@@ -57,12 +57,19 @@ def test_create_files_locks_a_new_run_only(tmp_path):
 
 
 def test_rename_unsaved_frees_the_name_of_a_run_without_checkpoints(tmp_path):
-    assert rename_unsaved(tmp_path / "job") is None
+    assert rename_unsaved(tmp_path, "job") is None
     for n in (1, 2):
         (tmp_path / "job").mkdir()
-        assert rename_unsaved(tmp_path / "job") == tmp_path / f"job.unsaved{n}"
+        assert rename_unsaved(tmp_path, "job") == tmp_path / f"job.unsaved{n}"
     (tmp_path / "job").mkdir()
     with lock_folder(tmp_path / "job"), pytest.raises(UserError, match="another process"):
-        rename_unsaved(tmp_path / "job")
+        rename_unsaved(tmp_path, "job")
     write_checkpoint(tmp_path / "job" / "checkpoints" / "iteration_1")
-    assert rename_unsaved(tmp_path / "job") is None
+    assert rename_unsaved(tmp_path, "job") is None
+
+
+def test_rename_unsaved_stays_below_the_output_folder(tmp_path):
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "data").mkdir()
+    assert rename_unsaved(tmp_path / "data", "../secret") is None and rename_unsaved(tmp_path / "data", "") is None
+    assert (tmp_path / "secret").is_dir()

@@ -108,16 +108,21 @@ def truncate_files(folder: Path, sizes: Mapping[str, int]) -> None:
                 file.truncate(size)
 
 
-def rename_unsaved(folder: Path) -> Path | None:
+def rename_unsaved(output_dir: Path, name: str) -> Path | None:
     """Rename the folder of a run that ended before it saved anything, so that its name is free.
 
+    Args:
+        output_dir: folder of all runs.
+        name: name of the run.
+
     Returns:
-        The new path; None if there is no such folder.
+        The new path; None if there is no such run.
 
     Raises:
         UserError: the run is still running.
     """
-    if not folder.is_dir() or saved_checkpoints(folder):
+    folder = output_dir / name
+    if not RUN_NAME.fullmatch(name) or not folder.is_dir() or saved_checkpoints(folder):
         return None
     lock_folder(folder).close()
     names = (folder.with_name(f"{folder.name}.unsaved{n}") for n in range(1, 1000))

@@ -15,7 +15,8 @@ from loguru import logger
 def open_logs(folder: Path, *, terminal: TextIO | None = None) -> None:
     """Send the log to ``folder/run.log``, and messages of level INFO and above to the terminal.
 
-    Messages that are bound to ``topic="prior"`` or ``topic="segments"`` go to a file of their own, not to the terminal.
+    Messages that are bound to ``topic="prior"`` or ``topic="segments"`` also go to a file of their own, but not to the
+    terminal.
     """
     terminal = terminal or sys.stderr
     logger.remove()
@@ -53,6 +54,7 @@ class Progress:
         max_env_step: environment steps of the whole run; it ends at whichever comes first.
         every: iterations between lines.
         spent_s: seconds that the run took before it was resumed.
+        terminal: where the line is written; stderr by default.
     """
 
     def __init__(
