@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import annotated_types
 import yaml
 from easydict import EasyDict
 from pydantic import ValidationError
@@ -152,15 +151,7 @@ def allowed(field: FieldInfo) -> str:
         prefix = "one or more of" if typing.get_origin(field.annotation) is list else "one of"
         return f"{prefix} {', '.join(choices)}"
     kind = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[field.annotation]  # type: ignore[index]
-    bounds: dict[str, Any] = {}
-    for constraint in field.metadata:
-        for name, constraint_type in (
-            ("ge", annotated_types.Ge),
-            ("gt", annotated_types.Gt),
-            ("le", annotated_types.Le),
-        ):
-            if isinstance(constraint, constraint_type):
-                bounds[name] = getattr(constraint, name)
+    bounds = {name: getattr(c, name) for c in field.metadata for name in ("ge", "gt", "le") if hasattr(c, name)}
     if "le" in bounds:
         return f"{kind} between {bounds['ge']} and {bounds['le']}"
     if "ge" in bounds:
