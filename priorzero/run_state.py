@@ -93,7 +93,7 @@ def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionIn
         policy.load_world_model_state(state)
     except RuntimeError as error:
         raise UserError(
-            f"{folder}: its world model has another shape; use the config.yaml in this folder ({error})"
+            f"{folder}: its world model does not fit these settings; use the config.yaml in this folder ({error})"
         ) from error
     indexer.load_state_dict(actions)
 
