@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from priorzero.cluster.connection import Share
 from priorzero.cluster.ppo.engine import PPOResult
 from priorzero.cluster.ppo.orz_engine import TRAINER_METHODS, OrzPPOEngine, jericho_reward_trainer, orz_config
 from priorzero.cluster.ppo.trajectories import Trajectory
-from priorzero.cluster.resources import Share
 from tests.helpers.models import make_settings
 from tests.helpers.records import ACTIONS, record
 
@@ -138,4 +138,4 @@ def test_orz_engine_skips_stale_decisions(smollm2):
         return await engine.ppo_step([Trajectory((record(),), None)], 1)
 
     assert asyncio.run(run()).metrics["ppo/stale"] == 1 and engine._trainer.calls == []
-    assert not engine.capabilities.resumable and engine.capabilities.needs_gpu
+    assert not engine.resumable

@@ -9,17 +9,14 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from priorzero.settings import ClusterSettings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
 
 
 async def result_of(reference: Any, *, timeout_s: float, process: str, setting: str = "cluster.timeout_s") -> Any:
-    """Wait for the result of a remote call.
+    """Wait for the result of a remote call: of Ray's reference to it, or of any other awaitable.
 
-    Args:
-        reference: Ray's reference to the result, or any other awaitable.
-        timeout_s: time limit in seconds.
-        process: name of the process, for messages.
-        setting: the setting that gives the time limit, for messages.
+    Messages name the ``process`` and the ``setting`` that gives the time limit.
 
     Raises:
         ProcessError: the process, or a process that it called, died or did not reply in time.
@@ -40,6 +37,12 @@ async def result_of(reference: Any, *, timeout_s: float, process: str, setting: 
         raise ProcessError(f"{process} died ({_one_line(error)})") from error
     except RayError as error:
         raise ProcessError(f"{process} cannot be reached ({type(error).__name__}: {error})") from error
+
+
+async def wait_for_start(reference: Any, *, cluster: ClusterSettings, process: str) -> Any:
+    """:func:`result_of` for a call that a process completes when it has loaded everything."""
+    limit, setting = cluster.start_timeout_s, "cluster.start_timeout_s"
+    return await result_of(reference, timeout_s=limit, process=process, setting=setting)
 
 
 async def wait_for_restart(actor: Any, *, timeout_s: float, process: str) -> bool:

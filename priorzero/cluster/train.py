@@ -18,8 +18,7 @@ from loguru import logger
 from ray.exceptions import RayError, RayTaskError
 
 from priorzero.agent import check_games
-from priorzero.cluster.connection import check_settings, connect
-from priorzero.cluster.resources import plan_resources
+from priorzero.cluster.connection import check_settings, connect, plan_resources
 from priorzero.cluster.run import ClusterRun
 from priorzero.envs import resolve_games
 from priorzero.runs.errors import reported_to_user
@@ -33,13 +32,8 @@ from priorzero.types import EngineError, GameWorkerError, ProcessError, UserErro
 def run_on_cluster(settings: Settings) -> RunSummary:
     """Train on the Ray cluster at ``cluster.address``, or on one that is started here and ends with the run.
 
-    Ctrl-C or SIGTERM stops the run: it finishes its step, saves a checkpoint and returns.
-
-    Args:
-        settings: all settings, from :func:`priorzero.config.resolve_settings`.
-
-    Raises:
-        UserError: an error that the user can correct; before anything was written if possible.
+    Ctrl-C or SIGTERM stops the run: it finishes its step, saves a checkpoint and returns. A UserError is raised before
+    anything was written if possible.
     """
     settings = settings.model_copy(deep=True)
     games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)

@@ -73,14 +73,8 @@ class VLLMEngine:
     through a folder; if the LLM has low-rank adapters, only the adapters are. After each start and each weight sync,
     vLLM's log-probabilities on a fixed prompt must agree with those of the training copy (:class:`ParityCheck`).
 
-    Args:
-        builder: tokenizes requests and builds priors; its ``llm`` is the training copy.
-        model: folder or hub id from which the training copy was loaded; vLLM loads it at first.
-        cfg: the ``vllm`` group of the settings.
-        max_model_len: largest number of tokens in a sequence.
-        log_file: file of vLLM's own log.
-        trust_remote_code: run code that comes with the model.
-        cache_size: number of cached priors.
+    ``model`` is the folder or hub id from which the training copy was loaded. A sequence has at most ``max_model_len``
+    tokens.
     """
 
     def __init__(
@@ -92,7 +86,6 @@ class VLLMEngine:
         max_model_len: int,
         log_file: Path,
         trust_remote_code: bool = False,
-        cache_size: int = 4096,
     ) -> None:
         self.version = 0
         self.builder = builder
@@ -102,7 +95,7 @@ class VLLMEngine:
         self.log_file = log_file
         self.trust_remote_code = trust_remote_code
         self.exclusive = cfg.sleep
-        self.cache = PriorCache(builder, size=cache_size)
+        self.cache = PriorCache(builder)
         self.restarts = 0
         self._uses_lora = hasattr(builder.llm.model, "peft_config")
         self._engine: Any = None  # vLLM's AsyncLLM
@@ -158,7 +151,8 @@ class VLLMEngine:
         self._running, self._crashed = False, True
 
     async def _start(self, weights: ExportedWeights) -> None:
-        start = asyncio.ensure_future(asyncio.to_thread(self._start_process, self._initial_model(weights)))
+        model = self.model if weights.folder is None or self._uses_lora else str(weights.folder)
+        start = asyncio.ensure_future(asyncio.to_thread(self._start_process, model))
         try:
             await asyncio.shield(start)
             if self._uses_lora:
@@ -176,9 +170,6 @@ class VLLMEngine:
                 f"vLLM did not start: {' '.join(cause.split())[:400]}. Its log is {self.log_file}; its memory is set "
                 f"by vllm.{memory}={getattr(self.cfg, memory):g}; --engine transformers does not need vLLM"
             ) from error
-
-    def _initial_model(self, weights: ExportedWeights) -> str:
-        return self.model if weights.folder is None or self._uses_lora else str(weights.folder)
 
     def _start_process(self, model: str) -> None:
         """Start vLLM. The engine is not returned, because the executor's thread would keep a reference to it."""
@@ -232,12 +223,7 @@ class VLLMEngine:
     # ---- requests ----
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """As in the protocol.
-
-        Raises:
-            ValueError: a request has no valid actions.
-            RuntimeError: vLLM died; :meth:`ready` restarts it.
-        """
+        """As in the protocol. If vLLM dies, a RuntimeError is raised, and :meth:`ready` restarts it."""
         priors, missing = self.cache.look_up(requests)
         with self._measure_busy_time():
             computed = await gather_or_cancel(*(self._prior(request) for request in missing))
@@ -308,11 +294,7 @@ class VLLMEngine:
         return np.array([positions[len(positions) - n + i][token].logprob for i, token in enumerate(completion)])
 
     async def _generate(self, token_ids: list[int], **sampling: Any) -> Any:
-        """vLLM's final output for one request.
-
-        Raises:
-            RuntimeError: vLLM has died.
-        """
+        """vLLM's final output for one request."""
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 

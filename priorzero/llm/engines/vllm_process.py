@@ -36,13 +36,7 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Arguments of vLLM's ``AsyncEngineArgs``.
 
-    Args:
-        llm: the training copy.
-        cfg: the ``vllm`` group of the settings.
-        model: folder or hub id that vLLM loads; the base model if the LLM has adapters.
-        tokenizer: folder or hub id of the tokenizer.
-        max_model_len: largest number of tokens in a sequence.
-        trust_remote_code: run code that comes with the model.
+    ``model`` and ``tokenizer`` are folders or hub ids; ``model`` is the base model if the LLM has adapters.
     """
     arguments: dict[str, Any] = {
         "model": model,
@@ -110,9 +104,7 @@ def _environment_variables(log_file: Path, scratch: Path) -> dict[str, str]:
 def process_environment(*, log_file: Path, scratch: Path) -> Iterator[None]:
     """Set the environment that vLLM's processes inherit when they are started inside the block.
 
-    Args:
-        log_file: file of vLLM's own log.
-        scratch: temporary folder, which vLLM's processes delete if this process is killed.
+    They write their log to ``log_file``, and delete the folder ``scratch`` if this process is killed.
     """
     variables = _environment_variables(log_file, scratch)
     before = {name: os.environ.get(name) for name in variables}
