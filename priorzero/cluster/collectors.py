@@ -10,7 +10,7 @@ import ray
 from loguru import logger
 
 from priorzero.cluster.actors.collector import CollectorProcess, CollectorReport, ModelVersions
-from priorzero.cluster.calls import kill, kill_if_hanging, result_of, wait_for_restart, wait_for_start
+from priorzero.cluster.calls import kill_if_hanging, result_of, wait_for_restart, wait_for_start
 from priorzero.cluster.connection import Share
 from priorzero.play.evaluator import Evaluations
 from priorzero.settings import Settings
@@ -29,8 +29,8 @@ class CollectorResult:
 class Collectors:
     """Starts the collectors. Each is idle or busy with one call. Ray restarts those that die.
 
-    ``versions`` of the models and ``world_model``, Ray's reference to its parameters, are for the next calls. ``servers``
-    are the names of the prior servers.
+    ``servers`` are the names of the prior servers. ``versions`` of the models and ``world_model``, Ray's reference to
+    its parameters, are for the next calls.
     """
 
     def __init__(self, settings: Settings, *, share: Share, servers: list[str]) -> None:
@@ -68,7 +68,7 @@ class Collectors:
     async def _collect(self, index: int, *, wait_until_ready: bool) -> CollectorResult | None:
         """The collector's result; None if it is lost."""
         actor, cluster, process = self._actors[index], self._cluster, f"collector {index}"
-        if wait_until_ready and not await wait_for_restart(actor, timeout_s=cluster.start_timeout_s, process=process):
+        if wait_until_ready and not await wait_for_restart(actor, cluster=cluster, process=process):
             return None
         segments, reference = actor.collect.remote(
             self._settings.train.collect_env_steps, self.versions, self.world_model
@@ -134,4 +134,4 @@ class Collectors:
             task.cancel()
         await asyncio.gather(*self._busy, return_exceptions=True)
         for actor in self._actors:
-            kill(actor)
+            ray.kill(actor)

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from priorzero.cluster.actors.prior_server import PriorServer
 from priorzero.cluster.actors.registry import REGISTRY, Registry
 from priorzero.cluster.actors.world_model import WorldModelProcess
-from priorzero.cluster.calls import kill, kill_if_hanging, result_of, wait_for_restart, wait_for_start
+from priorzero.cluster.calls import kill_if_hanging, result_of, wait_for_restart, wait_for_start
 from priorzero.cluster.connection import Share
 from priorzero.settings import Settings
 from priorzero.types import Plain, ProcessError, UserError
@@ -106,7 +106,7 @@ class PriorServers:
             except ProcessError as error:
                 kill_if_hanging(actor, error)
                 logger.warning(f"{error}; it is restarted")
-                if not await wait_for_restart(actor, timeout_s=cluster.start_timeout_s, process=process):
+                if not await wait_for_restart(actor, cluster=cluster, process=process):
                     raise UserError(
                         f"{error}, and it could not be restarted (cluster.max_restarts={cluster.max_restarts}, "
                         f"cluster.start_timeout_s={cluster.start_timeout_s:g})"
@@ -119,7 +119,7 @@ class PriorServers:
                 await result_of(actor.close.remote(), timeout_s=30.0, process="a prior server", setting="fixed")
             except (ProcessError, RayError, UserError) as error:
                 logger.debug(f"a prior server could not close its engine: {error}")
-            kill(actor)
+            ray.kill(actor)
 
 
 class WorldModelHandle:
@@ -137,7 +137,6 @@ class WorldModelHandle:
         self._actor: Any = None
 
     async def start(self) -> None:
-        """Start the process, and wait until it has loaded everything."""
         if self._feature_size is None:
             self._feature_size = await self._get_feature_size()
         actor = ray.remote(WorldModelProcess).options(num_cpus=self._share.num_cpus, num_gpus=self._share.num_gpus)
@@ -166,7 +165,7 @@ class WorldModelHandle:
 
     async def kill(self) -> None:
         if self._actor is not None:
-            kill(self._actor)
+            ray.kill(self._actor)
 
     async def _result_of(self, reference: Any) -> Any:
         return await result_of(reference, timeout_s=self._settings.cluster.timeout_s, process=WORLD_MODEL)

@@ -15,11 +15,15 @@ T = TypeVar("T")
 
 
 class Restartable(Protocol):
-    """Something that can be started again and restored from a saved state."""
+    """A learner that can be killed, started again and restored from a saved state."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Start the processes, and wait until they have loaded everything."""
+        ...
 
-    async def save(self, folder: Path) -> None: ...
+    async def save(self, folder: Path) -> None:
+        """Write everything that the next call depends on, or raise OSError. The folder is complete or not there."""
+        ...
 
     async def load(self, folder: Path) -> None: ...
 
@@ -46,7 +50,7 @@ class RestartableLearner:
         self._calls: list[Callable[[], Awaitable[object]]] = []  # since the last saved state
 
     async def query(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Make a call that does not change the learner's state. Raises UserError if the learner has failed too often."""
+        """Make a call that does not change the state. Raises UserError if the learner has failed too often."""
         while True:
             try:
                 return await function()
@@ -54,7 +58,7 @@ class RestartableLearner:
                 await self._restart(error)
 
     async def apply(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Make a call that changes the learner's state."""
+        """Make a call that changes the state."""
         result = await self.query(function)
         self._calls.append(function)
         return result

@@ -68,21 +68,12 @@ class ClusterRun:
             settings, share=plan["world_model"], folder=folder, feature_size=self.collectors.feature_size
         )
         self._engine = self._make_ppo_engine(plan["learner"])
-        cluster, states = settings.cluster, folder / "learners"
-        self.world_model = RestartableLearner(
-            self._world_model,
-            name="world model",
-            folder=states,
-            save_every=cluster.save_every,
-            max_restarts=cluster.max_restarts,
+        restartable = functools.partial(
+            RestartableLearner, folder=folder / "learners", save_every=settings.cluster.save_every
         )
-        self.ppo = RestartableLearner(
-            self._engine,
-            name="PPO learner",
-            folder=states,
-            save_every=cluster.save_every,
-            max_restarts=cluster.max_restarts if self._engine.resumable else 0,
-        )
+        limit = settings.cluster.max_restarts
+        self.world_model = restartable(self._world_model, name="world model", max_restarts=limit)
+        self.ppo = restartable(self._engine, name="PPO learner", max_restarts=limit if self._engine.resumable else 0)
         self._trajectories: list[Trajectory] = []
         self._metrics: dict[str, float] = {}  # of the iteration
         self._returns: deque[float] = deque(maxlen=RECENT_EPISODES)

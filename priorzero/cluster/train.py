@@ -8,9 +8,7 @@ result of one collector. The world model learns every ``train.update_every`` ite
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import ray
@@ -43,8 +41,12 @@ def run_on_cluster(settings: Settings) -> RunSummary:
     settings.run.output_dir = str(folder.parent)
     connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
     try:
-        with reported_to_user(folder, settings, resumable=False), _process_errors_reported(folder):
-            return asyncio.run(_train(settings, games=", ".join(game.name for game in games), folder=folder))
+        with reported_to_user(folder, settings, resumable=False):
+            try:
+                return asyncio.run(_train(settings, games=", ".join(game.name for game in games), folder=folder))
+            except (ProcessError, RayError) as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
     finally:
         ray.shutdown()
 
@@ -93,13 +95,3 @@ async def _train(settings: Settings, *, games: str, folder: Path) -> RunSummary:
         if lock is not None:
             lock.close()
     return run.summary()
-
-
-@contextlib.contextmanager
-def _process_errors_reported(folder: Path) -> Iterator[None]:
-    """Raises UserError in place of errors of Ray and of the run's processes."""
-    try:
-        yield
-    except (ProcessError, RayError) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error

@@ -25,28 +25,22 @@ from priorzero.types import NonFiniteError, StepRecord, UserError
 class LLMSample:
     """One decision as the language model is trained on it. C is the number of actions that take part.
 
-    Attributes:
-        row: token ids of the context and of the C completions.
-        target_probs: share of the visits of each action, ``[C]``, sums to one.
-        chosen: index of the completion of the action that was taken.
-        advantage: advantage of that action.
-        rollout_logprob: log-probability of that action when it was taken: of its text (objective ``tokens``) or among
-            the valid actions (objective ``actions``). NaN if it is unknown (``rank``).
+    ``rollout_logprob`` is the log-probability of the chosen action when it was taken: of its text (objective ``tokens``) or
+    among the valid actions (objective ``actions``). It is NaN if it is unknown (``rank``).
     """
 
-    row: PromptRow
-    target_probs: np.ndarray
-    chosen: int
-    advantage: float
+    row: PromptRow  # the context and the C completions
+    target_probs: np.ndarray  # [C], share of the visits of each action, sums to one
+    chosen: int  # index of the completion of the action that was taken
+    advantage: float  # of that action
     rollout_logprob: float
 
 
 def select_actions(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarray]:
     """Select the actions of a decision that the LLM is trained on: the ``top`` most visited ones and the chosen one.
 
-    Returns:
-        Positions in the valid actions, and the target probabilities: shares of the visits, normalised over the top
-        actions, and zero for a chosen action that is not among them.
+    Returns positions in the valid actions, and the target probabilities: shares of the visits, normalised over the top
+    actions, and zero for a chosen action that is not among them.
     """
     counts = record.visit_counts
     order = np.argsort(-counts, kind="stable")[:top]
@@ -71,14 +65,10 @@ class _Scorer(torch.nn.Module):
 
 
 class LLMLearner:
-    """Trains the language model. The gradient of a batch does not depend on the micro-batch size.
+    """Trains ``llm``, which the prior engine shares. The gradient of a batch does not depend on the micro-batch size.
 
-    Args:
-        llm: the language model, which the prior engine shares.
-        cfg: the weights of the losses, the optimiser and the micro-batches.
-        style: determines how an action is written as a completion.
-        temperature: temperature of the prior (objective ``actions``).
-        group: the learners that share each batch; every learner gets its own part of the samples. None for one learner.
+    ``style`` determines how an action is written as a completion, and ``temperature`` is the prior's (objective
+    ``actions``). Every learner of a ``group`` gets its own part of the samples; None for a single learner.
     """
 
     def __init__(
@@ -117,9 +107,8 @@ class LLMLearner:
     def samples(self, records: Sequence[StepRecord], returns: np.ndarray) -> tuple[list[LLMSample], int]:
         """Convert n decisions and their discounted returns ``[n]`` to samples.
 
-        Returns:
-            The samples, and the number of decisions that cannot be used: no prompt, no "Answer:" heading (chain of
-            thought), too long for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
+        Also returns the number of decisions that cannot be used: no prompt, no "Answer:" heading (chain of thought),
+        too long for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
         """
         samples, kept = self.prepare(records)
         if not samples:
@@ -173,8 +162,8 @@ class LLMLearner:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities that the losses are computed from, and their mask.
 
-        Objective ``tokens``: the arguments, ``[R, T]`` for R completions in total. Objective ``actions``: ``[R, 1]``, the
-        prior over the valid actions.
+        Objective ``tokens``: the arguments, ``[R, T]`` for R completions in total. Objective ``actions``: ``[R, 1]``,
+        the prior over the valid actions.
         """
         if self.objective == "tokens":
             return token_logprobs, completion_mask

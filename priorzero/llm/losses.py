@@ -22,8 +22,8 @@ def sft_loss(token_logprobs: Tensor, completion_mask: Tensor, target_probs: Tens
 
     This is the policy loss of AlphaZero (Silver et al. 2018, eq. 1) with the LLM's text as the policy.
 
-    ``token_logprobs`` are ``[R, T]``. ``target_probs`` ``[R]`` are the shares of the visits of each completion's action,
-    which sum to one within a prompt. In ``num_tokens`` the tokens of a completion count with its share.
+    ``token_logprobs`` are ``[R, T]``. ``target_probs`` ``[R]`` are the shares of the visits of each completion's
+    action, which sum to one within a prompt. In ``num_tokens`` the tokens of a completion count with its share.
     """
     mask = completion_mask.to(token_logprobs.dtype)
     loss_sum = -(target_probs[:, None] * token_logprobs * mask).sum()

@@ -109,18 +109,14 @@ def choose_device(device: str) -> torch.device:
 class LanguageModel:
     """A causal language model and its tokenizer. The prior engine and the learner share it.
 
-    Attributes:
-        model: the transformers model, or the peft model around it. Its parameters are float32, because an update of
-            1e-6 would be lost in the rounding of bfloat16.
-        tokenizer: the transformers tokenizer.
-        compute_dtype: type of the forward pass.
-        reference: copy of the model before any update, for the KL penalty. None if there is no penalty, or if the model
-            has adapters: without its adapters it is its own reference.
+    ``model`` is the transformers model, or the peft model around it. Its parameters are float32, because an update of
+    1e-6 would be lost in the rounding of bfloat16. ``reference`` is a copy of the model before any update, for the KL
+    penalty. It is None if there is no penalty, or if the model has adapters: without these it is its own reference.
     """
 
     model: Any
     tokenizer: Any
-    compute_dtype: torch.dtype
+    compute_dtype: torch.dtype  # of the forward pass
     reference: Any = None
 
     @property
@@ -170,8 +166,8 @@ class LanguageModel:
     def token_logprobs(self, rows: Sequence[PromptRow], *, past: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probabilities of the tokens of all completions, ``[R, T]``, and their ``completion_mask``.
 
-        ``past`` is a transformers ``Cache`` with the beginning of the prompt, if there is a single row; the forward pass
-        appends to it.
+        ``past`` is a transformers ``Cache`` with the beginning of the prompt of a single row; the forward pass appends
+        to it.
         """
         num_cached = past.get_seq_length() if past is not None else 0
         batch = pack(rows, dtype=self.compute_dtype, device=self.device, num_cached=num_cached)

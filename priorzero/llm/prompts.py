@@ -49,7 +49,8 @@ class Prompt:
 class PromptStyle:
     """What a prompt contains: the settings with these names in the groups ``prior`` and ``llm``.
 
-    ``layout`` is ``llm.prompt_layout`` (``"walkthrough"`` for ``score`` only); ``max_tokens`` is ``llm.prompt_max_len``.
+    ``layout`` is ``llm.prompt_layout``; ``"walkthrough"`` is for ``score`` only. ``max_tokens`` is
+    ``llm.prompt_max_len``.
     """
 
     mode: str

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from priorzero.cluster.ppo.trajectories import Trajectory
+from priorzero.cluster.restart import Restartable
 
 # Sends the LLM's parameters to all prior servers: called with a version and Ray's reference to the parameters.
 SendParameters = Callable[[int, Any], Awaitable[None]]
@@ -21,19 +22,14 @@ class PPOResult:
     nonfinite: str = ""  # what was not finite, if the step was skipped for this reason
 
 
-class PPOEngine(Protocol):
+class PPOEngine(Restartable, Protocol):
     """Learns from trajectories and publishes its parameters.
 
     A call that fails because a process died or did not reply in time raises :class:`~priorzero.types.ProcessError`.
-    After :meth:`kill` and :meth:`start` the engine can be used again. ``resumable`` means that :meth:`load` restores
-    everything, so that steps can be replayed after a crash.
+    ``resumable`` means that :meth:`load` restores everything, so that steps can be replayed after a crash.
     """
 
     resumable: bool
-
-    async def start(self) -> None:
-        """Start the processes and load the LLM."""
-        ...
 
     async def ppo_step(self, trajectories: Sequence[Trajectory], step_id: int) -> PPOResult:
         """One PPO step. A call with the ``step_id`` of the last step changes nothing and returns the same result."""
@@ -43,14 +39,6 @@ class PPOEngine(Protocol):
         """Send the current actor to all prior servers; returns its version when all of them serve it."""
         ...
 
-    async def save(self, folder: Path) -> None:
-        """Write everything that the next step depends on, or raise OSError. The folder is complete or not there."""
-        ...
-
-    async def load(self, folder: Path) -> None: ...
-
     async def export(self, folder: Path) -> None:
         """Write the actor in ``save_pretrained`` form, for ``llm.path``."""
         ...
-
-    async def kill(self) -> None: ...

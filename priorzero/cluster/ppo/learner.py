@@ -137,7 +137,7 @@ class PPOLearner:
     # ---- advantages ----
 
     def _values(self, trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray]:
-        """The critic's values of all decisions ``[n]``, and of the state after each trajectory (0 if the game ended)."""
+        """The critic's values of all decisions ``[n]`` and of the state after each trajectory (0 if the game ended)."""
         prompts = [record.prompt for trajectory in trajectories for record in trajectory.records]
         ends = [trajectory.bootstrap_prompt for trajectory in trajectories]
         values = self._values_of([*prompts, *(prompt for prompt in ends if prompt is not None)])

@@ -27,19 +27,6 @@ from priorzero.settings import Settings
 from priorzero.types import UserError
 from priorzero.world_model.returns import returns_to_go
 
-# The methods of the trainer that are called or overridden, and the names of the parameters that must exist.
-TRAINER_METHODS = {
-    "__init__": ("cfg", "strategy", "tokenizer", "train_dataset", "vllm_engines"),
-    "build_dataloader": ("dataset",),
-    "build_models": ("PolicyRayActor", "CriticRayActor", "RefRayActor"),
-    "make_experience": ("all_inputs",),
-    "generate_vllm": ("gen_func", "prompts", "extras"),
-    "custom_reward_fn": ("prompts", "outputs", "extras", "reward_model_fn"),
-    "ppo_local_train_policy": ("replay_buffers", "global_steps"),
-    "ppo_local_train_critic": ("replay_buffers", "global_steps"),
-    "_tokenize": ("texts", "max_length", "padding"),
-}
-
 
 def jericho_reward_trainer(base: Any) -> Any:
     """``JerichoRewardTrainer``: a subclass of ``base``, ORZ's ``RayPPOTrainer``, for decisions of finished episodes."""

@@ -13,7 +13,7 @@ import ray
 import torch
 
 from priorzero.cluster.actors import set_up_process
-from priorzero.cluster.calls import kill, result_of
+from priorzero.cluster.calls import result_of
 from priorzero.cluster.connection import Share
 from priorzero.cluster.ppo.engine import PPOResult, SendParameters
 from priorzero.cluster.ppo.learner import PPOLearner
@@ -135,7 +135,7 @@ class TorchPPOEngine:
 
     async def kill(self) -> None:
         for process in self._processes:
-            kill(process)
+            ray.kill(process)
         self._processes = []
 
     async def _results(self, references: Sequence[Any], *, starting: bool = False) -> list[Any]:

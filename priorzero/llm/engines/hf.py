@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from priorzero.llm.engines.base import PriorBuilder, PriorCache
+from priorzero.llm.engines.base import PriorBuilder, PriorCache, run_in_thread
 from priorzero.llm.engines.prompt_cache import PromptCache
 from priorzero.llm.packing import PromptRow, split_completions
 from priorzero.types import ActionPrior, PriorRequest, PromptTooLongError
@@ -82,14 +82,7 @@ class TransformersEngine:
             priors, missing = self.cache.look_up(requests)
             if missing:
                 stop = threading.Event()
-                work = asyncio.ensure_future(asyncio.to_thread(self._compute, missing, stop))
-                try:
-                    priors.update(await asyncio.shield(work))
-                except asyncio.CancelledError:
-                    stop.set()
-                    await asyncio.wait([work])
-                    work.exception()  # retrieved, so that asyncio does not log it
-                    raise
+                priors.update(await run_in_thread(lambda: self._compute(missing, stop), on_cancel=stop.set))
             return [priors[request] for request in requests]
 
     def _compute(self, requests: list[PriorRequest], stop: threading.Event) -> dict[PriorRequest, ActionPrior]:

@@ -56,8 +56,7 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
     return VLLMEngine(
         builder,
         model=resolve_model(settings.llm.path, setting="llm.path"),
-        cfg=settings.vllm,
-        max_model_len=settings.vllm.max_model_len or max_model_len,
+        cfg=settings.vllm.model_copy(update={"max_model_len": settings.vllm.max_model_len or max_model_len}),
         log_file=vllm_log,
         trust_remote_code=settings.llm.trust_remote_code,
     )

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
-from priorzero.llm.engines.base import PriorBuilder, PriorCache
+from priorzero.llm.engines.base import PriorBuilder, PriorCache, run_in_thread
 from priorzero.llm.engines.vllm_process import engine_arguments, first_logged_error, process_environment
 from priorzero.llm.engines.vllm_weights import (
     PARITY_TOLERANCE,
@@ -73,8 +73,7 @@ class VLLMEngine:
     through a folder; if the LLM has low-rank adapters, only the adapters are. After each start and each weight sync,
     vLLM's log-probabilities on a fixed prompt must agree with those of the training copy (:class:`ParityCheck`).
 
-    ``model`` is the folder or hub id from which the training copy was loaded. A sequence has at most ``max_model_len``
-    tokens.
+    ``model`` is the folder or hub id from which the training copy was loaded. ``cfg.max_model_len`` must be set.
     """
 
     def __init__(
@@ -83,7 +82,6 @@ class VLLMEngine:
         *,
         model: str,
         cfg: VLLMSettings,
-        max_model_len: int,
         log_file: Path,
         trust_remote_code: bool = False,
     ) -> None:
@@ -91,13 +89,12 @@ class VLLMEngine:
         self.builder = builder
         self.model = model
         self.cfg = cfg
-        self.max_model_len = max_model_len
         self.log_file = log_file
-        self.trust_remote_code = trust_remote_code
         self.exclusive = cfg.sleep
         self.cache = PriorCache(builder)
         self.restarts = 0
         self._uses_lora = hasattr(builder.llm.model, "peft_config")
+        self._arguments = engine_arguments(builder.llm, cfg, tokenizer=model, trust_remote_code=trust_remote_code)
         self._engine: Any = None  # vLLM's AsyncLLM
         self._running = False  # started, and the parity check has passed
         self._crashed = False
@@ -152,15 +149,12 @@ class VLLMEngine:
 
     async def _start(self, weights: ExportedWeights) -> None:
         model = self.model if weights.folder is None or self._uses_lora else str(weights.folder)
-        start = asyncio.ensure_future(asyncio.to_thread(self._start_process, model))
         try:
-            await asyncio.shield(start)
+            await run_in_thread(lambda: self._start_process(model))
             if self._uses_lora:
                 async with asyncio.timeout(self.cfg.sync_timeout_s):
                     await self._fail_if_dead(self._load(weights))
-        except asyncio.CancelledError:  # wait for the process, so that it can be ended
-            await asyncio.wait([start])
-            start.exception()  # retrieved, so that asyncio does not log it
+        except asyncio.CancelledError:
             await self._shut_down()
             raise
         except Exception as error:
@@ -174,19 +168,11 @@ class VLLMEngine:
     def _start_process(self, model: str) -> None:
         """Start vLLM. The engine is not returned, because the executor's thread would keep a reference to it."""
         self._log_start = self.log_file.stat().st_size if self.log_file.is_file() else 0
-        arguments = engine_arguments(
-            self.builder.llm,
-            self.cfg,
-            model=model,
-            tokenizer=self.model,
-            max_model_len=self.max_model_len,
-            trust_remote_code=self.trust_remote_code,
-        )
         with process_environment(log_file=self.log_file, scratch=self._scratch):
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **self._arguments))
 
     async def check(self) -> None:
         """As in the protocol. The engine works if it generates one token within :data:`CHECK_TIMEOUT_S`."""
@@ -245,8 +231,9 @@ class VLLMEngine:
         return prior
 
     def _check_length(self, length: int) -> None:
-        if length > self.max_model_len:
-            raise PromptTooLongError(f"{length} tokens do not fit into vLLM's limit of {self.max_model_len} tokens")
+        limit = self.cfg.max_model_len
+        if length > limit:
+            raise PromptTooLongError(f"{length} tokens do not fit into vLLM's limit of {limit} tokens")
 
     async def _ranking_text(self, request: PriorRequest) -> str:
         prompt_ids = self.builder.prompt_ids(request)
@@ -447,15 +434,8 @@ class VLLMEngine:
         return LoRARequest(f"version-{version}", version + 1, str(self._weights.folder))
 
     async def _export(self, version: int) -> ExportedWeights:
-        work = asyncio.ensure_future(
-            asyncio.to_thread(export_weights, self.builder.llm, version, scratch=self._scratch)
-        )
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:  # the folder must not be deleted while it is written
-            await asyncio.wait([work])
-            work.exception()  # retrieved, so that asyncio does not log it
-            raise
+        # Not `to_thread`: the folder must not be deleted while it is written.
+        return await run_in_thread(lambda: export_weights(self.builder.llm, version, scratch=self._scratch))
 
     async def _check_parity(
         self, weights: ExportedWeights, *, previous: ExportedWeights | None, seconds: float

@@ -26,23 +26,13 @@ def cores_for_training() -> int:
 
 
 def engine_arguments(
-    llm: LanguageModel,
-    cfg: VLLMSettings,
-    *,
-    model: str,
-    tokenizer: str,
-    max_model_len: int,
-    trust_remote_code: bool,
+    llm: LanguageModel, cfg: VLLMSettings, *, tokenizer: str, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Arguments of vLLM's ``AsyncEngineArgs``.
-
-    ``model`` and ``tokenizer`` are folders or hub ids; ``model`` is the base model if the LLM has adapters.
-    """
+    """Arguments of vLLM's ``AsyncEngineArgs`` besides the model. ``tokenizer`` is a folder or a hub id."""
     arguments: dict[str, Any] = {
-        "model": model,
         "tokenizer": tokenizer,
         "dtype": str(llm.compute_dtype).removeprefix("torch."),
-        "max_model_len": max_model_len,
+        "max_model_len": cfg.max_model_len,
         "tensor_parallel_size": cfg.tensor_parallel_size,
         "gpu_memory_utilization": cfg.gpu_memory_utilization,
         "enable_prefix_caching": True,
