@@ -25,8 +25,8 @@ from priorzero.types import NonFiniteError, StepRecord, UserError
 class LLMSample:
     """One decision as the language model is trained on it. C is the number of actions that take part.
 
-    ``rollout_logprob`` is the log-probability of the chosen action when it was taken: of its text (objective ``tokens``) or
-    among the valid actions (objective ``actions``). It is NaN if it is unknown (``rank``).
+    ``rollout_logprob`` is the log-probability of the chosen action when it was taken: of its text (objective
+    ``tokens``) or among the valid actions (objective ``actions``). It is NaN if it is unknown (``rank``).
     """
 
     row: PromptRow  # the context and the C completions

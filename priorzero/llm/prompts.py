@@ -170,7 +170,7 @@ def _walkthrough_messages(state: GameState, *, style: PromptStyle) -> list[dict[
 def _current_observation(state: GameState, *, style: PromptStyle) -> str:
     if state.goal and not style.show_observation:
         return ""
-    return _clip(_one_line(_without_goal(state.raw_obs_text, state.goal)), style.observation_chars)
+    return _shorten(state.raw_obs_text, goal=state.goal, chars=style.observation_chars)
 
 
 def _past_step(step: HistoryStep, *, goal: str, chars: int) -> str:
@@ -178,16 +178,13 @@ def _past_step(step: HistoryStep, *, goal: str, chars: int) -> str:
     command = f"> {step.action}{earned}"
     if chars == 0:
         return command
-    observation = _clip(_one_line(_without_goal(step.feedback, goal)), chars)
+    observation = _shorten(step.feedback, goal=goal, chars=chars)
     return f"{observation}\n{command}" if observation else command
 
 
-def _without_goal(text: str, goal: str) -> str:
-    """The text without the goal, which the prompt states only once, at its start."""
-    return text.replace(goal, "").strip() if goal.strip() else text
-
-
-def _clip(text: str, chars: int) -> str:
+def _shorten(text: str, *, goal: str, chars: int) -> str:
+    """One line of at most ``chars`` characters (0: all), without the goal, which the prompt states only at its start."""
+    text = _one_line(text.replace(goal, "") if goal.strip() else text)
     return text[:chars].rstrip() + " ..." if 0 < chars < len(text) else text
 
 

@@ -65,7 +65,6 @@ class CollectorProcess:
     """
 
     # Set by `_load`:
-    _policy: PriorZeroPolicy
     _prior: RetryingPrior
     _player: Player
     _collector: Collector
@@ -123,7 +122,7 @@ class CollectorProcess:
     def _load_world_model(self, versions: ModelVersions, world_model: dict[str, torch.Tensor] | None) -> None:
         self._load()
         if world_model is not None and (self._versions is None or versions.world_model != self._versions.world_model):
-            self._policy.load_world_model_state(world_model)
+            self._player.policy.load_world_model_state(world_model)
         self._versions = versions
 
     def _load(self) -> None:
@@ -139,12 +138,11 @@ class CollectorProcess:
         first_seed = settings.run.seed + number * settings.env.collector_env_num
         workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=first_seed)
         encoder = make_encoder(settings, device=device)
-        self._policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=None)
         timeline = Timeline()
         self._prior = self._make_prior(ray.get_actor(self._servers[number % len(self._servers)]), timeline)
         self._player = Player(
             settings,
-            policy=self._policy,
+            policy=PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=None),
             encoder=encoder,
             indexer=RemoteVocabulary(registry, capacity=settings.env.action_space_size, timeout_s=timeout_s),
             prior=self._prior,

@@ -182,9 +182,7 @@ class VLLMEngine:
         limit = min(CHECK_TIMEOUT_S, self.cfg.sync_timeout_s)
         try:
             async with asyncio.timeout(limit):
-                await self._generate(
-                    [self.builder.llm.tokenizer.eos_token_id], max_tokens=1, temperature=0.0, detokenize=False
-                )
+                await self._generate([self.builder.llm.tokenizer.eos_token_id], max_tokens=1)
         except _EngineDied:
             pass  # already marked as crashed
         except TimeoutError:
@@ -240,17 +238,12 @@ class VLLMEngine:
         self._check_length(len(prompt_ids) + self.builder.generate_max_len)
         tokenizer = self.builder.llm.tokenizer
         output = await self._generate(
-            prompt_ids,
-            max_tokens=self.builder.generate_max_len,
-            temperature=0.0,
-            stop_token_ids=[tokenizer.eos_token_id],
-            detokenize=False,
+            prompt_ids, max_tokens=self.builder.generate_max_len, stop_token_ids=[tokenizer.eos_token_id]
         )
         return tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
 
     async def _row_logprobs(self, row: PromptRow) -> list[np.ndarray]:
-        """Token log-probabilities of each completion of a row, one vLLM request for each. The prefix cache shares the
-        prompt between them."""
+        """Token log-probabilities of each completion of a row, one vLLM request for each."""
         return await gather_or_cancel(
             *(self._completion_logprobs(row.prompt_ids, c, read_cache=True) for c in row.completions)
         )
@@ -266,11 +259,9 @@ class VLLMEngine:
         output = await self._generate(
             [*prompt_ids, *completion],
             max_tokens=1,
-            temperature=0.0,
             prompt_logprobs=0,
             skip_reading_prefix_cache=not read_cache,
             flat_logprobs=True,
-            detokenize=False,
         )
         # If an earlier request had the same prompt and a completion with the same beginning, completion tokens were
         # read from the cache as well, and their log-probabilities are undefined. Repeat without the cache.
@@ -281,16 +272,17 @@ class VLLMEngine:
         return np.array([positions[len(positions) - n + i][token].logprob for i, token in enumerate(completion)])
 
     async def _generate(self, token_ids: list[int], **sampling: Any) -> Any:
-        """vLLM's final output for one request."""
+        """vLLM's final output for one request; generation is greedy."""
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
         request_id = f"prior-{next(self._request_ids)}"
+        parameters = SamplingParams(temperature=0.0, detokenize=False, **sampling)
         engine, output = self._engine, None
         lora = self._lora_request() if self._uses_lora else None
         try:
             async for latest in engine.generate(
-                {"prompt_token_ids": token_ids}, SamplingParams(**sampling), request_id, lora_request=lora
+                {"prompt_token_ids": token_ids}, parameters, request_id, lora_request=lora
             ):
                 output = latest
         except asyncio.CancelledError:
@@ -345,14 +337,12 @@ class VLLMEngine:
 
     async def suspend(self) -> None:
         """Free the GPU. With adapters the base model moves to the host's memory; full parameters are dropped."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         if self._running and not self._asleep:
             try:
                 async with asyncio.timeout(self.cfg.sync_timeout_s):
                     await self._fail_if_dead(self._engine.sleep(level=1 if self._uses_lora else 2))
                 self._asleep = True
-            except (EngineDeadError, _EngineDied, TimeoutError):
+            except (_EngineDied, TimeoutError):
                 self._mark_crashed()  # the next weight sync restarts it
 
     async def sync_weights(self, version: int) -> None:
@@ -376,13 +366,11 @@ class VLLMEngine:
         self, weights: ExportedWeights, *, previous: ExportedWeights | None, started: float
     ) -> None:
         """Load new parameters into the running vLLM and check them; mark vLLM as crashed if it dies or hangs."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             async with asyncio.timeout(self.cfg.sync_timeout_s):
                 await self._fail_if_dead(self._load(weights))
                 await self._check_parity(weights, previous=previous, seconds=time.perf_counter() - started)
-        except (EngineDeadError, _EngineDied):
+        except _EngineDied:
             self._mark_crashed()
         except TimeoutError:
             logger.warning(
@@ -399,6 +387,8 @@ class VLLMEngine:
 
     async def _fail_if_dead(self, call: Coroutine[Any, Any, None]) -> None:
         """Await a call to vLLM; raise if vLLM dies. Only requests fail then by themselves; other calls never return."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         task = asyncio.ensure_future(call)
         try:
             while not task.done():
@@ -406,6 +396,8 @@ class VLLMEngine:
                 if not task.done() and self._engine.errored:
                     raise _EngineDied("vLLM has died")
             await task
+        except EngineDeadError as error:
+            raise _EngineDied("vLLM has died") from error
         finally:
             task.cancel()
 
