@@ -183,7 +183,7 @@ def _past_step(step: HistoryStep, *, goal: str, chars: int) -> str:
 
 
 def _shorten(text: str, *, goal: str, chars: int) -> str:
-    """One line of at most ``chars`` characters (0: all), without the goal, which the prompt states only at its start."""
+    """One line of at most ``chars`` characters (0: all), without the goal, which the prompt states only once."""
     text = _one_line(text.replace(goal, "") if goal.strip() else text)
     return text[:chars].rstrip() + " ..." if 0 < chars < len(text) else text
 
