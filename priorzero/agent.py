@@ -13,10 +13,10 @@ import torch
 
 from priorzero.envs import GameSpec, GameWorker, make_worker
 from priorzero.llm.engines import RetryingPrior
-from priorzero.llm.engines.make import make_engine, make_prior
+from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.prompts import prompt_style
-from priorzero.play.action_vocabulary import ActionIndexer, ActionVocabulary
+from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.evaluator import Evaluator, Evaluators
 from priorzero.play.player import Player
 from priorzero.play.text_encoder import TextEncoder
@@ -65,7 +65,7 @@ class Agent:
     llm_thread: OwnerThread
 
     @property
-    def indexer(self) -> ActionIndexer:
+    def indexer(self) -> ActionVocabulary:
         """The action vocabulary."""
         return self.player.indexer
 
@@ -92,10 +92,9 @@ def make_agent(
     engine, prior = None, None
     if llm is not None:
         engine = make_engine(settings, llm=llm, vllm_log=vllm_log)
-        prior = make_prior(
-            settings,
+        prior = RetryingPrior(
             engine,
-            timeout_s=settings.prior.timeout_s,
+            settings.prior,
             sync_every=settings.vllm.sync_every,
             max_staleness=settings.vllm.max_staleness,
             learner_version=lambda: policy.llm_version,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping
 
 from priorzero.agent import Agent
-from priorzero.policy import PriorZeroPolicy
+from priorzero.policy import PriorZeroPolicy, add_total_loss
 from priorzero.runs.counters import Counters
 from priorzero.runs.nonfinite import NonFiniteUpdates
 from priorzero.settings import Settings
@@ -73,8 +73,8 @@ class Learner:
                     "world-model update", self._update_world_model
                 )
                 metrics.update(update_metrics)
-        prior, llm = self._agent.prior, settings.llm
-        if prior is not None and (llm.enable_sft or llm.enable_rft) and counters.is_due(llm.update_every):
+        prior, llm_learner = self._agent.prior, self._agent.policy.llm_learner
+        if prior is not None and llm_learner and llm_learner.learns and counters.is_due(settings.llm.update_every):
             first = None if batch is None else batch.sequences
 
             async def update_llm() -> int:
@@ -82,9 +82,7 @@ class Learner:
                 return self._counters.llm_version
 
             await prior.learn(update_llm)
-        losses = [metrics[name] for name in ("train/wm_total_loss", "train/llm_loss") if name in metrics]
-        if losses:
-            metrics["train/total_loss"] = sum(losses)
+        add_total_loss(metrics)
         metrics["train/updates_left_out"] = float(self._nonfinite.total)
         self._log(metrics, self._counters.train_iter)
 

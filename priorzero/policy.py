@@ -42,12 +42,8 @@ class PriorZeroPolicy(UniZeroLearner):
         self.search_cfg, self.prior_cfg = settings.search, settings.prior
         self.llm_learner: LLMLearner | None = None
         if llm is not None:
-            self.llm_learner = LLMLearner(
-                llm,
-                settings.llm,
-                style=prompt_style(settings),
-                temperature=settings.prior.temperature,
-            )
+            style, temperature = prompt_style(settings), settings.prior.temperature
+            self.llm_learner = LLMLearner(llm, settings.llm, style=style, temperature=temperature)
         self.llm_batch_size = settings.llm.batch_size
         self.llm_version = 0
 
@@ -161,12 +157,18 @@ class PriorZeroPolicy(UniZeroLearner):
             data: the batch, ``train_iter``, and whether to update the LLM.
 
         Returns:
-            The results of :meth:`learn_world_model` and :meth:`learn_llm`, and ``train/total_loss``, the sum of both.
+            The results of :meth:`learn_world_model` and :meth:`learn_llm`, and ``train/total_loss``.
         """
         batch, train_iter, update_llm = data
         metrics = self.learn_world_model(batch, train_iter=train_iter)
-        metrics["train/total_loss"] = metrics["train/wm_total_loss"]
         if update_llm:
             metrics.update(self.learn_llm(batch.sequences))
-            metrics["train/total_loss"] += metrics.get("train/llm_loss", 0.0)
+        add_total_loss(metrics)
         return metrics
+
+
+def add_total_loss(metrics: dict[str, Any]) -> None:
+    """Add ``train/total_loss``, the sum of the losses of the models that were updated, if any was."""
+    losses = [metrics[name] for name in ("train/wm_total_loss", "train/llm_loss") if name in metrics]
+    if losses:
+        metrics["train/total_loss"] = sum(losses)

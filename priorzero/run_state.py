@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from priorzero.agent import Agent
-from priorzero.play.action_vocabulary import ActionIndexer
+from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.collector import Collector
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint, save_tensors, write_world_model
@@ -76,7 +76,7 @@ class RunState:
         return loop
 
 
-def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionIndexer) -> None:
+def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionVocabulary) -> None:
     """Load the world model and the action vocabulary from a checkpoint of either training loop.
 
     The LLM is loaded with ``llm.path=FOLDER/llm``.

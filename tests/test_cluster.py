@@ -22,8 +22,7 @@ from priorzero.cluster.actors.prior_server import PriorServer, load_trained_para
 from priorzero.cluster.actors.registry import Registry, RemoteVocabulary
 from priorzero.cluster.calls import result_of
 from priorzero.cluster.collectors import Collectors
-from priorzero.cluster.connection import check_settings, connect
-from priorzero.cluster.resources import Share, plan_resources
+from priorzero.cluster.connection import Share, check_settings, connect, plan_resources
 from priorzero.cluster.restart import RestartableLearner
 from priorzero.cluster.run import ClusterRun, merge_prior_metrics
 from priorzero.cluster.train import run_on_cluster

@@ -12,6 +12,7 @@ import torch
 
 from priorzero.llm.engines import PriorBuilder, RetryingPrior, TransformersEngine
 from priorzero.llm.prompts import prompt_style, render_prompt
+from priorzero.settings import PriorSettings
 from priorzero.types import GameState, PriorRequest
 from tests.helpers.models import make_settings
 
@@ -181,7 +182,7 @@ def test_transformers_engine_rank_is_uniform_for_a_text_without_a_ranking(llm, m
         return torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], dim=1)
 
     monkeypatch.setattr(llm.model, "generate", generate)
-    engine = RetryingPrior(make_engine(llm, mode="rank"), attempts=1, backoff_s=0, timeout_s=60)
+    engine = RetryingPrior(make_engine(llm, mode="rank"), PriorSettings(attempts=1, backoff_s=0, timeout_s=60))
     (prior,) = asyncio.run(engine.priors([PriorRequest("What now?", ("open door", "", "wait"))]))
     assert not prior.parsed and prior.completion == text
     assert np.exp(prior.logprobs) == pytest.approx([1 / 3] * 3)
@@ -223,7 +224,7 @@ def test_transformers_engine_keeps_the_priors_computed_before_a_timeout(llm, mon
     engine = make_engine(llm, rows_per_forward=1)
     computed = slow_down(engine, monkeypatch, seconds=0.1)
     requests = [PriorRequest(f"prompt {n}", ("go north", "go south")) for n in range(6)]
-    prior = RetryingPrior(engine, attempts=10, backoff_s=0, timeout_s=0.35)
+    prior = RetryingPrior(engine, PriorSettings(attempts=10, backoff_s=0, timeout_s=0.35))
     priors = asyncio.run(prior.priors(requests))
     assert [p.source for p in priors] == ["score"] * 6
     assert prior.statistics.timeouts >= 1 and sorted(r.prompt for r in computed) == [r.prompt for r in requests]

@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from priorzero.cluster.connection import Share
 from priorzero.cluster.ppo.engine import PPOResult
-from priorzero.cluster.ppo.orz_engine import TRAINER_METHODS, OrzPPOEngine, jericho_reward_trainer, orz_config
+from priorzero.cluster.ppo.orz_engine import OrzPPOEngine, jericho_reward_trainer, orz_config
 from priorzero.cluster.ppo.trajectories import Trajectory
-from priorzero.cluster.resources import Share
 from tests.helpers.models import make_settings
 from tests.helpers.records import ACTIONS, record
 
@@ -22,6 +22,20 @@ from tests.helpers.records import ACTIONS, record
 class Buffer(list):
     def split_to_n_batches(self, n):
         return [self[i::n] for i in range(n)]
+
+
+# The methods of the trainer that are called or overridden, and the names of the parameters that must exist.
+TRAINER_METHODS = {
+    "__init__": ("cfg", "strategy", "tokenizer", "train_dataset", "vllm_engines"),
+    "build_dataloader": ("dataset",),
+    "build_models": ("PolicyRayActor", "CriticRayActor", "RefRayActor"),
+    "make_experience": ("all_inputs",),
+    "generate_vllm": ("gen_func", "prompts", "extras"),
+    "custom_reward_fn": ("prompts", "outputs", "extras", "reward_model_fn"),
+    "ppo_local_train_policy": ("replay_buffers", "global_steps"),
+    "ppo_local_train_critic": ("replay_buffers", "global_steps"),
+    "_tokenize": ("texts", "max_length", "padding"),
+}
 
 
 class TrainerStub:
@@ -138,4 +152,4 @@ def test_orz_engine_skips_stale_decisions(smollm2):
         return await engine.ppo_step([Trajectory((record(),), None)], 1)
 
     assert asyncio.run(run()).metrics["ppo/stale"] == 1 and engine._trainer.calls == []
-    assert not engine.capabilities.resumable and engine.capabilities.needs_gpu
+    assert not engine.resumable

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from priorzero.cluster.ppo.losses import clipped_value_loss, generalised_advantages
+from priorzero.cluster.ppo.learner import clipped_value_loss
+from priorzero.cluster.ppo.trajectories import generalised_advantages
 from priorzero.llm.losses import rft_loss
 from tests.helpers.advantages import advantages_by_definition
 

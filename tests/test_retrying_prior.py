@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from priorzero.llm.engines import RetryingPrior
+from priorzero.settings import PriorSettings
 from priorzero.types import ActionPrior, EngineError, PriorRequest
 
 
@@ -55,7 +56,7 @@ HANG = 5.0
 
 
 def request_priors(engine):
-    prior = RetryingPrior(engine, attempts=3, backoff_s=0.01, timeout_s=0.1)
+    prior = RetryingPrior(engine, PriorSettings(attempts=3, backoff_s=0.01, timeout_s=0.1))
     return prior, asyncio.run(prior.priors(REQUESTS))
 
 
@@ -151,7 +152,9 @@ def request_during_updates(*, exclusive, num_updates=4, **kwargs):
         The engine, the RetryingPrior, and the staleness of all priors.
     """
     engine, learner = VersionedEngine(exclusive=exclusive), [0]
-    prior = RetryingPrior(engine, attempts=1, backoff_s=0, timeout_s=1, learner_version=lambda: learner[0], **kwargs)
+    prior = RetryingPrior(
+        engine, PriorSettings(attempts=1, backoff_s=0, timeout_s=1), learner_version=lambda: learner[0], **kwargs
+    )
     staleness = []
 
     async def request(stop):
@@ -213,7 +216,7 @@ def test_retrying_prior_limits_the_staleness(sync_every, max_staleness):
 def test_retrying_prior_raises_in_every_request_after_a_failed_weight_sync():
     engine, learner = VersionedEngine(exclusive=False), [0]
     prior = RetryingPrior(
-        engine, attempts=1, backoff_s=0, timeout_s=1, max_staleness=0, learner_version=lambda: learner[0]
+        engine, PriorSettings(attempts=1, backoff_s=0, timeout_s=1), max_staleness=0, learner_version=lambda: learner[0]
     )
 
     async def fail(version):

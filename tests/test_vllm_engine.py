@@ -27,6 +27,7 @@ from priorzero.llm.losses import sft_loss
 from priorzero.llm.models import load_language_model
 from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.runs.resume import newest_checkpoint
+from priorzero.settings import PriorSettings
 from priorzero.train import run_training
 from priorzero.types import EngineError, HistoryStep, PriorRequest, UserError
 from tests.helpers.models import make_settings
@@ -188,14 +189,14 @@ def test_vllm_engine_rank_generates_the_same_text_as_the_transformers_engine(run
 
 
 def test_vllm_engine_aborts_requests_that_time_out(runner, engine, requests):
-    prior = RetryingPrior(engine, attempts=2, backoff_s=0.01, timeout_s=0.05)
+    prior = RetryingPrior(engine, PriorSettings(attempts=2, backoff_s=0.01, timeout_s=0.05))
     priors = runner.run(prior.priors(requests))
     assert {p.source for p in priors} == {"uniform"}
     statistics = prior.take_statistics()
     assert statistics["prior/timeouts"] == 2 and statistics["prior/aborted"] > 10
     assert engine._engine.get_num_unfinished_requests() == 0
     assert engine._running  # a slow engine does not count as crashed
-    patient = RetryingPrior(engine, attempts=1, backoff_s=0, timeout_s=120)
+    patient = RetryingPrior(engine, PriorSettings(attempts=1, backoff_s=0, timeout_s=120))
     priors = runner.run(patient.priors(requests[:2]))
     assert max_difference(priors, reference_priors(engine, requests[:2])) < 1e-3
 
@@ -267,10 +268,10 @@ def test_vllm_engine_restarts_after_a_hang_and_gives_up_after_the_next_crash(run
     monkeypatch.setattr("priorzero.llm.engines.vllm.CHECK_TIMEOUT_S", 2)
     processes, requests = vllm_processes(), requests[:2]
     find_process("EngineCore").send_signal(signal.SIGSTOP)
-    hanging = RetryingPrior(engine, attempts=2, backoff_s=0.1, timeout_s=0.5)
+    hanging = RetryingPrior(engine, PriorSettings(attempts=2, backoff_s=0.1, timeout_s=0.5))
     assert {p.source for p in runner.run(hanging.priors(requests))} == {"uniform"}
     assert not engine._running and hanging.statistics.timeouts == 2
-    prior = RetryingPrior(engine, attempts=3, backoff_s=1, timeout_s=120)
+    prior = RetryingPrior(engine, PriorSettings(attempts=3, backoff_s=1, timeout_s=120))
     priors = runner.run(prior.priors(requests))
     assert not [p for p in processes if p in vllm_processes()]
     assert {(p.source, p.version) for p in priors} == {("score", engine.version)}

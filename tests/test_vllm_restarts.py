@@ -9,6 +9,7 @@ import pytest
 
 from priorzero.llm.engines import PriorBuilder, RetryingPrior, VLLMEngine
 from priorzero.llm.prompts import prompt_style
+from priorzero.settings import PriorSettings
 from priorzero.types import EngineError
 from tests.helpers.models import make_settings
 
@@ -51,12 +52,11 @@ def make_vllm_engine(tiny_llm, tmp_path, monkeypatch):
     assert SamplingParams and vllm.v1.engine.exceptions
 
     def make(**vllm_settings):
-        settings = make_settings({"prior": {"engine": "vllm"}, "vllm": vllm_settings})
+        settings = make_settings({"prior": {"engine": "vllm"}, "vllm": {"max_model_len": 512, **vllm_settings}})
         engine = VLLMEngine(
             PriorBuilder(tiny_llm, prompt_style(settings)),
             model="base",
             cfg=settings.vllm,
-            max_model_len=512,
             log_file=tmp_path / "vllm.log",
         )
         engine.doubles = []
@@ -81,7 +81,7 @@ def make_vllm_engine(tiny_llm, tmp_path, monkeypatch):
 
 def test_vllm_engine_with_sleep_frees_the_gpu_during_an_update(make_vllm_engine, tiny_llm):
     engine = make_vllm_engine(sleep=True)
-    prior = RetryingPrior(engine, attempts=1, backoff_s=0, timeout_s=1)
+    prior = RetryingPrior(engine, PriorSettings(attempts=1, backoff_s=0, timeout_s=1))
 
     async def update():
         engine.doubles[0].calls.append(("update",))

@@ -9,24 +9,21 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from priorzero.settings import ClusterSettings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
 
 
 async def result_of(reference: Any, *, timeout_s: float, process: str, setting: str = "cluster.timeout_s") -> Any:
-    """Wait for the result of a remote call.
+    """Wait for the result of a remote call: of Ray's reference to it, or of any other awaitable.
 
-    Args:
-        reference: Ray's reference to the result, or any other awaitable.
-        timeout_s: time limit in seconds.
-        process: name of the process, for messages.
-        setting: the setting that gives the time limit, for messages.
+    Messages name the ``process`` and the ``setting`` that gives the time limit.
 
     Raises:
         ProcessError: the process, or a process that it called, died or did not reply in time.
         UserError, GameWorkerError, EngineError: raised in the process.
     """
     try:
-        return await asyncio.wait_for(_await(reference), timeout_s)
+        return await asyncio.wait_for(reference, timeout_s)
     except TimeoutError as error:
         raise ProcessError(f"{process} did not reply within {timeout_s:g} s ({setting})") from error
     except RayTaskError as error:  # an exception was raised in the process
@@ -42,10 +39,16 @@ async def result_of(reference: Any, *, timeout_s: float, process: str, setting: 
         raise ProcessError(f"{process} cannot be reached ({type(error).__name__}: {error})") from error
 
 
-async def wait_for_restart(actor: Any, *, timeout_s: float, process: str) -> bool:
-    """Wait until an actor replies that Ray restarts; False if Ray has given it up or ``timeout_s`` has passed."""
+async def wait_for_start(reference: Any, *, cluster: ClusterSettings, process: str) -> Any:
+    """:func:`result_of` for a call that a process completes when it has loaded everything."""
+    limit, setting = cluster.start_timeout_s, "cluster.start_timeout_s"
+    return await result_of(reference, timeout_s=limit, process=process, setting=setting)
+
+
+async def wait_for_restart(actor: Any, *, cluster: ClusterSettings, process: str) -> bool:
+    """Wait until an actor replies that Ray restarts; False if Ray has given it up or the time limit has passed."""
     started = time.monotonic()
-    while (remaining := timeout_s - (time.monotonic() - started)) > 0:
+    while (remaining := cluster.start_timeout_s - (time.monotonic() - started)) > 0:
         try:
             ready = actor.__ray_ready__.remote()
             await result_of(ready, timeout_s=remaining, process=process, setting="cluster.start_timeout_s")
@@ -63,14 +66,5 @@ def kill_if_hanging(actor: Any, error: ProcessError) -> None:
         ray.kill(actor, no_restart=False)
 
 
-def kill(actor: Any) -> None:
-    """Kill an actor's process. Ray does not restart it."""
-    ray.kill(actor, no_restart=True)
-
-
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:200]
-
-
-async def _await(reference: Any) -> Any:
-    return await reference

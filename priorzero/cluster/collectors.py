@@ -10,8 +10,8 @@ import ray
 from loguru import logger
 
 from priorzero.cluster.actors.collector import CollectorProcess, CollectorReport, ModelVersions
-from priorzero.cluster.calls import kill, kill_if_hanging, result_of, wait_for_restart
-from priorzero.cluster.resources import Share
+from priorzero.cluster.calls import kill_if_hanging, result_of, wait_for_restart, wait_for_start
+from priorzero.cluster.connection import Share
 from priorzero.play.evaluator import Evaluations
 from priorzero.settings import Settings
 from priorzero.types import GameWorkerError, ProcessError, UserError
@@ -19,39 +19,25 @@ from priorzero.types import GameWorkerError, ProcessError, UserError
 
 @dataclass(frozen=True)
 class CollectorResult:
-    """The result of an iteration of a collector.
+    """The result of an iteration of a collector."""
 
-    Attributes:
-        collector: index of the collector, which is idle now.
-        segments: Ray's reference to the segments.
-        report: see :class:`CollectorReport`.
-    """
-
-    collector: int
-    segments: Any
+    collector: int  # its index; it is idle now
+    segments: Any  # Ray's reference to them
     report: CollectorReport
 
 
 class Collectors:
     """Starts the collectors. Each is idle or busy with one call. Ray restarts those that die.
 
-    Args:
-        settings: all settings.
-        share: resources of each collector.
-        servers: names of the prior servers.
-
-    Attributes:
-        versions: versions of the models, for the next calls.
-        world_model: Ray's reference to the world model's parameters, for the next calls; None before its first turn.
-        restarts: number of restarts, after a crash or because a collector did not reply in time.
-        lost: number of collectors that were given up.
+    ``servers`` are the names of the prior servers. ``versions`` of the models and ``world_model``, Ray's reference to
+    its parameters, are for the next calls.
     """
 
     def __init__(self, settings: Settings, *, share: Share, servers: list[str]) -> None:
         self.versions = ModelVersions()
-        self.world_model: Any = None
-        self.restarts = 0
-        self.lost = 0
+        self.world_model: Any = None  # before its first turn
+        self.restarts = 0  # after a crash, or because a collector did not reply in time
+        self.lost = 0  # number of collectors that were given up
         self._settings, self._cluster = settings, settings.cluster
         actor = ray.remote(CollectorProcess).options(
             num_cpus=share.num_cpus, num_gpus=share.num_gpus, max_restarts=self._cluster.max_restarts
@@ -62,15 +48,13 @@ class Collectors:
 
     async def feature_size(self) -> int:
         """Wait until all collectors have loaded everything; returns ``F``."""
-        limit, setting = self._cluster.start_timeout_s, "cluster.start_timeout_s"
-        sizes = await asyncio.gather(
+        sizes: list[int] = await asyncio.gather(
             *(
-                result_of(actor.feature_size.remote(), timeout_s=limit, process="a collector", setting=setting)
+                wait_for_start(actor.feature_size.remote(), cluster=self._cluster, process="a collector")
                 for actor in self._actors
             )
         )
-        size: int = sizes[0]
-        return size
+        return sizes[0]
 
     def start_all(self) -> None:
         """Let all collectors play."""
@@ -78,18 +62,13 @@ class Collectors:
             self.start(index)
 
     def start(self, index: int, *, wait_until_ready: bool = False) -> None:
-        """Let an idle collector play.
-
-        Args:
-            index: index of the collector.
-            wait_until_ready: it may have died, so that Ray has to restart it first.
-        """
+        """Let an idle collector play. ``wait_until_ready``: it may have died, so that Ray has to restart it first."""
         self._busy[asyncio.create_task(self._collect(index, wait_until_ready=wait_until_ready))] = index
 
     async def _collect(self, index: int, *, wait_until_ready: bool) -> CollectorResult | None:
         """The collector's result; None if it is lost."""
         actor, cluster, process = self._actors[index], self._cluster, f"collector {index}"
-        if wait_until_ready and not await wait_for_restart(actor, timeout_s=cluster.start_timeout_s, process=process):
+        if wait_until_ready and not await wait_for_restart(actor, cluster=cluster, process=process):
             return None
         segments, reference = actor.collect.remote(
             self._settings.train.collect_env_steps, self.versions, self.world_model
@@ -104,11 +83,7 @@ class Collectors:
         return CollectorResult(index, segments, report)
 
     async def next_result(self) -> CollectorResult:
-        """Wait for the first collector that finishes. Collectors that fail are restarted meanwhile.
-
-        Raises:
-            UserError: no collector is left.
-        """
+        """Wait for the first collector that finishes. Collectors that fail are restarted meanwhile."""
         while True:
             if not self._busy:
                 raise UserError(
@@ -155,9 +130,8 @@ class Collectors:
         return results
 
     async def close(self) -> None:
-        """Kill all collectors."""
         for task in self._busy:
             task.cancel()
         await asyncio.gather(*self._busy, return_exceptions=True)
         for actor in self._actors:
-            kill(actor)
+            ray.kill(actor)

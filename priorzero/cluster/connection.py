@@ -1,15 +1,17 @@
-"""Before a run on a cluster: checks of the settings, and the connection to Ray."""
+"""Before a run on a cluster: checks of the settings, the connection to Ray, and the division of its CPUs and GPUs."""
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import re
 import socket
+from dataclasses import dataclass
 
 import ray
+import torch
 
-from priorzero.cluster.ppo.orz_engine import check_orz
 from priorzero.config import differences
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -42,7 +44,7 @@ def check_settings(settings: Settings) -> None:
     if settings.run.max_env_step == 0:
         raise UserError("run.max_env_step=0 only evaluates; type python -m priorzero.entry instead")
     if settings.ppo.engine == "orz":
-        check_orz(settings)
+        _check_orz(settings)
     changed = differences(settings)
     unused = [
         f"{group}.{key}" for group, keys in UNUSED_SETTINGS.items() for key in keys if key in changed.get(group, {})
@@ -53,15 +55,38 @@ def check_settings(settings: Settings) -> None:
         )
 
 
+def _check_orz(settings: Settings) -> None:
+    if settings.ppo.credit != "none" or settings.llm.use_lora:
+        raise UserError(
+            "ppo.engine=orz needs ppo.credit=none and llm.use_lora=false: its trainer has neither sample weights "
+            "nor adapters"
+        )
+    if settings.replay.segment_length < settings.env.max_episode_steps:
+        raise UserError(
+            "ppo.engine=orz needs whole episodes for its returns: "
+            f"replay.segment_length={settings.replay.segment_length} must be at least "
+            f"env.max_episode_steps={settings.env.max_episode_steps}"
+        )
+    try:
+        found = importlib.util.find_spec("orz.ppo.trainer")
+    except ModuleNotFoundError:  # orz is not installed, or it is another package of this name
+        found = None
+    if found is None:
+        raise UserError(
+            "ppo.engine=orz: orz.ppo.trainer cannot be imported; get "
+            "https://github.com/Open-Reasoner-Zero/Open-Reasoner-Zero, type pip install -e . in it (it needs Python "
+            "3.10, vllm 0.6.5, ray 2.40, deepspeed and CUDA), or type --ppo_engine torch"
+        )
+    if not torch.cuda.is_available():
+        raise UserError(
+            "ppo.engine=orz: torch finds no GPU, and Open-Reasoner-Zero needs CUDA; type --ppo_engine torch"
+        )
+
+
 def connect(settings: Settings, *, namespace: str) -> None:
     """Connect to the cluster at ``cluster.address``, or start one on this machine.
 
-    Args:
-        settings: all settings.
-        namespace: Ray's namespace of the run, in which its processes find each other by name.
-
-    Raises:
-        UserError: there is no cluster at this address.
+    The run's processes find each other by name in Ray's ``namespace``.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage report
     address = settings.cluster.address
@@ -81,3 +106,57 @@ def connect(settings: Settings, *, namespace: str) -> None:
     except (ConnectionError, RuntimeError, ValueError) as error:
         where = f"cluster.address={address}" if address else "Ray could not be started on this machine"
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+
+
+@dataclass(frozen=True)
+class Share:
+    """CPUs and GPUs that Ray reserves for one process. Several processes can have fractions of one GPU."""
+
+    num_cpus: float
+    num_gpus: float
+
+
+def plan_resources(settings: Settings, *, cpus: float, gpus: float) -> dict[str, Share]:
+    """The share of each process, by role: ``collector``, ``server``, ``world_model``, ``learner``.
+
+    Each process gets a CPU if there are enough. Otherwise no CPU is reserved, and the processes share all CPUs.
+
+    If there are fewer GPUs than servers and learners, these share 0.9 of each GPU, and the world model and the
+    collectors share the rest. If there are more, each server and each learner has a GPU of its own, and the world model
+    and the collectors share the others. Without a GPU, everything runs on CPUs.
+    """
+    cluster = settings.cluster
+    counts = {
+        "collector": cluster.num_collectors,
+        "server": cluster.num_servers,
+        "world_model": 1,
+        "learner": cluster.num_learners,
+    }
+    num_cpus = 1.0 if cpus >= sum(counts.values()) else 0.0
+    if gpus < 1 and settings.run.device == "cuda":
+        raise UserError("run.device=cuda: the cluster has no GPU; type --set run.device=cpu")
+    if gpus < 1 or settings.run.device == "cpu":
+        return {role: Share(num_cpus, 0.0) for role in counts}
+    gpus = int(gpus)
+    large, small = cluster.num_servers + cluster.num_learners, cluster.num_collectors + 1
+    if gpus >= large + small:
+        shares = dict.fromkeys(counts, 1.0)
+    elif gpus > large:
+        small_share = _part(1.0, small, gpus - large)
+        shares = {"collector": small_share, "server": 1.0, "world_model": small_share, "learner": 1.0}
+    else:
+        small_share = _part(0.1, small, gpus)
+        large_share = _part(0.9, large, gpus)
+        shares = {"collector": small_share, "server": large_share, "world_model": small_share, "learner": large_share}
+        if cluster.num_learners > 1 and large_share < 0.9:
+            raise UserError(
+                f"cluster.num_learners={cluster.num_learners}: the PPO learners would have to share GPUs, which nccl "
+                f"does not support; with {gpus} GPUs and cluster.num_servers={cluster.num_servers}, type "
+                f"--set cluster.num_learners={max(1, gpus - cluster.num_servers)}"
+            )
+    return {role: Share(num_cpus, shares[role]) for role in counts}
+
+
+def _part(room: float, processes: int, gpus: int) -> float:
+    """The share of each of ``processes``, which use at most ``room`` of each GPU. A share is a part of one GPU."""
+    return int(1000 * room / -(-processes // gpus)) / 1000

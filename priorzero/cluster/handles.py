@@ -15,10 +15,12 @@ from ray.exceptions import RayError
 from priorzero.cluster.actors.prior_server import PriorServer
 from priorzero.cluster.actors.registry import REGISTRY, Registry
 from priorzero.cluster.actors.world_model import WorldModelProcess
-from priorzero.cluster.calls import kill, kill_if_hanging, result_of, wait_for_restart
-from priorzero.cluster.resources import Share
+from priorzero.cluster.calls import kill_if_hanging, result_of, wait_for_restart, wait_for_start
+from priorzero.cluster.connection import Share
 from priorzero.settings import Settings
 from priorzero.types import Plain, ProcessError, UserError
+
+WORLD_MODEL = "the world model's learner"  # in messages
 
 
 class RegistryHandle:
@@ -47,19 +49,12 @@ class RegistryHandle:
 class PriorServers:
     """Starts the prior servers. Ray restarts those that die; those that hang are killed, so that Ray restarts them.
 
-    Args:
-        settings: all settings.
-        share: resources of each server.
-        log_folder: folder of vLLM's log files.
-
-    Attributes:
-        names: names of the servers in Ray's namespace of the run.
-        restarts: number of restarts that were noticed.
+    ``share`` is that of each server; vLLM's log files are in ``log_folder``.
     """
 
     def __init__(self, settings: Settings, *, share: Share, log_folder: Path) -> None:
-        self.names = [f"server {n}" for n in range(settings.cluster.num_servers)]
-        self.restarts = 0
+        self.names = [f"server {n}" for n in range(settings.cluster.num_servers)]  # in Ray's namespace of the run
+        self.restarts = 0  # that were noticed
         self._cluster = settings.cluster
         options = {
             "num_cpus": share.num_cpus,
@@ -77,23 +72,15 @@ class PriorServers:
 
     async def start(self) -> None:
         """Wait until all servers are ready."""
-        limit = self._cluster.start_timeout_s
         await asyncio.gather(
             *(
-                result_of(
-                    actor.ready.remote(), timeout_s=limit, process=f"prior {name}", setting="cluster.start_timeout_s"
-                )
+                wait_for_start(actor.ready.remote(), cluster=self._cluster, process=f"prior {name}")
                 for name, actor in self._actors.items()
             )
         )
 
     async def load_parameters(self, version: int, parameters: Any) -> None:
-        """Send the LLM's parameters to all servers, and wait until all serve them.
-
-        Args:
-            version: number of LLM updates.
-            parameters: Ray's reference to the state dict.
-        """
+        """Send the LLM's parameters, Ray's reference to them, to all servers, and wait until all serve them."""
         await self._call_all(lambda actor: actor.load_parameters.remote(version, [parameters]))
 
     async def statistics(self) -> dict[str, float]:
@@ -107,16 +94,11 @@ class PriorServers:
 
     async def _call_all(self, call: Callable[[Any], Any]) -> dict[str, Any]:
         """The reply of each server, by name."""
-        names = list(self._actors)
-        replies = await asyncio.gather(*(self._call(name, call) for name in names))
-        return dict(zip(names, replies, strict=True))
+        replies = await asyncio.gather(*(self._call(name, call) for name in self.names))
+        return dict(zip(self.names, replies, strict=True))
 
     async def _call(self, name: str, call: Callable[[Any], Any]) -> Any:
-        """Call a server; if it fails, wait for its restart and call it again.
-
-        Raises:
-            UserError: it is not restarted.
-        """
+        """Call a server; if it fails, wait for its restart and call it again."""
         cluster, actor, process = self._cluster, self._actors[name], f"prior {name}"
         while True:
             try:
@@ -124,7 +106,7 @@ class PriorServers:
             except ProcessError as error:
                 kill_if_hanging(actor, error)
                 logger.warning(f"{error}; it is restarted")
-                if not await wait_for_restart(actor, timeout_s=cluster.start_timeout_s, process=process):
+                if not await wait_for_restart(actor, cluster=cluster, process=process):
                     raise UserError(
                         f"{error}, and it could not be restarted (cluster.max_restarts={cluster.max_restarts}, "
                         f"cluster.start_timeout_s={cluster.start_timeout_s:g})"
@@ -137,17 +119,13 @@ class PriorServers:
                 await result_of(actor.close.remote(), timeout_s=30.0, process="a prior server", setting="fixed")
             except (ProcessError, RayError, UserError) as error:
                 logger.debug(f"a prior server could not close its engine: {error}")
-            kill(actor)
+            ray.kill(actor)
 
 
 class WorldModelHandle:
     """Starts the world model's learner; a :class:`~priorzero.cluster.restart.Restartable`.
 
-    Args:
-        settings: all settings.
-        share: its resources.
-        folder: the run's.
-        feature_size: returns ``F``.
+    ``folder`` is the run's. ``feature_size`` returns ``F``.
     """
 
     def __init__(
@@ -159,13 +137,11 @@ class WorldModelHandle:
         self._actor: Any = None
 
     async def start(self) -> None:
-        """Start the process, and wait until it has loaded everything."""
         if self._feature_size is None:
             self._feature_size = await self._get_feature_size()
         actor = ray.remote(WorldModelProcess).options(num_cpus=self._share.num_cpus, num_gpus=self._share.num_gpus)
         self._actor = actor.remote(self._settings, self._feature_size, self._folder)
-        limit, setting = self._settings.cluster.start_timeout_s, "cluster.start_timeout_s"
-        await self._result_of(self._actor.__ray_ready__.remote(), timeout_s=limit, setting=setting)
+        await wait_for_start(self._actor.__ray_ready__.remote(), cluster=self._settings.cluster, process=WORLD_MODEL)
 
     async def push(self, segments: Any) -> dict[str, float]:
         """:meth:`WorldModelProcess.push`; ``segments`` is Ray's reference to them."""
@@ -173,7 +149,6 @@ class WorldModelHandle:
         return metrics
 
     async def learn(self) -> tuple[dict[str, float], int]:
-        """:meth:`WorldModelProcess.learn`."""
         result: tuple[dict[str, float], int] = await self._result_of(self._actor.learn.remote())
         return result
 
@@ -183,20 +158,14 @@ class WorldModelHandle:
         return parameters, await self._result_of(version)
 
     async def save(self, folder: Path) -> None:
-        """:meth:`WorldModelProcess.save`."""
         await self._result_of(self._actor.save.remote(folder))
 
     async def load(self, folder: Path) -> None:
-        """:meth:`WorldModelProcess.load`."""
         await self._result_of(self._actor.load.remote(folder))
 
     async def kill(self) -> None:
-        """Kill the process."""
         if self._actor is not None:
-            kill(self._actor)
+            ray.kill(self._actor)
 
-    async def _result_of(
-        self, reference: Any, *, timeout_s: float | None = None, setting: str = "cluster.timeout_s"
-    ) -> Any:
-        limit = timeout_s or self._settings.cluster.timeout_s
-        return await result_of(reference, timeout_s=limit, process="the world model's learner", setting=setting)
+    async def _result_of(self, reference: Any) -> Any:
+        return await result_of(reference, timeout_s=self._settings.cluster.timeout_s, process=WORLD_MODEL)

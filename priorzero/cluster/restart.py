@@ -15,11 +15,15 @@ T = TypeVar("T")
 
 
 class Restartable(Protocol):
-    """Something that can be started again and restored from a saved state."""
+    """A learner that can be killed, started again and restored from a saved state."""
 
-    async def start(self) -> None: ...
+    async def start(self) -> None:
+        """Start the processes, and wait until they have loaded everything."""
+        ...
 
-    async def save(self, folder: Path) -> None: ...
+    async def save(self, folder: Path) -> None:
+        """Write everything that the next call depends on, or raise OSError. The folder is complete or not there."""
+        ...
 
     async def load(self, folder: Path) -> None: ...
 
@@ -30,22 +34,12 @@ class RestartableLearner:
     """Makes the calls of a learner. If the learner fails, it is restarted, and calls are replayed.
 
     The learner's state must be a function of the sequence of calls. Then a run with a restart equals a run without.
-
-    Args:
-        learner: the learner, which has been started.
-        name: for messages, and for the folders of saved states.
-        folder: where states are saved; only the last one is kept.
-        save_every: number of calls of :meth:`step` between two saved states.
-        max_restarts: the run ends at the next failure.
-
-    Attributes:
-        restarts: number of restarts so far.
-        replayed: number of calls that were replayed.
+    After ``save_every`` calls of :meth:`step` the state is saved in ``folder``; only the last one is kept.
     """
 
     def __init__(self, learner: Restartable, *, name: str, folder: Path, save_every: int, max_restarts: int) -> None:
         self.restarts = 0
-        self.replayed = 0
+        self.replayed = 0  # number of calls
         self._learner = learner
         self._name = name
         self._folder = folder
@@ -56,11 +50,7 @@ class RestartableLearner:
         self._calls: list[Callable[[], Awaitable[object]]] = []  # since the last saved state
 
     async def query(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Make a call that does not change the learner's state; returns its result.
-
-        Raises:
-            UserError: the learner has failed too often.
-        """
+        """Make a call that does not change the state. Raises UserError if the learner has failed too often."""
         while True:
             try:
                 return await function()
@@ -68,11 +58,7 @@ class RestartableLearner:
                 await self._restart(error)
 
     async def apply(self, function: Callable[[], Awaitable[T]]) -> T:
-        """Make a call that changes the learner's state; returns its result.
-
-        Raises:
-            UserError: the learner has failed too often.
-        """
+        """Make a call that changes the state."""
         result = await self.query(function)
         self._calls.append(function)
         return result

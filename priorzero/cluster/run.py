@@ -18,15 +18,16 @@ from ray.exceptions import RayError
 from priorzero.cluster.actors.collector import CollectorReport
 from priorzero.cluster.calls import result_of
 from priorzero.cluster.collectors import CollectorResult, Collectors
+from priorzero.cluster.connection import Share
 from priorzero.cluster.handles import PriorServers, RegistryHandle, WorldModelHandle
 from priorzero.cluster.ppo.engine import PPOEngine
 from priorzero.cluster.ppo.orz_engine import OrzPPOEngine
 from priorzero.cluster.ppo.torch_engine import TorchPPOEngine
 from priorzero.cluster.ppo.trajectories import Trajectory
-from priorzero.cluster.resources import Share
 from priorzero.cluster.restart import RestartableLearner
 from priorzero.play.collector import RECENT_EPISODES
 from priorzero.play.evaluator import Evaluation
+from priorzero.policy import add_total_loss
 from priorzero.runs.checkpoint import write_world_model
 from priorzero.runs.counters import Counters
 from priorzero.runs.logger import RunLogger
@@ -41,30 +42,16 @@ from priorzero.types import NonFiniteError, ProcessError, UserError
 
 @dataclass
 class ClusterCounters(Counters):
-    """How far a run on a cluster is.
+    """How far a run on a cluster is."""
 
-    Attributes:
-        wm_turns: turns of the world model.
-        ppo_steps: PPO steps, with those that did not change the LLM.
-    """
-
-    wm_turns: int = 0
-    ppo_steps: int = 0
+    wm_turns: int = 0  # turns of the world model
+    ppo_steps: int = 0  # with those that did not change the LLM
 
 
 class ClusterRun:
     """Everything that :mod:`priorzero.cluster.train` works with. The processes are created, but not waited for.
 
-    Args:
-        settings: all settings.
-        games: names of the games.
-        plan: resources of each process, by role.
-        folder: the run's folder, which exists.
-
-    Attributes:
-        counters: how far the run is.
-        collectors: the collectors.
-        stop: whether a stop was requested.
+    ``games`` are their names, ``plan`` is the share of each process by role, and ``folder`` is the run's, which exists.
     """
 
     def __init__(self, settings: Settings, *, games: str, plan: dict[str, Share], folder: Path) -> None:
@@ -81,21 +68,12 @@ class ClusterRun:
             settings, share=plan["world_model"], folder=folder, feature_size=self.collectors.feature_size
         )
         self._engine = self._make_ppo_engine(plan["learner"])
-        cluster, states = settings.cluster, folder / "learners"
-        self.world_model = RestartableLearner(
-            self._world_model,
-            name="world model",
-            folder=states,
-            save_every=cluster.save_every,
-            max_restarts=cluster.max_restarts,
+        restartable = functools.partial(
+            RestartableLearner, folder=folder / "learners", save_every=settings.cluster.save_every
         )
-        self.ppo = RestartableLearner(
-            self._engine,
-            name="PPO learner",
-            folder=states,
-            save_every=cluster.save_every,
-            max_restarts=cluster.max_restarts if self._engine.capabilities.resumable else 0,
-        )
+        limit = settings.cluster.max_restarts
+        self.world_model = restartable(self._world_model, name="world model", max_restarts=limit)
+        self.ppo = restartable(self._engine, name="PPO learner", max_restarts=limit if self._engine.resumable else 0)
         self._trajectories: list[Trajectory] = []
         self._metrics: dict[str, float] = {}  # of the iteration
         self._returns: deque[float] = deque(maxlen=RECENT_EPISODES)
@@ -104,7 +82,6 @@ class ClusterRun:
         self._evaluations: dict[str, Evaluation] = {}
 
     def _make_ppo_engine(self, share: Share) -> PPOEngine:
-        """The engine that ``ppo.engine`` names."""
         engines: dict[str, Any] = {"torch": TorchPPOEngine, "orz": OrzPPOEngine}
         engine: PPOEngine = engines[self.settings.ppo.engine](
             self.settings, share=share, send_parameters=self._send_parameters
@@ -117,13 +94,12 @@ class ClusterRun:
 
     @property
     def is_finished(self) -> bool:
-        """The run has reached ``run.max_iter`` or ``run.max_env_step``."""
         return self.counters.is_finished(self.settings.run)
 
     async def start(self) -> None:
         """Wait until all processes are ready. They load at the same time."""
         started = time.monotonic()
-        if not self._engine.capabilities.resumable:
+        if not self._engine.resumable:
             logger.warning(f"ppo.engine={self.settings.ppo.engine} cannot be restarted: if it dies, the run ends")
         await gather_or_cancel(self._engine.start(), self.servers.start(), self._world_model.start())
         logger.info(f"all processes are ready after {time.monotonic() - started:.0f} s")
@@ -158,8 +134,7 @@ class ClusterRun:
         self._metrics["cluster/world_model_turn_s"] = time.perf_counter() - started
         self.collectors.world_model = parameters
         self.collectors.versions = dataclasses.replace(self.collectors.versions, world_model=version)
-        if "train/wm_total_loss" in metrics:
-            metrics["train/total_loss"] = metrics["train/wm_total_loss"]
+        add_total_loss(metrics)
         self.logger.writer.write(metrics, step=self.counters.train_iter)
 
     async def _update_llm(self) -> None:
@@ -182,7 +157,6 @@ class ClusterRun:
         self.logger.writer.write({**result.metrics, "ppo/steps": float(step_id)}, step=self.counters.iteration)
 
     async def log(self, report: CollectorReport) -> None:
-        """Log an iteration."""
         env_step = self.counters.env_step
         episodes = [dataclasses.replace(episode, env_step=env_step) for episode in report.episodes]
         self._returns.extend(episode.total_reward for episode in episodes)
@@ -257,11 +231,7 @@ class ClusterRun:
         self.logger.close()
 
     def summary(self) -> RunSummary:
-        """Log and return the summary of the run.
-
-        Raises:
-            UserError: the last checkpoint could not be written.
-        """
+        """Log and return the summary of the run. Raises UserError if the last checkpoint could not be written."""
         self.logger.progress.end()
         self.saver.check()
         rows = self._rows()

@@ -8,9 +8,7 @@ result of one collector. The world model learns every ``train.update_every`` ite
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import ray
@@ -18,8 +16,7 @@ from loguru import logger
 from ray.exceptions import RayError, RayTaskError
 
 from priorzero.agent import check_games
-from priorzero.cluster.connection import check_settings, connect
-from priorzero.cluster.resources import plan_resources
+from priorzero.cluster.connection import check_settings, connect, plan_resources
 from priorzero.cluster.run import ClusterRun
 from priorzero.envs import resolve_games
 from priorzero.runs.errors import reported_to_user
@@ -33,13 +30,8 @@ from priorzero.types import EngineError, GameWorkerError, ProcessError, UserErro
 def run_on_cluster(settings: Settings) -> RunSummary:
     """Train on the Ray cluster at ``cluster.address``, or on one that is started here and ends with the run.
 
-    Ctrl-C or SIGTERM stops the run: it finishes its step, saves a checkpoint and returns.
-
-    Args:
-        settings: all settings, from :func:`priorzero.config.resolve_settings`.
-
-    Raises:
-        UserError: an error that the user can correct; before anything was written if possible.
+    Ctrl-C or SIGTERM stops the run: it finishes its step, saves a checkpoint and returns. A UserError is raised before
+    anything was written if possible.
     """
     settings = settings.model_copy(deep=True)
     games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
@@ -49,8 +41,12 @@ def run_on_cluster(settings: Settings) -> RunSummary:
     settings.run.output_dir = str(folder.parent)
     connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
     try:
-        with reported_to_user(folder, settings, resumable=False), _process_errors_reported(folder):
-            return asyncio.run(_train(settings, games=", ".join(game.name for game in games), folder=folder))
+        with reported_to_user(folder, settings, resumable=False):
+            try:
+                return asyncio.run(_train(settings, games=", ".join(game.name for game in games), folder=folder))
+            except (ProcessError, RayError) as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
     finally:
         ray.shutdown()
 
@@ -99,13 +95,3 @@ async def _train(settings: Settings, *, games: str, folder: Path) -> RunSummary:
         if lock is not None:
             lock.close()
     return run.summary()
-
-
-@contextlib.contextmanager
-def _process_errors_reported(folder: Path) -> Iterator[None]:
-    """Raises UserError in place of errors of Ray and of the run's processes."""
-    try:
-        yield
-    except (ProcessError, RayError) as error:
-        cause = error.cause if isinstance(error, RayTaskError) else error
-        raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error

@@ -25,32 +25,22 @@ from priorzero.types import NonFiniteError, StepRecord, UserError
 class LLMSample:
     """One decision as the language model is trained on it. C is the number of actions that take part.
 
-    Attributes:
-        row: token ids of the context and of the C completions.
-        target_probs: share of the visits of each action, ``[C]``, sums to one.
-        chosen: index of the completion of the action that was taken.
-        advantage: advantage of that action.
-        rollout_logprob: log-probability of that action when it was taken: of its text (objective ``tokens``) or among
-            the valid actions (objective ``actions``). NaN if it is unknown (``rank``).
+    ``rollout_logprob`` is the log-probability of the chosen action when it was taken: of its text (objective
+    ``tokens``) or among the valid actions (objective ``actions``). It is NaN if it is unknown (``rank``).
     """
 
-    row: PromptRow
-    target_probs: np.ndarray
-    chosen: int
-    advantage: float
+    row: PromptRow  # the context and the C completions
+    target_probs: np.ndarray  # [C], share of the visits of each action, sums to one
+    chosen: int  # index of the completion of the action that was taken
+    advantage: float  # of that action
     rollout_logprob: float
 
 
 def select_actions(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarray]:
-    """Select the actions of a decision that the LLM is trained on.
+    """Select the actions of a decision that the LLM is trained on: the ``top`` most visited ones and the chosen one.
 
-    Args:
-        record: the decision.
-        top: largest number of visited actions; the most visited ones are selected. 0 selects the chosen action only.
-
-    Returns:
-        Positions in the valid actions, which always include the chosen action, and the target probabilities: shares of
-        the visits, normalised over the top actions, and zero for a chosen action that is not among them.
+    Returns positions in the valid actions, and the target probabilities: shares of the visits, normalised over the top
+    actions, and zero for a chosen action that is not among them.
     """
     counts = record.visit_counts
     order = np.argsort(-counts, kind="stable")[:top]
@@ -75,18 +65,10 @@ class _Scorer(torch.nn.Module):
 
 
 class LLMLearner:
-    """Trains the language model. The gradient of a batch does not depend on the micro-batch size.
+    """Trains ``llm``, which the prior engine shares. The gradient of a batch does not depend on the micro-batch size.
 
-    Args:
-        llm: the language model, which the prior engine shares.
-        cfg: the ``llm`` group of the settings.
-        style: determines how an action is written as a completion.
-        temperature: temperature of the prior (objective ``actions``).
-        group: the learners that share each batch; every learner gets its own part of the samples. Default: one learner.
-
-    Attributes:
-        micro_batch_size: decisions in one forward pass; halved once if the GPU's memory does not suffice.
-        is_consistent: False if an optimiser step failed halfway, so that parameters are partly updated.
+    ``style`` determines how an action is written as a completion, and ``temperature`` is the prior's (objective
+    ``actions``). Every learner of a ``group`` gets its own part of the samples; None for a single learner.
     """
 
     def __init__(
@@ -106,8 +88,8 @@ class LLMLearner:
         self.temperature = temperature
         auto = "actions" if style.mode == "score" else "tokens"
         self.objective = auto if cfg.objective == "auto" else cfg.objective
-        self.micro_batch_size = cfg.micro_batch_size
-        self.is_consistent = True
+        self.micro_batch_size = cfg.micro_batch_size  # halved once if the GPU's memory does not suffice
+        self.is_consistent = True  # False if an optimiser step failed halfway, so that parameters are partly updated
         self._needs_rollout_logprobs = cfg.enable_rft and cfg.rft_clip > 0
         self._loss_weights = {
             "sft_loss": cfg.llm_loss_weight if cfg.enable_sft else 0.0,
@@ -117,16 +99,16 @@ class LLMLearner:
         # No weight decay: a batch with zero gradient must not change the parameters.
         self.optimizer = torch.optim.AdamW(llm.trainable_parameters(), lr=cfg.learning_rate, weight_decay=0.0)
 
+    @property
+    def learns(self) -> bool:
+        """Whether any loss has a positive weight."""
+        return any(weight > 0 for weight in self._loss_weights.values())
+
     def samples(self, records: Sequence[StepRecord], returns: np.ndarray) -> tuple[list[LLMSample], int]:
-        """Convert decisions to samples.
+        """Convert n decisions and their discounted returns ``[n]`` to samples.
 
-        Args:
-            records: the decisions.
-            returns: their discounted returns, ``[n]``.
-
-        Returns:
-            The samples, and the number of decisions that cannot be used: no prompt, no "Answer:" heading (chain of
-            thought), too long for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
+        Also returns the number of decisions that cannot be used: no prompt, no "Answer:" heading (chain of thought),
+        too long for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
         """
         samples, kept = self.prepare(records)
         if not samples:
@@ -178,25 +160,15 @@ class LLMLearner:
     def objective_logprobs(
         self, samples: Sequence[LLMSample], token_logprobs: torch.Tensor, completion_mask: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities that the losses are computed from.
+        """Log-probabilities that the losses are computed from, and their mask.
 
-        Args:
-            samples: the samples; they have R completions in total.
-            token_logprobs: ``[R, T]``.
-            completion_mask: ``[R, T]``.
-
-        Returns:
-            Log-probabilities and their mask: both arguments unchanged (objective ``tokens``), or ``[R, 1]``, the prior
-            over the valid actions (objective ``actions``).
+        Objective ``tokens``: the arguments, ``[R, T]`` for R completions in total. Objective ``actions``: ``[R, 1]``,
+        the prior over the valid actions.
         """
         if self.objective == "tokens":
             return token_logprobs, completion_mask
-        logprobs = action_logprobs(
-            token_logprobs,
-            completion_mask,
-            [len(s.row.completions) for s in samples],
-            temperature=self.temperature,
-        )
+        num_completions = [len(s.row.completions) for s in samples]
+        logprobs = action_logprobs(token_logprobs, completion_mask, num_completions, temperature=self.temperature)
         return logprobs[:, None], torch.ones_like(completion_mask[:, :1])
 
     def _denominators(self, samples: Sequence[LLMSample]) -> dict[str, float]:
@@ -205,7 +177,7 @@ class LLMLearner:
         In the SFT loss the tokens of a completion count with its target probability.
         """
         if self.objective == "actions":
-            sft, rft = float(len(samples)), float(len(samples))
+            sft = rft = float(len(samples))
         else:
             sft = max(1.0, sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples))
             rft = float(sum(len(s.row.completions[s.chosen]) for s in samples))
@@ -215,9 +187,8 @@ class LLMLearner:
     def learn(self, samples: Sequence[LLMSample]) -> dict[str, float]:
         """Make one optimiser step on at least one sample.
 
-        The losses are means over tokens, or over decisions (objective ``actions``). ``llm_loss_weight``,
-        ``rft_loss_weight`` and ``kl_weight`` scale their gradients. If a GPU's memory does not suffice, the micro-batch
-        is halved, once in a run; this does not change the gradient.
+        The losses are means over tokens, or over decisions (objective ``actions``). If a GPU's memory does not suffice,
+        the micro-batch is halved, once in a run; this does not change the gradient.
 
         Returns:
             ``sft_loss``, ``rft_loss`` and ``kl_loss`` (unweighted; the last is 0 if ``kl_weight`` is 0), ``loss``
@@ -276,12 +247,10 @@ class LLMLearner:
             if not all(map(math.isfinite, totals.values())) and self.group.size == 1:
                 break  # the sum stays non-finite
         totals = self.group.sum(totals)
-        for name, total in totals.items():
+        norm = gradient_norm(self.llm.trainable_parameters(), max_norm=self.cfg.grad_clip)
+        for name, total in {**totals, "gradient norm": norm}.items():
             if not math.isfinite(total):
                 self._raise_nonfinite(f"{name} is {total}")
-        norm = gradient_norm(self.llm.trainable_parameters(), max_norm=self.cfg.grad_clip)
-        if not math.isfinite(norm):
-            self._raise_nonfinite(f"gradient norm is {norm}")
         losses = {name: total / denominators[name] for name, total in totals.items()}
         return {**losses, "loss": sum(self._loss_weights[name] * losses[name] for name in losses), "grad_norm": norm}
 

@@ -1,7 +1,8 @@
 """Losses of the language model.
 
 Each loss returns ``(loss_sum, num_tokens)``. The caller divides once per optimiser step, so that the gradient does not
-depend on how a batch is split into micro-batches.
+depend on how a batch is split into micro-batches. R completions of one or more prompts have at most T tokens each;
+``completion_mask`` ``[R, T]`` is True where a completion has a token.
 """
 
 from __future__ import annotations
@@ -21,13 +22,8 @@ def sft_loss(token_logprobs: Tensor, completion_mask: Tensor, target_probs: Tens
 
     This is the policy loss of AlphaZero (Silver et al. 2018, eq. 1) with the LLM's text as the policy.
 
-    Args:
-        token_logprobs: ``[R, T]``, R completions of one or more prompts.
-        completion_mask: ``[R, T]``, True where a completion has a token.
-        target_probs: ``[R]``, share of the visits of each completion's action; sums to one within a prompt.
-
-    Returns:
-        The summed loss, and the number of tokens, where the tokens of a completion count with its share.
+    ``token_logprobs`` are ``[R, T]``. ``target_probs`` ``[R]`` are the shares of the visits of each completion's
+    action, which sum to one within a prompt. In ``num_tokens`` the tokens of a completion count with its share.
     """
     mask = completion_mask.to(token_logprobs.dtype)
     loss_sum = -(target_probs[:, None] * token_logprobs * mask).sum()
@@ -55,14 +51,11 @@ def rft_loss(
 
     Args:
         token_logprobs: ``[R, T]`` of the completions of the actions that were taken.
-        completion_mask: ``[R, T]``, True where a completion has a token.
+        completion_mask: ``[R, T]``.
         advantages: ``[R]``, constants.
         rollout_logprobs: ``[R]``, log-probabilities of the whole completions when the actions were taken; required if
             ``clip`` is not 0.
         clip: :math:`\epsilon`; 0 for REINFORCE.
-
-    Returns:
-        The summed loss and the number of tokens.
     """
     mask = completion_mask.to(token_logprobs.dtype)
     advantages = advantages.detach()
@@ -79,19 +72,12 @@ def rft_loss(
 def action_logprobs(
     token_logprobs: Tensor, completion_mask: Tensor, num_completions: Sequence[int], *, temperature: float
 ) -> Tensor:
-    r"""The prior's log-probabilities: a distribution over the completions of each prompt.
+    r"""The prior's log-probabilities ``[R]``, float32: a distribution over the completions of each prompt.
 
-    :math:`\log \mathrm{softmax}_k(s_k / \tau)`, where :math:`s_k` is the mean of a completion's token
-    log-probabilities. It is the differentiable form of :func:`priorzero.llm.priors.prior_from_scores`.
-
-    Args:
-        token_logprobs: ``[R, T]``, the completions of all prompts, prompt by prompt.
-        completion_mask: ``[R, T]``, True where a completion has a token.
-        num_completions: number of completions of each prompt; the sum is R.
-        temperature: :math:`\tau`.
-
-    Returns:
-        ``[R]`` float32.
+    :math:`\log \mathrm{softmax}_k(s_k / \tau)`, where :math:`\tau` is the temperature and :math:`s_k` the mean of a
+    completion's token log-probabilities. It is the differentiable form of
+    :func:`priorzero.llm.priors.prior_from_scores`. The rows of ``token_logprobs`` ``[R, T]`` are ordered by prompt;
+    ``num_completions`` of each prompt sum to R.
     """
     mask = completion_mask.to(token_logprobs.dtype)
     scores = (token_logprobs * mask).sum(dim=1) / mask.sum(dim=1)  # (R,)
@@ -105,15 +91,8 @@ def kl_loss(token_logprobs: Tensor, reference_logprobs: Tensor, completion_mask:
     :math:`d = \log p_\mathrm{ref} - \log p` (Schulman, "Approximating KL divergence", 2020, estimator k3).
 
     It is never negative. It is an unbiased estimate of the KL divergence if the model itself sampled the tokens. The
-    search chose the actions here, so it is only a penalty on moving away from the reference on those actions.
-
-    Args:
-        token_logprobs: ``[R, T]``.
-        reference_logprobs: ``[R, T]``, constants.
-        completion_mask: ``[R, T]``, True where a completion has a token.
-
-    Returns:
-        The summed loss and the number of tokens.
+    search chose the actions here, so it is only a penalty on moving away from the reference on those actions. All
+    arguments are ``[R, T]``; ``reference_logprobs`` are constants.
     """
     mask = completion_mask.to(token_logprobs.dtype)
     difference = (reference_logprobs.detach() - token_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -128,9 +107,7 @@ def normalised_advantages(returns: np.ndarray, baselines: np.ndarray) -> np.ndar
     differences = np.asarray(returns, dtype=np.float64) - np.asarray(baselines, dtype=np.float64)
     centred = differences - differences.mean()
     deviation = centred.std()
-    if deviation < 1e-6:
-        return np.zeros_like(centred)
-    return centred / deviation
+    return np.zeros_like(centred) if deviation < 1e-6 else centred / deviation
 
 
 def gradient_norm(parameters: Sequence[torch.nn.Parameter], *, max_norm: float) -> float:

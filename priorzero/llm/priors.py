@@ -59,7 +59,7 @@ def parse_ranking(completion: str, valid_actions: Sequence[str]) -> list[int]:
 def _match(line: str, by_form: dict[str, int]) -> int | None:
     """Position of the action that a line names, either as the whole line or before a comment."""
     bare = _LIST_MARKER.sub("", line)
-    for candidate in (line, bare, *(re.split(r"\s[-–—]\s|:|\(", bare, maxsplit=1)[:1])):
+    for candidate in (line, bare, re.split(r"\s[-–—]\s|:|\(", bare, maxsplit=1)[0]):
         position = by_form.get(_normal_form(candidate))
         if position is not None:
             return position

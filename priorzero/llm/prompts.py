@@ -38,36 +38,19 @@ EXAMPLE_COMMANDS = "open wooden chest\ntake lamp from wooden chest\ngo north\npu
 
 @dataclass(frozen=True)
 class Prompt:
-    """A rendered prompt.
-
-    Attributes:
-        text: the prompt, including the chat template; the LLM's completion follows directly.
-        dropped_history: number of past decisions that were left out because the prompt was too long.
-        over_length: the prompt is too long even without history (the observation is never cut to fit).
-    """
+    """A rendered prompt, including the chat template; the LLM's completion follows directly."""
 
     text: str
-    dropped_history: int = 0
-    over_length: bool = False
+    dropped_history: int = 0  # number of past decisions that were left out because the prompt was too long
+    over_length: bool = False  # too long even without history (the observation is never cut to fit)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PromptStyle:
-    """What a prompt contains.
+    """What a prompt contains: the settings with these names in the groups ``prior`` and ``llm``.
 
-    Attributes:
-        mode: ``"score"`` asks for one command, ``"rank"`` for a ranked list.
-        use_cot: ``rank``: ask for a chain of thought before the list.
-        history_length: largest number of past decisions; beyond it the older half is dropped.
-        max_tokens: largest number of tokens; the oldest history is dropped first.
-        history_chars: characters of each past observation; 0 shows the past commands only.
-        observation_chars: characters of the current observation; 0 shows all.
-        list_commands: list the valid commands (``rank`` always does).
-        layout: ``"transcript"`` asks a question about the game so far; ``"walkthrough"`` (``score`` only) lets the LLM
-            continue the list of the past commands.
-        history: ``"all"`` past decisions, or ``"loop_free"``: without the decisions that
-            :func:`~priorzero.envs.history.without_loops` removes.
-        show_observation: show the current observation. Games that state no goal always show it.
+    ``layout`` is ``llm.prompt_layout``; ``"walkthrough"`` is for ``score`` only. ``max_tokens`` is
+    ``llm.prompt_max_len``.
     """
 
     mode: str
@@ -104,18 +87,14 @@ def prompt_style(settings: Settings) -> PromptStyle:
 
 
 def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> Prompt:
-    """Render the prompt for a state. Equal arguments give equal texts.
+    """Render the prompt for a state, whose ``valid_actions`` must not be empty. Equal arguments give equal texts.
+
+    ``history`` holds the earlier decisions of the episode, oldest first; at most the last ``history_length`` are shown.
 
     The text is laid out for prefix caching. The parts that never change come first, then a transcript that only grows,
     then the parts that depend on the current state alone (score, commands). The transcript ends with the current
     observation, whose first ``history_chars`` characters appear in the next prompt at the same place. The start of the
     transcript moves in large steps (:func:`first_shown`), because each move invalidates the prefix.
-
-    Args:
-        state: the current state; its ``valid_actions`` must not be empty.
-        history: earlier decisions of the episode, oldest first; at most the last ``history_length`` are shown.
-        style: what the prompt contains.
-        tokenizer: provides the chat template and counts tokens.
     """
     if style.history == "loop_free":
         history = without_loops(history, now=state)
@@ -191,7 +170,7 @@ def _walkthrough_messages(state: GameState, *, style: PromptStyle) -> list[dict[
 def _current_observation(state: GameState, *, style: PromptStyle) -> str:
     if state.goal and not style.show_observation:
         return ""
-    return _clip(_one_line(_without_goal(state.raw_obs_text, state.goal)), style.observation_chars)
+    return _shorten(state.raw_obs_text, goal=state.goal, chars=style.observation_chars)
 
 
 def _past_step(step: HistoryStep, *, goal: str, chars: int) -> str:
@@ -199,16 +178,13 @@ def _past_step(step: HistoryStep, *, goal: str, chars: int) -> str:
     command = f"> {step.action}{earned}"
     if chars == 0:
         return command
-    observation = _clip(_one_line(_without_goal(step.feedback, goal)), chars)
+    observation = _shorten(step.feedback, goal=goal, chars=chars)
     return f"{observation}\n{command}" if observation else command
 
 
-def _without_goal(text: str, goal: str) -> str:
-    """The text without the goal, which the prompt states only once, at its start."""
-    return text.replace(goal, "").strip() if goal.strip() else text
-
-
-def _clip(text: str, chars: int) -> str:
+def _shorten(text: str, *, goal: str, chars: int) -> str:
+    """One line of at most ``chars`` characters (0: all), without the goal, which the prompt states only once."""
+    text = _one_line(text.replace(goal, "") if goal.strip() else text)
     return text[:chars].rstrip() + " ..." if 0 < chars < len(text) else text
 
 

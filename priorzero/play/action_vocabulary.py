@@ -4,39 +4,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 
 from priorzero.types import Plain
-
-
-class ActionIndexer(Protocol):
-    """Assigns distinct indices below ``capacity`` to the valid actions of a state.
-
-    Attributes:
-        capacity: ``A``.
-        num_overflows: how often an action found no free index.
-        num_used: number of indices that have been assigned. These are the indices below it.
-    """
-
-    capacity: int
-    num_overflows: int
-
-    @property
-    def num_used(self) -> int: ...
-
-    def keep(self, actions: Sequence[str]) -> tuple[str, ...]:
-        """The first ``capacity`` actions. The others are counted as overflows."""
-        ...
-
-    def indices(self, actions: Sequence[str]) -> np.ndarray:
-        """Distinct indices of at most ``capacity`` actions, ``[K]`` int64."""
-        ...
-
-    def state_dict(self) -> Plain: ...
-
-    def load_state_dict(self, state: Plain) -> None: ...
 
 
 class ActionVocabulary:
@@ -51,18 +22,21 @@ class ActionVocabulary:
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
-        self.num_overflows = 0
+        self.num_overflows = 0  # how often an action found no free index
         self._index: OrderedDict[str, int] = OrderedDict()  # least recently valid first
 
     @property
     def num_used(self) -> int:
+        """Number of indices that have been assigned. These are the indices below it."""
         return len(self._index)
 
     def keep(self, actions: Sequence[str]) -> tuple[str, ...]:
+        """The first ``capacity`` actions. The others are counted as overflows."""
         self.num_overflows += max(0, len(actions) - self.capacity)
         return tuple(actions[: self.capacity])
 
     def indices(self, actions: Sequence[str]) -> np.ndarray:
+        """Distinct indices of at most ``capacity`` actions, ``[K]`` int64."""
         for action in actions:
             if action in self._index:
                 self._index.move_to_end(action)

@@ -13,7 +13,7 @@ from loguru import logger
 
 from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.prompts import Prompt, PromptStyle, render_prompt
-from priorzero.play.action_vocabulary import ActionIndexer
+from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.episode import Episode
 from priorzero.play.exploration import Exploration, RootNoise
 from priorzero.play.text_encoder import TextEncoder
@@ -79,7 +79,7 @@ class Player:
         *,
         policy: PriorZeroPolicy,
         encoder: TextEncoder,
-        indexer: ActionIndexer,
+        indexer: ActionVocabulary,
         prior: RetryingPrior | None,
         style: PromptStyle,
         tokenizer: Any,

@@ -17,7 +17,7 @@ from priorzero.play.player import Player
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
-from priorzero.settings import EvalMode
+from priorzero.settings import EvalMode, PriorSettings
 from priorzero.types import ActionPrior, GameState, GameWorkerError, StepRecord
 from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.records import RecordTable
@@ -145,7 +145,7 @@ def make_player(**changes) -> Player:
         policy=PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=None),
         encoder=RoomEncoder(),
         indexer=ActionVocabulary(settings.env.action_space_size),
-        prior=RetryingPrior(LastActionEngine(), attempts=1, backoff_s=0, timeout_s=5, timeline=timeline),
+        prior=RetryingPrior(LastActionEngine(), PriorSettings(attempts=1, backoff_s=0, timeout_s=5), timeline=timeline),
         style=prompt_style(settings),
         tokenizer=WhitespaceTokenizer(),
         world_model_thread=OwnerThread("world-model", timeline),

@@ -12,9 +12,9 @@ import numpy as np
 import ray
 import torch
 
-from priorzero.agent import make_encoder, make_evaluators, make_prior, make_workers
+from priorzero.agent import make_encoder, make_evaluators, make_workers
+from priorzero.cluster.actors import set_up_process
 from priorzero.cluster.actors.prior_server import RemoteEngine
-from priorzero.cluster.actors.process import set_up_process
 from priorzero.cluster.actors.registry import REGISTRY, RemoteVocabulary
 from priorzero.cluster.ppo.trajectories import Trajectory, trajectories_from
 from priorzero.envs import resolve_games
@@ -39,34 +39,19 @@ EPISODES_PER_COLLECTOR = 10**9  # collector n numbers its episodes from n times 
 
 @dataclass(frozen=True)
 class ModelVersions:
-    """Versions of the models at their learners.
+    """Versions of the models at their learners."""
 
-    Attributes:
-        world_model: number of turns of the world model.
-        llm: number of PPO steps that have changed the LLM.
-    """
-
-    world_model: int = 0
-    llm: int = 0
+    world_model: int = 0  # number of turns of the world model
+    llm: int = 0  # number of PPO steps that have changed the LLM
 
 
 @dataclass(frozen=True)
 class CollectorReport:
-    """What a collector reports about an iteration, besides the segments.
+    """What a collector reports about an iteration, besides the segments."""
 
-    Attributes:
-        metrics: metrics of the collector.
-        prior: metrics of the prior.
-        episodes: training episodes that ended.
-        env_steps: number of environment steps.
-        time_usage: how the collector's time was used.
-        trajectories: data for PPO.
-        pid: id of the process.
-    """
-
-    metrics: dict[str, float]
-    prior: dict[str, float]
-    episodes: list[EpisodeResult]
+    metrics: dict[str, float]  # of the collector
+    prior: dict[str, float]  # metrics of the prior
+    episodes: list[EpisodeResult]  # training episodes that ended
     env_steps: int
     time_usage: TimeUsage
     trajectories: list[Trajectory]
@@ -74,17 +59,12 @@ class CollectorReport:
 
 
 class CollectorProcess:
-    """Plays games, one call at a time.
+    """Plays games, one call at a time, with the priors of one of the ``servers``, which are given by name.
 
     The constructor loads nothing, because nobody would receive its errors.
-
-    Args:
-        settings: all settings.
-        servers: names of the prior servers; a collector uses one of them.
     """
 
     # Set by `_load`:
-    _policy: PriorZeroPolicy
     _prior: RetryingPrior
     _player: Player
     _collector: Collector
@@ -98,11 +78,7 @@ class CollectorProcess:
         self._loop = asyncio.new_event_loop()
 
     def feature_size(self) -> int:
-        """Load everything; returns ``F``.
-
-        Raises:
-            UserError: a model or a game cannot be loaded.
-        """
+        """Load everything; returns ``F``."""
         self._load()
         return self._player.encoder.feature_size
 
@@ -110,15 +86,10 @@ class CollectorProcess:
     def collect(
         self, num_steps: int, versions: ModelVersions, world_model: dict[str, torch.Tensor] | None
     ) -> tuple[Plain, CollectorReport]:
-        """Take at least ``num_steps`` environment steps.
+        """Take at least ``num_steps`` environment steps, all games together.
 
-        Args:
-            num_steps: environment steps, all games together.
-            versions: versions of the models at their learners when the call was made.
-            world_model: parameters of the world model; None before its first turn.
-
-        Returns:
-            The segments for :meth:`WorldModelProcess.push`, and a report.
+        ``world_model`` holds the parameters of the world model; it is None before its first turn. Returns the segments
+        for :meth:`WorldModelProcess.push`, and a report.
         """
         self._load_world_model(versions, world_model)
         collected = self._loop.run_until_complete(self._collector.collect(num_steps))
@@ -151,11 +122,10 @@ class CollectorProcess:
     def _load_world_model(self, versions: ModelVersions, world_model: dict[str, torch.Tensor] | None) -> None:
         self._load()
         if world_model is not None and (self._versions is None or versions.world_model != self._versions.world_model):
-            self._policy.load_world_model_state(world_model)
+            self._player.policy.load_world_model_state(world_model)
         self._versions = versions
 
     def _load(self) -> None:
-        """Load models and games, if this has not been done."""
         if self._is_loaded:
             return
         settings, timeout_s = self._settings, self._settings.cluster.timeout_s
@@ -168,12 +138,11 @@ class CollectorProcess:
         first_seed = settings.run.seed + number * settings.env.collector_env_num
         workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=first_seed)
         encoder = make_encoder(settings, device=device)
-        self._policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=None)
         timeline = Timeline()
         self._prior = self._make_prior(ray.get_actor(self._servers[number % len(self._servers)]), timeline)
         self._player = Player(
             settings,
-            policy=self._policy,
+            policy=PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=None),
             encoder=encoder,
             indexer=RemoteVocabulary(registry, capacity=settings.env.action_space_size, timeout_s=timeout_s),
             prior=self._prior,
@@ -194,10 +163,10 @@ class CollectorProcess:
 
     def _make_prior(self, server: Any, timeline: Timeline) -> RetryingPrior:
         settings, cluster = self._settings, self._settings.cluster
-        return make_prior(
-            settings,
-            RemoteEngine(server, start_timeout_s=cluster.start_timeout_s, timeout_s=cluster.timeout_s),
-            timeout_s=cluster.timeout_s,  # the server applies prior.timeout_s; here waiting for the server counts, too
+        return RetryingPrior(
+            RemoteEngine(server, cluster),
+            # The server applies prior.timeout_s. Here waiting for the server counts, too.
+            settings.prior.model_copy(update={"timeout_s": cluster.timeout_s}),
             max_staleness=settings.ppo.max_staleness,
             learner_version=lambda: 0 if self._versions is None else self._versions.llm,
             timeline=timeline,

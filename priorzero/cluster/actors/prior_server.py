@@ -12,14 +12,14 @@ from typing import Any
 import ray
 import torch
 
-from priorzero.cluster.actors.process import set_up_process
+from priorzero.cluster.actors import set_up_process
 from priorzero.cluster.actors.registry import REGISTRY
 from priorzero.cluster.calls import result_of
 from priorzero.llm.engines import RetryingPrior
-from priorzero.llm.engines.make import choose_engine, make_engine, make_prior
+from priorzero.llm.engines.make import choose_engine, make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.runtime.concurrency import ReadersWriterLock
-from priorzero.settings import Settings
+from priorzero.settings import ClusterSettings, Settings
 from priorzero.types import ActionPrior, EngineError, PriorEngine, PriorRequest, ProcessError
 
 
@@ -27,10 +27,6 @@ class PriorServer:
     """Runs a prior engine. After a restart it loads the parameters that were published last.
 
     The constructor loads nothing, because nobody would receive its errors.
-
-    Args:
-        settings: all settings.
-        vllm_log: vLLM's log file.
     """
 
     def __init__(self, settings: Settings, vllm_log: Path) -> None:
@@ -42,29 +38,19 @@ class PriorServer:
         self._llm: LanguageModel | None = None
 
     async def ready(self) -> int:
-        """Load the model and start the engine, if this has not been done; returns the version of the parameters.
-
-        Raises:
-            UserError: the model cannot be loaded.
-            EngineError: vLLM cannot be started.
-        """
+        """Load the model and start the engine, if this has not been done; returns the version of the parameters."""
         return (await self._started()).engine.version
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """One prior for each request, as :meth:`priorzero.llm.engines.RetryingPrior.priors`."""
+        """One prior for each request, in order; uniform if all attempts fail."""
         prior = await self._started()
         async with self._lock.shared():
             return await prior.priors(requests)
 
     async def load_parameters(self, version: int, parameters: list[Any]) -> int:
-        """Serve new parameters from now on. Requests that were received before are completed first.
+        """Serve new parameters, a list with Ray's reference to them, from now on; returns the version that is served.
 
-        Args:
-            version: number of LLM updates.
-            parameters: a list with Ray's reference to the state dict.
-
-        Returns:
-            The version that is served.
+        Requests that were received before are completed first.
         """
         engine = (await self._started()).engine
         if version != engine.version:
@@ -80,7 +66,6 @@ class PriorServer:
         return os.getpid(), prior.take_statistics()
 
     async def close(self) -> None:
-        """Close the engine."""
         if self._prior is not None:
             await self._prior.engine.close()
 
@@ -98,7 +83,7 @@ class PriorServer:
                 if parameters:
                     await self._load(engine, version, await parameters[0])
                 await engine.ready()
-                self._prior = make_prior(settings, engine, timeout_s=settings.prior.timeout_s)
+                self._prior = RetryingPrior(engine, settings.prior)
         return self._prior
 
     async def _load(self, engine: PriorEngine, version: int, state: dict[str, torch.Tensor]) -> None:
@@ -108,11 +93,7 @@ class PriorServer:
 
 
 def load_trained_parameters(model: Any, state: dict[str, torch.Tensor]) -> None:
-    """Load the parameters that a learner trains; the frozen ones stay as they are.
-
-    Raises:
-        ValueError: a trained parameter is missing, or one is unknown.
-    """
+    """Load the parameters that a learner trains; the frozen ones stay as they are."""
     missing, unknown = model.load_state_dict(state, strict=False)
     trained = {name for name, p in model.named_parameters() if p.requires_grad}  # tied parameters have one name here
     if unknown or trained & set(missing):
@@ -120,27 +101,20 @@ def load_trained_parameters(model: Any, state: dict[str, torch.Tensor]) -> None:
 
 
 class RemoteEngine:
-    """A :class:`~priorzero.types.PriorEngine` that calls a prior server. While Ray restarts the server, it waits.
-
-    Args:
-        server: handle of the :class:`PriorServer`.
-        start_timeout_s: time limit for a restart in seconds.
-        timeout_s: time limit for a reply in seconds.
-    """
+    """A :class:`~priorzero.types.PriorEngine` that calls a :class:`PriorServer`. While Ray restarts it, it waits."""
 
     exclusive = False
 
-    def __init__(self, server: Any, *, start_timeout_s: float, timeout_s: float) -> None:
+    def __init__(self, server: Any, cluster: ClusterSettings) -> None:
         self.version = 0
         self._server = server
-        self._start_timeout_s = start_timeout_s
-        self._timeout_s = timeout_s
+        self._cluster = cluster
         self._is_ready = False
 
     async def ready(self) -> None:
         started = time.monotonic()
         while not self._is_ready:
-            remaining = self._start_timeout_s - (time.monotonic() - started)
+            remaining = self._cluster.start_timeout_s - (time.monotonic() - started)
             try:
                 ready = self._server.ready.remote()
                 version = await result_of(ready, timeout_s=max(1.0, remaining), process="the prior server")
@@ -151,11 +125,9 @@ class RemoteEngine:
                 await asyncio.sleep(1.0)  # Ray is restarting it
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        reference = self._server.priors.remote(list(requests))
+        reference, limit = self._server.priors.remote(list(requests)), self._cluster.timeout_s
         try:
-            priors: list[ActionPrior] = await result_of(
-                reference, timeout_s=self._timeout_s, process="the prior server"
-            )
+            priors: list[ActionPrior] = await result_of(reference, timeout_s=limit, process="the prior server")
         except ProcessError:
             self._is_ready = False
             raise
@@ -165,11 +137,11 @@ class RemoteEngine:
         self.version = max(self.version, *(prior.version for prior in priors))
         return priors
 
-    async def check(self) -> None:
-        """Nothing: the training loop monitors the servers."""
+    # Nothing is to be done in the other methods, because the training loop monitors and calls the servers itself.
 
-    async def suspend(self) -> None:
-        """Nothing, as in the other methods below: the training loop calls the servers itself."""
+    async def check(self) -> None: ...
+
+    async def suspend(self) -> None: ...
 
     async def sync_weights(self, version: int) -> None: ...
 

@@ -30,24 +30,15 @@ class Registry:
         return self._num_collectors - 1
 
     def assign(self, actions: Sequence[str]) -> tuple[np.ndarray, int, int]:
-        """Assign indices to actions.
-
-        Returns:
-            The indices ``[K]``, and ``num_used`` and ``num_overflows`` of the vocabulary.
-        """
+        """Indices of actions, ``[K]``, and ``num_used`` and ``num_overflows`` of the vocabulary."""
         return self._vocabulary.indices(actions), self._vocabulary.num_used, self._vocabulary.num_overflows
 
     def actions(self) -> Plain:
-        """State of the action vocabulary."""
+        """State of the vocabulary."""
         return self._vocabulary.state_dict()
 
     def publish(self, version: int, parameters: list[Any]) -> None:
-        """Keep the LLM's parameters.
-
-        Args:
-            version: number of LLM updates.
-            parameters: a list with Ray's reference to them. Ray resolves a reference only if it is not in a list.
-        """
+        """Keep the LLM's parameters: a list with Ray's reference to them. Ray does not resolve references in lists."""
         self._version, self._parameters = version, parameters
 
     def published(self) -> tuple[int, list[Any]]:
@@ -55,42 +46,32 @@ class Registry:
         return self._version, self._parameters
 
 
-class RemoteVocabulary:
-    """An :class:`~priorzero.play.action_vocabulary.ActionIndexer` that gets its indices from the registry.
+class RemoteVocabulary(ActionVocabulary):
+    """Gets its indices from the :class:`Registry`, whose handle is ``registry``.
 
     Known indices are cached until the first overflow. A collector that has not called the registry since then still
     uses the old index of an action that was replaced.
-
-    Args:
-        registry: handle of the :class:`Registry`.
-        capacity: ``A``.
-        timeout_s: time limit for a reply of the registry in seconds.
     """
 
     def __init__(self, registry: Any, *, capacity: int, timeout_s: float) -> None:
-        self.capacity = capacity
-        self.num_overflows = 0
+        super().__init__(capacity)
         self._registry = registry
         self._timeout_s = timeout_s
-        self._indices: dict[str, int] = {}
         self._num_used = 0
-        self._num_dropped = 0
+        self._num_replaced = 0  # overflows of the registry
 
     @property
     def num_used(self) -> int:
         return self._num_used
 
-    def keep(self, actions: Sequence[str]) -> tuple[str, ...]:
-        self._num_dropped += max(0, len(actions) - self.capacity)
-        return tuple(actions[: self.capacity])
-
     def indices(self, actions: Sequence[str]) -> np.ndarray:
-        if self.num_overflows == 0 and all(action in self._indices for action in actions):
-            return np.array([self._indices[action] for action in actions], dtype=np.int64)
+        if self.num_overflows == 0 and all(action in self._index for action in actions):
+            return np.array([self._index[action] for action in actions], dtype=np.int64)
         assigned = ray.get(self._registry.assign.remote(list(actions)), timeout=self._timeout_s)
-        indices, self._num_used, num_overflows = assigned
-        self.num_overflows = num_overflows + self._num_dropped
-        self._indices.update(zip(actions, indices.tolist(), strict=True))
+        indices, self._num_used, num_replaced = assigned
+        self.num_overflows += num_replaced - self._num_replaced
+        self._num_replaced = num_replaced
+        self._index.update(zip(actions, indices.tolist(), strict=True))
         return indices
 
     def __deepcopy__(self, memo: Any) -> ActionVocabulary:

@@ -8,7 +8,7 @@ import numpy as np
 import ray
 import torch
 
-from priorzero.cluster.actors.process import set_up_process
+from priorzero.cluster.actors import set_up_process
 from priorzero.learning import update_world_model
 from priorzero.play.collector import Collected
 from priorzero.policy import PriorZeroPolicy
@@ -25,13 +25,7 @@ STATE_FILE = "world_model_learner.pt"
 
 
 class WorldModelProcess:
-    """Learns the world model. Its state is a function of the sequence of calls, so that calls can be replayed.
-
-    Args:
-        settings: all settings.
-        feature_size: ``F``.
-        folder: the run's.
-    """
+    """Learns the world model. Its state is a function of the sequence of calls, so that calls can be replayed."""
 
     def __init__(self, settings: Settings, feature_size: int, folder: Path) -> None:
         device = set_up_process(settings)
@@ -55,11 +49,7 @@ class WorldModelProcess:
     def learn(self) -> tuple[dict[str, float], int]:
         """A turn of ``train.update_per_collect`` updates; none while the buffer holds less than a batch.
 
-        Returns:
-            The metrics, and the number of updates so far.
-
-        Raises:
-            UserError: too many updates in a row were skipped.
+        Returns the metrics, and the number of updates so far.
         """
         metrics: dict[str, float] = {}
         batch_size = self._settings.train.batch_size
@@ -81,11 +71,7 @@ class WorldModelProcess:
         return {name: tensor.cpu() for name, tensor in self._policy.world_model_state().items()}, self._version
 
     def save(self, folder: Path) -> None:
-        """Write everything that the next call depends on.
-
-        Raises:
-            OSError: it cannot be written.
-        """
+        """Write everything that the next call depends on."""
         table = RecordTable()
         state = {
             "world_model": self._policy.world_model_state(),
@@ -100,7 +86,6 @@ class WorldModelProcess:
         save_checkpoint(folder, write=lambda temporary: save_tensors(state, temporary / STATE_FILE), about={})
 
     def load(self, folder: Path) -> None:
-        """The inverse of :meth:`save`."""
         state = read_state(folder, STATE_FILE)
         self._policy.load_world_model_state(state["world_model"])
         self._policy.load_training_state(state["policy"])

@@ -13,8 +13,13 @@ import torch
 from torch import nn
 
 from priorzero.cluster.ppo.engine import PPOResult
-from priorzero.cluster.ppo.losses import clipped_value_loss, generalised_advantages
-from priorzero.cluster.ppo.trajectories import Trajectory, credit_weights, newest, scaled_rewards
+from priorzero.cluster.ppo.trajectories import (
+    Trajectory,
+    credit_weights,
+    generalised_advantages,
+    newest,
+    scaled_rewards,
+)
 from priorzero.llm.fine_tuning import LLMLearner, LLMSample
 from priorzero.llm.losses import gradient_norm, normalised_advantages
 from priorzero.llm.models import LanguageModel
@@ -27,8 +32,7 @@ from priorzero.types import NonFiniteError, Plain
 class Critic(nn.Module):
     """The value of a prompt: a copy of the LLM's transformer, and a linear layer on its output at the last token.
 
-    Args:
-        llm: the model to copy. All parameters of the copy are trained, also if the LLM has adapters.
+    All parameters of the copy are trained, also if the LLM has adapters.
     """
 
     def __init__(self, llm: LanguageModel) -> None:
@@ -66,16 +70,6 @@ class PPOLearner:
     surrogate (Schulman et al. 2017, eq. 7) on the prior over the valid actions, the KL penalty towards the LLM as it
     was loaded (``llm.kl_weight``), and the clipped value loss. In the first ``ppo.critic_warmup_steps`` steps only the
     critic learns.
-
-    Args:
-        llm: the actor.
-        settings: all settings.
-        style: of the prompt.
-        group: the learners.
-
-    Attributes:
-        step_id: number of the last step.
-        version: number of steps that have changed the actor.
     """
 
     def __init__(self, llm: LanguageModel, settings: Settings, *, style: PromptStyle, group: ProcessGroup) -> None:
@@ -92,20 +86,12 @@ class PPOLearner:
         self.critic_optimizer = torch.optim.AdamW(
             self.critic.parameters(), lr=self.cfg.critic_learning_rate, weight_decay=0.0
         )
-        self.step_id = 0
-        self.version = 0
+        self.step_id = 0  # of the last step
+        self.version = 0  # number of steps that have changed the actor
         self._result = PPOResult({})
 
     def step(self, trajectories: Sequence[Trajectory], *, step_id: int) -> PPOResult:
-        """One PPO step.
-
-        Args:
-            trajectories: the same for all learners.
-            step_id: one more than the last. With the last one, nothing is changed, and the last result is returned.
-
-        Raises:
-            ValueError: a step is missing, or is older than the last.
-        """
+        """One PPO step. ``step_id`` is one more than the last; with the last one, the last result is returned."""
         if step_id == self.step_id:
             return self._result
         if step_id != self.step_id + 1:
@@ -118,7 +104,6 @@ class PPOLearner:
         return result
 
     def _learn(self, trajectories: Sequence[Trajectory]) -> dict[str, float]:
-        """Returns the metrics."""
         num_given = sum(len(trajectory.records) for trajectory in trajectories)
         trajectories = newest(trajectories, limit=self.cfg.max_decisions)
         records = [record for trajectory in trajectories for record in trajectory.records]
@@ -152,11 +137,7 @@ class PPOLearner:
     # ---- advantages ----
 
     def _values(self, trajectories: Sequence[Trajectory]) -> tuple[np.ndarray, np.ndarray]:
-        """The critic's values.
-
-        Returns:
-            Values of all decisions ``[n]``, and of the state after each trajectory (0 if the game ended).
-        """
+        """The critic's values of all decisions ``[n]`` and of the state after each trajectory (0 if the game ended)."""
         prompts = [record.prompt for trajectory in trajectories for record in trajectory.records]
         ends = [trajectory.bootstrap_prompt for trajectory in trajectories]
         values = self._values_of([*prompts, *(prompt for prompt in ends if prompt is not None)])
@@ -203,10 +184,7 @@ class PPOLearner:
     def _update(self, samples: Sequence[LLMSample], values: np.ndarray, returns: np.ndarray) -> dict[str, float]:
         """The passes of a step; returns the means of the metrics over the optimiser steps.
 
-        Args:
-            samples: n samples.
-            values: values before the step, ``[n]``.
-            returns: lambda-returns, ``[n]``.
+        ``values`` ``[n]`` are those before the step, ``returns`` ``[n]`` are lambda-returns.
         """
         is_warming_up, version = self.step_id < self.cfg.critic_warmup_steps, self.version
         clip = self.cfg.value_clip * float(returns.std())
@@ -227,7 +205,6 @@ class PPOLearner:
         return {name: float(np.mean([metrics[name] for metrics in all_metrics])) for name in all_metrics[0]}
 
     def _actor_step(self, samples: Sequence[LLMSample]) -> dict[str, float]:
-        """One optimiser step of the actor on this learner's part of a batch."""
         result = self.actor.learn(samples)
         return {
             "ppo/policy_loss": result["rft_loss"],
@@ -291,6 +268,25 @@ class PPOLearner:
         self.group.load_state_dict(self.critic, self.critic_optimizer, state["critic"])
         self.step_id, self.version = state["step_id"], state["version"]
         self._result = PPOResult(**state["result"])
+
+
+def clipped_value_loss(
+    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, *, clip: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    r"""Half the squared error of the value or of the clipped value, whichever is larger.
+
+    :math:`\sum \tfrac12 \max((V - R)^2, (V_\mathrm{old} + \mathrm{clip}(V - V_\mathrm{old}, \pm\epsilon) - R)^2)`, as
+    in OpenAI's baselines (Engstrom et al. 2020, "Implementation Matters", section 3).
+
+    All arguments are ``[n]``. ``old_values`` are the values before the first update on this batch; they and the returns
+    have no gradient. ``clip`` is :math:`\epsilon`; 0 gives the plain squared error. Returns the summed loss, and n.
+    """
+    returns, old_values = returns.detach(), old_values.detach()
+    error = (values - returns) ** 2
+    if clip > 0:
+        clipped = old_values + (values - old_values).clamp(-clip, clip)
+        error = torch.maximum(error, (clipped - returns) ** 2)
+    return 0.5 * error.sum(), torch.tensor(float(len(values)))
 
 
 def _explained_variance(values: np.ndarray, returns: np.ndarray) -> float:

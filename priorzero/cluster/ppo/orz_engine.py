@@ -10,7 +10,6 @@ sampled the action.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,56 +18,14 @@ import ray
 import torch
 from loguru import logger
 
-from priorzero.cluster.ppo.engine import Capabilities, PPOResult, SendParameters
+from priorzero.cluster.connection import Share
+from priorzero.cluster.ppo.engine import PPOResult, SendParameters
 from priorzero.cluster.ppo.trajectories import Trajectory, scaled_rewards
-from priorzero.cluster.resources import Share
 from priorzero.llm.models import load_tokenizer, resolve_model
 from priorzero.llm.prompts import completion_text, prompt_style
 from priorzero.settings import Settings
 from priorzero.types import UserError
 from priorzero.world_model.returns import returns_to_go
-
-# The methods of the trainer that are called or overridden, and the names of the parameters that must exist.
-TRAINER_METHODS = {
-    "__init__": ("cfg", "strategy", "tokenizer", "train_dataset", "vllm_engines"),
-    "build_dataloader": ("dataset",),
-    "build_models": ("PolicyRayActor", "CriticRayActor", "RefRayActor"),
-    "make_experience": ("all_inputs",),
-    "generate_vllm": ("gen_func", "prompts", "extras"),
-    "custom_reward_fn": ("prompts", "outputs", "extras", "reward_model_fn"),
-    "ppo_local_train_policy": ("replay_buffers", "global_steps"),
-    "ppo_local_train_critic": ("replay_buffers", "global_steps"),
-    "_tokenize": ("texts", "max_length", "padding"),
-}
-
-
-def check_orz(settings: Settings) -> None:
-    """Raises UserError if ``ppo.engine=orz`` cannot be used with these settings or on this machine."""
-    if settings.ppo.credit != "none" or settings.llm.use_lora:
-        raise UserError(
-            "ppo.engine=orz needs ppo.credit=none and llm.use_lora=false: its trainer has neither sample weights "
-            "nor adapters"
-        )
-    if settings.replay.segment_length < settings.env.max_episode_steps:
-        raise UserError(
-            "ppo.engine=orz needs whole episodes for its returns: "
-            f"replay.segment_length={settings.replay.segment_length} must be at least "
-            f"env.max_episode_steps={settings.env.max_episode_steps}"
-        )
-    try:
-        found = importlib.util.find_spec("orz.ppo.trainer")
-    except ModuleNotFoundError:  # orz is not installed, or it is another package of this name
-        found = None
-    if found is None:
-        raise UserError(
-            "ppo.engine=orz: orz.ppo.trainer cannot be imported; get "
-            "https://github.com/Open-Reasoner-Zero/Open-Reasoner-Zero, type pip install -e . in it (it needs Python "
-            "3.10, vllm 0.6.5, ray 2.40, deepspeed and CUDA), or type --ppo_engine torch"
-        )
-    if not torch.cuda.is_available():
-        raise UserError(
-            "ppo.engine=orz: torch finds no GPU, and Open-Reasoner-Zero needs CUDA; type --ppo_engine torch"
-        )
 
 
 def jericho_reward_trainer(base: Any) -> Any:
@@ -106,20 +63,11 @@ def jericho_reward_trainer(base: Any) -> Any:
 class OrzPPOEngine:
     """Implements :class:`~priorzero.cluster.ppo.engine.PPOEngine` with ORZ's trainer.
 
-    Args:
-        settings: all settings.
-        share: not used, since ORZ places its own actors.
-        send_parameters: sends the actor to the prior servers.
-        make_trainer: builds the trainer and its models; tests replace it.
+    ``share`` is not used, since ORZ places its own actors. ``make_trainer`` builds the trainer and its models; tests
+    replace it.
     """
 
-    capabilities = Capabilities(
-        advantages_over_turns=False,
-        valid_actions_only=False,
-        drops_stale_samples=True,
-        resumable=False,
-        needs_gpu=True,
-    )
+    resumable = False
 
     def __init__(
         self,

@@ -12,12 +12,12 @@ from typing import Any
 import ray
 import torch
 
-from priorzero.cluster.actors.process import set_up_process
-from priorzero.cluster.calls import kill, result_of
-from priorzero.cluster.ppo.engine import Capabilities, PPOResult, SendParameters
+from priorzero.cluster.actors import set_up_process
+from priorzero.cluster.calls import result_of
+from priorzero.cluster.connection import Share
+from priorzero.cluster.ppo.engine import PPOResult, SendParameters
 from priorzero.cluster.ppo.learner import PPOLearner
 from priorzero.cluster.ppo.trajectories import Trajectory
-from priorzero.cluster.resources import Share
 from priorzero.llm.models import load_language_model, save_parameters
 from priorzero.llm.prompts import prompt_style
 from priorzero.runs.checkpoint import read_state, save_checkpoint, save_tensors
@@ -29,26 +29,15 @@ STATE_FILE = "ppo.pt"
 
 
 class LearnerProcess:
-    """One PPO learner. All learners get the same calls at the same time, and wait for each other in them.
+    """One of ``size`` PPO learners. All get the same calls at the same time, and wait for each other in them."""
 
-    Args:
-        settings: all settings.
-        rank: its index, from 0.
-        size: number of learners.
-    """
+    learner: PPOLearner  # after `join`
 
     def __init__(self, settings: Settings, rank: int, size: int) -> None:
         self._settings = settings
         self._rank, self._size = rank, size
         # The other processes of this machine wait for a PPO step anyway.
         self._device = set_up_process(settings, threads=max(1, len(os.sched_getaffinity(0)) // size))
-        self._learner: PPOLearner | None = None
-
-    @property
-    def learner(self) -> PPOLearner:
-        """The learner, after :meth:`join`."""
-        assert self._learner is not None
-        return self._learner
 
     def address(self) -> str:
         """A free address of this process, at which the learners can meet."""
@@ -57,11 +46,7 @@ class LearnerProcess:
             return f"tcp://{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
 
     def join(self, address: str) -> int:
-        """Connect to the other learners at the address of rank 0, and load the models.
-
-        Returns:
-            The version of the actor.
-        """
+        """Connect to the other learners at the address of rank 0, and load the models; returns the actor's version."""
         settings = self._settings
         group = ProcessGroup()
         if self._size > 1:
@@ -75,11 +60,11 @@ class LearnerProcess:
             )
         torch.manual_seed(settings.run.seed)  # new adapters start with the same parameters in all learners
         llm = load_language_model(settings.llm, device=self._device)
-        self._learner = PPOLearner(llm, settings, style=prompt_style(settings), group=group)
-        return self._learner.version
+        self.learner = PPOLearner(llm, settings, style=prompt_style(settings), group=group)
+        return self.learner.version
 
     def step(self, trajectories: Sequence[Trajectory], step_id: int) -> PPOResult:
-        """:meth:`PPOLearner.step`; the result is the same in all learners."""
+        """The result is the same in all learners."""
         return self.learner.step(trajectories, step_id=step_id)
 
     @ray.method(num_returns=2)
@@ -96,7 +81,6 @@ class LearnerProcess:
             save_checkpoint(folder, write=lambda temporary: save_tensors(state, temporary / STATE_FILE), about=about)
 
     def load(self, folder: Path) -> None:
-        """:meth:`PPOEngine.load`."""
         self.learner.load_state_dict(read_state(folder, STATE_FILE))
 
     def export(self, folder: Path) -> None:
@@ -111,21 +95,10 @@ class LearnerProcess:
 class TorchPPOEngine:
     """Implements :class:`~priorzero.cluster.ppo.engine.PPOEngine` with ``cluster.num_learners`` processes.
 
-    The node of rank 0 must be able to write the folders that the methods get.
-
-    Args:
-        settings: all settings.
-        share: the resources of each process.
-        send_parameters: sends the actor to the prior servers.
+    The node of rank 0 must be able to write the folders that the methods get. ``share`` is that of each process.
     """
 
-    capabilities = Capabilities(
-        advantages_over_turns=True,
-        valid_actions_only=True,
-        drops_stale_samples=True,
-        resumable=True,
-        needs_gpu=False,
-    )
+    resumable = True
 
     def __init__(self, settings: Settings, *, share: Share, send_parameters: SendParameters) -> None:
         self._settings = settings
@@ -137,9 +110,8 @@ class TorchPPOEngine:
         size = self._settings.cluster.num_learners
         actor = ray.remote(LearnerProcess).options(num_cpus=self._share.num_cpus, num_gpus=self._share.num_gpus)
         self._processes = [actor.remote(self._settings, rank, size) for rank in range(size)]
-        limit = self._settings.cluster.start_timeout_s
-        (address,) = await self._results([self._processes[0].address.remote()], start_timeout_s=limit)
-        await self._results([p.join.remote(address) for p in self._processes], start_timeout_s=limit)
+        (address,) = await self._results([self._processes[0].address.remote()], starting=True)
+        await self._results([p.join.remote(address) for p in self._processes], starting=True)
 
     async def ppo_step(self, trajectories: Sequence[Trajectory], step_id: int) -> PPOResult:
         reference = ray.put(list(trajectories))
@@ -163,17 +135,13 @@ class TorchPPOEngine:
 
     async def kill(self) -> None:
         for process in self._processes:
-            kill(process)
+            ray.kill(process)
         self._processes = []
 
-    async def _results(self, references: Sequence[Any], *, start_timeout_s: float | None = None) -> list[Any]:
-        """Wait for a call of all learners.
-
-        Raises:
-            ProcessError: a learner died or did not reply in time.
-        """
-        limit = start_timeout_s or self._settings.cluster.timeout_s
-        setting = "cluster.start_timeout_s" if start_timeout_s else "cluster.timeout_s"
+    async def _results(self, references: Sequence[Any], *, starting: bool = False) -> list[Any]:
+        """Wait for a call of all learners. Raises ProcessError if one died or did not reply in time."""
+        setting = "cluster.start_timeout_s" if starting else "cluster.timeout_s"
+        limit = self._settings.cluster.start_timeout_s if starting else self._settings.cluster.timeout_s
         results = await asyncio.gather(
             *(result_of(r, timeout_s=limit, process="a PPO learner", setting=setting) for r in references),
             return_exceptions=True,

@@ -11,6 +11,7 @@ import numpy as np
 
 from priorzero.settings import PPOSettings
 from priorzero.types import StepRecord
+from priorzero.world_model.returns import returns_to_go
 
 if TYPE_CHECKING:  # a PPO learner imports this module and does not need LightZero
     from priorzero.world_model.segment import PriorZeroGameSegment
@@ -18,12 +19,10 @@ if TYPE_CHECKING:  # a PPO learner imports this module and does not need LightZe
 
 @dataclass(frozen=True)
 class Trajectory:
-    """Consecutive decisions of one episode.
+    """Consecutive decisions of one episode, at least one. Their features are empty: the language model reads prompts.
 
-    Attributes:
-        records: the decisions, at least one. Their features are empty, because the language model reads prompts.
-        bootstrap_prompt: prompt of the state after the last decision, whose value bootstraps the returns; None if the
-            game ended.
+    ``bootstrap_prompt`` is the prompt of the state after the last decision, whose value bootstraps the returns; None if
+    the game ended.
     """
 
     records: tuple[StepRecord, ...]
@@ -81,9 +80,23 @@ def credit_weights(records: Sequence[StepRecord], *, cfg: PPOSettings) -> np.nda
     for n, record in enumerate(records):
         if record.prior is None or record.prior.source != "score":
             continue
-        if cfg.credit == "none":
-            weights[n] = 1.0
-        else:
-            prior_prob = float(np.exp(np.float64(record.prior.logprobs[record.chosen])))
-            weights[n] = min(1.0, prior_prob / record.behaviour_prob)
+        prior_prob = float(np.exp(np.float64(record.prior.logprobs[record.chosen])))
+        weights[n] = 1.0 if cfg.credit == "none" else min(1.0, prior_prob / record.behaviour_prob)
     return weights
+
+
+def generalised_advantages(rewards: np.ndarray, values: np.ndarray, *, discount: float, lam: float) -> np.ndarray:
+    r"""Generalised advantage estimation (Schulman et al. 2016, eq. 16): advantages, ``[n]``.
+
+    :math:`\hat A_t = \sum_l (\gamma\lambda)^l \delta_{t+l}` with
+    :math:`\delta_t = r_t + \gamma V(s_{t+1}) - V(s_t)`. :math:`\hat A_t + V(s_t)` is the :math:`\lambda`-return.
+
+    Args:
+        rewards: rewards of n consecutive steps, ``[n]``.
+        values: values of the states before each step and of the state after the last one, ``[n + 1]``. The last value
+            is 0 if the episode ended.
+        discount: :math:`\gamma`.
+        lam: :math:`\lambda`; 1 gives returns minus values, 0 one-step errors.
+    """
+    deltas = rewards + discount * values[1:] - values[:-1]
+    return returns_to_go(deltas, discount=discount * lam)

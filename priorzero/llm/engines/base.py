@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass
+from typing import TypeVar
 
 import numpy as np
 from loguru import logger
@@ -15,17 +17,28 @@ from priorzero.llm.priors import parse_ranking, prior_from_ranking, prior_from_s
 from priorzero.llm.prompts import PromptStyle, completion_text
 from priorzero.types import ActionPrior, PriorRequest
 
+MAX_CACHED_PRIORS = 4096
+T = TypeVar("T")
+
+
+async def run_in_thread(function: Callable[[], T], *, on_cancel: Callable[[], object] = lambda: None) -> T:
+    """Run a function in a thread. If the caller is cancelled, it waits until the function has returned."""
+    work = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        on_cancel()
+        await asyncio.wait([work])
+        work.exception()  # retrieved, so that asyncio does not log it
+        raise
+
 
 @dataclass(frozen=True)
 class PriorBuilder:
-    """Tokenizes requests and builds priors from the model's output.
+    """Tokenizes requests for ``llm``, the training copy, and builds priors from its output.
 
-    Attributes:
-        llm: the training copy of the LLM, which provides the tokenizer.
-        style: the prompt style; it determines the mode (``score`` or ``rank``).
-        temperature: temperature of the prior over the valid actions.
-        generate_max_len: ``rank``: largest number of generated tokens. Generation is greedy, so equal requests have
-            equal priors under the same parameters.
+    ``generate_max_len`` limits the tokens that ``rank`` generates. Generation is greedy, so equal requests have equal
+    priors under the same parameters.
     """
 
     llm: LanguageModel
@@ -37,8 +50,7 @@ class PriorBuilder:
     def row(self, request: PriorRequest) -> PromptRow:
         """``score``: token ids of the prompt and of each valid action, with the end-of-turn token or newline.
 
-        Raises:
-            PromptTooLongError: the row does not fit into the model.
+        Raises PromptTooLongError if the row does not fit into the model.
         """
         if not request.valid_actions:
             raise ValueError("a prior needs at least one valid action")
@@ -48,8 +60,7 @@ class PriorBuilder:
     def prompt_ids(self, request: PriorRequest) -> list[int]:
         """``rank``: token ids of the prompt.
 
-        Raises:
-            PromptTooLongError: the prompt and ``generate_max_len`` tokens do not fit into the model.
+        Raises PromptTooLongError if the prompt and ``generate_max_len`` tokens do not fit into the model.
         """
         ids = self.llm.tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
         self.llm.check_length(len(ids) + self.generate_max_len)
@@ -85,33 +96,23 @@ class PriorBuilder:
 
 
 class PriorCache:
-    """LRU cache of the priors under the current parameters. It also counts requests that the model cannot represent.
+    """LRU cache of the priors under the current parameters. It also counts requests that the model cannot represent."""
 
-    Args:
-        builder: the engine's prior builder.
-        size: largest number of cached priors.
-    """
-
-    def __init__(self, builder: PriorBuilder, *, size: int) -> None:
+    def __init__(self, builder: PriorBuilder) -> None:
         self._builder = builder
-        self._size = size
         self._priors: OrderedDict[PriorRequest, ActionPrior] = OrderedDict()
-        self._num_requests = 0
-        self._num_hits = 0
-        self._num_too_long = 0
-        self._num_lossy = 0
-        self._warned_too_long = False
-        self._warned_lossy = False
+        self._num_requests = self._num_hits = self._num_too_long = self._num_lossy = 0
+        self._warned_too_long = self._warned_lossy = False
 
-    def look_up(self, requests: Iterable[PriorRequest]) -> tuple[dict[PriorRequest, ActionPrior], list[PriorRequest]]:
+    def look_up(self, requests: Sequence[PriorRequest]) -> tuple[dict[PriorRequest, ActionPrior], list[PriorRequest]]:
         """The cached priors, and the requests that must be computed, without duplicates."""
-        requests = list(requests)
-        cached = {}
+        cached, missing = {}, []
         for request in dict.fromkeys(requests):
             if request in self._priors:
                 self._priors.move_to_end(request)
                 cached[request] = self._priors[request]
-        missing = [request for request in dict.fromkeys(requests) if request not in cached]
+            else:
+                missing.append(request)
         self._num_requests += len(requests)
         self._num_hits += len(requests) - len(missing)
         for request in missing:
@@ -129,9 +130,9 @@ class PriorCache:
             )
 
     def put(self, request: PriorRequest, prior: ActionPrior) -> None:
-        """Add a prior; beyond the size the least recently used one is dropped."""
+        """Add a prior. If the cache is full, the least recently used one is dropped."""
         self._priors[request] = prior
-        while len(self._priors) > self._size:
+        if len(self._priors) > MAX_CACHED_PRIORS:
             self._priors.popitem(last=False)
 
     def too_long(self, request: PriorRequest, reason: Exception, *, version: int) -> ActionPrior:
@@ -146,7 +147,6 @@ class PriorCache:
         return uniform_prior(len(request.valid_actions), version=version)
 
     def clear(self) -> None:
-        """Drop all priors, because the parameters have changed."""
         self._priors.clear()
 
     def take_statistics(self) -> dict[str, float]:

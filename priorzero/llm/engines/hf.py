@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import threading
 import time
 from collections.abc import Sequence
@@ -10,9 +11,9 @@ from typing import Any
 
 import torch
 
-from priorzero.llm.engines.base import PriorBuilder, PriorCache
+from priorzero.llm.engines.base import PriorBuilder, PriorCache, run_in_thread
 from priorzero.llm.engines.prompt_cache import PromptCache
-from priorzero.llm.packing import PromptRow
+from priorzero.llm.packing import PromptRow, split_completions
 from priorzero.types import ActionPrior, PriorRequest, PromptTooLongError
 
 
@@ -28,26 +29,21 @@ class TransformersEngine:
     longer uses the model.
 
     Args:
-        builder: tokenizes requests and builds priors.
+        builder: its ``llm`` computes the priors.
         rows_per_forward: number of requests in one forward pass.
-        cache_size: number of cached priors.
-        prompt_cache_tokens: ``score``: tokens of earlier prompts whose keys and values are cached; 0 for none.
-
-    Raises:
-        ValueError: ``prompt_cache_tokens`` is set and ``rows_per_forward`` is not 1.
+        prompt_cache_tokens: ``score``: tokens of earlier prompts whose keys and values are cached; 0 for none. It
+            requires ``rows_per_forward=1``.
     """
 
     exclusive = True
 
-    def __init__(
-        self, builder: PriorBuilder, *, rows_per_forward: int = 4, cache_size: int = 4096, prompt_cache_tokens: int = 0
-    ) -> None:
+    def __init__(self, builder: PriorBuilder, *, rows_per_forward: int = 4, prompt_cache_tokens: int = 0) -> None:
         if prompt_cache_tokens and rows_per_forward != 1:
             raise ValueError(f"prompt_cache_tokens={prompt_cache_tokens} requires rows_per_forward=1")
         self.version = 0
         self.builder = builder
         self.rows_per_forward = rows_per_forward
-        self.cache = PriorCache(builder, size=cache_size)
+        self.cache = PriorCache(builder)
         self.prompt_cache = PromptCache(prompt_cache_tokens)
         self._uses_prompt_cache = prompt_cache_tokens > 0
         self._lock = asyncio.Lock()
@@ -82,23 +78,11 @@ class TransformersEngine:
         return statistics
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """As in the protocol.
-
-        Raises:
-            ValueError: a request has no valid actions.
-        """
         async with self._lock:
             priors, missing = self.cache.look_up(requests)
             if missing:
                 stop = threading.Event()
-                work = asyncio.ensure_future(asyncio.to_thread(self._compute, missing, stop))
-                try:
-                    priors.update(await asyncio.shield(work))
-                except asyncio.CancelledError:
-                    stop.set()
-                    await asyncio.wait([work])
-                    work.exception()  # retrieved, so that asyncio does not log it
-                    raise
+                priors.update(await run_in_thread(lambda: self._compute(missing, stop), on_cancel=stop.set))
             return [priors[request] for request in requests]
 
     def _compute(self, requests: list[PriorRequest], stop: threading.Event) -> dict[PriorRequest, ActionPrior]:
@@ -137,15 +121,13 @@ class TransformersEngine:
         else:
             token_logprobs, completion_mask = self.builder.llm.token_logprobs(rows)  # (R, T)
             self._computed_tokens += sum(len(row.prompt_ids) for row in rows) + int(completion_mask.sum())
-        all_logprobs = token_logprobs.cpu().numpy()
-        lengths = completion_mask.sum(dim=1).tolist()
-        priors, start = [], 0
-        for request in requests:
-            end = start + len(request.valid_actions)
-            logprobs = [all_logprobs[r, : lengths[r]] for r in range(start, end)]
-            priors.append(self.builder.from_logprobs(logprobs, version=self.version))
-            start = end
-        return priors
+        logprobs = iter(split_completions(token_logprobs, completion_mask))
+        return [
+            self.builder.from_logprobs(
+                list(itertools.islice(logprobs, len(request.valid_actions))), version=self.version
+            )
+            for request in requests
+        ]
 
     @torch.inference_mode()
     def _rank(

@@ -14,9 +14,7 @@ class PromptCache:
 
     The least recently stored prompt is dropped first. A lookup does not count as a use: a prompt that another one
     continues is not requested again, and keeping it would drop prompts of other games that will be continued.
-
-    Args:
-        max_tokens: largest number of tokens, of all prompts together.
+    ``max_tokens`` limits the tokens of all prompts together.
     """
 
     def __init__(self, max_tokens: int) -> None:
@@ -27,13 +25,9 @@ class PromptCache:
         self._found_tokens = 0
 
     def lookup(self, ids: Sequence[int]) -> Any:
-        """The cached keys and values of the longest known prefix of a prompt.
+        """The cached keys and values of the longest known prefix of a prompt of at least one token.
 
-        Args:
-            ids: the prompt's tokens, at least one.
-
-        Returns:
-            A new transformers ``DynamicCache``. It never contains the prompt's last token, whose logits are needed.
+        The result is a new transformers ``DynamicCache``. It never contains the last token, whose logits are needed.
         """
         from transformers import DynamicCache
 
@@ -52,12 +46,7 @@ class PromptCache:
         return past
 
     def store(self, ids: Sequence[int], past: Any) -> None:
-        """Store a prompt's keys and values.
-
-        Args:
-            ids: the prompt's tokens.
-            past: the ``DynamicCache`` after the forward pass; tokens after the prompt are left out.
-        """
+        """Store a prompt's part of ``past``, the ``DynamicCache`` after the forward pass."""
         n = len(ids)
         if n > self._max_tokens:
             return
@@ -75,7 +64,6 @@ class PromptCache:
             self.num_tokens -= len(ids)
 
     def clear(self) -> None:
-        """Drop all prompts, because the parameters have changed."""
         self._prompts.clear()
         self.num_tokens = 0
 

@@ -13,6 +13,7 @@ from loguru import logger
 from priorzero.llm.priors import uniform_prior
 from priorzero.runtime.concurrency import ReadersWriterLock
 from priorzero.runtime.timeline import Timeline
+from priorzero.settings import PriorSettings
 from priorzero.types import ActionPrior, EngineError, PriorEngine, PriorRequest
 
 
@@ -60,22 +61,18 @@ class RetryingPrior:
 
     Args:
         engine: the engine.
-        attempts: attempts for each batch of requests.
-        backoff_s: seconds before the second attempt, doubled for each further one.
-        timeout_s: time limit of one attempt for the whole batch in seconds, without the start of the engine.
+        cfg: ``attempts``, ``backoff_s`` and ``timeout_s``, which does not include the start of the engine.
         sync_every: LLM updates between two weight syncs; an exclusive engine is synchronised after every update.
         max_staleness: at least ``sync_every - 1``.
-        learner_version: returns the number of updates of the learner.
+        learner_version: returns the number of updates of the learner; None for the engine's own version.
         timeline: records the spans of requests and weight syncs, without the time that they wait for each other.
     """
 
     def __init__(
         self,
         engine: PriorEngine,
+        cfg: PriorSettings,
         *,
-        attempts: int,
-        backoff_s: float,
-        timeout_s: float,
         sync_every: int = 1,
         max_staleness: int = 1,
         learner_version: Callable[[], int] | None = None,
@@ -83,9 +80,7 @@ class RetryingPrior:
     ) -> None:
         assert max_staleness >= sync_every - 1
         self.engine = engine
-        self.attempts = attempts
-        self.backoff_s = backoff_s
-        self.timeout_s = timeout_s
+        self.cfg = cfg
         self.sync_every = sync_every
         self.max_staleness = max_staleness
         self.learner_version = learner_version or (lambda: engine.version)
@@ -95,11 +90,7 @@ class RetryingPrior:
         self._sync_error: EngineError | None = None  # raised by every request after a failed weight sync
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """One prior for each request, in order; uniform if all attempts fail.
-
-        Raises:
-            EngineError: the engine cannot be used any more.
-        """
+        """One prior for each request, in order. Raises EngineError if the engine cannot be used any more."""
         while True:
             if self._sync_error is not None:
                 raise self._sync_error
@@ -113,11 +104,7 @@ class RetryingPrior:
             await asyncio.sleep(0)  # let the weight sync acquire the lock
 
     async def learn(self, update: Callable[[], Awaitable[int]]) -> None:
-        """Run an update of the LLM, followed by a weight sync of the engine if one is due.
-
-        Args:
-            update: makes one update and returns the learner's version after it.
-        """
+        """Run ``update``, which returns the learner's new version, and a weight sync of the engine if one is due."""
         if self.engine.exclusive:
             async with self._lock.exclusive():
                 await self.engine.suspend()
@@ -137,35 +124,35 @@ class RetryingPrior:
                 raise
 
     async def _request(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        stats = self.statistics
+        stats, attempts, timeout_s = self.statistics, self.cfg.attempts, self.cfg.timeout_s
         stats.requests += len(requests)
         timeouts = 0
-        for attempt in range(1, self.attempts + 1):
+        for attempt in range(1, attempts + 1):
             await self.engine.ready()
             started = time.perf_counter()
             try:
                 with self.timeline.span("LLM prior"):
-                    priors = await asyncio.wait_for(self.engine.priors(requests), self.timeout_s)
+                    priors = await asyncio.wait_for(self.engine.priors(requests), timeout_s)
                 self._check(requests, priors)
             except EngineError:
                 raise
             except TimeoutError:
                 stats.timeouts += 1
                 timeouts += 1
-                problem = f"took longer than prior.timeout_s={self.timeout_s:g}"
+                problem = f"took longer than prior.timeout_s={timeout_s:g}"
             except Exception as error:  # whatever the failure is, the search needs a prior
                 problem = f"failed: {type(error).__name__}: {error}"
             else:
                 stats.latencies_s.append(time.perf_counter() - started)
                 stats.unparsed += sum(not prior.parsed for prior in priors)
                 return priors
-            if attempt < self.attempts:
+            if attempt < attempts:
                 stats.retries += 1
-                logger.warning(f"attempt {attempt} of {self.attempts} to compute priors {problem}; retrying")
-                await asyncio.sleep(self.backoff_s * 2 ** (attempt - 1))
+                logger.warning(f"attempt {attempt} of {attempts} to compute priors {problem}; retrying")
+                await asyncio.sleep(self.cfg.backoff_s * 2 ** (attempt - 1))
         stats.fallbacks += len(requests)
         logger.error(f"the last attempt to compute priors {problem}; {len(requests)} searches use a uniform prior")
-        if timeouts == self.attempts:  # the engine may hang
+        if timeouts == attempts:  # the engine may hang
             await self.engine.check()
         return [uniform_prior(len(request.valid_actions), version=self.learner_version()) for request in requests]
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
-from priorzero.llm.engines.base import PriorBuilder, PriorCache
+from priorzero.llm.engines.base import PriorBuilder, PriorCache, run_in_thread
 from priorzero.llm.engines.vllm_process import engine_arguments, first_logged_error, process_environment
 from priorzero.llm.engines.vllm_weights import (
     PARITY_TOLERANCE,
@@ -73,14 +73,7 @@ class VLLMEngine:
     through a folder; if the LLM has low-rank adapters, only the adapters are. After each start and each weight sync,
     vLLM's log-probabilities on a fixed prompt must agree with those of the training copy (:class:`ParityCheck`).
 
-    Args:
-        builder: tokenizes requests and builds priors; its ``llm`` is the training copy.
-        model: folder or hub id from which the training copy was loaded; vLLM loads it at first.
-        cfg: the ``vllm`` group of the settings.
-        max_model_len: largest number of tokens in a sequence.
-        log_file: file of vLLM's own log.
-        trust_remote_code: run code that comes with the model.
-        cache_size: number of cached priors.
+    ``model`` is the folder or hub id from which the training copy was loaded. ``cfg.max_model_len`` must be set.
     """
 
     def __init__(
@@ -89,22 +82,19 @@ class VLLMEngine:
         *,
         model: str,
         cfg: VLLMSettings,
-        max_model_len: int,
         log_file: Path,
         trust_remote_code: bool = False,
-        cache_size: int = 4096,
     ) -> None:
         self.version = 0
         self.builder = builder
         self.model = model
         self.cfg = cfg
-        self.max_model_len = max_model_len
         self.log_file = log_file
-        self.trust_remote_code = trust_remote_code
         self.exclusive = cfg.sleep
-        self.cache = PriorCache(builder, size=cache_size)
+        self.cache = PriorCache(builder)
         self.restarts = 0
         self._uses_lora = hasattr(builder.llm.model, "peft_config")
+        self._arguments = engine_arguments(builder.llm, cfg, tokenizer=model, trust_remote_code=trust_remote_code)
         self._engine: Any = None  # vLLM's AsyncLLM
         self._running = False  # started, and the parity check has passed
         self._crashed = False
@@ -158,15 +148,13 @@ class VLLMEngine:
         self._running, self._crashed = False, True
 
     async def _start(self, weights: ExportedWeights) -> None:
-        start = asyncio.ensure_future(asyncio.to_thread(self._start_process, self._initial_model(weights)))
+        model = self.model if weights.folder is None or self._uses_lora else str(weights.folder)
         try:
-            await asyncio.shield(start)
+            await run_in_thread(lambda: self._start_process(model))
             if self._uses_lora:
                 async with asyncio.timeout(self.cfg.sync_timeout_s):
                     await self._fail_if_dead(self._load(weights))
-        except asyncio.CancelledError:  # wait for the process, so that it can be ended
-            await asyncio.wait([start])
-            start.exception()  # retrieved, so that asyncio does not log it
+        except asyncio.CancelledError:
             await self._shut_down()
             raise
         except Exception as error:
@@ -177,25 +165,14 @@ class VLLMEngine:
                 f"by vllm.{memory}={getattr(self.cfg, memory):g}; --engine transformers does not need vLLM"
             ) from error
 
-    def _initial_model(self, weights: ExportedWeights) -> str:
-        return self.model if weights.folder is None or self._uses_lora else str(weights.folder)
-
     def _start_process(self, model: str) -> None:
         """Start vLLM. The engine is not returned, because the executor's thread would keep a reference to it."""
         self._log_start = self.log_file.stat().st_size if self.log_file.is_file() else 0
-        arguments = engine_arguments(
-            self.builder.llm,
-            self.cfg,
-            model=model,
-            tokenizer=self.model,
-            max_model_len=self.max_model_len,
-            trust_remote_code=self.trust_remote_code,
-        )
         with process_environment(log_file=self.log_file, scratch=self._scratch):
             from vllm.engine.arg_utils import AsyncEngineArgs
             from vllm.v1.engine.async_llm import AsyncLLM
 
-            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**arguments))
+            self._engine = AsyncLLM.from_engine_args(AsyncEngineArgs(model=model, **self._arguments))
 
     async def check(self) -> None:
         """As in the protocol. The engine works if it generates one token within :data:`CHECK_TIMEOUT_S`."""
@@ -205,9 +182,7 @@ class VLLMEngine:
         limit = min(CHECK_TIMEOUT_S, self.cfg.sync_timeout_s)
         try:
             async with asyncio.timeout(limit):
-                await self._generate(
-                    [self.builder.llm.tokenizer.eos_token_id], max_tokens=1, temperature=0.0, detokenize=False
-                )
+                await self._generate([self.builder.llm.tokenizer.eos_token_id], max_tokens=1)
         except _EngineDied:
             pass  # already marked as crashed
         except TimeoutError:
@@ -232,12 +207,7 @@ class VLLMEngine:
     # ---- requests ----
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
-        """As in the protocol.
-
-        Raises:
-            ValueError: a request has no valid actions.
-            RuntimeError: vLLM died; :meth:`ready` restarts it.
-        """
+        """As in the protocol. If vLLM dies, a RuntimeError is raised, and :meth:`ready` restarts it."""
         priors, missing = self.cache.look_up(requests)
         with self._measure_busy_time():
             computed = await gather_or_cancel(*(self._prior(request) for request in missing))
@@ -259,25 +229,21 @@ class VLLMEngine:
         return prior
 
     def _check_length(self, length: int) -> None:
-        if length > self.max_model_len:
-            raise PromptTooLongError(f"{length} tokens do not fit into vLLM's limit of {self.max_model_len} tokens")
+        limit = self.cfg.max_model_len
+        if length > limit:
+            raise PromptTooLongError(f"{length} tokens do not fit into vLLM's limit of {limit} tokens")
 
     async def _ranking_text(self, request: PriorRequest) -> str:
         prompt_ids = self.builder.prompt_ids(request)
         self._check_length(len(prompt_ids) + self.builder.generate_max_len)
         tokenizer = self.builder.llm.tokenizer
         output = await self._generate(
-            prompt_ids,
-            max_tokens=self.builder.generate_max_len,
-            temperature=0.0,
-            stop_token_ids=[tokenizer.eos_token_id],
-            detokenize=False,
+            prompt_ids, max_tokens=self.builder.generate_max_len, stop_token_ids=[tokenizer.eos_token_id]
         )
         return tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
 
     async def _row_logprobs(self, row: PromptRow) -> list[np.ndarray]:
-        """Token log-probabilities of each completion of a row, one vLLM request for each. The prefix cache shares the
-        prompt between them."""
+        """Token log-probabilities of each completion of a row, one vLLM request for each."""
         return await gather_or_cancel(
             *(self._completion_logprobs(row.prompt_ids, c, read_cache=True) for c in row.completions)
         )
@@ -293,11 +259,9 @@ class VLLMEngine:
         output = await self._generate(
             [*prompt_ids, *completion],
             max_tokens=1,
-            temperature=0.0,
             prompt_logprobs=0,
             skip_reading_prefix_cache=not read_cache,
             flat_logprobs=True,
-            detokenize=False,
         )
         # If an earlier request had the same prompt and a completion with the same beginning, completion tokens were
         # read from the cache as well, and their log-probabilities are undefined. Repeat without the cache.
@@ -308,20 +272,17 @@ class VLLMEngine:
         return np.array([positions[len(positions) - n + i][token].logprob for i, token in enumerate(completion)])
 
     async def _generate(self, token_ids: list[int], **sampling: Any) -> Any:
-        """vLLM's final output for one request.
-
-        Raises:
-            RuntimeError: vLLM has died.
-        """
+        """vLLM's final output for one request; generation is greedy."""
         from vllm import SamplingParams
         from vllm.v1.engine.exceptions import EngineDeadError
 
         request_id = f"prior-{next(self._request_ids)}"
+        parameters = SamplingParams(temperature=0.0, detokenize=False, **sampling)
         engine, output = self._engine, None
         lora = self._lora_request() if self._uses_lora else None
         try:
             async for latest in engine.generate(
-                {"prompt_token_ids": token_ids}, SamplingParams(**sampling), request_id, lora_request=lora
+                {"prompt_token_ids": token_ids}, parameters, request_id, lora_request=lora
             ):
                 output = latest
         except asyncio.CancelledError:
@@ -376,14 +337,12 @@ class VLLMEngine:
 
     async def suspend(self) -> None:
         """Free the GPU. With adapters the base model moves to the host's memory; full parameters are dropped."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         if self._running and not self._asleep:
             try:
                 async with asyncio.timeout(self.cfg.sync_timeout_s):
                     await self._fail_if_dead(self._engine.sleep(level=1 if self._uses_lora else 2))
                 self._asleep = True
-            except (EngineDeadError, _EngineDied, TimeoutError):
+            except (_EngineDied, TimeoutError):
                 self._mark_crashed()  # the next weight sync restarts it
 
     async def sync_weights(self, version: int) -> None:
@@ -407,13 +366,11 @@ class VLLMEngine:
         self, weights: ExportedWeights, *, previous: ExportedWeights | None, started: float
     ) -> None:
         """Load new parameters into the running vLLM and check them; mark vLLM as crashed if it dies or hangs."""
-        from vllm.v1.engine.exceptions import EngineDeadError
-
         try:
             async with asyncio.timeout(self.cfg.sync_timeout_s):
                 await self._fail_if_dead(self._load(weights))
                 await self._check_parity(weights, previous=previous, seconds=time.perf_counter() - started)
-        except (EngineDeadError, _EngineDied):
+        except _EngineDied:
             self._mark_crashed()
         except TimeoutError:
             logger.warning(
@@ -431,6 +388,8 @@ class VLLMEngine:
 
     async def _fail_if_dead(self, call: Coroutine[Any, Any, None]) -> None:
         """Await a call to vLLM; raise if vLLM dies. Only requests fail then by themselves; other calls never return."""
+        from vllm.v1.engine.exceptions import EngineDeadError
+
         task = asyncio.ensure_future(call)
         try:
             while not task.done():
@@ -438,6 +397,8 @@ class VLLMEngine:
                 if not task.done() and self._engine.errored:
                     raise _EngineDied("vLLM has died")
             await task
+        except EngineDeadError as error:
+            raise _EngineDied("vLLM has died") from error
         finally:
             task.cancel()
 
@@ -466,15 +427,8 @@ class VLLMEngine:
         return LoRARequest(f"version-{version}", version + 1, str(self._weights.folder))
 
     async def _export(self, version: int) -> ExportedWeights:
-        work = asyncio.ensure_future(
-            asyncio.to_thread(export_weights, self.builder.llm, version, scratch=self._scratch)
-        )
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:  # the folder must not be deleted while it is written
-            await asyncio.wait([work])
-            work.exception()  # retrieved, so that asyncio does not log it
-            raise
+        # Not `to_thread`: the folder must not be deleted while it is written.
+        return await run_in_thread(lambda: export_weights(self.builder.llm, version, scratch=self._scratch))
 
     async def _check_parity(
         self, weights: ExportedWeights, *, previous: ExportedWeights | None, seconds: float

@@ -26,29 +26,13 @@ def cores_for_training() -> int:
 
 
 def engine_arguments(
-    llm: LanguageModel,
-    cfg: VLLMSettings,
-    *,
-    model: str,
-    tokenizer: str,
-    max_model_len: int,
-    trust_remote_code: bool,
+    llm: LanguageModel, cfg: VLLMSettings, *, tokenizer: str, trust_remote_code: bool
 ) -> dict[str, Any]:
-    """Arguments of vLLM's ``AsyncEngineArgs``.
-
-    Args:
-        llm: the training copy.
-        cfg: the ``vllm`` group of the settings.
-        model: folder or hub id that vLLM loads; the base model if the LLM has adapters.
-        tokenizer: folder or hub id of the tokenizer.
-        max_model_len: largest number of tokens in a sequence.
-        trust_remote_code: run code that comes with the model.
-    """
+    """Arguments of vLLM's ``AsyncEngineArgs`` besides the model. ``tokenizer`` is a folder or a hub id."""
     arguments: dict[str, Any] = {
-        "model": model,
         "tokenizer": tokenizer,
         "dtype": str(llm.compute_dtype).removeprefix("torch."),
-        "max_model_len": max_model_len,
+        "max_model_len": cfg.max_model_len,
         "tensor_parallel_size": cfg.tensor_parallel_size,
         "gpu_memory_utilization": cfg.gpu_memory_utilization,
         "enable_prefix_caching": True,
@@ -110,9 +94,7 @@ def _environment_variables(log_file: Path, scratch: Path) -> dict[str, str]:
 def process_environment(*, log_file: Path, scratch: Path) -> Iterator[None]:
     """Set the environment that vLLM's processes inherit when they are started inside the block.
 
-    Args:
-        log_file: file of vLLM's own log.
-        scratch: temporary folder, which vLLM's processes delete if this process is killed.
+    They write their log to ``log_file``, and delete the folder ``scratch`` if this process is killed.
     """
     variables = _environment_variables(log_file, scratch)
     before = {name: os.environ.get(name) for name in variables}

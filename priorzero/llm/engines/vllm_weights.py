@@ -11,7 +11,7 @@ import torch
 from loguru import logger
 
 from priorzero.llm.models import LanguageModel, save_parameters
-from priorzero.llm.packing import PromptRow
+from priorzero.llm.packing import PromptRow, split_completions
 from priorzero.types import EngineError
 
 # Largest allowed mean absolute difference between token log-probabilities of vLLM and of the training copy, in nats.
@@ -38,7 +38,7 @@ class ExportedWeights:
     Attributes:
         version: number of LLM updates.
         folder: checkpoint or adapter; None for the parameters at the start of the training.
-        reference: the training copy's token log-probabilities of the parity completions.
+        reference: the training copy's log-probabilities of the parity completions' tokens, one array for each.
     """
 
     version: int
@@ -50,12 +50,9 @@ class ExportedWeights:
 def export_weights(llm: LanguageModel, version: int, *, scratch: Path) -> ExportedWeights:
     """Save the parameters to a folder in ``scratch``, in the type that vLLM computes in; only the adapters if any.
 
-    Raises:
-        OSError: the files cannot be written.
+    Raises OSError if the files cannot be written.
     """
-    token_logprobs, mask = llm.token_logprobs([parity_row(llm)])
-    values = token_logprobs.cpu().numpy()
-    reference = [values[r, : int(n)] for r, n in enumerate(mask.sum(dim=1))]
+    reference = split_completions(*llm.token_logprobs([parity_row(llm)]))
     uses_lora = hasattr(llm.model, "peft_config")
     if not version and not uses_lora:
         return ExportedWeights(version, None, reference)
@@ -73,8 +70,7 @@ def export_weights(llm: LanguageModel, version: int, *, scratch: Path) -> Export
 class ParityCheck:
     """Compares vLLM's log-probabilities of the parity completions with those of the training copy.
 
-    Args:
-        tolerance: largest allowed mean absolute difference, in nats a token.
+    ``tolerance`` is the largest allowed mean absolute difference, in nats a token.
     """
 
     def __init__(self, *, tolerance: float) -> None:
@@ -91,16 +87,10 @@ class ParityCheck:
         previous: ExportedWeights | None,
         seconds: float,
     ) -> None:
-        """Check that vLLM computes with ``weights``.
+        """Check that vLLM computes with ``weights``, which it has loaded in ``seconds``; raise EngineError otherwise.
 
-        Args:
-            served: vLLM's token log-probabilities of the parity completions.
-            weights: the parameters that vLLM has loaded.
-            previous: the parameters that it served before; None after a start.
-            seconds: duration of the load, for the log.
-
-        Raises:
-            EngineError: the difference exceeds the tolerance, or vLLM still computes with the previous parameters.
+        ``served`` are its token log-probabilities of the parity completions. ``previous`` are the parameters that it
+        served before; None after a start.
         """
         parity = _mean_difference(served, weights.reference)
         self._metrics = {"prior/parity": parity, "prior/sync_s": seconds}
@@ -149,5 +139,4 @@ class ParityCheck:
 
 
 def _mean_difference(a: Sequence[np.ndarray], b: Sequence[np.ndarray]) -> float:
-    """Mean absolute difference between two lists of token log-probabilities."""
     return float(np.abs(np.concatenate(a) - np.concatenate(b)).mean())

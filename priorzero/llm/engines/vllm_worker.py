@@ -34,15 +34,10 @@ class WorkerExtension:
 
 
 def end_with_owner(owner: int | None, engine: int | None, folder: str) -> None:
-    """Wait until the owner has ended, then end vLLM and delete the folder.
+    """Wait until the owner has ended, then end vLLM and delete the owner's temporary folder.
 
-    Without this, vLLM's processes would survive a killed owner and keep their GPU memory.
-
-    Args:
-        owner: pidfd of the process that started vLLM; None if it has ended already.
-        engine: pidfd of the process of vLLM's engine; None if this is that process. It is opened while the owner runs,
-            because a process whose parent has ended gets another parent, which must not be killed.
-        folder: the owner's temporary folder.
+    Without this, vLLM's processes would survive a killed owner and keep their GPU memory. ``owner`` and ``engine`` are
+    pidfds. ``owner`` is None if it has ended already, ``engine`` is None if it is this process.
     """
     if owner is not None:
         select.select([owner], [], [])
@@ -60,6 +55,7 @@ def watch_owner(pid: int, folder: str) -> None:
     except ProcessLookupError:
         owner = None
     parent = os.getppid()  # vLLM's engine, or the owner if the worker runs inside the engine's process
+    # Opened while the owner runs: a process whose parent has ended gets another parent, which must not be killed.
     engine = os.pidfd_open(parent) if owner is not None and parent != pid else None
     threading.Thread(target=end_with_owner, args=(owner, engine, folder), daemon=True).start()
 
