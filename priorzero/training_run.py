@@ -186,7 +186,7 @@ class TrainingRun:
         """Evaluate. If a stop is requested, the evaluation is cancelled and remains due."""
         results = await self.stop.run_or_cancel(self.evaluators.evaluate())
         if results is None:
-            await self.agent.world_model_thread.run("search", lambda: None)  # wait for a search that still runs
+            await self.agent.world_model_thread.drain()  # a search may still run
             return
         prior = self.agent.prior
         fallbacks = prior.take_statistics()["prior/fallbacks"] if prior is not None else None

@@ -152,7 +152,7 @@ def collect(settings: Settings, *, steps: int, reference: bool) -> tuple[float, 
             workers = use_reference(agent, settings, spec)
         else:
             workers = make_workers(settings, [spec], count=NUM_GAMES, first_seed=0)
-        collector = Collector(workers, player=agent.player, config=agent.config, seed=np.random.SeedSequence(1))
+        collector = Collector(workers, player=agent.player, seed=np.random.SeedSequence(1))
         records: list[StepRecord] = []
         add_statistics = collector.collected.add_statistics
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from priorzero.envs.cache import cache_dir, digest
+from priorzero.runtime.paths import user_cache_dir
 
 CACHE_VARIABLE = "PRIORZERO_ACTION_CACHE"
 MAX_ROWS = 200_000  # a row takes about 0.7 kB
@@ -17,6 +18,20 @@ BUSY_TIMEOUT_S = 2.0  # transactions take about a millisecond, so a longer wait 
 _CHECKSUM_SIZE = 16  # bytes
 
 logger = logging.getLogger(__name__)
+
+
+def cache_dir() -> Path:
+    """The folder of downloaded and generated games: ``games`` in the user's cache folder."""
+    return user_cache_dir() / "games"
+
+
+def digest(*fields: bytes) -> bytes:
+    """A 32-byte hash of a sequence of fields. It depends on where one field ends and the next begins."""
+    result = hashlib.blake2b(digest_size=32)
+    for field in fields:
+        result.update(len(field).to_bytes(8, "big"))
+        result.update(field)
+    return result.digest()
 
 
 def cache_file() -> Path | None:
@@ -56,9 +71,6 @@ class ActionCache:
             path: the file; None disables the cache.
             max_rows: maximum number of entries, at least 1. The oldest entries are deleted first.
             busy_timeout_s: how long to wait for the lock of another process, in seconds.
-
-        Raises:
-            ValueError: ``max_rows`` is below 1.
         """
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows} must be at least 1")

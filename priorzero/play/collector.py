@@ -13,6 +13,7 @@ import numpy as np
 from loguru import logger
 
 from priorzero.envs import GameWorker
+from priorzero.envs.worker import gather_replies
 from priorzero.llm.priors import agreement, entropy
 from priorzero.play.episode import Episode, EpisodeResult
 from priorzero.play.exploration import make_exploration
@@ -86,7 +87,6 @@ class Collector:
     Args:
         workers: the games, one environment each.
         player: makes the decisions.
-        config: LightZero's policy configuration, for the segments.
         seed: seed of the environments' generators.
         groups: number of groups. With one group, equal parameters and seeds give equal episodes.
         first_episode: number of the first episode. Collectors that share a replay buffer need different numbers.
@@ -98,7 +98,6 @@ class Collector:
         workers: Sequence[GameWorker],
         *,
         player: Player,
-        config: Any,
         seed: np.random.SeedSequence,
         groups: int = 1,
         first_episode: int = 0,
@@ -106,10 +105,10 @@ class Collector:
     ) -> None:
         self._workers = workers
         self._player = player
-        self._config = config
+        self._config = player.policy.lightzero_config
         self._groups = [range(g, len(workers), groups) for g in range(min(groups, len(workers)))]
         self._rngs = [np.random.default_rng(child) for child in seed.spawn(len(workers))]
-        self._writers = [SegmentWriter(config) for _ in workers]
+        self._writers = [SegmentWriter(self._config) for _ in workers]
         self._episodes: list[Episode | None] = [None] * len(workers)
         self._episode_numbers = [0] * len(workers)
         self._next_episode = first_episode
@@ -174,15 +173,12 @@ class Collector:
             if self.env_steps == collected.env_steps == 0:
                 logger.debug("the first actions are taken")
             with self._player.timeline.span("games"):
-                outcomes = await asyncio.gather(
-                    *(self._workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)),
-                    return_exceptions=True,
+                outcomes = await gather_replies(
+                    self._workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)
                 )
             for episode, decision, outcome in zip(playing, decisions, outcomes, strict=True):
                 if isinstance(outcome, GameWorkerError):
                     self._abandon(episode, decision, outcome, collected)
-                elif isinstance(outcome, BaseException):
-                    raise outcome
                 else:
                     state, reward = outcome
                     self._record(episode, decision, state, reward, collected)
@@ -229,43 +225,15 @@ class Collector:
         self, episode: Episode, decision: Decision, state: GameState, reward: float, collected: Collected
     ) -> None:
         """Store a decision and its outcome."""
-        e, before, result = episode.env, decision.state, decision.result
-        assert result is not None
-        shaping = shaped_reward(
-            self._counts[e % len(self._counts)],
-            before=before,
-            action=decision.action_text,
-            after=state,
-            cfg=self._player.settings.train,
-        )
-        record = StepRecord(
-            state=before,
-            features=episode.features[-1],
-            action_indices=decision.action_indices,
-            prompt=decision.prompt.text if decision.prompt is not None else "",
-            prior=decision.prior,
-            visit_counts=result.visit_counts,
-            root_value=result.root_value,
-            predicted_value=result.predicted_value,
-            chosen=decision.chosen,
-            behaviour_prob=decision.behaviour_prob,
-            reward=reward,
-            shaping=shaping,
-            done=state.done,
-            episode=self._episode_numbers[e],
-            step=len(episode.history),
-        )
+        e, cfg, counts = episode.env, self._player.settings.train, self._counts[episode.env % len(self._counts)]
+        before, action = decision.state, decision.action_text
+        counts.add(before=before, action=action, after=state, with_feedback=cfg.novelty_of == "feedback")
+        shaping = shaped_reward(counts, before=before, action=action, after=state, cfg=cfg)
+        number = self._episode_numbers[e]
+        record = decision.record(episode, number=number, reward=reward, shaping=shaping, done=state.done)
         features = self._player.features(state)
-        episode.advance(
-            action_text=record.action_text,
-            action_index=record.action_index,
-            reward=reward,
-            state=state,
-            features=features,
-        )
-        self._exploration.observe(
-            e, before=before, position=decision.chosen, reward=reward, after=state, history=episode.history
-        )
+        episode.advance(decision, reward=reward, state=state, features=features)
+        self._exploration.observe(e, position=decision.chosen, after=state, history=episode.history)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
         collected.env_steps += 1
         collected.add_statistics(decision, record)

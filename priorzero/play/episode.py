@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from priorzero.types import GameState, HistoryStep, Plain
+from priorzero.types import ActionChoice, GameState, HistoryStep, Plain
 
 
 @dataclass
@@ -35,21 +35,11 @@ class Episode:
     history: list[HistoryStep] = field(default_factory=list)
     total_reward: float = 0.0
 
-    def advance(
-        self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
-    ) -> None:
-        """Append the outcome of an action.
-
-        Args:
-            action_text: the action.
-            action_index: its index in the vocabulary.
-            reward: points that it gained.
-            state: the new state.
-            features: features of the new state, ``[F]``.
-        """
-        before = self.state
-        self.history.append(HistoryStep(before.feedback, action_text, reward, before.place, before.room, before.score))
-        self.actions.append(action_index)
+    def advance(self, choice: ActionChoice, *, reward: float, state: GameState, features: np.ndarray) -> None:
+        """Append the outcome of an action: the points that it gained, the new state and its features ``[F]``."""
+        old, action = self.state, choice.action_text
+        self.history.append(HistoryStep(old.feedback, action, reward, old.place, old.room, old.score))
+        self.actions.append(choice.action_index)
         self.features.append(features)
         self.total_reward += reward
         self.state = state
@@ -76,18 +66,10 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """An episode that has ended.
+    """An episode that has ended."""
 
-    Attributes:
-        total_reward: undiscounted return.
-        score: the game's score at the end.
-        steps: number of actions.
-        won: the game was won.
-        env_step: environment steps of the run when it ended.
-    """
-
-    total_reward: float
-    score: float
+    total_reward: float  # undiscounted return
+    score: float  # the game's score at the end
     steps: int
     won: bool
-    env_step: int
+    env_step: int  # environment steps of the run when it ended

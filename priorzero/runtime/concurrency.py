@@ -44,6 +44,10 @@ class OwnerThread:
         work = functools.partial(self._timed, span, function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
+    async def drain(self) -> None:
+        """Wait until all calls so far have ended, also those that were cancelled after they had started."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, lambda: None)
+
     def _timed(self, span: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         with self._timeline.span(span):
             return function(*args, **kwargs)

@@ -101,7 +101,7 @@ class PriorZeroGameSegment(GameSegment):
             "records": [table.number(record) for record in self.records],
             "padding": [table.number(record) for record in self.padding],
             "final_features": None if final is None else torch.from_numpy(final.copy()),
-            "is_over": self.terminated,  # the key that checkpoints have had from the start
+            "terminated": self.terminated,
         }
 
     @classmethod
@@ -112,7 +112,7 @@ class PriorZeroGameSegment(GameSegment):
             [records[n] for n in state["records"]],
             [records[n] for n in state["padding"]],
             final_features=None if final is None else final.numpy(),
-            terminated=state["is_over"],
+            terminated=state["terminated"],
             config=config,
         )
 
