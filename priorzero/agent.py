@@ -154,7 +154,7 @@ def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequen
     both = {game.md5 for game in games} & {game.md5 for game in unseen}
     if both:
         names = ", ".join(game.env_id for game in unseen if game.md5 in both)
-        raise UserError(f"eval.unseen: {names} is trained on (run.env_id); name other games")
+        raise UserError(f"eval.unseen contains games of run.env_id: {names}; give other games")
 
 
 def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, first_seed: int) -> list[GameWorker]:

@@ -17,7 +17,6 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import annotated_types
 import yaml
 from easydict import EasyDict
 from pydantic import ValidationError
@@ -152,15 +151,7 @@ def allowed(field: FieldInfo) -> str:
         prefix = "one or more of" if typing.get_origin(field.annotation) is list else "one of"
         return f"{prefix} {', '.join(choices)}"
     kind = {bool: "true or false", int: "a whole number", float: "a finite number", str: "text"}[field.annotation]  # type: ignore[index]
-    bounds: dict[str, Any] = {}
-    for constraint in field.metadata:
-        for name, constraint_type in (
-            ("ge", annotated_types.Ge),
-            ("gt", annotated_types.Gt),
-            ("le", annotated_types.Le),
-        ):
-            if isinstance(constraint, constraint_type):
-                bounds[name] = getattr(constraint, name)
+    bounds = {name: getattr(c, name) for c in field.metadata for name in ("ge", "gt", "le") if hasattr(c, name)}
     if "le" in bounds:
         return f"{kind} between {bounds['ge']} and {bounds['le']}"
     if "ge" in bounds:
@@ -197,15 +188,19 @@ def _prior_mode_conflicts(s: Settings) -> list[str]:
     errors, llm = [], s.llm
     if s.prior.mode == "rank":
         if llm.prompt_layout == "walkthrough":
-            errors.append("llm.prompt_layout=walkthrough needs prior.mode=score: its prompt asks for no ranking")
+            errors.append("llm.prompt_layout=walkthrough needs prior.mode=score: its prompt does not ask for a ranking")
         if llm.objective == "actions":
-            errors.append("llm.objective=actions needs prior.mode=score: a ranking is no distribution to learn")
+            errors.append(
+                "llm.objective=actions needs prior.mode=score: a ranking has no distribution over the valid actions"
+            )
         if llm.rft_clip > 0:
             errors.append(f"llm.rft_clip={llm.rft_clip:g} needs prior.mode=score: a ranking has no probabilities")
     elif s.prior.use_cot:
         errors.append("prior.use_cot=True needs prior.mode=rank: score generates no text")
     if not s.prior.enabled and not set(s.eval.modes) <= set(MODES_WITHOUT_LLM):
-        errors.append("prior.enabled=False leaves no LLM to evaluate; add --set eval.modes=world_model")
+        errors.append(
+            "eval.modes contains modes that need an LLM, but prior.enabled is false; type --set eval.modes=world_model"
+        )
     return errors
 
 
@@ -214,7 +209,7 @@ def _engine_conflicts(s: Settings) -> list[str]:
     if vllm.max_staleness < vllm.sync_every - 1:
         errors.append(
             f"vllm.max_staleness={vllm.max_staleness} must be at least {vllm.sync_every - 1}: with "
-            f"vllm.sync_every={vllm.sync_every} priors get that old between two weight updates"
+            f"vllm.sync_every={vllm.sync_every} priors become that old between two weight updates"
         )
     if vllm.sleep and s.train.overlap == "always":
         errors.append("vllm.sleep=True stops vLLM while the LLM learns; type --set train.overlap=never")
@@ -239,7 +234,7 @@ def _batch_conflicts(s: Settings) -> list[str]:
     if s.prior.enabled and llm.batch_size > s.train.batch_size:
         errors.append(
             f"llm.batch_size={llm.batch_size} must be at most train.batch_size={s.train.batch_size}: "
-            "both models learn from one sample"
+            "both models learn from the same sample"
         )
     if llm.batch_size % s.cluster.num_learners:
         errors.append(

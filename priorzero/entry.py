@@ -75,7 +75,7 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--engine",
         choices=("auto", "vllm", "transformers"),
-        help="what runs the language model for the prior (default: vllm on a GPU, transformers on a CPU)",
+        help="prior engine (default: vllm on a GPU, transformers on a CPU)",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings, such as those in configs/")
     parser.add_argument(

@@ -22,11 +22,8 @@ class Learner:
     in progress.
 
     Args:
-        agent: both models and the replay buffer.
-        settings: all settings.
-        counters: of the run; ``train_iter`` and ``llm_version`` are updated.
-        nonfinite: handles non-finite updates.
-        log: is called with the metrics of an iteration and the step.
+        counters: ``train_iter`` and ``llm_version`` are updated.
+        log: is called with the metrics of an iteration and ``train_iter``.
     """
 
     def __init__(
@@ -57,7 +54,7 @@ class Learner:
             self._task = None
 
     async def stop(self) -> None:
-        """Finish the update that is running, so that the parameters are consistent, and start no other."""
+        """Finish the update that is running, so that the parameters are consistent, and close the models' threads."""
         if self._task is not None:
             self._task.cancel()
             await asyncio.wait([self._task])

@@ -96,8 +96,8 @@ class PriorZeroPolicy(UniZeroLearner):
         samples, skipped = self.llm_learner.samples(records, sequences.returns()[: self.llm_batch_size])
         if not samples:
             logger.warning(
-                f"skipped an LLM update: none of {skipped} decisions can be used, since each has no prompt, has no "
-                "answer heading or is too long"
+                f"skipped an LLM update: none of its {skipped} decisions can be used, because each has no prompt, "
+                'no "Answer:" heading, or too long a prompt'
             )
             return {"train/llm_samples_skipped": float(skipped)}
         result = self.llm_learner.learn(samples)

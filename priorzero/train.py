@@ -70,9 +70,7 @@ def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) ->
 async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
     """Train until the run is finished or a stop is requested.
 
-    Args:
-        run: the run.
-        overlap: both models learn during the next collection; otherwise before it.
+    With ``overlap`` both models learn during the next collection, otherwise before it.
     """
     while True:
         # ---- evaluate and save, if due. This comes first because a run can be resumed here ----
@@ -85,6 +83,7 @@ async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
 
         # ---- collect: the LLM computes priors, UniZero searches, the games reply ----
         collected = await run.collect()
+        await run.learner.wait()  # for the updates of the previous iteration
         if collected is None:
             break
         run.store(collected)

@@ -38,16 +38,12 @@ class TrainingRun:
     """Everything that :mod:`priorzero.train` works with.
 
     Args:
-        settings: all settings.
-        games: the games that are trained on.
-        agent: both models and everything around them.
-        collector: plays with exploration.
-        evaluators: play without exploration.
-        folder: the run's folder, which exists.
         checkpoint: the run is resumed from it; None for a new run.
 
     Attributes:
         counters: how far the run is.
+        learner: updates both models in the background.
+        stop: whether Ctrl-C or SIGTERM requested a stop.
         evaluation_due: an evaluation is the next step. A run with ``run.max_env_step=0`` consists of one.
         save_due: a checkpoint is the next step, after an evaluation that is due.
     """
@@ -91,7 +87,7 @@ class TrainingRun:
 
     @property
     def is_finished(self) -> bool:
-        """The run has reached ``run.max_iter`` or ``run.max_env_step``."""
+        """Whether the run has reached ``run.max_iter`` or ``run.max_env_step``."""
         return self.counters.is_finished(self.settings.run)
 
     @property
@@ -147,11 +143,10 @@ class TrainingRun:
     # ---- the steps of an iteration ----
 
     async def collect(self) -> Collected | None:
-        """Collect the steps of an iteration and wait for the updates of the one before; None if a stop is requested."""
+        """Collect the steps of an iteration; None if a stop is requested before the end."""
         num_steps = self.settings.train.collect_env_steps
         collected = await self.collector.collect(num_steps, stop=lambda: self.stop.requested)
         self._unstored = self._unlogged = collected
-        await self.learner.wait()
         return collected
 
     def store(self, collected: Collected) -> None:

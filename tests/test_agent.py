@@ -38,7 +38,7 @@ def test_choose_engine_says_how_to_install_vllm(monkeypatch):
     [
         ([], [], "run.env_id is empty"),
         (["a", "b", "c"], [], "env.collector_env_num=2 must be a multiple of the 3 games"),
-        (["a", "b"], ["b"], "b is trained on"),
+        (["a", "b"], ["b"], "eval.unseen contains games of run.env_id: b;"),
     ],
 )
 def test_check_games_refuses_games_that_do_not_fit(games, unseen, words):

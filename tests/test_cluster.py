@@ -105,8 +105,8 @@ def test_ray_entry_reads_flags_and_debug_mode():
 @pytest.mark.parametrize(
     ("layer", "message"),
     [
-        ({"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}}, r"leaves PPO nothing to learn"),
-        ({"prior": {"mode": "rank"}}, r"needs prior\.mode=score and llm\.objective=actions"),
+        ({"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}}, r"PPO has no LLM to train"),
+        ({"prior": {"mode": "rank"}}, r"type --set prior\.mode=score --set llm\.objective=actions"),
         ({"ppo": {"sharding": "fsdp"}, "llm": {"use_lora": True}}, r"type --set ppo\.sharding=ddp"),
         ({"ppo": {"engine": "orz"}}, r"needs ppo\.credit=none"),
         (
@@ -117,8 +117,8 @@ def test_ray_entry_reads_flags_and_debug_mode():
             {"ppo": {"engine": "orz", "credit": "none"}, "replay": {"segment_length": 20}},
             r"replay\.segment_length=20 must be at least env\.max_episode_steps=25",
         ),
-        ({"llm": {"enable_rft": False}}, r"no effect on a cluster.*: llm\.enable_rft"),
-        ({"run": {"max_env_step": 0}}, r"run\.max_env_step=0 trains nothing"),
+        ({"llm": {"enable_rft": False}}, r"no effect on a cluster.*: llm\.enable_rft;"),
+        ({"run": {"max_env_step": 0}}, r"run\.max_env_step=0 only evaluates"),
     ],
 )
 def test_check_settings_says_what_ppo_cannot_do(layer, message):

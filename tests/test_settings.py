@@ -46,7 +46,7 @@ ROOT = Path(__file__).parent.parent
         ("llm.rft_clip=0.2 prior.mode=rank", "llm.rft_clip=0.2 needs prior.mode=score"),
         ("llm.objective=actions prior.mode=rank", "llm.objective=actions needs prior.mode=score"),
         ("llm.prompt_layout=walkthrough prior.mode=rank", "llm.prompt_layout=walkthrough needs prior.mode=score"),
-        ("prior.enabled=false", "prior.enabled=False leaves no LLM to evaluate; add --set eval.modes=world_model"),
+        ("prior.enabled=false", "need an LLM, but prior.enabled is false; type --set eval.modes=world_model"),
         ("vllm.sync_every=3", "vllm.max_staleness=1 must be at least 2: with vllm.sync_every=3"),
         ("vllm.sleep=true train.overlap=always", "type --set train.overlap=never"),
         ("vllm.max_model_len=500", "must be at least llm.prompt_max_len + llm.generate_max_len = 2304, or 0"),

@@ -226,7 +226,7 @@ def test_train_with_no_environment_steps_only_evaluates(tmp_path):
     [
         ({"run": {"env_id": ""}}, "run.env_id is empty"),
         ({"run": {"env_id": "toy1,toy2,toy3"}}, "env.collector_env_num=2 must be a multiple of the 3 games"),
-        ({"eval": {"unseen": "toy"}}, "toy is trained on"),
+        ({"eval": {"unseen": "toy"}}, "eval.unseen contains games of run.env_id: toy;"),
     ],
 )
 def test_train_refuses_games_that_do_not_fit_and_writes_nothing(tmp_path, changes, words):

@@ -455,7 +455,7 @@ def test_run_training_reports_that_vllm_cannot_start(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("vllm", "message"),
-    [({"max_model_len": 100_000}, "the model's 8192 tokens"), ({"sleep": True}, "frees a GPU's memory")],
+    [({"max_model_len": 100_000}, "the model's 8192 tokens"), ({"sleep": True}, "needs a GPU")],
 )
 def test_run_training_refuses_vllm_settings_before_it_writes(tmp_path, vllm, message):
     with pytest.raises(UserError, match=message):

@@ -34,7 +34,7 @@ async def result_of(reference: Any, *, timeout_s: float, process: str, setting: 
             if isinstance(error.cause, kind):
                 raise kind(str(error.cause)) from error
         if isinstance(error.cause, (RayActorError, GetTimeoutError)):
-            raise ProcessError(f"a process that {process} called failed ({_one_line(error.cause)})") from error
+            raise ProcessError(f"a call from {process} to another process failed ({_one_line(error.cause)})") from error
         raise
     except RayActorError as error:
         raise ProcessError(f"{process} died ({_one_line(error)})") from error

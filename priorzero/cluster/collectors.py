@@ -124,7 +124,7 @@ class Collectors:
                 self.restarts += 1
                 self._pids.pop(index, None)
                 kill_if_hanging(self._actors[index], error)
-                logger.warning(f"{error}; it is restarted")
+                logger.warning(f"{error}; Ray restarts collector {index}")
                 self.start(index, wait_until_ready=True)
                 continue
             if result is not None:
@@ -146,7 +146,7 @@ class Collectors:
         setting = "cluster.timeout_s for each episode and mode"
         try:
             results: Evaluations = await result_of(
-                reference, timeout_s=limit, process=f"collector {index}, which evaluates,", setting=setting
+                reference, timeout_s=limit, process=f"the evaluation on collector {index}", setting=setting
             )
         except ProcessError as error:
             kill_if_hanging(actor, error)

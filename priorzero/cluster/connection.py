@@ -29,15 +29,18 @@ UNUSED_SETTINGS = {
 def check_settings(settings: Settings) -> None:
     """Raises UserError if PPO cannot learn with these settings, or if its engine is not available."""
     if not settings.prior.enabled:
-        raise UserError("prior.enabled=False leaves PPO nothing to learn; priorzero.entry trains UniZero alone")
+        raise UserError(
+            "prior.enabled=false: PPO has no LLM to train; to train UniZero alone, type python -m priorzero.entry "
+            "--preset pure_unizero"
+        )
     if settings.prior.mode != "score" or settings.llm.objective == "tokens":
         raise UserError(
-            "PPO's policy is the prior over the valid actions: it needs prior.mode=score and llm.objective=actions"
+            "PPO trains the prior over the valid actions; type --set prior.mode=score --set llm.objective=actions"
         )
     if settings.ppo.sharding == "fsdp" and settings.llm.use_lora:
         raise UserError("ppo.sharding=fsdp does not support llm.use_lora=true; type --set ppo.sharding=ddp")
     if settings.run.max_env_step == 0:
-        raise UserError("run.max_env_step=0 trains nothing; use python -m priorzero.entry to evaluate")
+        raise UserError("run.max_env_step=0 only evaluates; type python -m priorzero.entry instead")
     if settings.ppo.engine == "orz":
         check_orz(settings)
     changed = differences(settings)
@@ -45,7 +48,9 @@ def check_settings(settings: Settings) -> None:
         f"{group}.{key}" for group, keys in UNUSED_SETTINGS.items() for key in keys if key in changed.get(group, {})
     ]
     if unused:
-        raise UserError(f"no effect on a cluster, where the LLM learns by PPO: {', '.join(unused)}; leave it out")
+        raise UserError(
+            f"these settings have no effect on a cluster, where PPO trains the LLM: {', '.join(unused)}; leave them out"
+        )
 
 
 def connect(settings: Settings, *, namespace: str) -> None:
@@ -65,7 +70,9 @@ def connect(settings: Settings, *, namespace: str) -> None:
         try:
             socket.create_connection((host_and_port[1], int(host_and_port[2])), timeout=10.0).close()
         except (OSError, OverflowError) as error:
-            raise UserError(f"cluster.address={address}: cannot connect ({error}); run ray status") from error
+            raise UserError(
+                f"cluster.address={address}: cannot connect ({error}); to check the cluster, type ray status"
+            ) from error
     try:
         if address:
             ray.init(address=address, namespace=namespace, logging_level=logging.ERROR)

@@ -58,9 +58,9 @@ def plan_resources(settings: Settings, *, cpus: float, gpus: float) -> dict[str,
         shares = {"collector": small_share, "server": large_share, "world_model": small_share, "learner": large_share}
         if cluster.num_learners > 1 and large_share < 0.9:
             raise UserError(
-                f"cluster.num_learners={cluster.num_learners} would have to share GPUs, which their exchange of "
-                f"gradients (nccl) does not support: with {gpus} GPUs and cluster.num_servers={cluster.num_servers} "
-                f"type --set cluster.num_learners={max(1, gpus - cluster.num_servers)}"
+                f"cluster.num_learners={cluster.num_learners}: the PPO learners would have to share GPUs, which nccl "
+                f"does not support; with {gpus} GPUs and cluster.num_servers={cluster.num_servers}, type "
+                f"--set cluster.num_learners={max(1, gpus - cluster.num_servers)}"
             )
     return {role: Share(num_cpus, shares[role]) for role in counts}
 

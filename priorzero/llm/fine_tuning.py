@@ -243,7 +243,7 @@ class LLMLearner:
             return result
         self.micro_batch_size //= 2
         torch.cuda.empty_cache()
-        logger.warning(f"out of GPU memory in an LLM update; micro-batches have {self.micro_batch_size} decisions now")
+        logger.warning(f"out of GPU memory in an LLM update; the micro-batch size is now {self.micro_batch_size}")
         return self.learn(samples)
 
     def _step(self) -> None:

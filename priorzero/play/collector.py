@@ -217,7 +217,7 @@ class Collector:
         if not self._is_given_up(e):
             logger.warning(f"game {e} could not start ({error})")
             return
-        logger.error(f"game {e} is given up: it could not start {MAX_FAILED_STARTS} times in a row ({error})")
+        logger.error(f"game {e} is abandoned: it could not start {MAX_FAILED_STARTS} times in a row ({error})")
         if all(map(self._is_given_up, range(len(self._workers)))):
             raise error
 

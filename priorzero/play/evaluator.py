@@ -181,7 +181,7 @@ class Evaluators:
                     try:
                         evaluation = await evaluator.evaluate(mode)
                     except GameWorkerError as error:
-                        logger.error(f"evaluation, {mode}: {evaluator.game} is left out ({error})")
+                        logger.error(f"evaluation, {mode}: {evaluator.game} is skipped ({error})")
                     else:
                         results.setdefault((mode, unseen), {})[evaluator.game] = evaluation
         return results

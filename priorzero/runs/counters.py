@@ -10,19 +10,12 @@ from priorzero.settings import RunSettings
 
 @dataclass
 class Counters:
-    """How far a run is.
+    """How far a run is."""
 
-    Attributes:
-        iteration: iterations (collect, then learn).
-        env_step: environment steps.
-        train_iter: world-model updates.
-        llm_version: LLM updates.
-    """
-
-    iteration: int = 0
+    iteration: int = 0  # collect, then learn
     env_step: int = 0
-    train_iter: int = 0
-    llm_version: int = 0
+    train_iter: int = 0  # world-model updates
+    llm_version: int = 0  # LLM updates
 
     def is_finished(self, run: RunSettings) -> bool:
         """Whether ``run.max_iter`` or ``run.max_env_step`` is reached."""
@@ -37,5 +30,5 @@ class Counters:
         return dataclasses.asdict(self)
 
     def describe(self) -> str:
-        """One line."""
+        """All counts in one line."""
         return ", ".join(f"{name} {count}" for name, count in self.as_dict().items())

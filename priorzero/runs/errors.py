@@ -15,16 +15,7 @@ DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 @contextlib.contextmanager
 def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True) -> Iterator[None]:
-    """Turn errors of games, engines and disks into messages for the user.
-
-    Args:
-        folder: the run's.
-        settings: all settings.
-        resumable: ``--resume`` can continue the run.
-
-    Raises:
-        UserError: in place of these errors. Other errors are raised as they are.
-    """
+    """Raise UserError in place of errors of games, engines and disks. ``resumable``: ``--resume`` continues the run."""
     try:
         yield
     except GameWorkerError as error:

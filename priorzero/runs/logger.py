@@ -25,6 +25,7 @@ from priorzero.settings import RunSettings, Settings
 from priorzero.types import Plain
 from priorzero.world_model.segment import PriorZeroGameSegment
 
+EPISODES, EVALUATIONS = "episodes.jsonl", "evaluations.jsonl"
 # The first of these modes that was evaluated is the run's main result.
 MAIN_MODES = ("world_model_with_prior", "world_model")
 
@@ -40,9 +41,6 @@ class MetricsWriter:
     """Writes scalars for TensorBoard and keeps the last value of each.
 
     A value that is not finite is not written. It is counted and logged.
-
-    Args:
-        folder: folder of the event file.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -87,8 +85,6 @@ class RunLogger:
     """Logs a run into its folder and to the terminal.
 
     Args:
-        folder: the run's.
-        run: the ``run`` group of the settings.
         state: :meth:`state_dict` of the run that is resumed; None for a new run.
     """
 
@@ -110,8 +106,13 @@ class RunLogger:
 
     def state_dict(self) -> Plain:
         """The last metrics, the time, and the sizes of all files that are appended to."""
-        lines = {path.name: path.stat().st_size for path in self.folder.glob("e*.jsonl") if _synced(path)}
-        return {"last": dict(self.writer.last), "seconds": self.seconds, "sizes": {**lines, **self.writer.sizes()}}
+        sizes = self.writer.sizes()
+        for path in (self.folder / EPISODES, self.folder / EVALUATIONS):
+            if path.exists():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+                sizes[path.name] = path.stat().st_size
+        return {"last": dict(self.writer.last), "seconds": self.seconds, "sizes": sizes}
 
     def log_iteration(
         self,
@@ -122,15 +123,7 @@ class RunLogger:
         time_usage: TimeUsage,
         episodes: Iterable[EpisodeResult],
     ) -> None:
-        """Log an iteration.
-
-        Args:
-            counters: of the run.
-            scalars: metrics of the iteration.
-            prior: metrics of the prior; None without an LLM.
-            time_usage: how the time of the iteration was used.
-            episodes: training episodes that ended in it.
-        """
+        """Log an iteration: its metrics, the prior's (None without an LLM), and the episodes that ended in it."""
         iteration = counters.iteration
         if prior is not None:
             self.writer.write(prior, step=iteration)
@@ -139,7 +132,7 @@ class RunLogger:
         timing = {**time_usage.scalars(), "memory/peak_mb": peak_memory_mb()}
         self.writer.write({**scalars, **timing}, step=iteration)
         logger.debug(f"iteration {iteration}, {time_usage.wall:.1f} s: {time_usage.describe()}")
-        self._append("episodes.jsonl", [dataclasses.asdict(episode) for episode in episodes])
+        self._append(EPISODES, [dataclasses.asdict(episode) for episode in episodes])
         self.progress.show(
             iteration=iteration,
             env_step=counters.env_step,
@@ -163,7 +156,7 @@ class RunLogger:
         evaluations, scalars = {}, {}
         for (mode, unseen), of_games in results.items():
             self._append(
-                "evaluations.jsonl",
+                EVALUATIONS,
                 [
                     {"env_step": env_step, "game": game, "unseen": unseen, **dataclasses.asdict(evaluation)}
                     for game, evaluation in of_games.items()
@@ -206,10 +199,3 @@ def log_segments(segments: Iterable[PriorZeroGameSegment], *, iteration: int) ->
             f"predicted {np.mean([r.predicted_value for r in records]):.3f}, "
             f"with prompt {sum(bool(r.prompt) for r in records)}, ends episode {records[-1].done}"
         )
-
-
-def _synced(path: Path) -> bool:
-    """True once everything written to the file is on the disk."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return True

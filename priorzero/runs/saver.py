@@ -18,7 +18,6 @@ class Saver:
     """Writes the checkpoints of a run.
 
     Args:
-        run_folder: the run's.
         keep: number of checkpoints to keep; 0 keeps all.
 
     Attributes:
@@ -58,8 +57,7 @@ class Saver:
         Nothing is written if :meth:`is_saved`.
 
         Args:
-            name: name of the checkpoint.
-            write: writes its files into a folder; raises OSError or RuntimeError if this fails.
+            write: writes the files into a folder; raises OSError or RuntimeError if this fails.
             about: entries of the manifest.
         """
         if self.is_saved(name, about=about):

@@ -49,19 +49,7 @@ def summary_rows(
     resources: Mapping[str, str],
     checkpoint: Path | None,
 ) -> dict[str, Any]:
-    """The rows of a run's summary.
-
-    Args:
-        counters: of the run.
-        settings: all settings.
-        games: names of the games.
-        num_episodes: number of training episodes that have ended.
-        recent_returns: returns of the last episodes.
-        updates: rows about the models' updates.
-        evaluations: the last evaluation of each mode.
-        resources: rows about time and memory.
-        checkpoint: the last checkpoint.
-    """
+    """The rows of a run's summary. ``updates`` and ``resources`` are rows themselves."""
     mean_return = f"{np.mean(list(recent_returns)):.2f}" if recent_returns else "-"
     return {
         "game": games,
@@ -84,7 +72,7 @@ def format_table(rows: Mapping[str, Any]) -> str:
 
 
 def describe_evaluation(evaluation: Evaluation) -> str:
-    """One line."""
+    """Mean score, mean return and wins, in one line."""
     return (
         f"mean score {evaluation.mean_score:.2f} of {evaluation.max_score:g}, "
         f"mean return {evaluation.mean_return:.2f}, {evaluation.wins} of {len(evaluation.returns)} episodes won"

@@ -161,8 +161,8 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
             if self._has_successor(index):
                 return index
         raise UserError(
-            "no stored decision is followed by another one or by a terminal state, but the world model learns from "
-            "pairs of states; raise env.max_episode_steps"
+            "the world model needs two consecutive states of an episode, but the replay buffer has none; raise "
+            "env.max_episode_steps"
         )
 
     def _has_successor(self, index: np.ndarray) -> bool:

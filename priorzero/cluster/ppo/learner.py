@@ -109,7 +109,7 @@ class PPOLearner:
         if step_id == self.step_id:
             return self._result
         if step_id != self.step_id + 1:
-            raise ValueError(f"PPO step {step_id} after step {self.step_id}")
+            raise ValueError(f"PPO step {step_id} after step {self.step_id}; expected step {self.step_id + 1}")
         try:
             result = PPOResult(self._learn(trajectories))
         except NonFiniteError as error:

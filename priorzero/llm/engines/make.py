@@ -63,7 +63,7 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
                 "leave it at 0"
             )
     if settings.vllm.sleep and llm.device.type == "cpu":
-        raise UserError("vllm.sleep=True frees a GPU's memory, and this run is on a CPU; leave it out")
+        raise UserError("vllm.sleep=true needs a GPU, but this run uses the CPU; leave it out")
     return VLLMEngine(
         builder,
         model=resolve_model(settings.llm.path, setting="llm.path"),

@@ -161,10 +161,10 @@ class RetryingPrior:
                 return priors
             if attempt < self.attempts:
                 stats.retries += 1
-                logger.warning(f"LLM prior {problem}; attempt {attempt} of {self.attempts}, retrying")
+                logger.warning(f"attempt {attempt} of {self.attempts} to compute priors {problem}; retrying")
                 await asyncio.sleep(self.backoff_s * 2 ** (attempt - 1))
         stats.fallbacks += len(requests)
-        logger.error(f"LLM prior {problem}; {len(requests)} searches use a uniform prior")
+        logger.error(f"the last attempt to compute priors {problem}; {len(requests)} searches use a uniform prior")
         if timeouts == self.attempts:  # the engine may hang
             await self.engine.check()
         return [uniform_prior(len(request.valid_actions), version=self.learner_version()) for request in requests]

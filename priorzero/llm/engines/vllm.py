@@ -211,7 +211,7 @@ class VLLMEngine:
         except _EngineDied:
             pass  # already marked as crashed
         except TimeoutError:
-            logger.warning(f"vLLM has not generated one token in {limit:g} s; it hangs and is ended")
+            logger.warning(f"vLLM did not generate one token within {limit:g} s; it counts as crashed and is killed")
             if checked is self._engine:  # otherwise it has been restarted meanwhile
                 self._mark_crashed()
 
@@ -417,7 +417,8 @@ class VLLMEngine:
             self._mark_crashed()
         except TimeoutError:
             logger.warning(
-                f"vLLM took longer than vllm.sync_timeout_s={self.cfg.sync_timeout_s:g} for new weights; it is ended"
+                f"vLLM took longer than vllm.sync_timeout_s={self.cfg.sync_timeout_s:g} to load new weights; it "
+                "counts as crashed and is killed"
             )
             self._mark_crashed()
         except EngineError:

@@ -105,7 +105,7 @@ class ParityCheck:
         parity = _mean_difference(served, weights.reference)
         self._metrics = {"prior/parity": parity, "prior/sync_s": seconds}
         message = (
-            f"vLLM serves LLM version {weights.version} after {seconds:.1f} s; parity {parity:.2g} nats a token "
+            f"vLLM serves LLM version {weights.version} after {seconds:.1f} s; parity {parity:.2g} nats per token "
             f"(at most {self._tolerance:g} allowed)"
         )
         if previous is not None:
@@ -117,8 +117,8 @@ class ParityCheck:
             self._check_not_stale(served, weights, previous=previous)
         if not parity <= self._tolerance:  # True also for NaN
             raise EngineError(
-                f"vLLM and the training copy differ by {parity:.3g} nats a token, more than "
-                f"{self._tolerance:g} (vllm.parity_tolerance); vLLM does not compute with version {weights.version}"
+                f"vLLM and the trained LLM differ by {parity:.3g} nats per token, more than "
+                f"{self._tolerance:g} (vllm.parity_tolerance); vLLM does not use version {weights.version}"
             )
         self._last_served = served
         self._rounding_error = max(self._rounding_error, parity)
@@ -138,7 +138,7 @@ class ParityCheck:
         if closer_to_previous or unchanged:
             raise EngineError(
                 f"vLLM was given version {weights.version} of the LLM but still computes with version "
-                f"{previous.version}: it differs by {to_new:.2g} nats a token from the new version and by "
+                f"{previous.version}: it differs by {to_new:.2g} nats per token from the new version and by "
                 f"{to_previous:.2g} from the old one"
             )
 
