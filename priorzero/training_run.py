@@ -246,9 +246,7 @@ class TrainingRun:
             self._logger.close()
         if self._lock is not None:
             self._lock.close()
-        timeline = self.agent.timeline
-        if self.settings.run.trace_iterations and timeline.has_trace:
-            timeline.write_trace(self.folder / "trace.json")
+        self.agent.timeline.write_trace(self.folder / "trace.json")
 
     def summary(self) -> RunSummary:
         """Log and return the summary of the run.

@@ -146,16 +146,7 @@ class TextGame(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HistoryStep:
-    """One past decision of an episode.
-
-    Attributes:
-        feedback: feedback of the state in which the action was taken.
-        action: the action.
-        reward: points that it gained.
-        place: :attr:`GameState.place` of the state in which it was taken.
-        room: :attr:`GameState.room` of that state.
-        score: score of that state.
-    """
+    """One past decision of an episode: the action, the points that it gained, and the state in which it was taken."""
 
     feedback: str
     action: str

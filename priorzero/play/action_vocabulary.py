@@ -15,7 +15,7 @@ class ActionIndexer(Protocol):
     """Assigns distinct indices below ``capacity`` to the valid actions of a state.
 
     Attributes:
-        capacity: ``A``.
+        capacity: number of indices ``A``, ``env.action_space_size``.
         num_overflows: how often an action found no free index.
         num_used: number of indices that have been assigned. These are the indices below it.
     """
@@ -28,11 +28,9 @@ class ActionIndexer(Protocol):
 
     def keep(self, actions: Sequence[str]) -> tuple[str, ...]:
         """The first ``capacity`` actions. The others are counted as overflows."""
-        ...
 
     def indices(self, actions: Sequence[str]) -> np.ndarray:
         """Distinct indices of at most ``capacity`` actions, ``[K]`` int64."""
-        ...
 
     def state_dict(self) -> Plain: ...
 
@@ -44,9 +42,6 @@ class ActionVocabulary:
 
     If no index is free, a new action gets the index of the action that has not been valid for the longest time. This is
     counted as an overflow: what the world model has learned for the old action is then applied to the new one.
-
-    Args:
-        capacity: number of indices ``A``, ``env.action_space_size``.
     """
 
     def __init__(self, capacity: int) -> None:

@@ -18,6 +18,7 @@ class Episode:
 
     Attributes:
         env: index of its environment.
+        number: unique among the collected episodes of a run; 0 in an evaluation.
         state: the present state.
         features: features of the latest observations, ``[F]`` each, the present one last.
         actions: indices of the actions between them.
@@ -28,6 +29,7 @@ class Episode:
     """
 
     env: int
+    number: int
     state: GameState
     features: deque[np.ndarray]
     actions: deque[int]
@@ -47,6 +49,7 @@ class Episode:
     def state_dict(self) -> Plain:
         """Everything except ``env`` and ``rng``, which outlive the episode."""
         return {
+            "number": self.number,
             "state": dataclasses.astuple(self.state),
             "features": [torch.from_numpy(features.copy()) for features in self.features],
             "actions": list(self.actions),
@@ -56,6 +59,7 @@ class Episode:
 
     def load_state_dict(self, state: Plain) -> None:
         """The inverse of :meth:`state_dict`, into an episode at its beginning."""
+        self.number = state["number"]
         self.state = GameState(*state["state"])
         self.features.clear()
         self.features.extend(features.numpy() for features in state["features"])

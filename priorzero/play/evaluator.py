@@ -55,12 +55,10 @@ class Evaluation:
 
     @property
     def mean_return(self) -> float:
-        """Mean over the episodes."""
         return float(np.mean(self.returns))
 
     @property
     def mean_score(self) -> float:
-        """Mean over the episodes."""
         return float(np.mean(self.scores))
 
 

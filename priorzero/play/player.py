@@ -37,8 +37,8 @@ class Decision(ActionChoice):
     prompt: Prompt | None
     result: SearchResult | None
 
-    def record(self, episode: Episode, *, number: int, reward: float, shaping: float, done: bool) -> StepRecord:
-        """The record of this decision, the next one of ``episode``; ``number`` is the episode's."""
+    def record(self, episode: Episode, *, reward: float, shaping: float, done: bool) -> StepRecord:
+        """The record of this decision and its outcome; ``episode`` has not advanced yet."""
         assert self.result is not None
         return StepRecord(
             state=self.state,
@@ -54,7 +54,7 @@ class Decision(ActionChoice):
             reward=reward,
             shaping=shaping,
             done=done,
-            episode=number,
+            episode=episode.number,
             step=len(episode.history),
         )
 
@@ -82,11 +82,11 @@ class Player:
     timeline: Timeline
     _warned_of_length: bool = field(default=False, init=False)
 
-    def new_episode(self, env: int, state: GameState, *, rng: np.random.Generator) -> Episode:
+    def new_episode(self, env: int, state: GameState, *, rng: np.random.Generator, number: int = 0) -> Episode:
         """An episode at its beginning in environment ``env``, whose generator is ``rng``."""
         num_observations = self.settings.world_model.context_length // 2
         features = deque([self.features(state)], maxlen=num_observations)
-        return Episode(env, state, features, deque(maxlen=num_observations - 1), rng)
+        return Episode(env, number, state, features, deque(maxlen=num_observations - 1), rng)
 
     def features(self, state: GameState) -> np.ndarray:
         """The text encoder's features of a state, ``[F]``."""

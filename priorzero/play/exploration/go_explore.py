@@ -164,14 +164,12 @@ class _EpisodeProgress:
             one after it. None: it does not deviate.
         off_path_reward: points gained and lost since the deviation began, without those that the archive expected.
             Once the sum is positive, the deviation is over.
-        num_actions: number of actions so far.
-        plan: the archive's plan for the present decision; None between decisions.
     """
 
     deviation: tuple[int, int] | None
     off_path_reward: float = 0.0
-    num_actions: int = 0
-    plan: Plan | None = None
+    num_actions: int = 0  # so far
+    plan: Plan | None = None  # the archive's plan for the present decision; None between decisions
 
     @property
     def deviates(self) -> bool:
@@ -181,13 +179,7 @@ class _EpisodeProgress:
 
 
 class GoExplore(Exploration):
-    """The strategy, see the module's docstring; ``search.exploration=go_explore``.
-
-    Args:
-        counts: the counts of each game; environment ``e`` plays game ``e % len(counts)``.
-        deviation_prob: ``search.deviation_prob``.
-        prior_floor: ``prior.floor``.
-    """
+    """The strategy, see the module's docstring. Environment ``e`` plays the game of ``counts[e % len(counts)]``."""
 
     def __init__(self, counts: Sequence[NoveltyCounts], *, deviation_prob: float, prior_floor: float) -> None:
         self._counts = counts
