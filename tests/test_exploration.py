@@ -134,3 +134,7 @@ def test_evaluation_never_calls_a_strategy(monkeypatch, name):
 
 def test_make_exploration_knows_every_name():
     assert len({type(make(name)[0]) for name in STRATEGIES}) == len(STRATEGIES)
+    settings = make_settings()
+    settings.search.exploration = "unknown"
+    with pytest.raises(ValueError, match="search.exploration='unknown' is unknown"):
+        make_exploration(settings, [])

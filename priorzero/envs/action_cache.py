@@ -35,11 +35,9 @@ def digest(*fields: bytes) -> bytes:
 
 
 def cache_file() -> Path | None:
-    """The path of the cache file.
+    """The value of ``$PRIORZERO_ACTION_CACHE``, or ``valid_actions.sqlite3`` in the folder of downloaded games.
 
-    Returns:
-        The value of ``$PRIORZERO_ACTION_CACHE``; if it is not set or empty, ``valid_actions.sqlite3`` in the folder of
-        downloaded games. None if the value is ``off``, or, with a warning, if the user has no home folder.
+    None if the value is ``off``, or, with a warning, if the user has no home folder.
     """
     value = os.environ.get(CACHE_VARIABLE)
     if value == "off":

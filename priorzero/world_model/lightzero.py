@@ -42,13 +42,11 @@ def register_policy(name: str) -> Callable[[PolicyClass], PolicyClass]:
 
 
 def unizero_config(settings: Settings, *, feature_size: int, device: str) -> EasyDict:
-    """LightZero's policy configuration for UniZero on vector observations of size ``F``."""
+    """LightZero's policy configuration for UniZero on vector observations of size ``F``; the rest are its defaults."""
     wm, search, replay, train = settings.world_model, settings.search, settings.replay, settings.train
     actions = settings.env.action_space_size
     world_model_cfg = dict(
-        continuous_action_space=False,
         obs_type="vector",
-        tokens_per_block=2,
         max_blocks=wm.num_unroll_steps,
         max_tokens=2 * wm.num_unroll_steps,
         context_length=wm.context_length,
@@ -63,14 +61,12 @@ def unizero_config(settings: Settings, *, feature_size: int, device: str) -> Eas
         policy_entropy_weight=wm.policy_entropy_weight,
         env_num=1,
         num_simulations=1,  # sizes key-value pools that our inference does not use
-        group_size=8,
         device=device,
         num_unroll_steps=wm.num_unroll_steps,
     )
     changes = dict(
         device=device,
         cuda=device == "cuda",
-        multi_gpu=False,
         type="priorzero",
         model=dict(
             observation_shape=feature_size,
@@ -79,10 +75,8 @@ def unizero_config(settings: Settings, *, feature_size: int, device: str) -> Eas
             support_scale=wm.support_scale,
             reward_support_size=2 * wm.support_scale + 1,
             value_support_size=2 * wm.support_scale + 1,
-            norm_type="BN",
             world_model_cfg=world_model_cfg,
         ),
-        env_type="not_board_games",
         # Visit targets are stored over the whole vocabulary: the varied form breaks on padded segments.
         action_type="fixed_action_space",
         num_simulations=search.num_simulations,
@@ -108,10 +102,6 @@ def unizero_config(settings: Settings, *, feature_size: int, device: str) -> Eas
         reanalyze_ratio=0.0,
         collector_env_num=settings.env.collector_env_num,
         evaluator_env_num=settings.env.evaluator_env_num,
-        cos_lr_scheduler=False,
-        piecewise_decay_lr_scheduler=False,
-        use_wandb=False,
-        accumulation_steps=1,
     )
     config = UniZeroPolicy.default_config()
     _merge(config, changes)

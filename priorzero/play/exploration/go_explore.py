@@ -54,11 +54,10 @@ class Plan:
     Attributes:
         actions: True for the valid actions that are on the best known trajectory, ``[K]`` bool; all False if no
             trajectory to a higher score is known.
-        expected_gain: points that the trajectory gains from here on.
     """
 
     actions: np.ndarray
-    expected_gain: float = 0.0
+    expected_gain: float = 0.0  # points that the trajectory gains from here on
 
 
 class Archive:
