@@ -75,6 +75,7 @@ class ReferencePolicy:
 
     def __init__(self, policy: Any) -> None:
         self._policy = policy
+        self.lightzero_config = policy.lightzero_config
 
     def search(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
         return [self._policy.search([root], num_actions=num_actions)[0] for root in roots]
