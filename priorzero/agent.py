@@ -6,7 +6,6 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +24,6 @@ from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import Settings
 from priorzero.types import PriorEngine, UserError
-from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.replay import PriorZeroGameBuffer
 
 FIRST_EVALUATION_SEED = 10_000  # seeds of games: collection counts from run.seed, evaluation from run.seed + this
@@ -46,7 +44,6 @@ class Agent:
         llm: the training copy of the LLM; None for UniZero alone, like ``engine`` and ``prior``.
         engine: computes the LLM's priors.
         prior: the engine with retries.
-        config: LightZero's policy configuration.
         timeline: records what runs when.
         world_model_thread: see above.
         llm_thread: see above.
@@ -59,7 +56,6 @@ class Agent:
     llm: LanguageModel | None
     engine: PriorEngine | None
     prior: RetryingPrior | None
-    config: Any
     timeline: Timeline
     world_model_thread: OwnerThread
     llm_thread: OwnerThread
@@ -111,16 +107,14 @@ def make_agent(
         world_model_thread=world_model_thread,
         timeline=timeline,
     )
-    config = unizero_config(settings, feature_size=encoder.feature_size, device=device.type)
     return Agent(
         device=device,
         policy=policy,
         player=player,
-        buffer=PriorZeroGameBuffer(config, rng=np.random.default_rng(buffer_seed)),
+        buffer=PriorZeroGameBuffer(policy.lightzero_config, rng=np.random.default_rng(buffer_seed)),
         llm=llm,
         engine=engine,
         prior=prior,
-        config=config,
         timeline=timeline,
         world_model_thread=world_model_thread,
         llm_thread=OwnerThread("llm", timeline),

@@ -26,14 +26,8 @@ from priorzero.world_model.unizero import UniZeroLearner, set_learning_rate
 class PriorZeroPolicy(UniZeroLearner):
     """UniZero's policy with an LLM's prior at the root and a learning step for each model.
 
-    Args:
-        settings: all settings.
-        feature_size: ``F``.
-        device: ``"cpu"`` or ``"cuda"``.
-        llm: the language model; None for plain UniZero.
-
     Attributes:
-        llm_learner: fine-tunes the language model; None without one.
+        llm_learner: fine-tunes the language model; None for plain UniZero.
         llm_version: number of LLM updates.
     """
 
@@ -42,8 +36,9 @@ class PriorZeroPolicy(UniZeroLearner):
         self.search_cfg, self.prior_cfg = settings.search, settings.prior
         self.llm_learner: LLMLearner | None = None
         if llm is not None:
-            style, temperature = prompt_style(settings), settings.prior.temperature
-            self.llm_learner = LLMLearner(llm, settings.llm, style=style, temperature=temperature)
+            self.llm_learner = LLMLearner(
+                llm, settings.llm, style=prompt_style(settings), temperature=settings.prior.temperature
+            )
         self.llm_batch_size = settings.llm.batch_size
         self.llm_version = 0
 
@@ -51,9 +46,7 @@ class PriorZeroPolicy(UniZeroLearner):
     def search(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
         """Run MCTS from each root. The result of a root does not depend on the others.
 
-        Args:
-            roots: the states to search from.
-            num_actions: number of actions in the vocabulary so far; those below the root have smaller indices.
+        Only actions with indices below ``num_actions`` are expanded below the root.
 
         Raises:
             UserError: the world model's outputs are not finite.
@@ -93,10 +86,7 @@ class PriorZeroPolicy(UniZeroLearner):
         ]
 
     def learn_llm(self, sequences: SampledSequences) -> dict[str, float]:
-        """Update the LLM once, on the first ``llm.batch_size`` decisions of a sample.
-
-        Returns:
-            Metrics under ``train/``.
+        """Update the LLM once, on the first ``llm.batch_size`` decisions of a sample; returns metrics under ``train/``.
 
         Raises:
             NonFiniteError: a loss or a gradient is not finite. The LLM is unchanged.
@@ -113,17 +103,13 @@ class PriorZeroPolicy(UniZeroLearner):
         result = self.llm_learner.learn(samples)
         self.llm_version += 1
         return {
-            "train/llm_sft_loss": result["sft_loss"],
-            "train/llm_rft_loss": result["rft_loss"],
-            "train/llm_kl_loss": result["kl_loss"],
-            "train/llm_loss": result["loss"],
-            "train/llm_grad_norm": result["grad_norm"],
+            **{f"train/llm_{name}": value for name, value in result.items()},
             "train/llm_samples_skipped": float(skipped),
             "train/llm_version": float(self.llm_version),
         }
 
     def training_state(self) -> Plain:
-        """What further updates depend on besides the models' parameters: target network, optimisers and counters."""
+        """What further updates depend on besides the models' parameters."""
         learner = self.llm_learner
         return {
             **super().training_state(),
@@ -132,10 +118,6 @@ class PriorZeroPolicy(UniZeroLearner):
         }
 
     def load_training_state(self, state: Plain) -> None:
-        """Load the result of :meth:`training_state`, except for the learning rates, which the settings give.
-
-        Call :meth:`load_world_model_state` first, since it overwrites the target network.
-        """
         super().load_training_state(state)
         if self.llm_learner is not None:
             self.llm_learner.optimizer.load_state_dict(state["llm_optimizer"])
@@ -144,11 +126,7 @@ class PriorZeroPolicy(UniZeroLearner):
 
     # ---- the methods that DI-engine calls ----
 
-    def _forward_collect(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
-        return self.search(roots, num_actions=num_actions)
-
-    def _forward_eval(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
-        return self.search(roots, num_actions=num_actions)
+    _forward_collect = _forward_eval = search
 
     def _forward_learn(self, data: tuple[ReplayBatch, int, bool]) -> dict[str, Any]:
         """Update the world model on the whole batch and, if requested, the LLM on a part of it.

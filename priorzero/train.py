@@ -121,7 +121,6 @@ async def _train(
     collector = Collector(
         workers,
         player=agent.player,
-        config=agent.config,
         seed=collector_seed,
         groups=2 if overlap else 1,
         num_games=len(games),

@@ -181,7 +181,7 @@ class TrainingRun:
         """Evaluate. If a stop is requested, the evaluation is cancelled and remains due."""
         results = await self.stop.run_or_cancel(self.evaluators.evaluate())
         if results is None:
-            await self.agent.world_model_thread.run("search", lambda: None)  # wait for a search that still runs
+            await self.agent.world_model_thread.drain()  # a search may still run
             return
         prior = self.agent.prior
         fallbacks = prior.take_statistics()["prior/fallbacks"] if prior is not None else None
@@ -246,9 +246,7 @@ class TrainingRun:
             self._logger.close()
         if self._lock is not None:
             self._lock.close()
-        timeline = self.agent.timeline
-        if self.settings.run.trace_iterations and timeline.has_trace:
-            timeline.write_trace(self.folder / "trace.json")
+        self.agent.timeline.write_trace(self.folder / "trace.json")
 
     def summary(self) -> RunSummary:
         """Log and return the summary of the run.

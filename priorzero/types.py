@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 
@@ -76,6 +76,11 @@ class GameState:
     actions_are_fallback: bool = False
 
     @property
+    def terminated(self) -> bool:
+        """The game ended the episode, by a win or a loss."""
+        return self.done and not self.truncated
+
+    @property
     def place(self) -> tuple[str, ...]:
         """Identifies the state of the world: room description and inventory if they are observed, else the feedback."""
         return (self.look, self.inventory) if self.look or self.inventory else (self.feedback,)
@@ -95,38 +100,53 @@ class GameState:
         return "\n".join(part for part in parts if part)
 
 
+class GameArguments(TypedDict):
+    """The keyword arguments with which a game is created.
+
+    Attributes:
+        seed: seed of the game's random numbers, at least 0.
+        max_episode_steps: number of commands after which an episode is truncated, at least 1.
+        look_and_inventory: observe :attr:`GameState.look` and :attr:`GameState.inventory`.
+        drop_inert_commands: exclude commands that cannot change the world from the valid actions.
+    """
+
+    seed: int
+    max_episode_steps: int
+    look_and_inventory: bool
+    drop_inert_commands: bool
+
+
 class TextGame(Protocol):
-    """A text game in this process."""
+    """A text game in this process. Its constructor takes the path of a story file and :class:`GameArguments`.
+
+    - It is deterministic: equal seeds and equal commands since ``reset`` give equal states. A resumed run replays the
+      commands of its episodes. Observing look, inventory and valid actions does not change the game.
+    - It ends an episode after ``max_episode_steps`` commands by itself, with ``done`` and ``truncated``.
+    - A state that is not ``done`` has at least one valid action. If the game offers none, the game object gives a short
+      list of fallback actions and sets ``actions_are_fallback``.
+    - It runs in a worker process, in which torch cannot be imported. The class can be imported there, and its
+      arguments and its states are picklable.
+
+    :mod:`priorzero.envs.validation` has the checks of arguments.
+    """
 
     def reset(self) -> GameState:
-        """Begin a new episode."""
-        ...
+        """Begin a new episode. All episodes of a game have the same random numbers."""
 
     def step(self, action: str) -> tuple[GameState, float]:
-        """Take an action, which must be one of the state's valid actions.
+        """Take an action; return the new state and the reward: the points that the action gained.
 
-        Returns:
-            The new state and the reward: the points that the action gained.
+        Raises:
+            ValueError: the episode has ended or has not begun, or ``action`` is not a valid action of the state.
         """
-        ...
 
     def close(self) -> None:
-        """Free the game's resources."""
-        ...
+        """Free the game's resources. The game cannot be used afterwards."""
 
 
 @dataclass(frozen=True, slots=True)
 class HistoryStep:
-    """One past decision of an episode.
-
-    Attributes:
-        feedback: feedback of the state in which the action was taken.
-        action: the action.
-        reward: points that it gained.
-        place: :attr:`GameState.place` of the state in which it was taken.
-        room: :attr:`GameState.room` of that state.
-        score: score of that state.
-    """
+    """One past decision of an episode: the action, the points that it gained, and the state in which it was taken."""
 
     feedback: str
     action: str
@@ -182,25 +202,21 @@ class PriorEngine(Protocol):
         Raises:
             EngineError: it cannot be started.
         """
-        ...
 
     async def priors(self, requests: Sequence[PriorRequest]) -> list[ActionPrior]:
         """One prior for each request, in order. Errors are raised; the caller retries.
 
         A prompt that does not fit into the model is not an error: its prior is uniform, and it is counted.
         """
-        ...
 
     async def check(self) -> None:
         """Test, after requests that timed out, whether the engine still works.
 
         An engine that hangs is marked as crashed, and :meth:`ready` restarts it. A slow one is left alone.
         """
-        ...
 
     async def suspend(self) -> None:
         """Free the memory that the learner needs, until the next :meth:`sync_weights`. Only if ``exclusive``."""
-        ...
 
     async def sync_weights(self, version: int) -> None:
         """Serve the current training parameters from now on, as ``version``.
@@ -208,60 +224,33 @@ class PriorEngine(Protocol):
         Raises:
             EngineError: the engine's results differ from the training copy's.
         """
-        ...
 
     async def clear_cache(self) -> None:
         """Drop cached results: later priors depend on the parameters and the request only."""
-        ...
 
     def take_statistics(self) -> dict[str, float]:
         """Metrics under ``prior/`` since the last call."""
-        ...
 
     async def close(self) -> None:
         """Free the engine's resources."""
-        ...
 
 
-@dataclass(frozen=True, slots=True)
-class StepRecord:
-    """Everything about one decision. It is written once, when the reward of the action is known.
-
-    The training data of the world model and of the LLM are both derived from this record, so reward, prompt, prior and
-    visit counts always belong to the same decision.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ActionChoice:
+    """The choice of an action in a state.
 
     Attributes:
-        state: the state before the action.
-        features: the text encoder's features of ``state``, ``[F]`` float32.
+        state: the state before the action, with the valid actions that were considered.
         action_indices: vocabulary index of each valid action, ``[K]`` int64.
-        prompt: the LLM's prompt; "" without an LLM.
         prior: the LLM's prior; None without an LLM.
-        visit_counts: visit counts of the root's actions, ``[K]`` int64.
-        root_value: value of the root after the search.
-        predicted_value: the network's value of the root before the search.
         chosen: position of the chosen action in ``state.valid_actions``.
-        reward: points that the action gained.
-        done: the episode ended with this action.
-        episode: number of the episode, unique within a run.
-        step: index of the decision in its episode, from 0.
-        shaping: addition to the world model's reward, in points: ``train.novelty_bonus`` and ``train.loss_penalty``.
         behaviour_prob: probability with which the action was sampled; 1 if it was not sampled.
     """
 
     state: GameState
-    features: np.ndarray
     action_indices: np.ndarray
-    prompt: str
     prior: ActionPrior | None
-    visit_counts: np.ndarray
-    root_value: float
-    predicted_value: float
     chosen: int
-    reward: float
-    done: bool
-    episode: int
-    step: int
-    shaping: float = 0.0
     behaviour_prob: float = 1.0
 
     @property
@@ -273,6 +262,38 @@ class StepRecord:
     def action_index(self) -> int:
         """Its index in the vocabulary."""
         return int(self.action_indices[self.chosen])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepRecord(ActionChoice):
+    """Everything about one decision. It is written once, when the reward of the action is known.
+
+    The training data of the world model and of the LLM are both derived from this record, so reward, prompt, prior and
+    visit counts always belong to the same decision.
+
+    Attributes (besides those of a choice):
+        features: the text encoder's features of ``state``, ``[F]`` float32.
+        prompt: the LLM's prompt; "" without an LLM.
+        visit_counts: visit counts of the root's actions, ``[K]`` int64.
+        root_value: value of the root after the search.
+        predicted_value: the network's value of the root before the search.
+        reward: points that the action gained.
+        done: the episode ended with this action.
+        episode: number of the episode, unique within a run.
+        step: index of the decision in its episode, from 0.
+        shaping: addition to the world model's reward, in points: ``train.novelty_bonus`` and ``train.loss_penalty``.
+    """
+
+    features: np.ndarray
+    prompt: str
+    visit_counts: np.ndarray
+    root_value: float
+    predicted_value: float
+    reward: float
+    done: bool
+    episode: int
+    step: int
+    shaping: float = 0.0
 
     def visit_probs(self) -> np.ndarray:
         """Visit counts as a distribution over the valid actions, ``[K]`` float32."""

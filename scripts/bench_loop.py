@@ -75,6 +75,7 @@ class ReferencePolicy:
 
     def __init__(self, policy: Any) -> None:
         self._policy = policy
+        self.lightzero_config = policy.lightzero_config
 
     def search(self, roots: Sequence[Root], *, num_actions: int) -> list[SearchResult]:
         return [self._policy.search([root], num_actions=num_actions)[0] for root in roots]
@@ -152,7 +153,7 @@ def collect(settings: Settings, *, steps: int, reference: bool) -> tuple[float, 
             workers = use_reference(agent, settings, spec)
         else:
             workers = make_workers(settings, [spec], count=NUM_GAMES, first_seed=0)
-        collector = Collector(workers, player=agent.player, config=agent.config, seed=np.random.SeedSequence(1))
+        collector = Collector(workers, player=agent.player, seed=np.random.SeedSequence(1))
         records: list[StepRecord] = []
         add_statistics = collector.collected.add_statistics
 

@@ -110,7 +110,6 @@ async def play(agent: Agent, settings: Settings, *, env_steps: int, seed: int) -
     collector = Collector(
         workers,
         player=agent.player,
-        config=agent.config,
         seed=np.random.SeedSequence(seed),
         num_games=len(games),
     )

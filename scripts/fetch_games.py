@@ -20,7 +20,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need not be installed
 
-from priorzero.envs.cache import cache_dir
+from priorzero.envs.action_cache import cache_dir
 from priorzero.envs.games import supported_games
 from priorzero.envs.textworld_files import did_you_mean
 from priorzero.types import UserError

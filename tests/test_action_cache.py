@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from priorzero.envs import action_cache, jericho_game, make_worker, resolve_game
-from priorzero.envs.action_cache import ActionCache, cache_file
-from priorzero.envs.cache import digest
+from priorzero.envs.action_cache import ActionCache, cache_file, digest
 from priorzero.envs.jericho_game import JerichoGame
 from tests.helpers.game_files import story
 

@@ -149,11 +149,12 @@ def test_collector_calls_the_exploration_strategy_in_order(monkeypatch, explorat
         asked = [args for name, args, _ in calls[env] if name == "root_noise"]
         observed = [kwargs for name, _, kwargs in calls[env] if name == "observe"]
         for r, (state, prior), outcome in zip(own, asked, observed, strict=True):
-            assert state == outcome["before"] == r.state and prior is r.prior
-            assert (outcome["position"], outcome["reward"]) == (r.chosen, r.reward)
-        for outcome, following in itertools.pairwise(observed):
+            assert state == r.state and prior is r.prior
+            assert (outcome["position"], outcome["history"][r.step].reward) == (r.chosen, r.reward)
+            assert outcome["history"][r.step].action == r.action_text
+        for outcome, (following, _) in zip(observed, asked[1:], strict=False):
             if not outcome["after"].done:
-                assert outcome["after"] == following["before"]
+                assert outcome["after"] == following
         histories = [args[1] for name, args, _ in calls[env] if name == "end_episode"]
         assert [[step.action for step in history] for history in histories] == [
             [r.action_text for r in own[:3]],
@@ -240,7 +241,7 @@ def test_collector_continues_after_an_interruption(tmp_path, exploration):
     assert parts == 4 and decisions(collected) == decisions(whole)
     assert collected.env_steps == whole.env_steps == collector.env_steps == 39
     states = [c.state_dict(RecordTable()) for c in (collector, uninterrupted)]
-    for key in ("counts", "exploration", "rngs", "episode_numbers", "next_episode", "num_episodes", "recent_returns"):
+    for key in ("counts", "exploration", "rngs", "next_episode", "num_episodes", "recent_returns"):
         assert states[0][key] == states[1][key]
     if exploration == "go_explore":
         assert any(deviation is not None for deviation, *_ in states[0]["exploration"]["progress"].values())

@@ -71,6 +71,20 @@ def test_owner_thread_close_waits_for_the_running_call_only():
     assert asyncio.run(run()) == ["a"] and done == ["a"]
 
 
+def test_owner_thread_drain_waits_for_a_cancelled_call():
+    owner, done = OwnerThread("owner", Timeline()), []
+
+    async def run():
+        call = asyncio.ensure_future(owner.run("work", lambda: (time.sleep(0.05), done.append("work"))))
+        await asyncio.sleep(0.01)
+        call.cancel()
+        await owner.drain()
+        return list(done)
+
+    assert asyncio.run(run()) == ["work"]
+    owner.close()
+
+
 def test_owner_thread_raises_errors_in_the_caller():
     owner = OwnerThread("owner", Timeline())
     with pytest.raises(ZeroDivisionError):

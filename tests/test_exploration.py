@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from priorzero.play.exploration import Exploration, make_exploration
-from priorzero.play.novelty import NoveltyCounts, shaped_reward
+from priorzero.play.novelty import NoveltyCounts
 from priorzero.settings import EVAL_MODES, SearchSettings
 from priorzero.types import ActionPrior, GameState
 from tests.helpers.collecting import CountingGame, collect, evaluate, make_collector
@@ -18,7 +18,6 @@ from tests.helpers.exploring import ScriptedEpisode, at
 from tests.helpers.models import make_settings
 
 STRATEGIES = typing.get_args(SearchSettings.model_fields["exploration"].annotation)
-TRAIN = make_settings().train
 every_strategy = pytest.mark.parametrize("name", STRATEGIES)
 
 
@@ -63,7 +62,7 @@ class Corridor:
             self.room = max(0, self.room + {"right": 1, "left": -1}.get(action, 0))
             after = self.state(self.room, moves=before.moves + 1)
             counts = self.counts[self.env % 2]
-            shaped_reward(counts, before=before, action=action, after=after, cfg=TRAIN)
+            counts.add(before=before, action=action, after=after, with_feedback=False)
             self.episode.take(action, after, after.score - before.score)
             if after.done:
                 self.begin()
@@ -135,3 +134,7 @@ def test_evaluation_never_calls_a_strategy(monkeypatch, name):
 
 def test_make_exploration_knows_every_name():
     assert len({type(make(name)[0]) for name in STRATEGIES}) == len(STRATEGIES)
+    settings = make_settings()
+    settings.search.exploration = "unknown"
+    with pytest.raises(ValueError, match="'unknown' is unknown"):
+        make_exploration(settings, [])

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from priorzero.envs import textworld_files
-from priorzero.envs.games import resolve_game, resolve_games, supported_games
+from priorzero.envs.games import GameSpec, make_game, resolve_game, resolve_games, supported_games
 from priorzero.envs.textworld_files import CHALLENGES, get_or_make, parse_request
 from priorzero.types import UserError
 from tests.helpers.game_files import session_cache, story
@@ -315,3 +315,9 @@ def test_resolve_games_accepts_a_list_without_duplicates(tmp_path, monkeypatch):
     assert resolve_games("") == []
     with pytest.raises(UserError, match="occurs twice"):
         resolve_games(f"{first},{first}&goal=detailed")
+
+
+def test_make_game_refuses_an_unknown_kind():
+    spec = GameSpec("maze", "minigrid", Path("maze"), "0" * 32, "maze")
+    with pytest.raises(ValueError, match="unknown kind 'minigrid'"):
+        make_game(spec, seed=0, max_episode_steps=9, look_and_inventory=False, drop_inert_commands=True)

@@ -16,6 +16,7 @@ BEFORE, AFTER = state_of(0, 1, moves=8, length=99), state_of(0, 2, moves=9, leng
 
 def shape(counts, *, before=BEFORE, action="act 1 0", after=AFTER, **train):
     cfg = make_settings({"train": {"novelty_bonus": 0.5, **train}}).train
+    counts.add(before=before, action=action, after=after, with_feedback=cfg.novelty_of == "feedback")
     return shaped_reward(counts, before=before, action=action, after=after, cfg=cfg)
 
 

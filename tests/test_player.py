@@ -12,6 +12,7 @@ from loguru import logger
 
 from priorzero.play.exploration import RootNoise
 from priorzero.search.base import SearchResult
+from priorzero.types import ActionChoice
 from tests.helpers.collecting import FIRST_ROOM, collect, make_collector, make_player, records_of, state_of
 
 STATE = state_of(0, FIRST_ROOM, moves=0, length=9)  # three valid actions; the engine's prior is 0.05, 0.05, 0.9
@@ -82,11 +83,12 @@ def test_player_roots_hold_the_latest_observations():
     episode = player.new_episode(0, STATE, rng=np.random.default_rng(0))
     for moves in (1, 2, 3):
         state = state_of(0, FIRST_ROOM, moves=moves, length=9)
-        index = int(player.indexer.indices(STATE.valid_actions)[moves - 1])
-        episode.advance(action_text="act", action_index=index, reward=1.0, state=state, features=player.features(state))
+        indices = player.indexer.indices(STATE.valid_actions)
+        choice = ActionChoice(state=STATE, action_indices=indices, prior=None, chosen=moves - 1)
+        episode.advance(choice, reward=1.0, state=state, features=player.features(state))
     asyncio.run(player.decide([episode]))
     (root,) = player.policy.roots
-    assert root.features[:, 1].tolist() == [2.0, 3.0] and root.actions.tolist() == [index]
+    assert root.features[:, 1].tolist() == [2.0, 3.0] and root.actions.tolist() == [indices[2]]
     assert episode.total_reward == 3.0 and len(episode.history) == 3
 
 

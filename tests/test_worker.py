@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from priorzero.envs import GameWorker, make_worker, resolve_game
+from priorzero.envs.worker import gather_replies
 from priorzero.types import GameWorkerError, UserError
 from tests.helpers.fake_games import ACTIONS, FakeGame, NotAGame
 from tests.helpers.game_files import story
@@ -331,6 +332,18 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+def test_gather_replies_returns_worker_errors_and_raises_all_others():
+    async def reply(value):
+        if isinstance(value, Exception):
+            raise value
+        return value
+
+    error = GameWorkerError("a game failed")
+    assert asyncio.run(gather_replies(map(reply, (1, error, 2)))) == [1, error, 2]
+    with pytest.raises(UserError, match="wrong"):
+        asyncio.run(gather_replies(map(reply, (error, UserError("wrong"), 2))))
 
 
 @pytest.mark.slow

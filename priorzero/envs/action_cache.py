@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -9,7 +10,7 @@ import sqlite3
 import time
 from pathlib import Path
 
-from priorzero.envs.cache import cache_dir, digest
+from priorzero.runtime.paths import user_cache_dir
 
 CACHE_VARIABLE = "PRIORZERO_ACTION_CACHE"
 MAX_ROWS = 200_000  # a row takes about 0.7 kB
@@ -19,12 +20,24 @@ _CHECKSUM_SIZE = 16  # bytes
 logger = logging.getLogger(__name__)
 
 
-def cache_file() -> Path | None:
-    """The path of the cache file.
+def cache_dir() -> Path:
+    """The folder of downloaded and generated games: ``games`` in the user's cache folder."""
+    return user_cache_dir() / "games"
 
-    Returns:
-        The value of ``$PRIORZERO_ACTION_CACHE``; if it is not set or empty, ``valid_actions.sqlite3`` in the folder of
-        downloaded games. None if the value is ``off``, or, with a warning, if the user has no home folder.
+
+def digest(*fields: bytes) -> bytes:
+    """A 32-byte hash of a sequence of fields. It depends on where one field ends and the next begins."""
+    result = hashlib.blake2b(digest_size=32)
+    for field in fields:
+        result.update(len(field).to_bytes(8, "big"))
+        result.update(field)
+    return result.digest()
+
+
+def cache_file() -> Path | None:
+    """The value of ``$PRIORZERO_ACTION_CACHE``, or ``valid_actions.sqlite3`` in the folder of downloaded games.
+
+    None if the value is ``off``, or, with a warning, if the user has no home folder.
     """
     value = os.environ.get(CACHE_VARIABLE)
     if value == "off":
@@ -56,9 +69,6 @@ class ActionCache:
             path: the file; None disables the cache.
             max_rows: maximum number of entries, at least 1. The oldest entries are deleted first.
             busy_timeout_s: how long to wait for the lock of another process, in seconds.
-
-        Raises:
-            ValueError: ``max_rows`` is below 1.
         """
         if max_rows < 1:
             raise ValueError(f"max_rows={max_rows} must be at least 1")

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jericho
 import numpy as np
 
-from priorzero.envs.cache import digest
+from priorzero.envs.action_cache import digest
 from priorzero.types import UserError
 
 # Part of the key of the valid-action cache. Increase it when a change produces other valid actions for the same state.
@@ -34,15 +34,10 @@ jericho_util: Any = importlib.import_module("jericho.util")
 
 
 class ChunkResult(NamedTuple):
-    """The result of trying a chunk of commands.
+    """The result of trying a chunk of commands."""
 
-    Attributes:
-        effects: each command that changed the world, with its change.
-        halted: the last command halted the emulator.
-    """
-
-    effects: list[tuple[bytes, bytes]]
-    halted: bool
+    effects: list[tuple[bytes, bytes]]  # each command that changed the world, with its change
+    halted: bool  # the last command halted the emulator
 
 
 # Indexed chunks of commands which no thread has taken yet.
@@ -58,17 +53,13 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
     """
 
     def __init__(self, path: Path, *, seed: int, filter_threads: int | None = None) -> None:
-        """Open a story file.
+        """Open a story file; raises as :class:`~priorzero.envs.jericho_game.JerichoGame` does.
 
         Args:
             path: a story file that Jericho supports.
             seed: seed of the game's random numbers. Jericho replaces 0 by the seed of its walkthrough.
             filter_threads: number of threads that try commands, 1 or 2. None: 2 if this process may use more than one
                 core, else 1.
-
-        Raises:
-            UserError: Jericho does not support the file, or spaCy's English model is not installed.
-            ValueError: ``filter_threads`` is not allowed.
         """
         if filter_threads not in (None, 1, 2):
             raise ValueError(f"filter_threads={filter_threads} must be 1, 2 or None")

@@ -7,12 +7,12 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Unpack
 
 from priorzero.envs import textworld_files
-from priorzero.envs.cache import cache_dir
+from priorzero.envs.action_cache import cache_dir
 from priorzero.envs.textworld_files import did_you_mean
-from priorzero.types import TextGame, UserError
+from priorzero.types import GameArguments, TextGame, UserError
 
 GAMES_VARIABLE = "PRIORZERO_GAMES"
 TEXTWORLD_PREFIX = "textworld:"
@@ -94,30 +94,18 @@ def resolve_games(env_ids: str) -> list[GameSpec]:
     return games
 
 
-def make_game(
-    spec: GameSpec, *, seed: int, max_episode_steps: int, look_and_inventory: bool, drop_inert_commands: bool
-) -> TextGame:
-    """Open a game in this process. A game that hangs would block the process, so training uses ``make_worker``.
-
-    Args:
-        spec: the game, from ``resolve_game``.
-        seed: seed of the game's random numbers, at least 0.
-        max_episode_steps: number of commands after which an episode is truncated.
-        look_and_inventory: observe ``GameState.look`` and ``GameState.inventory``.
-        drop_inert_commands: exclude commands that cannot change the world from the valid actions.
-    """
+def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
+    """Open a game in this process. A game that hangs would block the process, so training uses ``make_worker``."""
     # Imported here, because a run may not need both libraries.
-    from priorzero.envs.jericho_game import JerichoGame
-    from priorzero.envs.textworld_game import TextWorldGame
+    if spec.kind == "jericho":
+        from priorzero.envs.jericho_game import JerichoGame
 
-    game_class = JerichoGame if spec.kind == "jericho" else TextWorldGame
-    return game_class(
-        spec.path,
-        seed=seed,
-        max_episode_steps=max_episode_steps,
-        look_and_inventory=look_and_inventory,
-        drop_inert_commands=drop_inert_commands,
-    )
+        return JerichoGame(spec.path, **arguments)
+    if spec.kind == "textworld":
+        from priorzero.envs.textworld_game import TextWorldGame
+
+        return TextWorldGame(spec.path, **arguments)
+    raise ValueError(f"{spec.env_id!r} is a game of the unknown kind {spec.kind!r}; add it to make_game")
 
 
 def _find_story(name: str) -> Path:

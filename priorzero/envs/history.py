@@ -10,14 +10,8 @@ from priorzero.types import GameState, HistoryStep
 def without_loops(history: Sequence[HistoryStep], *, now: GameState | HistoryStep) -> list[HistoryStep]:
     """Remove the loops from a history: decisions that led back to an earlier place and earned no reward.
 
-    Between two rewards, the result visits each place at most once.
-
-    Args:
-        history: all decisions of the episode, oldest first.
-        now: the state after the last decision.
-
-    Returns:
-        The remaining decisions, oldest first.
+    ``history`` is all decisions of the episode, oldest first, and ``now`` the state after the last one. Between two
+    rewards, the result visits each place at most once.
     """
     path: list[HistoryStep] = []
     visited: dict[tuple[str, ...], int] = {}  # place -> length of the path to it, since the last reward

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from priorzero.envs.action_cache import ActionCache, cache_file
-from priorzero.envs.cache import digest
+from priorzero.envs.action_cache import ActionCache, cache_file, digest
 from priorzero.envs.frotz import ReproducibleFrotzEnv, state_digest
 from priorzero.envs.validation import check_action, check_arguments
 from priorzero.types import GameState
@@ -16,7 +15,7 @@ MAX_KNOWN_STATES = 20_000
 
 
 class JerichoGame:
-    """A Jericho game in this process. Equal seeds and equal commands give equal texts, scores and valid actions.
+    """A Jericho game.
 
     The valid actions are the commands that change the world. Jericho finds them by trying every command template with
     every visible object from a saved state, which takes 0.1 to 0.3 s. They are cached in memory and in a file that all
@@ -34,16 +33,13 @@ class JerichoGame:
         drop_inert_commands: bool = True,
         filter_threads: int | None = None,
     ) -> None:
-        """Open a story file.
+        """Open a story file that Jericho supports; see :class:`GameArguments`.
+
+        Jericho replaces the seed 0 by the seed of its walkthrough. ``drop_inert_commands`` has no effect, because
+        Jericho's valid actions always change the world.
 
         Args:
-            path: a story file that Jericho supports.
-            seed: seed of the game's random numbers, at least 0. Jericho replaces 0 by the seed of its walkthrough.
-            max_episode_steps: number of commands after which an episode is truncated, at least 1.
-            look_and_inventory: observe ``GameState.look`` and ``GameState.inventory``.
-            drop_inert_commands: ignored, because Jericho's valid actions always change the world. All games accept it.
-            filter_threads: number of threads that search valid actions, 1 or 2. None: 2 if this process may use more
-                than one core, else 1.
+            filter_threads: see :class:`~priorzero.envs.frotz.ReproducibleFrotzEnv`.
 
         Raises:
             UserError: Jericho does not support the file, or spaCy's English model is not installed.
@@ -60,17 +56,11 @@ class JerichoGame:
         self._state: GameState | None = None
 
     def reset(self) -> GameState:
-        """Begin a new episode with the same random numbers."""
         feedback, info = self._env.reset()
         self._state = self._observe(feedback, score=info["score"], moves=0)
         return self._state
 
     def step(self, action: str) -> tuple[GameState, float]:
-        """Take an action; return the new state and the points that the action gained.
-
-        Raises:
-            ValueError: the episode has ended or has not begun, or ``action`` is not a valid action of the state.
-        """
         check_action(self._state, action)
         return self.step_unchecked(action)
 
@@ -82,7 +72,6 @@ class JerichoGame:
         return self._state, self._state.score - before.score
 
     def close(self) -> None:
-        """Free the emulator's memory. The game cannot be used afterwards."""
         self._env.close_emulators()
         self._cache.close()
         self._state = None

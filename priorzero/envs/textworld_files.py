@@ -140,7 +140,7 @@ def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
     the others use that folder.
 
     Raises:
-        UserError: TextWorld failed, in which case the message contains its output, or the folder is not writable.
+        UserError: TextWorld failed (the message contains its output), or the folder is not writable.
     """
     # Another version of the generator may generate another game.
     home = folder / importlib.metadata.version("textworld") / request.name

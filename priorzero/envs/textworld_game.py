@@ -17,7 +17,7 @@ _BLANK_LINES = re.compile(r"\n(?:[ \t]*\n)+")
 
 
 class TextWorldGame:
-    """A TextWorld game in this process. Equal commands give equal texts, because the games use no random numbers."""
+    """A TextWorld game. These games use no random numbers."""
 
     def __init__(
         self,
@@ -28,15 +28,10 @@ class TextWorldGame:
         look_and_inventory: bool,
         drop_inert_commands: bool,
     ) -> None:
-        """Open a game.
+        """Open a ``.z8`` file, which has TextWorld's ``.json`` file next to it; see :class:`GameArguments`.
 
-        Args:
-            path: the ``.z8`` file. TextWorld's ``.json`` file must be in the same folder.
-            seed: seed of the emulator's random numbers, at least 0.
-            max_episode_steps: number of commands after which an episode is truncated, at least 1.
-            look_and_inventory: observe ``GameState.look`` and ``GameState.inventory``.
-            drop_inert_commands: exclude ``examine ...``, ``look`` and ``inventory`` from the valid actions. Games in
-                which something must be read, such as the cookbook of the cooking games, need these commands.
+        The inert commands are ``examine ...``, ``look`` and ``inventory``. Games in which something must be read, such
+        as the cookbook of the cooking games, need them.
 
         Raises:
             UserError: a file is missing.
@@ -72,23 +67,16 @@ class TextWorldGame:
         self._state: GameState | None = None
 
     def reset(self) -> GameState:
-        """Begin a new episode."""
         self._state = self._observe(self._env.reset(), moves=0)
         return self._state
 
     def step(self, action: str) -> tuple[GameState, float]:
-        """Take an action; return the new state and the points that the action gained.
-
-        Raises:
-            ValueError: the episode has ended or has not begun, or ``action`` is not a valid action of the state.
-        """
         before = check_action(self._state, action)
         raw, _, _ = self._env.step(action)
         self._state = self._observe(raw, moves=before.moves + 1)
         return self._state, self._state.score - before.score
 
     def close(self) -> None:
-        """Free the emulator's memory. The game cannot be used afterwards."""
         self._env.close()
         self._state = None
 

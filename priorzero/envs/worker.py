@@ -12,18 +12,19 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, Pipe
-from typing import Any
+from typing import Any, TypeVar, Unpack
 
 from priorzero.envs.child import python_command
 from priorzero.envs.games import GameSpec, make_game
-from priorzero.types import GameState, GameWorkerError, TextGame, UserError
+from priorzero.types import GameArguments, GameState, GameWorkerError, TextGame, UserError
 
 START_TIMEOUT_S = 180.0  # loading spaCy takes 3 s on an idle core, but many workers may start at once on few cores
 CLOSE_TIMEOUT_S = 2.0
 PARENT_CHECK_S = 0.5
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +51,7 @@ class GameWorker:
             arguments: keyword arguments of ``make``, which must be picklable.
             timeout_s: time limit of a ``reset`` or ``step``, in seconds.
             start_timeout_s: time limit of starting the process and creating the game, in seconds.
-            name: the game's name in error messages.
+            name: the game's name, for messages.
         """
         self._make = make
         self._arguments = dict(arguments)
@@ -67,12 +68,7 @@ class GameWorker:
         return None if self._process is None else self._process.pid
 
     async def start(self) -> None:
-        """Start the process and create the game, unless the process is already running.
-
-        Raises:
-            UserError: ``make`` raised it.
-            GameWorkerError: the process failed in another way, or exceeded ``start_timeout_s``.
-        """
+        """Start the process and create the game, unless the process is already running."""
         if self._process is not None:
             return
         pickled = pickle.dumps((self._make, self._arguments))
@@ -105,11 +101,9 @@ class GameWorker:
         return state
 
     async def step(self, action: str) -> tuple[GameState, float]:
-        """Take an action; return the new state and the points that the action gained.
+        """Take an action; return the new state and the points that the action gained. Raises as :meth:`reset` does.
 
-        Raises:
-            GameWorkerError: no process is running, or it exceeded its time limit, crashed or raised an exception.
-            UserError: the game raised it.
+        A :class:`GameWorkerError` is also raised if no process is running.
         """
         state, reward = await self._request("step", action, timeout_s=self._timeout_s)
         return state, reward
@@ -177,33 +171,15 @@ class GameWorker:
 
 
 def make_worker(
-    spec: GameSpec,
-    *,
-    seed: int,
-    max_episode_steps: int,
-    look_and_inventory: bool,
-    drop_inert_commands: bool,
-    timeout_s: float,
-    start_timeout_s: float = START_TIMEOUT_S,
+    spec: GameSpec, *, timeout_s: float, start_timeout_s: float = START_TIMEOUT_S, **arguments: Unpack[GameArguments]
 ) -> GameWorker:
     """Create a worker for a game without starting it; see ``make_game`` and ``GameWorker`` for the arguments."""
-    arguments = {
-        "spec": spec,
-        "seed": seed,
-        "max_episode_steps": max_episode_steps,
-        "look_and_inventory": look_and_inventory,
-        "drop_inert_commands": drop_inert_commands,
-    }
-    return GameWorker(make_game, arguments, timeout_s=timeout_s, start_timeout_s=start_timeout_s, name=spec.name)
+    everything = {"spec": spec, **arguments}
+    return GameWorker(make_game, everything, timeout_s=timeout_s, start_timeout_s=start_timeout_s, name=spec.name)
 
 
 def serve(descriptor: str, parent: str) -> None:
-    """The main function of a worker process: handles requests until the pipe is closed.
-
-    Args:
-        descriptor: file descriptor of the pipe.
-        parent: process ID of the parent.
-    """
+    """The main function of a worker process: handles requests until the pipe with this file descriptor is closed."""
     for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them and closes the pipe
         signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, args=(int(parent),), daemon=True).start()
@@ -242,6 +218,17 @@ def _exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)
     os._exit(1)
+
+
+async def gather_replies(requests: Iterable[Awaitable[T]]) -> list[T | GameWorkerError]:
+    """Wait for requests to several workers. The error of a worker that failed is in the place of its reply."""
+    replies = await asyncio.gather(*requests, return_exceptions=True)
+    results: list[T | GameWorkerError] = []
+    for reply in replies:
+        if isinstance(reply, BaseException) and not isinstance(reply, GameWorkerError):
+            raise reply
+        results.append(reply)
+    return results
 
 
 async def _wait_readable(connection: Connection) -> None:

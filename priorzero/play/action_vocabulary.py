@@ -15,9 +15,6 @@ class ActionVocabulary:
 
     If no index is free, a new action gets the index of the action that has not been valid for the longest time. This is
     counted as an overflow: what the world model has learned for the old action is then applied to the new one.
-
-    Args:
-        capacity: number of indices ``A``, ``env.action_space_size``.
     """
 
     def __init__(self, capacity: int) -> None:

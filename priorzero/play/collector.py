@@ -13,6 +13,7 @@ import numpy as np
 from loguru import logger
 
 from priorzero.envs import GameWorker
+from priorzero.envs.worker import gather_replies
 from priorzero.llm.priors import agreement, entropy
 from priorzero.play.episode import Episode, EpisodeResult
 from priorzero.play.exploration import make_exploration
@@ -25,6 +26,7 @@ from priorzero.world_model.segment import PriorZeroGameSegment, SegmentWriter
 
 MAX_FAILED_STARTS = 3  # a game that fails to start this often in a row is given up; each start is tried twice
 RECENT_EPISODES = 20  # number of episodes in the mean return
+COUNTERS = ("env_steps", "num_episodes", "num_game_failures", "num_steps_lost")  # of a collector
 
 
 @dataclass
@@ -86,7 +88,6 @@ class Collector:
     Args:
         workers: the games, one environment each.
         player: makes the decisions.
-        config: LightZero's policy configuration, for the segments.
         seed: seed of the environments' generators.
         groups: number of groups. With one group, equal parameters and seeds give equal episodes.
         first_episode: number of the first episode. Collectors that share a replay buffer need different numbers.
@@ -98,7 +99,6 @@ class Collector:
         workers: Sequence[GameWorker],
         *,
         player: Player,
-        config: Any,
         seed: np.random.SeedSequence,
         groups: int = 1,
         first_episode: int = 0,
@@ -106,12 +106,11 @@ class Collector:
     ) -> None:
         self._workers = workers
         self._player = player
-        self._config = config
+        self._config = player.policy.lightzero_config
         self._groups = [range(g, len(workers), groups) for g in range(min(groups, len(workers)))]
         self._rngs = [np.random.default_rng(child) for child in seed.spawn(len(workers))]
-        self._writers = [SegmentWriter(config) for _ in workers]
+        self._writers = [SegmentWriter(self._config) for _ in workers]
         self._episodes: list[Episode | None] = [None] * len(workers)
-        self._episode_numbers = [0] * len(workers)
         self._next_episode = first_episode
         self._failed_starts = [0] * len(workers)  # in a row
         self._counts = [NoveltyCounts() for _ in range(num_games)]
@@ -124,14 +123,10 @@ class Collector:
         self.collected = Collected()  # since the last complete call of collect()
 
     async def collect(self, num_steps: int, *, stop: Callable[[], bool] = lambda: False) -> Collected | None:
-        """Take at least ``num_steps`` environment steps, all games together.
+        """Take at least ``num_steps`` environment steps, all games together, and return what was collected.
 
-        Args:
-            num_steps: number of steps. Steps of interrupted calls since the last complete one are included.
-            stop: checked before each decision; True interrupts the call, and the next call continues.
-
-        Returns:
-            What was collected; None if the call was interrupted.
+        ``stop`` is checked before each decision. If it returns True, the call is interrupted and returns None. The next
+        call continues; the steps that were taken already are included.
         """
         await gather_or_cancel(*(self._play(group, num_steps, stop) for group in self._groups))
         if self.collected.env_steps < num_steps:
@@ -174,26 +169,19 @@ class Collector:
             if self.env_steps == collected.env_steps == 0:
                 logger.debug("the first actions are taken")
             with self._player.timeline.span("games"):
-                outcomes = await asyncio.gather(
-                    *(self._workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)),
-                    return_exceptions=True,
+                outcomes = await gather_replies(
+                    self._workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)
                 )
             for episode, decision, outcome in zip(playing, decisions, outcomes, strict=True):
                 if isinstance(outcome, GameWorkerError):
                     self._abandon(episode, decision, outcome, collected)
-                elif isinstance(outcome, BaseException):
-                    raise outcome
                 else:
                     state, reward = outcome
                     self._record(episode, decision, state, reward, collected)
 
     async def _begin(self, e: int) -> None:
-        """Begin an episode in environment ``e``. If its game does not start twice, this is counted.
-
-        Raises:
-            GameWorkerError: no game is left.
-        """
-        self._episode_numbers[e] = self._next_episode  # before any await, so that numbers follow the environments
+        """Begin an episode in environment ``e``. If its game does not start twice, this is counted."""
+        number = self._next_episode  # before any await, so that numbers follow the environments
         self._next_episode += 1
         with self._player.timeline.span("games"):
             try:
@@ -208,7 +196,7 @@ class Collector:
                     self._count_failed_start(e, second_error)
                     return
         self._failed_starts[e] = 0
-        self._episodes[e] = self._player.new_episode(e, state, rng=self._rngs[e])
+        self._episodes[e] = self._player.new_episode(e, state, rng=self._rngs[e], number=number)
         self._exploration.begin_episode(e, state, rng=self._rngs[e])
 
     def _is_given_up(self, e: int) -> bool:
@@ -229,43 +217,14 @@ class Collector:
         self, episode: Episode, decision: Decision, state: GameState, reward: float, collected: Collected
     ) -> None:
         """Store a decision and its outcome."""
-        e, before, result = episode.env, decision.state, decision.result
-        assert result is not None
-        shaping = shaped_reward(
-            self._counts[e % len(self._counts)],
-            before=before,
-            action=decision.action_text,
-            after=state,
-            cfg=self._player.settings.train,
-        )
-        record = StepRecord(
-            state=before,
-            features=episode.features[-1],
-            action_indices=decision.action_indices,
-            prompt=decision.prompt.text if decision.prompt is not None else "",
-            prior=decision.prior,
-            visit_counts=result.visit_counts,
-            root_value=result.root_value,
-            predicted_value=result.predicted_value,
-            chosen=decision.chosen,
-            behaviour_prob=decision.behaviour_prob,
-            reward=reward,
-            shaping=shaping,
-            done=state.done,
-            episode=self._episode_numbers[e],
-            step=len(episode.history),
-        )
+        e, cfg, counts = episode.env, self._player.settings.train, self._counts[episode.env % len(self._counts)]
+        before, action = decision.state, decision.action_text
+        counts.add(before=before, action=action, after=state, with_feedback=cfg.novelty_of == "feedback")
+        shaping = shaped_reward(counts, before=before, action=action, after=state, cfg=cfg)
+        record = decision.record(episode, reward=reward, shaping=shaping, done=state.done)
         features = self._player.features(state)
-        episode.advance(
-            action_text=record.action_text,
-            action_index=record.action_index,
-            reward=reward,
-            state=state,
-            features=features,
-        )
-        self._exploration.observe(
-            e, before=before, position=decision.chosen, reward=reward, after=state, history=episode.history
-        )
+        episode.advance(decision, reward=reward, state=state, features=features)
+        self._exploration.observe(e, position=decision.chosen, after=state, history=episode.history)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
         collected.env_steps += 1
         collected.add_statistics(decision, record)
@@ -306,12 +265,8 @@ class Collector:
             "episodes": [episode and episode.state_dict() for episode in self._episodes],
             "pending": [writer.state_dict(table) for writer in self._writers],
             "rngs": [rng.bit_generator.state for rng in self._rngs],
-            "episode_numbers": list(self._episode_numbers),
             "next_episode": self._next_episode,
-            "env_steps": self.env_steps,
-            "num_episodes": self.num_episodes,
-            "num_game_failures": self.num_game_failures,
-            "num_steps_lost": self.num_steps_lost,
+            **{name: getattr(self, name) for name in COUNTERS},
             "recent_returns": list(self.recent_returns),
             "counts": [counts.state_dict() for counts in self._counts],
             "exploration": self._exploration.state_dict(),
@@ -328,12 +283,9 @@ class Collector:
             rng.bit_generator.state = rng_state
         for writer, pending in zip(self._writers, state["pending"], strict=True):
             writer.load_state_dict(pending, records)
-        self._episode_numbers = list(state["episode_numbers"])
         self._next_episode = state["next_episode"]
-        self.env_steps = state["env_steps"]
-        self.num_episodes = state["num_episodes"]
-        self.num_game_failures = state["num_game_failures"]
-        self.num_steps_lost = state["num_steps_lost"]
+        for name in COUNTERS:
+            setattr(self, name, state[name])
         self.recent_returns.extend(state["recent_returns"])
         for counts, own in zip(self._counts, state["counts"], strict=True):
             counts.load_state_dict(own)

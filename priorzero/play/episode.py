@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from priorzero.types import GameState, HistoryStep, Plain
+from priorzero.types import ActionChoice, GameState, HistoryStep, Plain
 
 
 @dataclass
@@ -18,6 +18,7 @@ class Episode:
 
     Attributes:
         env: index of its environment.
+        number: unique among the collected episodes of a run; 0 in an evaluation.
         state: the present state.
         features: features of the latest observations, ``[F]`` each, the present one last.
         actions: indices of the actions between them.
@@ -28,6 +29,7 @@ class Episode:
     """
 
     env: int
+    number: int
     state: GameState
     features: deque[np.ndarray]
     actions: deque[int]
@@ -35,21 +37,11 @@ class Episode:
     history: list[HistoryStep] = field(default_factory=list)
     total_reward: float = 0.0
 
-    def advance(
-        self, *, action_text: str, action_index: int, reward: float, state: GameState, features: np.ndarray
-    ) -> None:
-        """Append the outcome of an action.
-
-        Args:
-            action_text: the action.
-            action_index: its index in the vocabulary.
-            reward: points that it gained.
-            state: the new state.
-            features: features of the new state, ``[F]``.
-        """
-        before = self.state
-        self.history.append(HistoryStep(before.feedback, action_text, reward, before.place, before.room, before.score))
-        self.actions.append(action_index)
+    def advance(self, choice: ActionChoice, *, reward: float, state: GameState, features: np.ndarray) -> None:
+        """Append the outcome of an action: the points that it gained, the new state and its features ``[F]``."""
+        old, action = self.state, choice.action_text
+        self.history.append(HistoryStep(old.feedback, action, reward, old.place, old.room, old.score))
+        self.actions.append(choice.action_index)
         self.features.append(features)
         self.total_reward += reward
         self.state = state
@@ -57,6 +49,7 @@ class Episode:
     def state_dict(self) -> Plain:
         """Everything except ``env`` and ``rng``, which outlive the episode."""
         return {
+            "number": self.number,
             "state": dataclasses.astuple(self.state),
             "features": [torch.from_numpy(features.copy()) for features in self.features],
             "actions": list(self.actions),
@@ -66,6 +59,7 @@ class Episode:
 
     def load_state_dict(self, state: Plain) -> None:
         """The inverse of :meth:`state_dict`, into an episode at its beginning."""
+        self.number = state["number"]
         self.state = GameState(*state["state"])
         self.features.clear()
         self.features.extend(features.numpy() for features in state["features"])
@@ -76,18 +70,10 @@ class Episode:
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """An episode that has ended.
+    """An episode that has ended."""
 
-    Attributes:
-        total_reward: undiscounted return.
-        score: the game's score at the end.
-        steps: number of actions.
-        won: the game was won.
-        env_step: environment steps of the run when it ended.
-    """
-
-    total_reward: float
-    score: float
+    total_reward: float  # undiscounted return
+    score: float  # the game's score at the end
     steps: int
     won: bool
-    env_step: int
+    env_step: int  # environment steps of the run when it ended

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import numpy as np
 from loguru import logger
 
 from priorzero.envs import GameWorker
+from priorzero.envs.worker import gather_replies
 from priorzero.play.episode import Episode
 from priorzero.play.player import Player
 from priorzero.settings import EvalMode
@@ -19,7 +19,7 @@ from priorzero.types import GameWorkerError
 
 
 class DecideArguments(TypedDict, total=False):
-    """Arguments of :meth:`priorzero.play.player.Player.decide`."""
+    """Arguments of :meth:`Player.decide`."""
 
     sample: bool
     use_prior: bool
@@ -55,12 +55,10 @@ class Evaluation:
 
     @property
     def mean_return(self) -> float:
-        """Mean over the episodes."""
         return float(np.mean(self.returns))
 
     @property
     def mean_score(self) -> float:
-        """Mean over the episodes."""
         return float(np.mean(self.scores))
 
 
@@ -79,10 +77,11 @@ def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
     )
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Plays one game without exploration.
 
-    Args:
+    Attributes:
         game: name of the game.
         workers: processes that play it, each with its own seed.
         player: makes the decisions.
@@ -90,12 +89,11 @@ class Evaluator:
         seed: seed for the modes that sample their actions.
     """
 
-    def __init__(self, game: str, workers: Sequence[GameWorker], *, player: Player, episodes: int, seed: int) -> None:
-        self.game = game
-        self.workers = workers
-        self._player = player
-        self._episodes = episodes
-        self._seed = seed
+    game: str
+    workers: Sequence[GameWorker]
+    player: Player
+    episodes: int
+    seed: int
 
     async def evaluate(self, mode: EvalMode) -> Evaluation:
         """Play the episodes of one mode. Episodes of games that fail are replaced.
@@ -105,13 +103,13 @@ class Evaluator:
         Raises:
             GameWorkerError: no game could finish its episode.
         """
-        player = copy.copy(self._player)
-        player.indexer = copy.deepcopy(self._player.indexer)
+        player = copy.copy(self.player)
+        player.indexer = copy.deepcopy(self.player.indexer)
         finished: list[Episode] = []
         failure: GameWorkerError | None = None
-        seed = np.random.SeedSequence(self._seed)
-        while len(finished) < self._episodes:
-            workers = self.workers[: self._episodes - len(finished)]
+        seed = np.random.SeedSequence(self.seed)
+        while len(finished) < self.episodes:
+            workers = self.workers[: self.episodes - len(finished)]
             episodes, error = await self._play(workers, player, seed, mode=mode)
             failure = error or failure
             if not episodes:
@@ -131,59 +129,41 @@ class Evaluator:
     ) -> tuple[list[Episode], GameWorkerError | None]:
         """One episode in each worker; episodes of failed games are left out, and the last failure is returned."""
         failure: GameWorkerError | None = None
-        states = await asyncio.gather(*(worker.reset() for worker in workers), return_exceptions=True)
+        states = await gather_replies(worker.reset() for worker in workers)
         playing = []
         for e, (state, child) in enumerate(zip(states, seed.spawn(len(workers)), strict=True)):
             if isinstance(state, GameWorkerError):
                 logger.warning(f"a game of the evaluation could not start ({state})")
                 failure = state
-            elif isinstance(state, BaseException):
-                raise state
             else:
                 playing.append(player.new_episode(e, state, rng=np.random.default_rng(child)))
         finished = []
         while playing:
             decisions = await player.decide(playing, **MODE_ARGUMENTS[mode])
-            outcomes = await asyncio.gather(
-                *(workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)),
-                return_exceptions=True,
+            outcomes = await gather_replies(
+                workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)
             )
-            failed: set[int] = set()
+            advanced = []
             for episode, decision, outcome in zip(playing, decisions, outcomes, strict=True):
                 if isinstance(outcome, GameWorkerError):
                     logger.warning(f"a game of the evaluation failed ({outcome}); its episode does not count")
                     failure = outcome
-                    failed.add(episode.env)
-                    continue
-                if isinstance(outcome, BaseException):
-                    raise outcome
-                state, reward = outcome
-                episode.advance(
-                    action_text=decision.action_text,
-                    action_index=decision.action_index,
-                    reward=reward,
-                    state=state,
-                    features=player.features(state),
-                )
-            playing = [episode for episode in playing if episode.env not in failed]
-            finished += [episode for episode in playing if episode.state.done]
-            playing = [episode for episode in playing if not episode.state.done]
+                else:
+                    state, reward = outcome
+                    episode.advance(decision, reward=reward, state=state, features=player.features(state))
+                    advanced.append(episode)
+            finished += [episode for episode in advanced if episode.state.done]
+            playing = [episode for episode in advanced if not episode.state.done]
         return finished, failure
 
 
 @dataclass(frozen=True)
 class Evaluators:
-    """The evaluators of all games of a run.
+    """The evaluators of all games of a run."""
 
-    Attributes:
-        modes: the modes of ``eval.modes``.
-        seen: evaluators of the games of ``run.env_id``.
-        unseen: evaluators of the games of ``eval.unseen``.
-    """
-
-    modes: Sequence[EvalMode]
-    seen: Sequence[Evaluator]
-    unseen: Sequence[Evaluator]
+    modes: Sequence[EvalMode]  # eval.modes
+    seen: Sequence[Evaluator]  # for the games of run.env_id
+    unseen: Sequence[Evaluator]  # for the games of eval.unseen
 
     @property
     def workers(self) -> list[GameWorker]:

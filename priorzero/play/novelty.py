@@ -26,6 +26,12 @@ class NoveltyCounts:
         """Counts of the state's valid actions in its room with its score, ``[K]``."""
         return np.array([self.actions[state.room, state.score, action] for action in state.valid_actions])
 
+    def add(self, *, before: GameState, action: str, after: GameState, with_feedback: bool) -> None:
+        """Count a step. The last feedback of a game is not counted: it contains the number of turns, so it is new."""
+        self.actions[before.room, before.score, action] += 1
+        if with_feedback and not after.terminated:
+            self.feedback[after.feedback] += 1
+
     def state_dict(self) -> Plain:
         return {
             "actions": [(*key, count) for key, count in self.actions.items()],
@@ -40,31 +46,17 @@ class NoveltyCounts:
 def shaped_reward(
     counts: NoveltyCounts, *, before: GameState, action: str, after: GameState, cfg: TrainSettings
 ) -> float:
-    """Count a step, and return the addition to the world model's reward, in points.
+    """The addition to the world model's reward for a step that has been counted, in points.
 
     The addition is ``novelty_bonus / sqrt(N)``, minus ``loss_penalty`` if the step loses the game. With
     ``novelty_of=action``, N is the count of the action in its room with its score (MBIE-EB, Strehl & Littman 2008,
     section 3.2). With ``novelty_of=feedback``, N is the count of the game's feedback (Yuan et al. 2018, "Counting to
-    explore and generalize in text-based games"). The last feedback of a game gets no bonus: it contains the number of
-    turns, so it is always new.
-
-    The action is counted in both cases, since exploration uses its count.
-
-    Args:
-        counts: the game's counts, which are updated.
-        before: the state in which the action was taken.
-        action: the action.
-        after: the state after it.
-        cfg: the ``train`` group of the settings.
+    explore and generalize in text-based games"), and the last feedback of a game gets no bonus.
     """
-    key = (before.room, before.score, action)
-    counts.actions[key] += 1
-    game_over = after.done and not after.truncated
     if cfg.novelty_of == "action":
-        bonus = cfg.novelty_bonus / math.sqrt(counts.actions[key])
-    elif game_over:
+        bonus = cfg.novelty_bonus / math.sqrt(counts.actions[before.room, before.score, action])
+    elif after.terminated:
         bonus = 0.0
     else:
-        counts.feedback[after.feedback] += 1
         bonus = cfg.novelty_bonus / math.sqrt(counts.feedback[after.feedback])
-    return bonus - (cfg.loss_penalty if game_over and not after.won else 0.0)
+    return bonus - (cfg.loss_penalty if after.terminated and not after.won else 0.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,92 +22,71 @@ from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
 from priorzero.search.base import Root, SearchResult
 from priorzero.settings import Settings
-from priorzero.types import ActionPrior, GameState, PriorRequest
+from priorzero.types import ActionChoice, ActionPrior, GameState, PriorRequest, StepRecord
 
 
-@dataclass(frozen=True)
-class Decision:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision(ActionChoice):
     """A decision, before its action is taken.
 
-    Attributes:
-        state: the state, with the valid actions that were considered.
-        action_indices: indices of the valid actions, ``[K]``.
+    Attributes (besides those of a choice):
         prompt: the LLM's prompt; None without an LLM.
-        prior: the LLM's prior; None without an LLM.
         result: the search's result; None without a search.
-        chosen: position of the action in the valid actions.
-        behaviour_prob: probability with which it was sampled; 1 if it was not sampled.
     """
 
-    state: GameState
-    action_indices: np.ndarray
     prompt: Prompt | None
-    prior: ActionPrior | None
     result: SearchResult | None
-    chosen: int
-    behaviour_prob: float
 
-    @property
-    def action_text(self) -> str:
-        """The action."""
-        return self.state.valid_actions[self.chosen]
+    def record(self, episode: Episode, *, reward: float, shaping: float, done: bool) -> StepRecord:
+        """The record of this decision and its outcome; ``episode`` has not advanced yet."""
+        assert self.result is not None
+        return StepRecord(
+            state=self.state,
+            features=episode.features[-1],
+            action_indices=self.action_indices,
+            prompt=self.prompt.text if self.prompt is not None else "",
+            prior=self.prior,
+            visit_counts=self.result.visit_counts,
+            root_value=self.result.root_value,
+            predicted_value=self.result.predicted_value,
+            chosen=self.chosen,
+            behaviour_prob=self.behaviour_prob,
+            reward=reward,
+            shaping=shaping,
+            done=done,
+            episode=episode.number,
+            step=len(episode.history),
+        )
 
-    @property
-    def action_index(self) -> int:
-        """Its index in the vocabulary."""
-        return int(self.action_indices[self.chosen])
 
-
+@dataclass(eq=False)
 class Player:
     """Makes decisions.
 
-    Args:
-        settings: all settings.
-        policy: runs the searches.
-        encoder: computes features.
-        indexer: assigns indices to actions.
+    Attributes:
         prior: computes the LLM's priors; None for UniZero alone.
-        style: how prompts are rendered.
         tokenizer: the LLM's tokenizer; None without an LLM.
         world_model_thread: the thread that searches run in.
         timeline: records the time of features, searches and games.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        policy: PriorZeroPolicy,
-        encoder: TextEncoder,
-        indexer: ActionVocabulary,
-        prior: RetryingPrior | None,
-        style: PromptStyle,
-        tokenizer: Any,
-        world_model_thread: OwnerThread,
-        timeline: Timeline,
-    ) -> None:
-        self.settings = settings
-        self.policy = policy
-        self.encoder = encoder
-        self.indexer = indexer
-        self.prior = prior
-        self.style = style
-        self.tokenizer = tokenizer
-        self.world_model_thread = world_model_thread
-        self.timeline = timeline
-        self._warned_of_length = False
+    settings: Settings
+    _: KW_ONLY
+    policy: PriorZeroPolicy
+    encoder: TextEncoder
+    indexer: ActionVocabulary
+    prior: RetryingPrior | None
+    style: PromptStyle
+    tokenizer: Any
+    world_model_thread: OwnerThread
+    timeline: Timeline
+    _warned_of_length: bool = field(default=False, init=False)
 
-    def new_episode(self, env: int, state: GameState, *, rng: np.random.Generator) -> Episode:
-        """An episode at its beginning.
-
-        Args:
-            env: index of its environment.
-            state: the first state.
-            rng: the environment's generator.
-        """
+    def new_episode(self, env: int, state: GameState, *, rng: np.random.Generator, number: int = 0) -> Episode:
+        """An episode at its beginning in environment ``env``, whose generator is ``rng``."""
         num_observations = self.settings.world_model.context_length // 2
         features = deque([self.features(state)], maxlen=num_observations)
-        return Episode(env, state, features, deque(maxlen=num_observations - 1), rng)
+        return Episode(env, number, state, features, deque(maxlen=num_observations - 1), rng)
 
     def features(self, state: GameState) -> np.ndarray:
         """The text encoder's features of a state, ``[F]``."""
@@ -126,8 +105,9 @@ class Player:
         """One decision for each episode. None of the episodes has ended.
 
         Args:
-            episodes: the episodes.
-            exploration: the strategy that adds noise at the roots of the searches; None for no noise.
+            episodes: B of them.
+            exploration: the strategy that adds noise at the roots of the searches; None in an evaluation: no noise, and
+                ties are broken with the seed 0.
             sample: sample the action: from the visit counts, or without a search from the prior, or without either
                 uniformly. False: take the action with the largest weight.
             use_prior: use the LLM's prior, if there is an LLM.
@@ -148,9 +128,11 @@ class Player:
         if use_search:
             roots = []
             for b, (episode, state, prior) in enumerate(zip(episodes, states, priors, strict=True)):
+                tie_seed = 0
                 if exploration is not None:
                     noises[b] = exploration.root_noise(episode.env, state, prior, rng=episode.rng)
-                roots.append(_make_root(episode, indices[b], prior, noises[b]))
+                    tie_seed = int(episode.rng.integers(2**31))
+                roots.append(_make_root(episode, indices[b], prior=prior, noise=noises[b], seed=tie_seed))
             results = await self.world_model_thread.run(
                 "search", self.policy.search, roots, num_actions=self.indexer.num_used
             )
@@ -158,7 +140,17 @@ class Player:
         for b, episode in enumerate(episodes):
             weights = self._weights(states[b], priors[b], results[b], noises[b], sample=sample)
             chosen, prob = _choose(weights, rng=episode.rng if sample else None)
-            decisions.append(Decision(states[b], indices[b], prompts[b], priors[b], results[b], chosen, prob))
+            decisions.append(
+                Decision(
+                    state=states[b],
+                    action_indices=indices[b],
+                    prompt=prompts[b],
+                    prior=priors[b],
+                    result=results[b],
+                    chosen=chosen,
+                    behaviour_prob=prob,
+                )
+            )
         return decisions
 
     def _render_prompts(self, episodes: Sequence[Episode], states: Sequence[GameState]) -> list[Prompt]:
@@ -195,22 +187,23 @@ class Player:
         return np.ones(len(state.valid_actions))
 
 
-def _make_root(episode: Episode, indices: np.ndarray, prior: ActionPrior | None, noise: RootNoise | None) -> Root:
+def _make_root(
+    episode: Episode, indices: np.ndarray, *, prior: ActionPrior | None, noise: RootNoise | None, seed: int
+) -> Root:
     return Root(
         features=np.stack(episode.features),
         actions=np.array(episode.actions, dtype=np.int64),
         legal_actions=indices,
         prior_logprobs=prior.logprobs if prior is not None else None,
         noise=noise.probs if noise is not None else None,
-        seed=int(episode.rng.integers(2**31)) if noise is not None else 0,
+        seed=seed,
     )
 
 
 def _choose(weights: np.ndarray, *, rng: np.random.Generator | None) -> tuple[int, float]:
-    """Sample an action in proportion to ``weights`` ``[K]``, or take the largest weight if ``rng`` is None.
+    """Sample a position in proportion to ``weights`` ``[K]``, or take the largest weight if ``rng`` is None.
 
-    Returns:
-        Its position, and the probability with which it was sampled (1 if it was not).
+    Returns the position and its probability, which is 1 without sampling.
     """
     if rng is None:
         return int(weights.argmax()), 1.0

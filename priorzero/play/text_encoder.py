@@ -26,7 +26,6 @@ class TextEncoder:
 
     Args:
         path: ``package:NAME``, a folder, or a hub id.
-        device: device of the encoder.
         with_look: states have a room description and an inventory (``env.look_and_inventory``).
         max_moves: the number of moves is divided by this.
         cache_size: number of texts whose embeddings are kept.

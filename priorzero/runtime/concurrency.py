@@ -29,10 +29,6 @@ class OwnerThread:
 
     All calls that use the object run in this thread, one at a time and in order. The event loop is not blocked. If a
     call is cancelled after it has started, it still runs to its end.
-
-    Args:
-        name: the thread's name.
-        timeline: records when calls run.
     """
 
     def __init__(self, name: str, timeline: Timeline) -> None:
@@ -43,6 +39,10 @@ class OwnerThread:
         """Run ``function(*args, **kwargs)`` in the thread and record it in the timeline as ``span``."""
         work = functools.partial(self._timed, span, function, *args, **kwargs)
         return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    async def drain(self) -> None:
+        """Wait until all calls so far have ended, also those that were cancelled after they had started."""
+        await asyncio.get_running_loop().run_in_executor(self._executor, lambda: None)
 
     def _timed(self, span: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         with self._timeline.span(span):
@@ -158,11 +158,7 @@ class StopRequest:
                 signal.signal(number, handler)
 
     def request(self, reason: str) -> None:
-        """Request a stop; the second request exits the process immediately.
-
-        Args:
-            reason: the cause, for the log.
-        """
+        """Request a stop because of ``reason``, which is logged; the second request exits the process immediately."""
         if self.requested:
             logger.warning(f"second {reason}: exiting immediately; nothing more is saved")
             exit_immediately()
@@ -173,11 +169,7 @@ class StopRequest:
         )
 
     async def run_or_cancel(self, work: Coroutine[Any, Any, T]) -> T | None:
-        """Run a coroutine, but cancel it when a stop is requested.
-
-        Returns:
-            The result of ``work``; None if it was cancelled. In both cases ``work`` has ended.
-        """
+        """Run a coroutine to its result, or cancel it when a stop is requested and return None once it has ended."""
         task, stop = asyncio.ensure_future(work), asyncio.ensure_future(self._event.wait())
         try:
             await asyncio.wait([task, stop], return_when=asyncio.FIRST_COMPLETED)

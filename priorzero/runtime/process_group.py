@@ -18,25 +18,17 @@ Sharding = Literal["ddp", "fsdp"]
 
 
 class ProcessGroup:
-    """The process group of a single learner: every operation is local.
+    """The process group of a single learner: every operation is local."""
 
-    Attributes:
-        rank: this learner's index, from 0.
-        size: number of learners.
-    """
-
-    rank = 0
-    size = 1
+    rank = 0  # this learner's index
+    size = 1  # number of learners
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """Return ``module`` prepared for the exchange of gradients. Call it before the optimiser is created."""
         return module
 
     def accumulate(self, module: nn.Module, *, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Context of the forward and backward pass of one micro-batch.
-
-        Gradients are accumulated locally and are exchanged in the last micro-batch only.
-        """
+        """Context of the forward and backward pass of a micro-batch; only the last one exchanges the gradients."""
         return contextlib.nullcontext()
 
     def sum(self, values: Mapping[str, float]) -> dict[str, float]:
@@ -44,10 +36,7 @@ class ProcessGroup:
         return dict(values)
 
     def shard(self, items: Sequence[Any]) -> list[Any]:
-        """This learner's part of ``items``: every ``size``-th item from ``rank`` on.
-
-        All parts have the same length if ``size`` divides the number of items.
-        """
+        """This learner's part of ``items``: every ``size``-th item from ``rank`` on."""
         return list(items[self.rank :: self.size])
 
     def gather(self, items: Sequence[Any]) -> list[Any]:
@@ -85,8 +74,6 @@ class TorchGroup(ProcessGroup):
     """The process group of several learners, one per process, which ``torch.distributed`` connects.
 
     Args:
-        rank: this learner's index, from 0.
-        size: number of learners.
         address: ``tcp://HOST:PORT`` of rank 0.
         sharding: ``"ddp"`` replicates the parameters; ``"fsdp"`` shards parameters, gradients and optimiser state.
         device: the model's device. The backend is gloo on a CPU and nccl on a GPU.

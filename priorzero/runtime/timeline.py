@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Span:
-    """A part ``name`` that ran from ``start`` to ``end``, in seconds of :func:`time.perf_counter`."""
+    """A part that ran from ``start`` to ``end``, in seconds of :func:`time.perf_counter`."""
 
     name: str
     start: float
@@ -108,11 +108,7 @@ class Timeline:
             self._closed.append(Span(name, start, time.perf_counter()))
 
     def finish_interval(self) -> TimeUsage:
-        """End the current interval and start the next one.
-
-        Returns:
-            How the interval was used. A span that is still open counts up to now.
-        """
+        """End the current interval, in which open spans count up to now, and start the next one."""
         now = time.perf_counter()
         closed, self._closed = self._closed, []
         spans = closed + [Span(name, start, now) for name, start in list(self._open.values())]
@@ -127,13 +123,10 @@ class Timeline:
         self._closed = []
         self._start = time.perf_counter()
 
-    @property
-    def has_trace(self) -> bool:
-        """Whether the spans of an interval were kept."""
-        return bool(self._kept)
-
     def write_trace(self, path: Path) -> None:
-        """Write the spans of the kept intervals as a trace for Perfetto or chrome://tracing."""
+        """Write the spans of the kept intervals, if there are any, as a trace for Perfetto or chrome://tracing."""
+        if not self._kept:
+            return
         spans = [span for closed in self._kept for span in closed]
         rows = {name: row for row, name in enumerate(dict.fromkeys(span.name for span in spans), start=1)}
         origin = min((span.start for span in spans), default=0.0)

@@ -56,12 +56,9 @@ class SearchModel(Protocol):
 
     def root_contexts(self, roots: Sequence[Root]) -> list[Tensor]:
         """One context for each root."""
-        ...
 
     def predict(self, contexts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
         """Policy logits ``[n, A]`` and values ``[n]`` of n contexts."""
-        ...
 
     def step(self, contexts: Sequence[Tensor], actions: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
         """The contexts after one action ``[n]`` in each, and the predicted rewards ``[n]``."""
-        ...

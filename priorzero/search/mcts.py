@@ -44,12 +44,11 @@ def search(
     """Run ``cfg.num_simulations`` simulations from each of B roots. The model sees all roots in one batch.
 
     Args:
-        model: the model, in eval mode.
-        contexts: contexts of the roots, B of them.
+        model: in eval mode.
+        contexts: those of the B roots.
         legal_actions: indices of each root's valid actions, ``[K]`` each.
         priors: probabilities of these actions, ``[K]`` each.
         seeds: each root's seed for breaking ties.
-        cfg: the ``search`` group of the settings.
         num_actions: actions with indices below this are expanded below the root.
     """
     trees = [Tree(Node(prior, actions, visit_count=1)) for prior, actions in zip(priors, legal_actions, strict=True)]
@@ -84,11 +83,7 @@ class Edge:
 
 
 def simulate(tree: Tree, *, cfg: SearchSettings, rng: random.Random) -> list[Edge]:
-    """Select actions by PUCT from the root down to an action that has not been visited yet.
-
-    Returns:
-        The path: the selected action of each node, at least one.
-    """
+    """Select actions by PUCT from the root down to one that has not been visited yet; returns this path."""
     path: list[Edge] = []
     node, parent_q = tree.root, 0.0
     while True:
@@ -130,14 +125,11 @@ def select(
 
 
 def expand(tree: Tree, edge: Edge, *, actions: np.ndarray, policy_logits: np.ndarray, reward: float) -> Node:
-    """Add the node that an action leads to.
+    """Add the node that an action without a node leads to, with the predicted reward of the action.
 
     Args:
-        tree: the tree.
-        edge: the action, which has no node yet.
         actions: vocabulary indices of the new node's actions, ``[k]``.
         policy_logits: their logits, ``[k]`` float32.
-        reward: predicted reward of the action.
     """
     prior = torch.softmax(torch.from_numpy(policy_logits), dim=0).double().numpy()
     leaf = Node(prior, actions, index=tree.num_nodes, reward=float(reward))

@@ -45,13 +45,7 @@ def mix_root_logits(
 def root_probs(root_logits: np.ndarray, noise: np.ndarray | None, *, noise_weight: float) -> np.ndarray:
     """Probabilities of the root's actions: ``(1 - noise_weight) * softmax(root_logits) + noise_weight * noise``.
 
-    Args:
-        root_logits: ``[K]`` float32.
-        noise: a distribution ``[K]``; None for none.
-        noise_weight: weight of the noise.
-
-    Returns:
-        ``[K]`` float64.
+    ``root_logits`` are ``[K]`` float32; ``noise`` is a distribution ``[K]``, or None for none. Returns ``[K]`` float64.
     """
     probs: np.ndarray = torch.softmax(torch.from_numpy(root_logits), dim=0).double().numpy()
     return probs if noise is None else probs * (1 - noise_weight) + noise * noise_weight

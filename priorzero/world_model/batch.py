@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,15 +13,10 @@ from priorzero.world_model.segment import PriorZeroGameSegment
 
 @dataclass(frozen=True)
 class SampledSequences:
-    """Where the B sequences of a batch begin.
-
-    Attributes:
-        segments: the segment of each sequence, B of them.
-        positions: index in the segment's records of the first decision of each sequence, ``[B]``.
-    """
+    """Where the B sequences of a batch begin: at ``segments[b].records[positions[b]]``."""
 
     segments: list[PriorZeroGameSegment]
-    positions: np.ndarray
+    positions: np.ndarray  # [B]
 
     def records(self) -> list[StepRecord]:
         """The first decision of each sequence."""
@@ -50,7 +43,6 @@ class ReplayBatch:
         rewards: ``[B, U + 1]``.
         value_targets: ``[B, U + 1]``.
         policy_targets: visit counts as distributions, ``[B, U + 1, A]``; zeros beyond the end of the episode.
-        sequences: where the sequences come from.
     """
 
     features: np.ndarray
@@ -65,14 +57,6 @@ class ReplayBatch:
     value_targets: np.ndarray
     policy_targets: np.ndarray
     sequences: SampledSequences
-
-    @classmethod
-    def from_lightzero(
-        cls, current_batch: Sequence[Any], target_batch: Sequence[Any], *, sequences: SampledSequences
-    ) -> ReplayBatch:
-        """A batch from LightZero's two lists of arrays."""
-        fields: list[Any] = [*current_batch, *target_batch, sequences]
-        return cls(*fields)
 
     def to_lightzero(self) -> tuple[list[np.ndarray], list[np.ndarray]]:
         """``current_batch`` and ``target_batch``, as LightZero's learning step takes them."""

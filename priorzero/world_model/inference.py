@@ -30,7 +30,6 @@ class WorldModelInference:
         self.context_length = int(self._world_model.context_length)
 
     def root_contexts(self, roots: Sequence[Root]) -> list[Tensor]:
-        """The token sequence of each root's history."""
         embeddings = self._embed_observations(np.concatenate([root.features for root in roots])).split(
             [len(root.features) for root in roots]
         )
@@ -44,22 +43,12 @@ class WorldModelInference:
         return contexts
 
     def predict(self, contexts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
-        """Policy logits ``[n, A]`` and values ``[n]`` of contexts that end in an observation."""
         hidden = self._last_hidden(contexts)
         policy_logits = self._world_model.head_policy.head_module(hidden)
         values = self._to_scalar(self._world_model.head_value.head_module(hidden))
         return policy_logits.cpu().numpy(), values.reshape(-1).cpu().numpy()
 
     def step(self, contexts: Sequence[Tensor], actions: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
-        """Take one action in each context.
-
-        Args:
-            contexts: n contexts that end in an observation.
-            actions: indices of the actions, ``[n]``.
-
-        Returns:
-            The contexts after the actions, and the predicted rewards ``[n]``.
-        """
         embedded = self._embed_actions(actions)
         extended = [torch.cat([tokens, embedded[i : i + 1]]) for i, tokens in enumerate(contexts)]
         hidden = self._last_hidden(extended)

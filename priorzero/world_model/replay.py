@@ -32,12 +32,7 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
     * Policy targets are read by position.
     * Terminal states have zero value.
 
-    Args:
-        config: LightZero's policy configuration.
-        rng: generator of the samples.
-
-    Attributes:
-        num_evicted: number of decisions evicted so far.
+    ``config`` is LightZero's policy configuration, and ``rng`` draws the samples.
     """
 
     def __init__(self, config: EasyDict, *, rng: np.random.Generator) -> None:
@@ -45,7 +40,7 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         self._rng = rng
         self._sampled: SampledSequences | None = None
         self.game_pos_priorities = np.zeros(0, dtype=np.float64)
-        self.num_evicted = 0
+        self.num_evicted = 0  # decisions evicted so far
 
     def push(self, segments: Sequence[PriorZeroGameSegment]) -> None:
         """Store segments with the largest priority so far. Evict the oldest segments beyond ``replay.buffer_size``."""
@@ -67,10 +62,9 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         return np.stack([record.features for segment in self.game_segment_buffer for record in segment.records])
 
     def sample(self, batch_size: int, policy: UniZeroLearner) -> ReplayBatch:
-        """Draw sequences without replacement.
+        """Draw ``B = batch_size`` sequences without replacement.
 
         Args:
-            batch_size: B.
             policy: its target network computes the values at which the value targets bootstrap.
 
         Raises:
@@ -83,7 +77,8 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
             )
         current_batch, target_batch = super().sample(batch_size, policy)
         assert self._sampled is not None
-        batch = ReplayBatch.from_lightzero(current_batch, target_batch, sequences=self._sampled)
+        fields: list[Any] = [*current_batch, *target_batch, self._sampled]
+        batch = ReplayBatch(*fields)
         # LightZero's mask ends with the segment, although the targets of the padding are valid as well.
         steps = np.arange(batch.mask.shape[1])
         known = [len(s) - t for s, t in zip(self._sampled.segments, self._sampled.positions, strict=True)]
@@ -91,11 +86,9 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         return dataclasses.replace(batch, mask=mask)
 
     def update_priority(self, batch: ReplayBatch, priorities: np.ndarray) -> None:
-        """Set the priorities of the decisions at which a batch's sequences begin.
+        """Set the priorities ``[B]``, positive, of the decisions at which a batch's sequences begin.
 
-        Args:
-            batch: the batch.
-            priorities: ``[B]``, positive. Those of decisions that were evicted since are ignored.
+        Those of decisions that were evicted since are ignored.
         """
         index = np.asarray(batch.indices) - self.num_evicted
         present = index >= 0

@@ -10,12 +10,9 @@ import numpy as np
 def returns_to_go(
     rewards: Sequence[float] | np.ndarray, *, discount: float, bootstrap_value: float = 0.0
 ) -> np.ndarray:
-    """The discounted sum of rewards from each step on, ``[n]``.
+    """The discounted sum of the rewards of n consecutive steps from each step on, ``[n]``.
 
-    Args:
-        rewards: rewards of n consecutive steps.
-        discount: discount factor.
-        bootstrap_value: value after the last step; 0 if the episode ended there.
+    ``bootstrap_value`` is the value after the last step; 0 if the episode ended there.
     """
     returns = np.zeros(len(rewards), dtype=np.float64)
     running = bootstrap_value

@@ -30,17 +30,14 @@ class PriorZeroGameSegment(GameSegment):
     its value targets do not bootstrap beyond its last decision.
 
     Args:
-        records: the decisions of the segment, at least one.
-        padding: the decisions that follow them in the same episode.
+        records: the n decisions of the segment, at least one.
+        padding: the p decisions of the padding.
         final_features: features of the episode's last state, ``[F]``, if the last of these decisions led there.
         terminated: this state is terminal: the game ended the episode.
         config: LightZero's policy configuration.
 
     Attributes (besides LightZero's):
-        records: the n step records of the segment.
-        padding: the p step records of the padding.
         num_steps: n + p.
-        terminated: see the argument.
         returns: discounted return of each of the n decisions in scaled rewards, ``[n]``, up to the end of the padding.
             If the episode continues there, the return bootstraps with the last decision's searched value.
     """
@@ -101,7 +98,7 @@ class PriorZeroGameSegment(GameSegment):
             "records": [table.number(record) for record in self.records],
             "padding": [table.number(record) for record in self.padding],
             "final_features": None if final is None else torch.from_numpy(final.copy()),
-            "is_over": self.terminated,  # the key that checkpoints have had from the start
+            "terminated": self.terminated,
         }
 
     @classmethod
@@ -112,17 +109,13 @@ class PriorZeroGameSegment(GameSegment):
             [records[n] for n in state["records"]],
             [records[n] for n in state["padding"]],
             final_features=None if final is None else final.numpy(),
-            terminated=state["is_over"],
+            terminated=state["terminated"],
             config=config,
         )
 
 
 class SegmentWriter:
-    """Cuts the decisions of one environment into segments, in order. Each decision is in exactly one segment.
-
-    Args:
-        config: LightZero's policy configuration.
-    """
+    """Cuts the decisions of one environment into segments, in order. Each decision is in exactly one segment."""
 
     def __init__(self, config: EasyDict) -> None:
         self._config = config
@@ -146,15 +139,11 @@ class SegmentWriter:
     def add(
         self, record: StepRecord, *, next_features: np.ndarray, truncated: bool = False
     ) -> list[PriorZeroGameSegment]:
-        """Add the next decision.
+        """Add the next decision; returns the segments that are complete now.
 
         Args:
-            record: the decision.
             next_features: features of the state after it, ``[F]``; used if the episode ends there.
             truncated: the limit of moves ended the episode, not the game.
-
-        Returns:
-            The segments that are complete now.
         """
         self._pending.append(record)
         if not record.done:
@@ -164,12 +153,7 @@ class SegmentWriter:
         return self.flush(final_features=next_features, terminated=not truncated)
 
     def flush(self, *, final_features: np.ndarray, terminated: bool = False) -> list[PriorZeroGameSegment]:
-        """Cut all pending decisions into segments.
-
-        Args:
-            final_features: features of the episode's last state, ``[F]``.
-            terminated: this state is terminal: the game ended the episode.
-        """
+        """Cut all pending decisions into segments; the arguments are those of a segment."""
         segments = []
         while self._pending:
             segments.append(self._cut(final_features=final_features, terminated=terminated))

@@ -2,30 +2,26 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from priorzero.runtime.quiet import quiet
 from priorzero.settings import Settings
 from priorzero.types import NonFiniteError, Plain
 from priorzero.world_model.batch import ReplayBatch
 from priorzero.world_model.inference import WorldModelInference
-from priorzero.world_model.lightzero import (
-    RunningStatistics,
-    SequenceWeights,
-    add_standardisation,
-    nonfinite_reason,
-    set_standardisation,
-    unizero_config,
-    without_compile,
-    without_momentum,
-)
+from priorzero.world_model.lightzero import unizero_config
 
 with quiet():
     from lzero.policy.unizero import UniZeroPolicy
 
+BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # The metrics of an update, and LightZero's names for them.
 METRICS = {
     "train/wm_total_loss": "weighted_total_loss",
@@ -42,12 +38,8 @@ METRICS = {
 class UniZeroLearner(UniZeroPolicy):
     """LightZero's UniZero policy with importance weights, priorities and standardised features.
 
-    Args:
-        settings: all settings.
-        feature_size: ``F``.
-        device: ``"cpu"`` or ``"cuda"``.
-
     Attributes:
+        lightzero_config: the policy configuration, also for segments and the replay buffer.
         network: LightZero's ``UniZeroModel``.
         target_network: its moving average, which computes the targets of values and latent states.
         inference: the network as the search uses it.
@@ -55,14 +47,20 @@ class UniZeroLearner(UniZeroPolicy):
     """
 
     def __init__(self, settings: Settings, *, feature_size: int, device: str) -> None:
+        self.lightzero_config = unizero_config(settings, feature_size=feature_size, device=device)
         with quiet():
-            super().__init__(unizero_config(settings, feature_size=feature_size, device=device))
-        self.network = without_compile(self._model)
-        self.target_network = without_compile(without_momentum(self._target_model))
+            super().__init__(self.lightzero_config)
+        model: Any = self._model
+        target: Any = self._target_model._model  # inside DI-engine's wrapper for target networks
+        # Without the wrapper of torch.compile, in which parameters have other names.
+        self.network = getattr(model, "_orig_mod", model)
+        self.target_network = getattr(target, "_orig_mod", target)
         self.inference = WorldModelInference(self.network, to_scalar=self.inverse_scalar_transform_handle)
         self.features_are_fitted = False
-        for encoder in self._encoders():
-            add_standardisation(encoder, feature_size=feature_size, device=device)
+        for encoder in self._encoders():  # buffers, so that checkpoints contain them
+            encoder.register_buffer("feature_mean", torch.zeros(feature_size, device=device))
+            encoder.register_buffer("feature_deviation", torch.ones(feature_size, device=device))
+            encoder.register_forward_pre_hook(_standardise)
         self._sequence_weights = SequenceWeights(self.network.world_model)
         self._optimizer_world_model.register_step_pre_hook(self._check_gradients)
 
@@ -76,15 +74,12 @@ class UniZeroLearner(UniZeroPolicy):
         deviation[deviation < 1e-4] = 1.0
         mean = torch.as_tensor(features.mean(axis=0))
         for encoder in self._encoders():
-            set_standardisation(encoder, mean=mean, deviation=torch.as_tensor(deviation))
+            encoder.feature_mean.copy_(mean)
+            encoder.feature_deviation.copy_(torch.as_tensor(deviation))
         self.features_are_fitted = True
 
     def learn_world_model(self, batch: ReplayBatch, *, train_iter: int) -> dict[str, Any]:
-        """Update the world model once.
-
-        Args:
-            batch: a batch of ``train.batch_size`` sequences.
-            train_iter: number of updates before this one.
+        """Update the world model once. ``train_iter`` is the number of updates before this one.
 
         Returns:
             Metrics under ``train/``, and ``priorities`` ``[B]``: the absolute error of each sequence's first value.
@@ -106,16 +101,20 @@ class UniZeroLearner(UniZeroPolicy):
 
     def _update(self, batch: ReplayBatch, *, train_iter: int) -> dict[str, Any]:
         """LightZero's learning step with importance weights; returns its log."""
-        statistics = RunningStatistics((self.network, self.target_network))
+        networks = (self.network, self.target_network)
+        buffers = [b for net in networks for name, b in net.named_buffers() if name.endswith(BATCH_NORM_BUFFERS)]
+        copies = [buffer.clone() for buffer in buffers]
         weights = torch.as_tensor(batch.weights, dtype=torch.float32, device=self._cfg.device)
         try:
             with self._sequence_weights.applied(weights):
+                # LightZero's method; PriorZeroPolicy overrides it with one that calls `learn_world_model`.
                 log: dict[str, Any] = super()._forward_learn([*batch.to_lightzero(), train_iter])
         except (AssertionError, ValueError, NonFiniteError) as error:
-            reason = nonfinite_reason(error)
+            reason = _nonfinite_reason(error)
             if reason is None:
                 raise
-            statistics.restore()
+            for buffer, copy in zip(buffers, copies, strict=True):  # the forward pass has changed them
+                buffer.copy_(copy)
             raise NonFiniteError(
                 f"the world model: {reason} in update {train_iter}; lower "
                 f"train.learning_rate={self._cfg.learning_rate:g} or train.grad_clip={self._cfg.grad_clip_value:g}"
@@ -132,7 +131,7 @@ class UniZeroLearner(UniZeroPolicy):
         if wrong:
             raise NonFiniteError(f"the gradient of {wrong[0]} and {len(wrong) - 1} other parameters is not finite")
 
-    def trained_world_model_parameters(self) -> list[tuple[str, torch.nn.Parameter]]:
+    def trained_world_model_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that an update changes, by name.
 
         LightZero's model also has a decoder for one of its own environments, which no loss reaches.
@@ -143,12 +142,12 @@ class UniZeroLearner(UniZeroPolicy):
             if p.requires_grad and "decoder_network" not in name
         ]
 
-    def world_model_state(self) -> dict[str, torch.Tensor]:
+    def world_model_state(self) -> dict[str, Tensor]:
         """The network's parameters and buffers, by name."""
-        state: dict[str, torch.Tensor] = self.network.state_dict()
+        state: dict[str, Tensor] = self.network.state_dict()
         return state
 
-    def load_world_model_state(self, state: dict[str, torch.Tensor]) -> None:
+    def load_world_model_state(self, state: dict[str, Tensor]) -> None:
         """Load the result of :meth:`world_model_state` into the network and the target network."""
         self.network.load_state_dict(state)
         self.target_network.load_state_dict(state)
@@ -180,3 +179,59 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
     """Set the learning rate of all parameter groups, after a state with another one was loaded."""
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
+
+
+def _standardise(encoder: Any, inputs: tuple[Tensor]) -> Tensor:
+    standardised: Tensor = (inputs[0] - encoder.feature_mean) / encoder.feature_deviation
+    return standardised
+
+
+class SequenceWeights:
+    """Weights the loss of each sequence of a batch, since LightZero's loss ignores importance weights.
+
+    All terms of the loss are sums over the outputs of four heads. Scaling the gradients of these outputs by the weight
+    of their sequence is the same as scaling the sequence's loss.
+
+    Attributes:
+        value_logits: the value head's last output under :meth:`applied`, ``[B, U, support]``.
+    """
+
+    HEADS = ("head_observations", "head_rewards", "head_policy", "head_value")
+
+    def __init__(self, world_model: nn.Module) -> None:
+        self._weights: Tensor | None = None
+        self.value_logits: Tensor | None = None
+        for name in self.HEADS:
+            world_model.get_submodule(name).register_forward_hook(self._scale_gradient)
+        world_model.get_submodule("head_value").register_forward_hook(self._keep_value_logits)
+
+    @contextmanager
+    def applied(self, weights: Tensor) -> Iterator[None]:
+        """Apply weights ``[B]`` to the forward and backward passes within the block."""
+        self._weights = weights
+        try:
+            yield
+        finally:
+            self._weights = None
+
+    def _scale_gradient(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self._weights is not None and output.requires_grad:
+            weights = self._weights.view(-1, *[1] * (output.dim() - 1))
+            output.register_hook(lambda gradient: gradient * weights)
+
+    def _keep_value_logits(self, module: nn.Module, inputs: Any, output: Tensor) -> None:
+        if self._weights is not None:
+            self.value_logits = output.detach()
+
+
+def _nonfinite_reason(error: Exception) -> str | None:
+    """What was not finite in an update that failed; None if the error is about something else.
+
+    LightZero reports a loss that is not finite as an ``AssertionError`` or a ``ValueError``, whose text names the loss.
+    """
+    if isinstance(error, NonFiniteError):
+        return str(error)
+    if "NaN" not in str(error) and "Inf" not in str(error):
+        return None
+    loss = re.search(r"element '(\w+)'", str(error))
+    return f"{loss.group(1) if loss else 'total'} loss is not finite"

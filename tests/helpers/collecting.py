@@ -19,7 +19,6 @@ from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import EvalMode, PriorSettings
 from priorzero.types import ActionPrior, GameState, GameWorkerError, StepRecord
-from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.records import RecordTable
 from tests.helpers.models import make_settings
 
@@ -168,14 +167,7 @@ def make_collector(
     """
     player = make_player(**changes)
     games = [CountingGame(g, length=length, fail_at=fail_at if g == 1 else ()) for g in range(num_games)]
-    collector = Collector(
-        games,
-        player=player,
-        config=unizero_config(player.settings, feature_size=FEATURE_SIZE, device="cpu"),
-        seed=np.random.SeedSequence(0),
-        groups=groups,
-        num_games=different,
-    )
+    collector = Collector(games, player=player, seed=np.random.SeedSequence(0), groups=groups, num_games=different)
     return collector, games, player
 
 

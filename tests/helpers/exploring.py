@@ -50,14 +50,7 @@ class ScriptedEpisode:
         """Take an action. If ``after`` is done, the episode ends."""
         before = self.state
         self.history.append(HistoryStep(before.feedback, action, reward, before.place, before.room, before.score))
-        self.strategy.observe(
-            self.env,
-            before=before,
-            position=before.valid_actions.index(action),
-            reward=reward,
-            after=after,
-            history=self.history,
-        )
+        self.strategy.observe(self.env, position=before.valid_actions.index(action), after=after, history=self.history)
         self.state, self.noise = after, None
         if after.done:
             self.strategy.end_episode(self.env, after, self.history)

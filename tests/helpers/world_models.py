@@ -11,7 +11,6 @@ from priorzero.config import resolve_settings
 from priorzero.llm.models import LanguageModel
 from priorzero.policy import PriorZeroPolicy
 from priorzero.search.base import Root
-from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.replay import PriorZeroGameBuffer
 from tests.helpers.segments import FEATURE_SIZE, demo_segments
 
@@ -33,9 +32,8 @@ def make_policy_and_buffer(
     )  # fmt: skip
     torch.manual_seed(seed)
     policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=llm)
-    config = unizero_config(settings, feature_size=FEATURE_SIZE, device="cpu")
-    buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(seed))
-    buffer.push(demo_segments(config, lengths=[5, 17, 9]))
+    buffer = PriorZeroGameBuffer(policy.lightzero_config, rng=np.random.default_rng(seed))
+    buffer.push(demo_segments(policy.lightzero_config, lengths=[5, 17, 9]))
     return policy, buffer
 
 

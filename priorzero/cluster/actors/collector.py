@@ -31,7 +31,6 @@ from priorzero.runtime.random_state import seed_globals
 from priorzero.runtime.timeline import Timeline, TimeUsage
 from priorzero.settings import Settings
 from priorzero.types import Plain
-from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.records import RecordTable
 
 EPISODES_PER_COLLECTOR = 10**9  # collector n numbers its episodes from n times this
@@ -154,7 +153,6 @@ class CollectorProcess:
         self._collector = Collector(
             workers,
             player=self._player,
-            config=unizero_config(settings, feature_size=encoder.feature_size, device=device.type),
             seed=collector_seed,
             first_episode=number * EPISODES_PER_COLLECTOR,
             num_games=len(games),

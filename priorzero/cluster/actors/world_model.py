@@ -17,7 +17,6 @@ from priorzero.runs.nonfinite import NonFiniteUpdates
 from priorzero.runtime.random_state import global_random_state, seed_globals, set_global_random_state
 from priorzero.settings import Settings
 from priorzero.types import Plain
-from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.records import RecordTable, read_records
 from priorzero.world_model.replay import PriorZeroGameBuffer
 
@@ -33,8 +32,8 @@ class WorldModelProcess:
         seed_globals(global_seeds)
         self._settings = settings
         self._policy = PriorZeroPolicy(settings, feature_size=feature_size, device=device.type, llm=None)
-        self._config = unizero_config(settings, feature_size=feature_size, device=device.type)
-        self._buffer = PriorZeroGameBuffer(self._config, rng=np.random.default_rng(buffer_seed))
+        config = self._policy.lightzero_config
+        self._buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(buffer_seed))
         self._nonfinite = NonFiniteUpdates(folder / "not_finite", limit=settings.train.max_nonfinite_updates)
         self._train_iter = 0
         self._version = 0
@@ -42,8 +41,8 @@ class WorldModelProcess:
     def push(self, collected: Plain) -> dict[str, float]:
         """Store the segments of :meth:`CollectorProcess.collect`; returns the metrics of the replay buffer."""
         records = read_records(collected["records"])
-        segments = Collected.from_state_dict(collected["segments"], records, config=self._config).segments
-        self._buffer.push(segments)
+        config = self._policy.lightzero_config
+        self._buffer.push(Collected.from_state_dict(collected["segments"], records, config=config).segments)
         return self._buffer.scalars()
 
     def learn(self) -> tuple[dict[str, float], int]:

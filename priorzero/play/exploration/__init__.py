@@ -14,12 +14,10 @@ __all__ = ["Dirichlet", "Exploration", "GoExplore", "RootNoise", "make_explorati
 
 
 def make_exploration(settings: Settings, counts: Sequence[NoveltyCounts]) -> Exploration:
-    """The strategy that ``search.exploration`` names.
-
-    Args:
-        settings: all settings.
-        counts: the counts of each game; environment ``e`` plays game ``e % len(counts)``.
-    """
-    if settings.search.exploration == "dirichlet":
+    """The strategy that ``search.exploration`` names. Environment ``e`` uses ``counts[e % len(counts)]``."""
+    name = settings.search.exploration
+    if name == "dirichlet":
         return Dirichlet(settings.search.root_dirichlet_alpha)
-    return GoExplore(counts, deviation_prob=settings.search.deviation_prob, prior_floor=settings.prior.floor)
+    if name == "go_explore":
+        return GoExplore(counts, deviation_prob=settings.search.deviation_prob, prior_floor=settings.prior.floor)
+    raise ValueError(f"search.exploration={name!r} is unknown; add it to make_exploration")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 
@@ -25,10 +24,10 @@ class RootNoise:
     temperature_scale: float = 1.0
 
 
-class Exploration(Protocol):
-    """An exploration strategy for all environments of a run.
+class Exploration:
+    """An exploration strategy for all environments of a run. All methods except ``root_noise`` do nothing by default.
 
-    To add one, write a class with these methods, add its name to ``search.exploration`` in
+    To add a strategy, derive a class from this one, add its name to ``search.exploration`` in
     :mod:`priorzero.settings`, and construct it in :func:`priorzero.play.exploration.make_exploration`.
 
     The methods are called in this order for each environment: ``begin_episode``, then ``root_noise`` and ``observe``
@@ -37,7 +36,6 @@ class Exploration(Protocol):
 
     def begin_episode(self, env: int, state: GameState, *, rng: np.random.Generator) -> None:
         """A new episode begins in environment ``env``."""
-        ...
 
     def root_noise(
         self, env: int, state: GameState, prior: ActionPrior | None, *, rng: np.random.Generator
@@ -50,42 +48,28 @@ class Exploration(Protocol):
             prior: the LLM's prior over them; None without an LLM.
             rng: the environment's generator.
         """
-        ...
+        raise NotImplementedError
 
-    def observe(
-        self,
-        env: int,
-        *,
-        before: GameState,
-        position: int,
-        reward: float,
-        after: GameState,
-        history: Sequence[HistoryStep],
-    ) -> None:
+    def observe(self, env: int, *, position: int, after: GameState, history: Sequence[HistoryStep]) -> None:
         """The outcome of the decision.
 
         Args:
             env: index of the environment.
-            before: the state that ``root_noise`` was given.
-            position: position of the chosen action in its valid actions.
-            reward: points that the action gained.
-            after: the state after it.
-            history: all decisions of the episode, this one included.
+            position: position of the chosen action in the valid actions that ``root_noise`` was given.
+            after: the state after the action.
+            history: all decisions of the episode; the last one is this decision, with its reward.
         """
-        ...
 
     def end_episode(self, env: int, state: GameState, history: Sequence[HistoryStep]) -> None:
         """The episode has ended in ``state`` after the decisions in ``history``."""
-        ...
 
     def scalars(self) -> dict[str, float]:
         """Metrics under ``collector_iter/``."""
-        ...
+        return {}
 
     def state_dict(self) -> Plain:
         """Everything that later decisions depend on, including the episodes in progress."""
-        ...
+        return {}
 
     def load_state_dict(self, state: Plain) -> None:
         """The inverse of :meth:`state_dict`."""
-        ...

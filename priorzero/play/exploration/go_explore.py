@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from priorzero.envs.history import without_loops
-from priorzero.play.exploration.base import RootNoise
+from priorzero.play.exploration.base import Exploration, RootNoise
 from priorzero.play.novelty import NoveltyCounts
 from priorzero.search.root import floored_probs
 from priorzero.types import ActionPrior, GameState, HistoryStep, Plain
@@ -36,17 +36,11 @@ Cell = tuple[Place | str, float]  # a place or a room, and a score
 
 @dataclass(frozen=True)
 class Trajectory:
-    """A trajectory, as it is stored for one of its cells.
+    """A trajectory, as it is stored for one of its cells."""
 
-    Attributes:
-        score: the score that it reached.
-        length: number of actions from the beginning of the episode to that score, without loops.
-        actions: the actions that were taken in the cell.
-    """
-
-    score: float
-    length: int
-    actions: frozenset[str]
+    score: float  # that it reached
+    length: int  # number of actions from the beginning of the episode to that score, without loops
+    actions: frozenset[str]  # that were taken in the cell
 
     def is_better_than(self, other: Trajectory | None) -> bool:
         """A higher score is better, then a shorter trajectory."""
@@ -58,13 +52,12 @@ class Plan:
     """What the archive suggests in a state.
 
     Attributes:
-        actions: True for the valid actions that are on the best known trajectory, ``[K]`` bool. All are False if no
+        actions: True for the valid actions that are on the best known trajectory, ``[K]`` bool; all False if no
             trajectory to a higher score is known.
-        expected_gain: points that the trajectory gains from here on.
     """
 
     actions: np.ndarray
-    expected_gain: float = 0.0
+    expected_gain: float = 0.0  # points that the trajectory gains from here on
 
 
 class Archive:
@@ -87,11 +80,8 @@ class Archive:
         """Store the trajectory to the points that the last decision gained, in each cell where it is the best so far.
 
         Cells whose score is not below the present one are left out. So points that were lost and are gained again are
-        not stored as progress.
-
-        Args:
-            history: all decisions of the episode, at least one.
-            now: the state after them.
+        not stored as progress. ``history`` is all decisions of the episode, at least one, and ``now`` the state after
+        them.
         """
         path = without_loops(history, now=now)
         for cell, actions in _actions_by_cell(path, below=now.score):
@@ -103,10 +93,6 @@ class Archive:
         """Store the trajectory of an episode that has ended: the actions to its highest score, with its final score.
 
         The trajectories that :meth:`add_reward` stored for points which the episode lost again are removed.
-
-        Args:
-            history: all decisions of the episode, at least one.
-            now: the state after them.
         """
         scores = [*(step.score for step in history), now.score]
 
@@ -131,11 +117,9 @@ class Archive:
     def plan(self, state: GameState, *, off_path_reward: float = 0.0) -> Plan:
         """The known trajectory from a state to more points.
 
-        Args:
-            state: the state.
-            off_path_reward: points that this episode has gained off the known trajectories. The cells whose score is
-                lower by this amount are looked up as well, and the trajectory with the larger gain is taken. If that
-                trajectory contains some of these points itself, they are counted twice.
+        ``off_path_reward`` is the number of points that this episode has gained off the known trajectories. The cells
+        whose score is lower by this amount are looked up as well, and the trajectory with the larger gain is taken. If
+        that trajectory contains some of these points itself, they are counted twice.
         """
         best = Plan(np.zeros(len(state.valid_actions), dtype=bool))
         for score in dict.fromkeys((state.score, state.score - off_path_reward)):
@@ -179,14 +163,12 @@ class _EpisodeProgress:
             one after it. None: it does not deviate.
         off_path_reward: points gained and lost since the deviation began, without those that the archive expected.
             Once the sum is positive, the deviation is over.
-        num_actions: number of actions so far.
-        plan: the archive's plan for the present decision; None between decisions.
     """
 
     deviation: tuple[int, int] | None
     off_path_reward: float = 0.0
-    num_actions: int = 0
-    plan: Plan | None = None
+    num_actions: int = 0  # so far
+    plan: Plan | None = None  # the archive's plan for the present decision; None between decisions
 
     @property
     def deviates(self) -> bool:
@@ -195,14 +177,8 @@ class _EpisodeProgress:
         return self.deviation[0] <= self.num_actions < self.deviation[1]
 
 
-class GoExplore:
-    """The strategy, see the module's docstring; ``search.exploration=go_explore``.
-
-    Args:
-        counts: the counts of each game; environment ``e`` plays game ``e % len(counts)``.
-        deviation_prob: ``search.deviation_prob``.
-        prior_floor: ``prior.floor``.
-    """
+class GoExplore(Exploration):
+    """The strategy, see the module's docstring. Environment ``e`` plays the game of ``counts[e % len(counts)]``."""
 
     def __init__(self, counts: Sequence[NoveltyCounts], *, deviation_prob: float, prior_floor: float) -> None:
         self._counts = counts
@@ -221,10 +197,10 @@ class GoExplore:
     def _sample_deviation(
         self, archive: Archive, *, max_score: float, rng: np.random.Generator
     ) -> tuple[int, int] | None:
-        """The interval of actions in which an episode deviates; None: it does not deviate.
+        """A value of :attr:`_EpisodeProgress.deviation`.
 
-        It begins after 0 to L actions and contains 1 to L actions, both uniformly distributed, where L is the length
-        of the best trajectory. There is no deviation before a trajectory is known, nor after one has reached
+        The interval begins after 0 to L actions and contains 1 to L actions, both uniformly distributed, where L is the
+        length of the best trajectory. There is none before a trajectory is known, nor after one has reached
         ``max_score``.
         """
         if self._deviation_prob == 0.0 or rng.random() >= self._deviation_prob:
@@ -250,17 +226,8 @@ class GoExplore:
         chosen = rng.choice(len(known), p=weights / weights.sum())
         return RootNoise(np.eye(len(known))[chosen])
 
-    def observe(
-        self,
-        env: int,
-        *,
-        before: GameState,
-        position: int,
-        reward: float,
-        after: GameState,
-        history: Sequence[HistoryStep],
-    ) -> None:
-        progress = self._progress[env]
+    def observe(self, env: int, *, position: int, after: GameState, history: Sequence[HistoryStep]) -> None:
+        progress, reward = self._progress[env], history[-1].reward
         assert progress.plan is not None
         expected_gain = progress.plan.expected_gain if progress.plan.actions[position] else 0.0
         began = progress.deviation is not None and progress.num_actions >= progress.deviation[0]
