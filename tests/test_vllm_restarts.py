@@ -52,7 +52,7 @@ def make_vllm_engine(tiny_llm, tmp_path, monkeypatch):
     assert SamplingParams and vllm.v1.engine.exceptions
 
     def make(**vllm_settings):
-        settings = make_settings({"prior": {"engine": "vllm"}, "vllm": {"max_model_len": 512, **vllm_settings}})
+        settings = make_settings({"prior": {"engine": "vllm"}, "vllm": {"max_model_len": 2048, **vllm_settings}})
         engine = VLLMEngine(
             PriorBuilder(tiny_llm, prompt_style(settings)),
             model="base",
