@@ -57,10 +57,7 @@ class ConstantTarget:
 def make_buffer(config, lengths=(), *, truncated=False):
     """A buffer with one episode of each length."""
     buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(0))
-    for episode, length in enumerate(lengths):
-        writer = SegmentWriter(config)
-        for record, next_features in demo_episode(length=length, episode=episode):
-            buffer.push(writer.add(record, next_features=next_features, truncated=truncated))
+    buffer.push(demo_segments(config, lengths=lengths, truncated=truncated))
     return buffer
 
 

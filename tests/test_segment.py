@@ -73,8 +73,7 @@ def test_segment_rewards_and_returns_are_scaled_points_with_shaping():
 def test_segment_returns_include_the_padding_and_bootstrap_where_the_episode_continues():
     config = demo_config(segment_length=2)  # padding: 4 unroll steps + 2 td steps
     g = config.discount_factor
-    writer = SegmentWriter(config)
-    made = [s for r, f in demo_episode(length=8, ends=False) for s in writer.add(r, next_features=f)]
+    made = demo_segments(config, lengths=[8], ends=False)
     # Decisions 0 and 1, and six of padding. The last one, decision 7, contributes its root value, 0.5.
     assert made[0].returns[0] == pytest.approx(sum(g**t * t for t in range(7)) + g**7 * 0.5)
     ended = demo_segments(config, lengths=[3])
@@ -85,10 +84,7 @@ def test_segment_returns_include_the_padding_and_bootstrap_where_the_episode_con
 def test_segment_returns_of_an_interrupted_episode_bootstrap_with_the_last_root_value():
     config = demo_config(segment_length=4)
     g = config.discount_factor
-    writer = SegmentWriter(config)
-    for record, next_features in demo_episode(length=3, ends=False):
-        assert writer.add(record, next_features=next_features) == []
-    (segment,) = writer.flush(final_features=next_features)
+    (segment,) = demo_segments(config, lengths=[3], ends=False)
     # Rewards 0, 1, 2. The last decision contributes its root value, 0.5, in place of its reward.
     assert segment.returns == pytest.approx([0 + g * 1 + g**2 * 0.5, 1 + g * 0.5, 0.5])
 
