@@ -131,6 +131,7 @@ def test_action_vocabulary_survives_a_checkpoint(many, capacity):
     loaded.load_state_dict(json.loads(json.dumps(vocabulary.state_dict())))
     for valid in many:
         assert loaded.indices(loaded.keep(valid)).tolist() == vocabulary.indices(vocabulary.keep(valid)).tolist()
+    assert (loaded.num_used, loaded.num_overflows) == (vocabulary.num_used, vocabulary.num_overflows)
 
 
 @relaxed
