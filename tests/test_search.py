@@ -118,14 +118,6 @@ def test_search_gives_each_valid_action_its_own_prior_whatever_its_index():
         assert np.exp(result.root_logits) == pytest.approx(prior, rel=1e-3)
 
 
-def test_search_result_is_permuted_with_the_valid_actions(policy):
-    order = [2, 0, 3, 1]
-    legal, prior = np.array([0, 3, 5, 9]), np.array([0.1, 0.2, 0.3, 0.4])
-    a = policy.search([make_root(legal=legal, prior=prior)], num_actions=NUM_ACTIONS)[0]
-    b = policy.search([make_root(legal=legal[order], prior=prior[order])], num_actions=NUM_ACTIONS)[0]
-    assert a.visit_counts[order].tolist() == b.visit_counts.tolist()
-
-
 @pytest.mark.parametrize("ties", [False, True])
 def test_search_equals_lightzeros_python_tree_in_every_digit(ties):
     policy = make_search_policy(num_simulations=40)
