@@ -27,6 +27,7 @@ from priorzero.cluster.resources import Share, plan_resources
 from priorzero.cluster.restart import RestartableLearner
 from priorzero.cluster.run import ClusterRun, merge_prior_metrics
 from priorzero.cluster.train import run_on_cluster
+from priorzero.config import PRESETS, resolve_settings
 from priorzero.llm.models import load_language_model
 from priorzero.llm.packing import PromptRow
 from priorzero.play.action_vocabulary import ActionVocabulary
@@ -94,6 +95,8 @@ def test_ray_entry_reads_flags_and_debug_mode():
     assert (cluster.num_collectors, cluster.num_servers, cluster.num_learners) == (1, 1, 1)
     assert debug.run.env_id.startswith("textworld:")
     assert settings_of("--num_collectors", "2", DEBUG_MODE="1").cluster.num_collectors == 2
+    assert settings_of("--preset", "lora") == resolve_settings(PRESETS["lora"])
+    assert settings_of("--preset", "lora", DEBUG_MODE="True").run.env_id == debug.run.env_id
     with pytest.raises(UserError, match="DEBUG_MODE=please: use True or False"):
         settings_of(DEBUG_MODE="please")
     with pytest.raises(UserError, match=r"cluster\.num_collectors=0 must be .*at least 1"):
