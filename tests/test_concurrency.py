@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from priorzero.runtime.concurrency import (
@@ -23,6 +22,7 @@ from priorzero.runtime.concurrency import (
     gather_or_cancel,
 )
 from priorzero.runtime.timeline import Timeline
+from tests.helpers.processes import is_running
 
 
 def test_owner_thread_runs_calls_in_order_without_blocking_the_event_loop():
@@ -191,10 +191,6 @@ def test_exit_immediately_on_signal_kills_children_and_deletes_scratch_folders(t
     while (running := [pid for pid in children if is_running(pid)]) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not running and not list(tmp_path.iterdir())
-
-
-def is_running(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
 
 
 def test_exit_immediately_on_signal_restores_previous_handlers():
