@@ -398,25 +398,21 @@ def test_cache_key_depends_on_the_language_model(open_game, monkeypatch):
 
 
 @pytest.mark.slow
-def test_worker_processes_play_a_jericho_game_and_share_the_cache(open_game, path):
+async def test_worker_processes_play_a_jericho_game_and_share_the_cache(open_game, path):
     game = open_game()
     searches = count_searches(game)
     arguments = {"seed": 0, "max_episode_steps": 9, "look_and_inventory": False, "drop_inert_commands": True}
     spec = resolve_game(str(story("zork1.z5")))
-
-    async def play():
-        one, other = (make_worker(spec, **arguments, timeout_s=60) for _ in range(2))
-        try:
-            await asyncio.gather(one.start(), other.start())
-            found = (await one.reset()).valid_actions
-            assert "leaflet" in (await one.step("open mailbox"))[0].feedback
-            with pytest.raises(GameWorkerError, match="ValueError: 'dance' is not among the valid actions"):
-                await one.step("dance")
-            assert game.reset().valid_actions == found
-            assert searches == []  # this process used the entry of the worker
-            game._cache.put(next(iter(game._known_actions)), ("from the file",))
-            assert (await other.reset()).valid_actions == ("from the file",)
-        finally:
-            await asyncio.gather(one.close(), other.close())
-
-    asyncio.run(play())
+    one, other = (make_worker(spec, **arguments, timeout_s=60) for _ in range(2))
+    try:
+        await asyncio.gather(one.start(), other.start())
+        found = (await one.reset()).valid_actions
+        assert "leaflet" in (await one.step("open mailbox"))[0].feedback
+        with pytest.raises(GameWorkerError, match="ValueError: 'dance' is not among the valid actions"):
+            await one.step("dance")
+        assert game.reset().valid_actions == found
+        assert searches == []  # this process used the entry of the worker
+        game._cache.put(next(iter(game._known_actions)), ("from the file",))
+        assert (await other.reset()).valid_actions == ("from the file",)
+    finally:
+        await asyncio.gather(one.close(), other.close())

@@ -81,7 +81,7 @@ def test_collector_searches_for_one_group_while_another_waits_for_the_llm():
     assert player.prior.engine.most == 1 and usage.overlapped < 0.001 * usage.wall
 
 
-def test_collector_stops_all_groups_if_one_fails():
+async def test_collector_stops_all_groups_if_one_fails():
     collector, games, player = make_collector(groups=2, num_games=4)
     player.prior.engine = SlowEngine()
 
@@ -90,14 +90,11 @@ def test_collector_stops_all_groups_if_one_fails():
 
     games[1].step = broken
 
-    async def run():
-        with pytest.raises(ZeroDivisionError):
-            await collector.collect(1000)
-        before = games[0].steps
-        await asyncio.sleep(0.2)
-        return games[0].steps - before
-
-    assert asyncio.run(run()) == 0
+    with pytest.raises(ZeroDivisionError):
+        await collector.collect(1000)
+    before = games[0].steps
+    await asyncio.sleep(0.2)
+    assert games[0].steps == before
 
 
 def test_collector_plays_equal_games_with_equal_seeds():
@@ -203,7 +200,7 @@ def test_collector_keeps_a_game_that_starts_at_a_later_attempt():
 
 
 @pytest.mark.parametrize("exploration", ["go_explore", "dirichlet"])
-def test_collector_continues_after_an_interruption(tmp_path, exploration):
+async def test_collector_continues_after_an_interruption(tmp_path, exploration):
     """Interrupted at every third decision, saved and restored, it makes the same decisions as without interruption."""
     changes = {"different": 2, "search": {"exploration": exploration, "deviation_prob": 0.5}}
 
@@ -211,27 +208,22 @@ def test_collector_continues_after_an_interruption(tmp_path, exploration):
         return [(r.episode, r.step, r.action_text, r.reward) for r in records_of(collected)]
 
     uninterrupted, _, _ = make_collector(**changes)
-    whole = collect(uninterrupted, 39)
-
-    async def in_parts():
-        collector, _, player = make_collector(**changes)
-        collected, parts = None, 0
-        while collected is None:
-            answers = iter([False] * 3)
-            collected = await collector.collect(39, stop=lambda answers=answers: next(answers, True))
-            if collected is None:
-                parts += 1
-                table = RecordTable()
-                state = collector.state_dict(table)
-                torch.save({**state, "records": table.state_dict()}, tmp_path / "state.pt")
-                state = torch.load(tmp_path / "state.pt", weights_only=True)
-                vocabulary = player.indexer.state_dict()
-                collector, _, player = make_collector(**changes)
-                player.indexer.load_state_dict(vocabulary)
-                await collector.load_state_dict(state, read_records(state.pop("records")))
-        return collected, parts, collector
-
-    collected, parts, collector = asyncio.run(in_parts())
+    whole = await uninterrupted.collect(39)
+    collector, _, player = make_collector(**changes)
+    collected, parts = None, 0
+    while collected is None:
+        answers = iter([False] * 3)
+        collected = await collector.collect(39, stop=lambda answers=answers: next(answers, True))
+        if collected is None:
+            parts += 1
+            table = RecordTable()
+            state = collector.state_dict(table)
+            torch.save({**state, "records": table.state_dict()}, tmp_path / "state.pt")
+            state = torch.load(tmp_path / "state.pt", weights_only=True)
+            vocabulary = player.indexer.state_dict()
+            collector, _, player = make_collector(**changes)
+            player.indexer.load_state_dict(vocabulary)
+            await collector.load_state_dict(state, read_records(state.pop("records")))
     assert parts == 4 and decisions(collected) == decisions(whole)
     assert collected.env_steps == whole.env_steps == collector.env_steps == 39
     states = [c.state_dict(RecordTable()) for c in (collector, uninterrupted)]
@@ -246,24 +238,21 @@ def test_collector_continues_after_an_interruption(tmp_path, exploration):
         assert np.array_equal(a.returns, b.returns)
 
 
-def test_collector_truncates_episodes_that_cannot_be_restored():
-    async def check():
-        collector, _, _ = make_collector()
-        await collector.collect(30)
-        table = RecordTable()
-        state = collector.state_dict(table)
-        pending = [len(numbers) for numbers in state["pending"]]
-        other, games, _ = make_collector()
-        games[2].fail_at = {1}
-        games[0].number = 50  # its feedback differs
-        await other.load_state_dict(state, read_records(table.state_dict()))
-        assert other.num_game_failures == 2 and pending[0] and pending[2]
-        assert len(records_of(other.collected)) == pending[0] + pending[2]
-        assert num_pending(other) == [0, pending[1], 0]
-        episodes = other.state_dict(RecordTable())["episodes"]
-        assert [episode is None for episode in episodes] == [True, False, True]
-
-    asyncio.run(check())
+async def test_collector_truncates_episodes_that_cannot_be_restored():
+    collector, _, _ = make_collector()
+    await collector.collect(30)
+    table = RecordTable()
+    state = collector.state_dict(table)
+    pending = [len(numbers) for numbers in state["pending"]]
+    other, games, _ = make_collector()
+    games[2].fail_at = {1}
+    games[0].number = 50  # its feedback differs
+    await other.load_state_dict(state, read_records(table.state_dict()))
+    assert other.num_game_failures == 2 and pending[0] and pending[2]
+    assert len(records_of(other.collected)) == pending[0] + pending[2]
+    assert num_pending(other) == [0, pending[1], 0]
+    episodes = other.state_dict(RecordTable())["episodes"]
+    assert [episode is None for episode in episodes] == [True, False, True]
 
 
 def test_collector_scalars():

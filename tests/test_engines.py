@@ -189,20 +189,16 @@ def slow_down(engine, monkeypatch, *, seconds):
     return computed
 
 
-def test_transformers_engine_stops_after_a_cancelled_call(llm, monkeypatch):
+async def test_transformers_engine_stops_after_a_cancelled_call(llm, monkeypatch):
     engine = make_engine(llm, rows_per_forward=1)
     computed = slow_down(engine, monkeypatch, seconds=0.1)
     requests = [PriorRequest(f"prompt {n}", ("go north", "go south")) for n in range(200)]
 
-    async def run():
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(engine.priors(requests), 0.25)
-        num_computed = len(computed)
-        (prior,) = await engine.priors([make_request(engine)])
-        assert len(computed) == num_computed + 1  # the cancelled call computes nothing any more
-        return num_computed, prior
-
-    num_computed, prior = asyncio.run(run())
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(engine.priors(requests), 0.25)
+    num_computed = len(computed)
+    (prior,) = await engine.priors([make_request(engine)])
+    assert len(computed) == num_computed + 1  # the cancelled call computes nothing any more
     assert 1 <= num_computed < 20 and prior.source == "score"
 
 

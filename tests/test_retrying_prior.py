@@ -202,7 +202,7 @@ def test_retrying_prior_limits_the_staleness(sync_every, max_staleness):
         assert scalars["prior/outdated"] > 0  # some priors were too old and were requested again
 
 
-def test_retrying_prior_raises_in_every_request_after_a_failed_weight_sync():
+async def test_retrying_prior_raises_in_every_request_after_a_failed_weight_sync():
     engine, learner = VersionedEngine(exclusive=False), [0]
     prior = RetryingPrior(
         engine, attempts=1, backoff_s=0, timeout_s=1, max_staleness=0, learner_version=lambda: learner[0]
@@ -212,12 +212,8 @@ def test_retrying_prior_raises_in_every_request_after_a_failed_weight_sync():
         learner[0] += 1
         return learner[0]
 
-    async def run():
-        engine.sync_weights = failing(EngineError("not loaded"))
-        with pytest.raises(EngineError):
-            await prior.learn(update)
-        async with asyncio.timeout(1):
-            await prior.priors(ONE_REQUEST)
-
+    engine.sync_weights = failing(EngineError("not loaded"))
+    with pytest.raises(EngineError):
+        await prior.learn(update)
     with pytest.raises(EngineError, match="not loaded"):
-        asyncio.run(run())
+        await asyncio.wait_for(prior.priors(ONE_REQUEST), 1)
