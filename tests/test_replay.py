@@ -23,7 +23,6 @@ from tests.helpers.segments import FEATURE_SIZE, demo_config, demo_record, demo_
 
 with quiet():
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
-    from lzero.mcts.buffer.game_segment import GameSegment
     from lzero.policy import DiscreteSupport, phi_transform, scalar_transform
 
 
@@ -111,34 +110,6 @@ def test_sample_begins_at_every_decision_of_long_episodes_and_never_in_padding()
         assert all(t < len(s.records) for s, t in zip(sequences.segments, sequences.positions, strict=True))
         seen |= {(r.episode, r.step) for r in sequences.records()}
     assert seen == {(e, t) for e in range(2) for t in range(40)}
-
-
-def test_lightzeros_own_padding_still_breaks_sampling():
-    """If this test fails, our segment no longer has to compute its arrays itself."""
-    config = demo_config(segment_length=4, batch_size=4)
-    config.action_type = "varied_action_space"
-    config.use_priority = False
-    stock = GameSegment(action_space=None, game_segment_length=4, config=config)
-    records = [demo_record(t) for t in range(9)]
-    stock.reset([records[0].features])
-    for r in records[:4]:
-        mask = np.zeros(8)
-        mask[r.action_indices] = 1
-        stock.append(r.action_index, r.features, r.reward, mask, -1, r.step)
-        stock.store_search_stats(r.visit_counts.tolist(), r.root_value)
-    later = records[4:]
-    stock.pad_over(
-        [r.features for r in later],
-        [r.reward for r in later[:4]],
-        [r.action_index for r in later],
-        [r.root_value for r in later],
-        [(r.visit_counts / r.visit_counts.sum()).tolist() for r in later],
-    )
-    stock.game_segment_to_array()
-    buffer = UniZeroGameBuffer(config)
-    buffer.push_game_segments(([stock], [{"done": True, "unroll_plus_td_steps": 5, "priorities": None}]))
-    with pytest.raises(IndexError):
-        buffer.sample(4, SimpleNamespace(_target_model=ConstantTarget(config)))
 
 
 def test_sample_value_targets_are_discounted_rewards_and_the_bootstrapped_value():
