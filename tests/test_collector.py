@@ -97,15 +97,6 @@ async def test_collector_stops_all_groups_if_one_fails():
     assert games[0].steps == before
 
 
-def test_collector_plays_equal_games_with_equal_seeds():
-    def play():
-        records = records_of(collect(make_collector()[0], 42))
-        return [(r.episode, r.action_text, r.visit_counts.tolist()) for r in records]
-
-    first = play()
-    assert first == play() and len({action for _, action, _ in first}) > 10
-
-
 @pytest.mark.parametrize("exploration", ["go_explore", "dirichlet"])
 def test_collector_calls_the_exploration_strategy_in_order(monkeypatch, exploration):
     """The calls contain the state before the action, its outcome and the history up to it."""

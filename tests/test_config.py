@@ -142,7 +142,12 @@ def test_parse_assignments_reads_values_as_yaml():
 # ---- files ----
 
 
-@pytest.mark.parametrize("content", ["llm: [1, 2", "- a\n- b\n", "just text", "a: b: c", "run: {exp_name: 2024-13-45}"])
+CODE = "llm: !!python/object/apply:os.system ['touch pwned']\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["llm: [1, 2", "- a\n- b\n", "just text", "a: b: c", "run: {exp_name: 2024-13-45}", CODE]
+)
 def test_read_config_file_refuses_what_is_not_a_configuration(tmp_path, content):
     path = tmp_path / "x.yaml"
     path.write_text(content)
@@ -181,13 +186,6 @@ def test_read_config_file_refuses_duplicate_keys(tmp_path, content, twice):
 def test_read_config_file_accepts_anchors(tmp_path):
     (tmp_path / "x.yaml").write_text("run: &base {seed: 1, max_iter: 3}\nenv: {<<: *base, seed: 2}\n")
     assert read_config_file(tmp_path / "x.yaml")["env"] == {"seed": 2, "max_iter": 3}
-
-
-def test_read_config_file_runs_no_code(tmp_path):
-    path = tmp_path / "evil.yaml"
-    path.write_text("llm: !!python/object/apply:os.system ['touch pwned']\n")
-    with pytest.raises(UserError, match="not valid YAML"):
-        read_config_file(path)
 
 
 @pytest.mark.parametrize("preset", PRESETS)

@@ -52,12 +52,14 @@ def test_archive_plans_the_actions_of_the_loop_free_trajectory():
     assert planned(archive, "c", 1.0, "go") == planned(archive, "a", 1.5, "go") == []
 
 
+TAKE_AND_PUT = steps(("a", 0.0, "take", 0.0), ("a1", 0.0, "go", 0.0), ("b", 0.0, "put", 1.0))
+UNKNOWN_PLACE = GameState("", ("go", "take", "wait"), 0.0, 9.0, 0, look="a\nA lamp is here.")
+
+
 def test_archive_plans_by_room_where_the_place_is_unknown():
-    history = steps(("a", 0.0, "take", 0.0), ("a1", 0.0, "go", 0.0), ("b", 0.0, "put", 1.0))
-    archive = archive_of(history, now=at("b1", 1.0))
-    state = GameState("", ("go", "take", "wait"), 0.0, 9.0, 0, look="a\nA lamp is here.")
-    assert state.room == "a"
-    assert archive.plan(state).actions.tolist() == [True, True, False]
+    archive = archive_of(TAKE_AND_PUT, now=at("b1", 1.0))
+    assert UNKNOWN_PLACE.room == "a"
+    assert archive.plan(UNKNOWN_PLACE).actions.tolist() == [True, True, False]
     assert planned(archive, "a", 0.0, "go", "take", "wait") == ["take"]
     assert planned(archive, "a1", 0.0, "go", "take", "wait") == ["go"]
     assert planned(archive, "a", 0.0, "go", "wait") == ["go"]  # the place's own action is not valid
@@ -274,10 +276,7 @@ def returns_by(episode) -> list[str]:
 
 def test_go_explore_returns_along_a_known_trajectory():
     """The noise is uniform over its actions, and the sampling temperature is halved."""
-    history = steps(("a", 0.0, "take", 0.0), ("a1", 0.0, "go", 0.0), ("b", 0.0, "put", 1.0))
-    strategy = make_strategy(history, now=at("b1", 1.0))
-    state = GameState("", ("go", "take", "wait"), 0.0, 9.0, 0, look="a\nA lamp is here.")
-    noise = begin(strategy, state).noise
+    noise = begin(make_strategy(TAKE_AND_PUT, now=at("b1", 1.0)), UNKNOWN_PLACE).noise
     assert noise.probs.tolist() == [0.5, 0.5, 0.0] and noise.temperature_scale == 0.5
 
 

@@ -77,12 +77,6 @@ def test_search_leaves_the_global_generator_alone(policy):
     assert random.random() == expected
 
 
-def test_search_counts_visits_of_the_legal_actions(policy):
-    result = policy.search([make_root(legal=(2, 7, 11))], num_actions=NUM_ACTIONS)[0]
-    assert result.visit_counts.shape == result.policy_logits.shape == result.root_logits.shape == (3,)
-    assert result.visit_counts.sum() == 16
-
-
 def test_search_takes_only_actions_of_the_vocabulary_below_the_root(policy, monkeypatch):
     taken = []
     step = policy.inference.step

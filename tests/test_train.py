@@ -159,9 +159,6 @@ def test_train_on_several_games_evaluates_each_and_unseen_ones(tmp_path):
     assert set(summary.evaluations) == {"world_model", "random", "unseen_world_model", "unseen_random"}
     assert len(summary.evaluations["random"].scores) == 2 * len(summary.evaluations["unseen_random"].scores) == 2
     evaluations = lines(summary.folder, "evaluations.jsonl")
-    assert [(line["game"], line["mode"], line["unseen"]) for line in evaluations] == [
-        (f"toy{n}", mode, n == 3) for games in ((1, 2), (3,)) for mode in ("world_model", "random") for n in games
-    ]
     assert {line["env_step"] for line in evaluations} == {summary.rows["environment steps"]}
 
 
