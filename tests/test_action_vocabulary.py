@@ -45,12 +45,3 @@ def test_action_vocabulary_keep_drops_and_counts_actions_beyond_the_capacity():
     vocabulary = ActionVocabulary(2)
     assert vocabulary.keep(["a", "b", "c", "d"]) == ("a", "b")
     assert vocabulary.num_overflows == 2
-
-
-def test_action_vocabulary_state_dict_restores_it():
-    original, restored = ActionVocabulary(3), ActionVocabulary(3)
-    for actions in (["a", "b", "c"], ["b"], ["d"]):
-        original.indices(actions)
-    restored.load_state_dict(original.state_dict())
-    assert restored.num_overflows == original.num_overflows and restored.num_used == original.num_used
-    assert restored.indices(["e", "b"]).tolist() == original.indices(["e", "b"]).tolist()

@@ -168,23 +168,23 @@ def test_benchmark_repeats_failed_runs(runs, call, capsys):
     assert LOG_TAIL in log.read_text()  # the second run has another log
 
 
-def test_benchmark_fails_if_no_episode_ends(runs, call, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("name", "changed", "message"),
+    [
+        ("episodes.jsonl", lambda lines: [], "no episode ended"),
+        # A run that a signal stops has exit code 0, but fewer steps than requested.
+        (
+            "evaluations.jsonl",
+            lambda lines: [{**line, "env_step": 30} for line in lines],
+            "stopped at 30 of 40 env",
+        ),
+    ],
+)
+def test_benchmark_fails_if_a_run_is_incomplete(runs, call, monkeypatch, capsys, name, changed, message):
     read = bench._read_jsonl
-    monkeypatch.setattr(bench, "_read_jsonl", lambda file: [] if file.name == "episodes.jsonl" else read(file))
+    monkeypatch.setattr(bench, "_read_jsonl", lambda file: changed(read(file)) if file.name == name else read(file))
     assert call("--agents", "unizero") == (1, [])
-    assert "no episode ended" in capsys.readouterr().err
-
-
-def test_benchmark_fails_if_a_run_was_stopped_early(runs, call, monkeypatch, capsys):
-    """A run that a signal stops has exit code 0, but fewer steps than requested."""
-    read = bench._read_jsonl
-
-    def stopped(file):
-        return [{**line, "env_step": 30} for line in read(file)] if file.name == "evaluations.jsonl" else read(file)
-
-    monkeypatch.setattr(bench, "_read_jsonl", stopped)
-    assert call("--agents", "unizero") == (1, [])
-    assert "the run was stopped at 30 of 40 env steps" in capsys.readouterr().err
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -291,12 +291,14 @@ def test_table_of_hand_made_lines(write):
     assert table.count("\n") == 6 and "Maximum scores: coin-collector 10 to 20." in table
 
 
-def test_table_shows_time_to_solved_in_steps_and_seconds(write):
+def test_table_shows_time_to_solved_and_what_is_missing(write):
     lines = two_games_two_seeds()
     rows = plot.read_rows([write(*lines[:2], *lines[4:])])
     assert [plot.table_cells(rows[1], by)[8] for by in (plot.ENV_STEP, plot.WALL_S)] == ["45", "16"]  # 80, 10; 30, 3
     incomplete = plot.read_rows([write(*lines[:5])])[1]
     assert plot.table_cells(incomplete, plot.ENV_STEP)[1] == "3 of 2 x 2"
+    early = plot.read_rows([write(lines[0], line_of("unizero", A, 0, [(75, 5.0, False, 1.0)]))])[1]
+    assert plot.table_cells(early, plot.ENV_STEP)[5] == "-"  # no episode ended in the last quarter
 
 
 def test_greedy_wins_by_mode(write):
@@ -314,11 +316,6 @@ def test_run_table_shows_one_figure_of_each_run(write, capsys):
     )
     assert plot.main([str(write(*lines)), "--each", "best_score"]) == 0
     assert f"| {B} | 2 | 6, 20 |\n" in capsys.readouterr().out
-
-
-def test_table_shows_a_dash_without_episodes_in_the_last_quarter(write):
-    lines = [line_of("random", A, 0), line_of("unizero", A, 0, [(75, 5.0, False, 1.0)])]
-    assert plot.table_cells(plot.read_rows([write(*lines)])[1], plot.ENV_STEP)[5] == "-"
 
 
 def test_bin_means():

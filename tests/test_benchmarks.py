@@ -113,34 +113,35 @@ def test_part_of_a_stack(stack, part):
 # ---- comparisons ----
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--variants", "sft,ppo"], "--variants ppo: unknown; known are sft, sft_rft, rft"),
-        (["--rounds", "0"], "--rounds: '0': give a whole number, at least 1"),
-        (["--unseen", "textworld:simple?seed=101"], "is the game that is trained on"),
-        (["--game", "nowhere.z5"], "nowhere.z5"),
-        (["--out", __file__], f"--out {__file__}: the folder cannot be made (File exists)"),
-    ],
-)
-def test_compare_llm_losses_reports_wrong_arguments(capsys, arguments, message):
-    assert exit_code_of(compare_llm_losses.main, arguments) == 2
-    assert message in capsys.readouterr().err
+def exit_code_of(main, arguments):
+    """The exit code, whether ``main`` returns it or argparse ends the process."""
+    try:
+        return main(arguments)
+    except SystemExit as ended:
+        return ended.code
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("script", "arguments", "message"),
     [
-        (["--prompts", "walkthrough,poem"], "--prompts poem: unknown; known are question, question_short"),
-        (["--goals", "long"], "--goals long: unknown; known are detailed, brief, none"),
-        (["--games", "textworld:simple?seed=1&goal=brief"], "must be games of textworld:simple without a goal"),
-        (["--games", "textworld:coin-collector?level=5"], "must be games of textworld:simple without a goal"),
-        (["--games", "nowhere.z5"], "nowhere.z5"),
-        (["--llm", "./nowhere"], "llm.path=./nowhere: no such folder"),
+        (compare_llm_losses, ["--variants", "sft,ppo"], "--variants ppo: unknown; known are sft, sft_rft, rft"),
+        (compare_llm_losses, ["--rounds", "0"], "--rounds: '0': give a whole number, at least 1"),
+        (compare_llm_losses, ["--unseen", "textworld:simple?seed=101"], "is the game that is trained on"),
+        (compare_llm_losses, ["--game", "nowhere.z5"], "nowhere.z5"),
+        (compare_llm_losses, ["--out", __file__], f"--out {__file__}: the folder cannot be made (File exists)"),
+        (compare_prompts, ["--prompts", "walkthrough,poem"], "--prompts poem: unknown; known are question, question_s"),
+        (compare_prompts, ["--goals", "long"], "--goals long: unknown; known are detailed, brief, none"),
+        (compare_prompts, ["--games", "textworld:simple?seed=1&goal=brief"], "must be games of textworld:simple with"),
+        (compare_prompts, ["--games", "textworld:coin-collector?level=5"], "must be games of textworld:simple without"),
+        (compare_prompts, ["--llm", "./nowhere"], "llm.path=./nowhere: no such folder"),
+        (check_world_model, ["."], "contains no checkpoint"),
+        (check_world_model, [".", "--seed", "-1"], "give a whole number, at least 0"),
+        (check_world_model, [".", "--out", __file__], f"--out {__file__}: the folder cannot be made (File exists)"),
     ],
 )
-def test_compare_prompts_reports_wrong_arguments(tmp_path, capsys, arguments, message):
-    assert exit_code_of(compare_prompts.main, ["--out", str(tmp_path), *arguments]) == 2
+def test_comparisons_report_wrong_arguments(monkeypatch, tmp_path, capsys, script, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert exit_code_of(script.main, arguments) == 2
     assert message in capsys.readouterr().err
 
 
@@ -177,29 +178,7 @@ def test_compare_prompts_keeps_earlier_rows_and_rejects_long_prompts(tokenizer, 
     assert "--prompts walkthrough: " in message and "leave this prompt out" in message
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--out", __file__], f"--out {__file__}: the folder cannot be made (File exists)"),
-        ([], "contains no checkpoint"),
-        (["--seed", "-1"], "give a whole number, at least 0"),
-        (["--env_steps", "0"], "give a whole number, at least 1"),
-    ],
-)
-def test_check_world_model_reports_wrong_arguments(tmp_path, capsys, arguments, message):
-    assert exit_code_of(check_world_model.main, [str(tmp_path), "--out", str(tmp_path), *arguments]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_check_world_model_rejects_a_damaged_checkpoint(tmp_path, capsys):
     (tmp_path / "world_model.pt").write_bytes(b"PK")
     assert check_world_model.main([str(tmp_path), "--out", str(tmp_path)]) == 2
     assert "cannot be used (manifest.json cannot be read" in capsys.readouterr().err
-
-
-def exit_code_of(main, arguments):
-    """The exit code, whether ``main`` returns it or argparse ends the process."""
-    try:
-        return main(arguments)
-    except SystemExit as ended:
-        return ended.code

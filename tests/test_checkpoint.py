@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import resource
 import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -25,6 +27,7 @@ from priorzero.runs.checkpoint import (
     saved_checkpoints,
 )
 from priorzero.runs.resume import check_compatible, find_checkpoint, newest_checkpoint, rename_damaged
+from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.types import UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.models import make_settings, make_tiny_llm
@@ -278,3 +281,21 @@ def test_remove_old_checkpoints_keeps_the_last_ones(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["iteration_10", "iteration_20"]
     remove_old_checkpoints(tmp_path, keep=5)
     assert len(saved_checkpoints(tmp_path)) == 2
+
+
+# ---- random numbers ----
+
+
+def test_random_state_restores_all_generators(tmp_path):
+    def draw():
+        return random.random(), np.random.rand(3).tolist(), np.random.randn(), torch.rand(3).tolist()
+
+    np.random.randn()  # numpy draws normal numbers in pairs; one of the pair is part of the state
+    rng = np.random.default_rng(7)
+    torch.save({"global": global_random_state(), "own": rng.bit_generator.state}, tmp_path / "random.pt")
+    first, own = draw(), rng.random(5).tolist()
+    draw()
+    state = torch.load(tmp_path / "random.pt", weights_only=True)
+    set_global_random_state(state["global"])
+    rng.bit_generator.state = state["own"]
+    assert draw() == first and rng.random(5).tolist() == own

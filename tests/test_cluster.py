@@ -26,6 +26,7 @@ from priorzero.cluster.connection import Share, check_settings, connect, plan_re
 from priorzero.cluster.restart import RestartableLearner
 from priorzero.cluster.run import ClusterRun, merge_prior_metrics
 from priorzero.cluster.train import run_on_cluster
+from priorzero.config import PRESETS, resolve_settings
 from priorzero.llm.models import load_language_model
 from priorzero.llm.packing import PromptRow
 from priorzero.play.action_vocabulary import ActionVocabulary
@@ -93,6 +94,8 @@ def test_ray_entry_reads_flags_and_debug_mode():
     assert (cluster.num_collectors, cluster.num_servers, cluster.num_learners) == (1, 1, 1)
     assert debug.run.env_id.startswith("textworld:")
     assert settings_of("--num_collectors", "2", DEBUG_MODE="1").cluster.num_collectors == 2
+    assert settings_of("--preset", "lora") == resolve_settings(PRESETS["lora"])
+    assert settings_of("--preset", "lora", DEBUG_MODE="True").run.env_id == debug.run.env_id
     with pytest.raises(UserError, match="DEBUG_MODE=please: use True or False"):
         settings_of(DEBUG_MODE="please")
     with pytest.raises(UserError, match=r"cluster\.num_collectors=0 must be .*at least 1"):
@@ -166,14 +169,11 @@ class FakeLearner:
         self.values = list(self.saved[folder])
 
 
-def test_restartable_learner_replays_the_calls_since_its_saved_state(tmp_path):
+async def test_restartable_learner_replays_the_calls_since_its_saved_state(tmp_path):
     learner = FakeLearner(fails_at={3, 6})
     restartable = RestartableLearner(learner, name="learner", folder=tmp_path, save_every=4, max_restarts=2)
-
-    async def run():
-        return [await restartable.step(lambda v=value: learner.add(v)) for value in range(1, 8)]
-
-    assert asyncio.run(run()) == [1, 3, 6, 10, 15, 21, 28]  # as without a failure
+    sums = [await restartable.step(lambda v=value: learner.add(v)) for value in range(1, 8)]
+    assert sums == [1, 3, 6, 10, 15, 21, 28]  # as without a failure
     # The calls 1 and 2 are replayed; after the state was saved, at 4, only the call 5.
     assert (restartable.restarts, learner.num_starts, restartable.replayed) == (2, 3, 2 + 1)
 
@@ -250,24 +250,22 @@ def test_load_trained_parameters_refuses_missing_and_unknown_ones(smollm2):
         load_trained_parameters(model, state)
 
 
-def test_prior_server_serves_published_parameters_also_after_a_restart(tmp_path, tiny_llm_folder, smollm2, monkeypatch):
+async def test_prior_server_serves_published_parameters_also_after_a_restart(
+    tmp_path, tiny_llm_folder, smollm2, monkeypatch
+):
     settings = make_settings({"llm": {"path": str(tiny_llm_folder)}, "run": {"num_threads": 1}})
     shared = Registry(settings)
     monkeypatch.setattr(prior_server.ray, "get_actor", lambda name: LocalActor(shared, awaitable=True))
     other = make_tiny_llm(smollm2.tokenizer, seed=1)
     parameters = [Ready(other.model.state_dict())]
     request = PriorRequest("Where to?", ACTIONS)
-
-    async def run():
-        server = PriorServer(settings.model_copy(deep=True), tmp_path / "vllm.log")
-        (before,) = await server.priors([request])
-        shared.publish(2, parameters)
-        assert await server.load_parameters(2, parameters) == 2
-        (after,) = await server.priors([request])
-        restarted = PriorServer(settings.model_copy(deep=True), tmp_path / "vllm2.log")
-        return before, after, (await restarted.priors([request]))[0]
-
-    before, after, restarted = asyncio.run(run())
+    server = PriorServer(settings.model_copy(deep=True), tmp_path / "vllm.log")
+    (before,) = await server.priors([request])
+    shared.publish(2, parameters)
+    assert await server.load_parameters(2, parameters) == 2
+    (after,) = await server.priors([request])
+    restarted_server = PriorServer(settings.model_copy(deep=True), tmp_path / "vllm2.log")
+    (restarted,) = await restarted_server.priors([request])
     assert (before.version, after.version, restarted.version) == (0, 2, 2)
     assert np.abs(after.logprobs - before.logprobs).max() > 1e-3
     assert restarted.logprobs == pytest.approx(after.logprobs, abs=1e-5)
@@ -298,21 +296,16 @@ class LiveCollector:
         return "segments", Ready(report)
 
 
-def test_collectors_continue_without_a_lost_one_and_end_the_run_without_any(monkeypatch):
+async def test_collectors_continue_without_a_lost_one_and_end_the_run_without_any(monkeypatch):
     actors = iter([LocalActor(DeadCollector()), LocalActor(LiveCollector())])
     monkeypatch.setattr(collectors.ray, "remote", lambda actor: SimpleNamespace(options=lambda **options: factory))
     factory = SimpleNamespace(remote=lambda settings, servers: next(actors))
     settings = make_settings({"cluster": {"num_collectors": 2}})
-
-    async def run():
-        both = Collectors(settings, share=Share(0, 0), servers=["server 0"])
-        both.start_all()
-        result = await both.next_result()
-        with pytest.raises(UserError, match="none of 2 collectors is left"):
-            await both.next_result()  # the live one was not started again
-        return both, result
-
-    both, result = asyncio.run(run())
+    both = Collectors(settings, share=Share(0, 0), servers=["server 0"])
+    both.start_all()
+    result = await both.next_result()
+    with pytest.raises(UserError, match="none of 2 collectors is left"):
+        await both.next_result()  # the live one was not started again
     assert (result.collector, result.segments) == (1, "segments")
     assert result.report.env_steps == settings.train.collect_env_steps
     assert (both.restarts, both.lost) == (1, 1)

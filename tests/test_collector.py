@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import itertools
 
 import numpy as np
@@ -15,10 +14,6 @@ from priorzero.play.exploration import make_exploration
 from priorzero.types import GameWorkerError
 from priorzero.world_model.records import RecordTable, read_records
 from tests.helpers.collecting import LastActionEngine, collect, make_collector, num_pending, records_of
-
-
-def exploration_state(collector):
-    return collector.state_dict(RecordTable())["exploration"]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 3])
@@ -86,7 +81,7 @@ def test_collector_searches_for_one_group_while_another_waits_for_the_llm():
     assert player.prior.engine.most == 1 and usage.overlapped < 0.001 * usage.wall
 
 
-def test_collector_stops_all_groups_if_one_fails():
+async def test_collector_stops_all_groups_if_one_fails():
     collector, games, player = make_collector(groups=2, num_games=4)
     player.prior.engine = SlowEngine()
 
@@ -95,23 +90,11 @@ def test_collector_stops_all_groups_if_one_fails():
 
     games[1].step = broken
 
-    async def run():
-        with pytest.raises(ZeroDivisionError):
-            await collector.collect(1000)
-        before = games[0].steps
-        await asyncio.sleep(0.2)
-        return games[0].steps - before
-
-    assert asyncio.run(run()) == 0
-
-
-def test_collector_plays_equal_games_with_equal_seeds():
-    def play():
-        records = records_of(collect(make_collector()[0], 42))
-        return [(r.episode, r.action_text, r.visit_counts.tolist()) for r in records]
-
-    first = play()
-    assert first == play() and len({action for _, action, _ in first}) > 10
+    with pytest.raises(ZeroDivisionError):
+        await collector.collect(1000)
+    before = games[0].steps
+    await asyncio.sleep(0.2)
+    assert games[0].steps == before
 
 
 @pytest.mark.parametrize("exploration", ["go_explore", "dirichlet"])
@@ -209,7 +192,7 @@ def test_collector_keeps_a_game_that_starts_at_a_later_attempt():
 
 
 @pytest.mark.parametrize("exploration", ["go_explore", "dirichlet"])
-def test_collector_continues_after_an_interruption(tmp_path, exploration):
+async def test_collector_continues_after_an_interruption(tmp_path, exploration):
     """Interrupted at every third decision, saved and restored, it makes the same decisions as without interruption."""
     changes = {"different": 2, "search": {"exploration": exploration, "deviation_prob": 0.5}}
 
@@ -217,27 +200,22 @@ def test_collector_continues_after_an_interruption(tmp_path, exploration):
         return [(r.episode, r.step, r.action_text, r.reward) for r in records_of(collected)]
 
     uninterrupted, _, _ = make_collector(**changes)
-    whole = collect(uninterrupted, 39)
-
-    async def in_parts():
-        collector, _, player = make_collector(**changes)
-        collected, parts = None, 0
-        while collected is None:
-            answers = iter([False] * 3)
-            collected = await collector.collect(39, stop=lambda answers=answers: next(answers, True))
-            if collected is None:
-                parts += 1
-                table = RecordTable()
-                state = collector.state_dict(table)
-                torch.save({**state, "records": table.state_dict()}, tmp_path / "state.pt")
-                state = torch.load(tmp_path / "state.pt", weights_only=True)
-                vocabulary = player.indexer.state_dict()
-                collector, _, player = make_collector(**changes)
-                player.indexer.load_state_dict(vocabulary)
-                await collector.load_state_dict(state, read_records(state.pop("records")))
-        return collected, parts, collector
-
-    collected, parts, collector = asyncio.run(in_parts())
+    whole = await uninterrupted.collect(39)
+    collector, _, player = make_collector(**changes)
+    collected, parts = None, 0
+    while collected is None:
+        answers = iter([False] * 3)
+        collected = await collector.collect(39, stop=lambda answers=answers: next(answers, True))
+        if collected is None:
+            parts += 1
+            table = RecordTable()
+            state = collector.state_dict(table)
+            torch.save({**state, "records": table.state_dict()}, tmp_path / "state.pt")
+            state = torch.load(tmp_path / "state.pt", weights_only=True)
+            vocabulary = player.indexer.state_dict()
+            collector, _, player = make_collector(**changes)
+            player.indexer.load_state_dict(vocabulary)
+            await collector.load_state_dict(state, read_records(state.pop("records")))
     assert parts == 4 and decisions(collected) == decisions(whole)
     assert collected.env_steps == whole.env_steps == collector.env_steps == 39
     states = [c.state_dict(RecordTable()) for c in (collector, uninterrupted)]
@@ -252,24 +230,21 @@ def test_collector_continues_after_an_interruption(tmp_path, exploration):
         assert np.array_equal(a.returns, b.returns)
 
 
-def test_collector_truncates_episodes_that_cannot_be_restored():
-    async def check():
-        collector, _, _ = make_collector()
-        await collector.collect(30)
-        table = RecordTable()
-        state = collector.state_dict(table)
-        pending = [len(numbers) for numbers in state["pending"]]
-        other, games, _ = make_collector()
-        games[2].fail_at = {1}
-        games[0].number = 50  # its feedback differs
-        await other.load_state_dict(state, read_records(table.state_dict()))
-        assert other.num_game_failures == 2 and pending[0] and pending[2]
-        assert len(records_of(other.collected)) == pending[0] + pending[2]
-        assert num_pending(other) == [0, pending[1], 0]
-        episodes = other.state_dict(RecordTable())["episodes"]
-        assert [episode is None for episode in episodes] == [True, False, True]
-
-    asyncio.run(check())
+async def test_collector_truncates_episodes_that_cannot_be_restored():
+    collector, _, _ = make_collector()
+    await collector.collect(30)
+    table = RecordTable()
+    state = collector.state_dict(table)
+    pending = [len(numbers) for numbers in state["pending"]]
+    other, games, _ = make_collector()
+    games[2].fail_at = {1}
+    games[0].number = 50  # its feedback differs
+    await other.load_state_dict(state, read_records(table.state_dict()))
+    assert other.num_game_failures == 2 and pending[0] and pending[2]
+    assert len(records_of(other.collected)) == pending[0] + pending[2]
+    assert num_pending(other) == [0, pending[1], 0]
+    episodes = other.state_dict(RecordTable())["episodes"]
+    assert [episode is None for episode in episodes] == [True, False, True]
 
 
 def test_collector_scalars():
@@ -289,20 +264,6 @@ def test_collector_episode_results_say_when_they_ended():
     assert first.score > 0 and first.total_reward > 0 and not first.won
 
 
-@pytest.mark.parametrize("exploration", ["go_explore", "dirichlet"])
-def test_collector_counts_actions_and_archives_trajectories(exploration):
-    collector, _, _ = make_collector(num_games=2, search={"exploration": exploration})
-    collected = collect(collector, 40)
-    assert collected.episodes and any(r.reward > 0 for r in records_of(collected))
-    scalars = collector.scalars(collected)
-    (counts,) = collector.state_dict(RecordTable())["counts"]
-    assert scalars["collector_iter/commands_tried"] == len(counts["actions"]) > 0
-    if exploration == "go_explore":
-        (archive,) = exploration_state(collector)["archives"]
-        assert archive["provisional"] and archive["confirmed"]
-        assert 0 < scalars["collector_iter/commands_leading_on"] <= scalars["collector_iter/commands_tried"]
-
-
 def test_collector_keeps_counts_and_archive_of_each_game():
     """Environments 0 and 2 play game 0, environment 1 plays game 1. The rooms are called "game ENVIRONMENT room N"."""
     collector, _, _ = make_collector(num_games=3, different=2)
@@ -313,29 +274,14 @@ def test_collector_keeps_counts_and_archive_of_each_game():
     cells = [[*archive["provisional"], *archive["confirmed"]] for archive in state["exploration"]["archives"]]
     rooms = [{cell[0].split()[1] for cell in own if isinstance(cell[0], str)} for own in cells]
     assert rooms == [{"0", "2"}, {"1"}]
-    tried = sum(len(counts["actions"]) for counts in state["counts"])
-    assert collector.scalars(collected)["collector_iter/commands_tried"] == tried
+    assert all(archive["provisional"] and archive["confirmed"] for archive in state["exploration"]["archives"])
+    tried, scalars = sum(len(counts["actions"]) for counts in state["counts"]), collector.scalars(collected)
+    assert scalars["collector_iter/commands_tried"] == tried >= scalars["collector_iter/commands_leading_on"] > 0
 
 
-@pytest.mark.parametrize(
-    ("deviation_prob", "max_score", "deviates"),
-    [
-        (0.0, 1000.0, False),
-        (1.0, 1000.0, True),
-        (1.0, 9.0, False),  # a trajectory to the largest score is known
-    ],
-)
-def test_collector_lets_episodes_deviate(deviation_prob, max_score, deviates):
-    collector, games, _ = make_collector(num_games=2, search={"deviation_prob": deviation_prob})
-
-    def with_max_score(reset):
-        async def changed():
-            return dataclasses.replace(await reset(), max_score=max_score)
-
-        return changed
-
-    for game in games:
-        game.reset = with_max_score(game.reset)
+@pytest.mark.parametrize(("deviation_prob", "deviates"), [(0.0, False), (1.0, True)])
+def test_collector_lets_episodes_deviate(deviation_prob, deviates):
+    collector, _, _ = make_collector(num_games=2, search={"deviation_prob": deviation_prob})
     collect(collector, 30)
-    deviations = [deviation for deviation, *_ in exploration_state(collector)["progress"].values()]
-    assert len(deviations) == 2 and all((deviation is not None) == deviates for deviation in deviations)
+    deviations = [d for d, *_ in collector.state_dict(RecordTable())["exploration"]["progress"].values()]
+    assert [deviation is not None for deviation in deviations] == [deviates] * 2

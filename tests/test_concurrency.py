@@ -11,7 +11,6 @@ import threading
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 
 from priorzero.runtime.concurrency import (
@@ -23,9 +22,10 @@ from priorzero.runtime.concurrency import (
     gather_or_cancel,
 )
 from priorzero.runtime.timeline import Timeline
+from tests.helpers.processes import is_running
 
 
-def test_owner_thread_runs_calls_in_order_without_blocking_the_event_loop():
+async def test_owner_thread_runs_calls_in_order_without_blocking_the_event_loop():
     timeline = Timeline()
     owner = OwnerThread("owner", timeline)
     log, threads = [], set()
@@ -37,22 +37,18 @@ def test_owner_thread_runs_calls_in_order_without_blocking_the_event_loop():
         log.append(f"end {name}")
         return name
 
-    async def run():
-        calls = asyncio.gather(*(owner.run("work", work, name) for name in "abc"))
-        ticks = 0
-        while not calls.done():
-            await asyncio.sleep(0.001)
-            ticks += 1
-        return await calls, ticks
-
-    names, ticks = asyncio.run(run())
-    assert names == ["a", "b", "c"] and ticks > 5 and len(threads) == 1
+    calls = asyncio.gather(*(owner.run("work", work, name) for name in "abc"))
+    ticks = 0
+    while not calls.done():
+        await asyncio.sleep(0.001)
+        ticks += 1
+    assert await calls == ["a", "b", "c"] and ticks > 5 and len(threads) == 1
     assert log == [f"{what} {name}" for name in "abc" for what in ("begin", "end")]
     assert timeline.finish_interval().busy["work"] >= 0.06
     owner.close()
 
 
-def test_owner_thread_close_waits_for_the_running_call_only():
+async def test_owner_thread_close_waits_for_the_running_call_only():
     owner = OwnerThread("owner", Timeline())
     done = []
 
@@ -60,39 +56,34 @@ def test_owner_thread_close_waits_for_the_running_call_only():
         time.sleep(0.05)
         done.append(name)
 
-    async def run():
-        calls = [asyncio.ensure_future(owner.run("work", work, name)) for name in "ab"]
-        await asyncio.sleep(0.01)
-        for call in calls:
-            call.cancel()
-        owner.close()
-        return list(done)
-
-    assert asyncio.run(run()) == ["a"] and done == ["a"]
-
-
-def test_owner_thread_drain_waits_for_a_cancelled_call():
-    owner, done = OwnerThread("owner", Timeline()), []
-
-    async def run():
-        call = asyncio.ensure_future(owner.run("work", lambda: (time.sleep(0.05), done.append("work"))))
-        await asyncio.sleep(0.01)
+    calls = [asyncio.ensure_future(owner.run("work", work, name)) for name in "ab"]
+    await asyncio.sleep(0.01)
+    for call in calls:
         call.cancel()
-        await owner.drain()
-        return list(done)
+    owner.close()
+    assert done == ["a"]
+    await asyncio.wait(calls)
+    assert done == ["a"]
 
-    assert asyncio.run(run()) == ["work"]
+
+async def test_owner_thread_drain_waits_for_a_cancelled_call():
+    owner, done = OwnerThread("owner", Timeline()), []
+    call = asyncio.ensure_future(owner.run("work", lambda: (time.sleep(0.05), done.append("work"))))
+    await asyncio.sleep(0.01)
+    call.cancel()
+    await owner.drain()
+    assert done == ["work"]
     owner.close()
 
 
-def test_owner_thread_raises_errors_in_the_caller():
+async def test_owner_thread_raises_errors_in_the_caller():
     owner = OwnerThread("owner", Timeline())
     with pytest.raises(ZeroDivisionError):
-        asyncio.run(owner.run("work", lambda: 1 / 0))
+        await owner.run("work", lambda: 1 / 0)
     owner.close()
 
 
-def test_readers_writer_lock_prefers_writers():
+async def test_readers_writer_lock_prefers_writers():
     lock, log = ReadersWriterLock(), []
 
     async def read(name, seconds):
@@ -107,42 +98,35 @@ def test_readers_writer_lock_prefers_writers():
             await asyncio.sleep(0.02)
             log.append("end writer")
 
-    async def run():
-        first = asyncio.gather(read("a", 0.03), read("b", 0.05))
-        await asyncio.sleep(0.01)
-        writer = asyncio.ensure_future(write())
-        await asyncio.sleep(0.01)
-        later = asyncio.ensure_future(read("c", 0.01))
-        await asyncio.gather(first, writer, later)
-
-    asyncio.run(run())
+    first = asyncio.gather(read("a", 0.03), read("b", 0.05))
+    await asyncio.sleep(0.01)
+    writer = asyncio.ensure_future(write())
+    await asyncio.sleep(0.01)
+    later = asyncio.ensure_future(read("c", 0.01))
+    await asyncio.gather(first, writer, later)
     expected = "begin a, begin b, end a, end b, begin writer, end writer, begin c, end c"
     assert log == expected.split(", ")
 
 
-def test_readers_writer_lock_is_released_when_holders_and_waiters_are_cancelled():
+async def test_readers_writer_lock_is_released_when_holders_and_waiters_are_cancelled():
     lock = ReadersWriterLock()
 
     async def hold(context):
         async with context:
             await asyncio.sleep(10)
 
-    async def run():
-        for mode in (lock.shared, lock.exclusive):
-            holder, waiter = asyncio.ensure_future(hold(mode())), asyncio.ensure_future(hold(lock.exclusive()))
-            await asyncio.sleep(0.01)
-            for task in (waiter, holder):
-                task.cancel()
-            await asyncio.gather(holder, waiter, return_exceptions=True)
-        async with asyncio.timeout(1), lock.shared():
+    for mode in (lock.shared, lock.exclusive):
+        holder, waiter = asyncio.ensure_future(hold(mode())), asyncio.ensure_future(hold(lock.exclusive()))
+        await asyncio.sleep(0.01)
+        for task in (waiter, holder):
+            task.cancel()
+        await asyncio.gather(holder, waiter, return_exceptions=True)
+    for mode in (lock.shared, lock.exclusive):
+        async with asyncio.timeout(1), mode():
             pass
-        async with asyncio.timeout(1), lock.exclusive():
-            return True
-
-    assert asyncio.run(run())
 
 
-def test_gather_or_cancel_waits_for_cancelled_tasks_before_it_raises():
+async def test_gather_or_cancel_waits_for_cancelled_tasks_before_it_raises():
     ended = []
 
     async def slow():
@@ -156,13 +140,10 @@ def test_gather_or_cancel_waits_for_cancelled_tasks_before_it_raises():
         await asyncio.sleep(0.01)
         raise ValueError("boom")
 
-    async def run():
-        with pytest.raises(ValueError, match="boom"):
-            await gather_or_cancel(slow(), fails())
-        assert ended == ["slow"]
-        return await gather_or_cancel(asyncio.sleep(0.01, "a"), asyncio.sleep(0, "b"))
-
-    assert asyncio.run(run()) == ["a", "b"]
+    with pytest.raises(ValueError, match="boom"):
+        await gather_or_cancel(slow(), fails())
+    assert ended == ["slow"]
+    assert await gather_or_cancel(asyncio.sleep(0.01, "a"), asyncio.sleep(0, "b")) == ["a", "b"]
 
 
 PROGRAM = """
@@ -207,10 +188,6 @@ def test_exit_immediately_on_signal_kills_children_and_deletes_scratch_folders(t
     assert not running and not list(tmp_path.iterdir())
 
 
-def is_running(pid):
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-
-
 def test_exit_immediately_on_signal_restores_previous_handlers():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with exit_immediately_on_signal():
@@ -218,7 +195,7 @@ def test_exit_immediately_on_signal_restores_previous_handlers():
     assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-def test_stop_request_run_or_cancel_cancels_work_when_a_stop_is_requested():
+async def test_stop_request_run_or_cancel_cancels_work_when_a_stop_is_requested():
     ended = []
 
     async def long_work():
@@ -233,27 +210,19 @@ def test_stop_request_run_or_cancel_cancels_work_when_a_stop_is_requested():
     async def fails():
         raise ValueError("ours")
 
-    async def check():
-        stop = StopRequest()
-        assert await stop.run_or_cancel(short_work()) == 7
-        with pytest.raises(ValueError, match="ours"):
-            await stop.run_or_cancel(fails())
-        asyncio.get_running_loop().call_later(0.01, stop.request, "test")
-        assert await stop.run_or_cancel(long_work()) is None and ended == [True] and stop.requested
-
-    asyncio.run(check())
+    stop = StopRequest()
+    assert await stop.run_or_cancel(short_work()) == 7
+    with pytest.raises(ValueError, match="ours"):
+        await stop.run_or_cancel(fails())
+    asyncio.get_running_loop().call_later(0.01, stop.request, "test")
+    assert await stop.run_or_cancel(long_work()) is None and ended == [True] and stop.requested
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_stop_request_records_a_signal_and_restores_previous_handlers(number):
-    before = [signal.getsignal(n) for n in STOP_SIGNALS]
-
-    async def check():
-        stop = StopRequest()
-        with stop.handle_signals():
-            os.kill(os.getpid(), number)
-            await asyncio.sleep(0.01)
-        return stop.requested
-
-    assert asyncio.run(check())
+async def test_stop_request_records_a_signal_and_restores_previous_handlers(number):
+    before, stop = [signal.getsignal(n) for n in STOP_SIGNALS], StopRequest()
+    with stop.handle_signals():
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(0.01)
+    assert stop.requested
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before

@@ -53,25 +53,12 @@ def test_resolve_settings_leaves_layers_and_defaults_unchanged():
 
 
 def test_resolve_settings_reports_all_problems_in_one_message():
-    text = message(
-        {
-            "llm": {"bach_size": 3, "gradient_accumulation_steps": 0},
-            "run": {"seed": -1, "max_iter": "x"},
-            "nonsense": {},
-        },
-        {"env": 3},
-    )
+    llm, run = {"bach_size": 3, "gradient_accumulation_steps": 0}, {"seed": -1, "max_iter": "x"}
+    text = message({"llm": llm, "run": run, "nonsense": {}}, {"env": 3})
     problems = text.splitlines()[1:]
     assert len(problems) == 6 and all(line.startswith("  - ") for line in problems)
-    for name in (
-        "bach_size",
-        "llm.gradient_accumulation_steps=0",
-        "run.seed=-1",
-        "run.max_iter=x",
-        "nonsense",
-        "'env'",
-    ):
-        assert text.count(name) == 1
+    names = "bach_size", "llm.gradient_accumulation_steps=0", "run.seed=-1", "run.max_iter=x", "nonsense", "'env'"
+    assert [text.count(name) for name in names] == [1] * 6
     # Conflicts are reported together as well.
     text = message({"world_model": {"context_length": 7}, "llm": {"batch_size": 128}, "replay": {"buffer_size": 1}})
     assert all(name in text for name in ("context_length=7", "llm.batch_size=128", "replay.buffer_size=1"))
@@ -82,15 +69,7 @@ def test_resolve_settings_reports_all_problems_in_one_message():
     [
         ("llm.bach_size", "did you mean 'llm.batch_size'?"),
         ("train.llm_loss_weight", "did you mean 'llm.llm_loss_weight'?"),
-        ("train.max_not_finite", "did you mean 'train.max_nonfinite_updates'?"),
-        ("env.action_space", "did you mean 'env.action_space_size'?"),
-        ("ppo.importance_cap", "the settings of 'ppo' are engine, sharding, epochs"),
         ("encoder.standardise", "the settings of 'encoder' are path"),
-        ("search.return_first", "the settings of 'search' are num_simulations, exploration, deviation_prob"),
-        ("search.explore_share", "the settings of 'search' are num_simulations, exploration, deviation_prob"),
-        ("search.tree", "the settings of 'search' are num_simulations, exploration, deviation_prob"),
-        ("search.tries_exponent", "the settings of 'search' are num_simulations, exploration, deviation_prob"),
-        ("prior.normalise", "the settings of 'prior' are enabled, engine, mode"),
         ("lm.batch_size", "did you mean 'llm'?"),
         ("x.y", "the groups are run, env, encoder"),
     ],
@@ -102,33 +81,23 @@ def test_resolve_settings_refuses_unknown_names_and_suggests_known_ones(name, su
     assert f"{unknown}; {suggestion}" in text
 
 
-@pytest.mark.parametrize(
-    ("value", "allowed"), [("history: direct", "all, loop_free"), ("history: rewarded", "all, loop_free")]
-)
-def test_resolve_settings_names_the_values_that_replaced_old_ones(tmp_path, value, allowed):
-    (tmp_path / "x.yaml").write_text(f"llm: {{{value}}}")
-    assert f"must be one of {allowed}" in message(read_config_file(tmp_path / "x.yaml"))
-
-
 # ---- the alias of llm.micro_batch_size ----
 
 
-def micro_batch_size(*layers):
-    return resolve_settings(*layers).llm.micro_batch_size
-
-
-def test_gradient_accumulation_steps_sets_the_micro_batch_size():
-    assert micro_batch_size({"llm": {"gradient_accumulation_steps": 8}}) == 4
-    assert micro_batch_size({"llm": {"gradient_accumulation_steps": 32}}) == 1
-    assert micro_batch_size({"llm": {"gradient_accumulation_steps": 2, "batch_size": 8}}) == 4
-    assert micro_batch_size({"llm": {"gradient_accumulation_steps": 2.0, "batch_size": 8.0}}) == 4
-    assert micro_batch_size({"llm": {"gradient_accumulation_steps": 2}}, {"llm": {"batch_size": 8}}) == 4
-    assert micro_batch_size({"llm": {"gradient_accumulation_steps": 8, "micro_batch_size": 4}}) == 4  # they agree
-
-
-def test_gradient_accumulation_steps_of_a_later_layer_wins_over_the_micro_batch_size():
-    assert micro_batch_size(PRESETS["quick_test"], {"llm": {"gradient_accumulation_steps": 8}}) == 1
-    assert micro_batch_size({"llm": {"gradient_accumulation_steps": 8}}, {"llm": {"micro_batch_size": 2}}) == 2
+@pytest.mark.parametrize(
+    ("layers", "micro_batch_size"),
+    [
+        ([{"gradient_accumulation_steps": 8}], 4),
+        ([{"gradient_accumulation_steps": 32}], 1),
+        ([{"gradient_accumulation_steps": 2.0, "batch_size": 8.0}], 4),
+        ([{"gradient_accumulation_steps": 2}, {"batch_size": 8}], 4),
+        ([{"gradient_accumulation_steps": 8, "micro_batch_size": 4}], 4),  # they agree
+        ([PRESETS["quick_test"]["llm"], {"gradient_accumulation_steps": 8}], 1),  # the later layer wins
+        ([{"gradient_accumulation_steps": 8}, {"micro_batch_size": 2}], 2),
+    ],
+)
+def test_gradient_accumulation_steps_sets_the_micro_batch_size(layers, micro_batch_size):
+    assert resolve_settings(*({"llm": layer} for layer in layers)).llm.micro_batch_size == micro_batch_size
 
 
 def test_gradient_accumulation_steps_that_do_not_fit_are_refused():
@@ -173,7 +142,12 @@ def test_parse_assignments_reads_values_as_yaml():
 # ---- files ----
 
 
-@pytest.mark.parametrize("content", ["llm: [1, 2", "- a\n- b\n", "just text", "a: b: c", "run: {exp_name: 2024-13-45}"])
+CODE = "llm: !!python/object/apply:os.system ['touch pwned']\n"
+
+
+@pytest.mark.parametrize(
+    "content", ["llm: [1, 2", "- a\n- b\n", "just text", "a: b: c", "run: {exp_name: 2024-13-45}", CODE]
+)
 def test_read_config_file_refuses_what_is_not_a_configuration(tmp_path, content):
     path = tmp_path / "x.yaml"
     path.write_text(content)
@@ -214,13 +188,6 @@ def test_read_config_file_accepts_anchors(tmp_path):
     assert read_config_file(tmp_path / "x.yaml")["env"] == {"seed": 2, "max_iter": 3}
 
 
-def test_read_config_file_runs_no_code(tmp_path):
-    path = tmp_path / "evil.yaml"
-    path.write_text("llm: !!python/object/apply:os.system ['touch pwned']\n")
-    with pytest.raises(UserError, match="not valid YAML"):
-        read_config_file(path)
-
-
 @pytest.mark.parametrize("preset", PRESETS)
 def test_dump_settings_is_read_back(tmp_path, preset):
     settings = resolve_settings(PRESETS[preset])
@@ -232,10 +199,6 @@ def test_dump_settings_can_be_changed_and_names_no_run(tmp_path):
     (tmp_path / "config.yaml").write_text(dump_settings(resolve_settings({"run": {"exp_name": "mine"}})))
     again = resolve_settings(read_config_file(tmp_path / "config.yaml"), {"llm": {"micro_batch_size": 1}})
     assert again.llm.micro_batch_size == 1 and again.run.exp_name == ""
-
-
-def test_configs_folder_contains_no_preset():
-    assert {path.stem for path in CONFIGS.glob("*.yaml")} == {"learning_textworld", "learning_jericho"}
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
@@ -253,12 +216,13 @@ def test_presets_change_what_their_names_say():
 # ---- text ----
 
 
-def test_describe_settings_lists_every_setting():
-    text = describe_settings()
-    for group, values in Settings().model_dump().items():
-        for key in values:
-            assert f"  {group}.{key} = " in text
+def test_describe_settings_and_settings_page_list_every_setting():
+    text, rows = describe_settings(), [line for line in settings_page().splitlines() if line.startswith("| `")]
+    names = [f"{group}.{key}" for group, values in Settings().model_dump().items() for key in values]
+    assert all(f"  {name} = " in text for name in names)
     assert "llm.micro_batch_size = 4 (a whole number, at least 1)" in text
+    assert [row.split("`")[1] for row in rows] == names and all(row.count("|") == 5 for row in rows)
+    assert "| `llm.micro_batch_size` | `4` | a whole number, at least 1 | decisions in one" in "".join(rows)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Tests of the transformers engine and of the prior builder."""
+"""Tests of the transformers engine, of the prior builder, and of the choice of an engine."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from priorzero.llm.engines import PriorBuilder, RetryingPrior, TransformersEngine
+from priorzero.llm.engines.make import choose_engine
 from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.settings import PriorSettings
-from priorzero.types import GameState, PriorRequest
+from priorzero.types import GameState, PriorRequest, UserError
 from tests.helpers.models import make_settings
 
 STATE = GameState(
@@ -67,16 +68,6 @@ def test_transformers_engine_scores_are_the_models_log_probabilities(smollm2):
     assert prior.source == "score" and prior.version == 0
 
 
-def test_transformers_engine_keeps_the_order_of_the_valid_actions(smollm2):
-    engine = make_engine(smollm2)
-    request = make_request(engine)
-    order = [2, 0, 3, 1]
-    shuffled = PriorRequest(request.prompt, tuple(request.valid_actions[k] for k in order))
-    one, other = compute(engine, request, shuffled)
-    assert other.logprobs == pytest.approx(one.logprobs[order], abs=1e-4)
-    assert one.logprobs.argmax() in (0, 1)  # a sensible command
-
-
 def test_transformers_engine_priors_do_not_depend_on_the_batch(llm):
     engine = make_engine(llm, rows_per_forward=3)
     states = [
@@ -101,14 +92,6 @@ def test_transformers_engine_caches_priors_until_the_next_sync(llm):
     asyncio.run(engine.sync_weights(1))
     later = compute(engine, request)[0]
     assert later.version == 1 and np.abs(later.logprobs - first.logprobs).max() > 1e-3
-
-
-def test_transformers_engine_rank_builds_a_prior_from_the_text_of_a_real_model(smollm2):
-    engine = make_engine(smollm2, mode="rank", generate_max_len=16)
-    prior = compute(engine, make_request(engine))[0]
-    assert prior.source == "rank" and prior.completion
-    assert np.exp(prior.logprobs).sum() == pytest.approx(1, abs=1e-5)
-    assert prior.parsed == (len(set(prior.logprobs.tolist())) > 1)
 
 
 def test_transformers_engine_rank_pads_on_the_left(llm):
@@ -174,8 +157,12 @@ def test_transformers_engine_counts_actions_that_the_tokenizer_changes(llm, mode
     assert np.exp(prior.logprobs).sum() == pytest.approx(1, abs=1e-5) and prior.logprobs[0] == prior.logprobs[1]
 
 
-@pytest.mark.parametrize("text", ["", "no such thing\n\n1.\n", "\x00\ufffd"], ids=["nothing", "garbage", "bytes"])
-def test_transformers_engine_rank_is_uniform_for_a_text_without_a_ranking(llm, monkeypatch, text):
+@pytest.mark.parametrize(
+    ("text", "weights"),
+    [("", (1, 1, 1)), ("no such\n\n1.\n", (1, 1, 1)), ("\x00\ufffd", (1, 1, 1)), ("1. wait\n2. open door", (3, 2, 6))],
+)
+def test_transformers_engine_rank_builds_a_prior_from_the_generated_text(llm, monkeypatch, text, weights):
+    """The weight of rank r is 1/r. Without a ranking, the prior is uniform."""
     ids = [*llm.tokenizer(text, add_special_tokens=False)["input_ids"], llm.tokenizer.eos_token_id]
 
     def generate(input_ids, **kwargs):
@@ -184,10 +171,10 @@ def test_transformers_engine_rank_is_uniform_for_a_text_without_a_ranking(llm, m
     monkeypatch.setattr(llm.model, "generate", generate)
     engine = RetryingPrior(make_engine(llm, mode="rank"), PriorSettings(attempts=1, backoff_s=0, timeout_s=60))
     (prior,) = asyncio.run(engine.priors([PriorRequest("What now?", ("open door", "", "wait"))]))
-    assert not prior.parsed and prior.completion == text
-    assert np.exp(prior.logprobs) == pytest.approx([1 / 3] * 3)
+    assert prior.completion == text and prior.source == "rank" and prior.parsed == (max(weights) > 1)
+    assert np.exp(prior.logprobs) == pytest.approx(np.array(weights) / sum(weights), abs=1e-6)
     scalars = engine.take_statistics()
-    assert scalars["prior/parse_rate"] == 0 and scalars["prior/fallbacks"] == 0
+    assert scalars["prior/parse_rate"] == prior.parsed and scalars["prior/fallbacks"] == 0
 
 
 def slow_down(engine, monkeypatch, *, seconds):
@@ -203,20 +190,16 @@ def slow_down(engine, monkeypatch, *, seconds):
     return computed
 
 
-def test_transformers_engine_stops_after_a_cancelled_call(llm, monkeypatch):
+async def test_transformers_engine_stops_after_a_cancelled_call(llm, monkeypatch):
     engine = make_engine(llm, rows_per_forward=1)
     computed = slow_down(engine, monkeypatch, seconds=0.1)
     requests = [PriorRequest(f"prompt {n}", ("go north", "go south")) for n in range(200)]
 
-    async def run():
-        with pytest.raises(asyncio.TimeoutError):
-            await asyncio.wait_for(engine.priors(requests), 0.25)
-        num_computed = len(computed)
-        (prior,) = await engine.priors([make_request(engine)])
-        assert len(computed) == num_computed + 1  # the cancelled call computes nothing any more
-        return num_computed, prior
-
-    num_computed, prior = asyncio.run(run())
+    with pytest.raises(asyncio.TimeoutError):
+        await asyncio.wait_for(engine.priors(requests), 0.25)
+    num_computed = len(computed)
+    (prior,) = await engine.priors([make_request(engine)])
+    assert len(computed) == num_computed + 1  # the cancelled call computes nothing any more
     assert 1 <= num_computed < 20 and prior.source == "score"
 
 
@@ -228,3 +211,22 @@ def test_transformers_engine_keeps_the_priors_computed_before_a_timeout(llm, mon
     priors = asyncio.run(prior.priors(requests))
     assert [p.source for p in priors] == ["score"] * 6
     assert prior.statistics.timeouts >= 1 and sorted(r.prompt for r in computed) == [r.prompt for r in requests]
+
+
+def choose(engine, device):
+    return choose_engine(make_settings({"prior": {"engine": engine}}), device=torch.device(device))
+
+
+def test_choose_engine_takes_vllm_on_a_gpu_and_transformers_on_a_cpu(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", {"vllm": object()}.get)
+    assert (choose("auto", "cpu"), choose("auto", "cuda")) == ("transformers", "vllm")
+    assert (choose("vllm", "cpu"), choose("transformers", "cuda")) == ("vllm", "transformers")
+
+
+def test_choose_engine_says_how_to_install_vllm(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", {}.get)
+    assert choose("auto", "cpu") == "transformers"
+    with pytest.raises(UserError, match=r"prior\.engine=auto: vLLM is not installed; type pip .*gpu\.txt, or use"):
+        choose("auto", "cuda")
+    with pytest.raises(UserError, match=r"type scripts/set_up\.sh test"):
+        choose("vllm", "cpu")

@@ -1,27 +1,16 @@
 """Tests of scripts/fetch_games.py with a local server that misbehaves."""
 
 import hashlib
-import importlib.util
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import fetch_games
 import pytest
 
 CONTENT = b"a story" * 1000
 MD5 = hashlib.md5(CONTENT).hexdigest()
-
-
-def load_script():
-    path = Path(__file__).resolve().parents[1] / "scripts" / "fetch_games.py"
-    spec = importlib.util.spec_from_file_location("fetch_games", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-fetch_games = load_script()
 
 
 class Server(ThreadingHTTPServer):
@@ -61,8 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def reply_good(self):
         self.send(CONTENT)
 
-    def reply_also(self):
-        self.send(CONTENT)
+    reply_also = reply_good
 
     def reply_wrong(self):
         self.send(b"<html>something else</html>")

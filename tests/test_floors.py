@@ -164,44 +164,29 @@ def test_imports_have_no_cycle():
     assert cycle(graph) == []
 
 
-def test_import_check_can_fail():
-    assert violations("llm.priors", "from priorzero.policy import PriorZeroPolicy")
-    assert violations("search.mcts", "from priorzero.world_model.inference import WorldModelInference")
-    assert violations("search.mcts", "import priorzero.llm.models")
-    assert violations("envs.worker", "from priorzero.search.base import Root")
-    assert violations("settings", "from priorzero import config")
-    assert violations("train", "import jericho")
-    assert violations("llm.losses", "import vllm.outputs")
-    assert violations("runs.saver", "from priorzero.policy import PriorZeroPolicy")
-    assert violations("runs.saver", "from priorzero.world_model.unizero import UniZeroLearner")
-    assert not violations("runs.saver", "from priorzero.world_model.records import RecordTable")
-    assert not violations("train", "from priorzero.policy import PriorZeroPolicy")
-    assert not violations("llm.engines.vllm", "def start():\n    import vllm")
-    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
-    assert cycle({"a": {"b", "numpy"}, "b": {"c"}, "c": set()}) == []
-    source = "def f():\n    import late\nif TYPE_CHECKING:\n    import never\ntry:\n    import now\nfinally: pass"
-    assert imports(ast.parse(source), module_level_only=True) == {"now"}
-
-
 @pytest.mark.parametrize("path", FILES, ids=module_name)
 def test_functions_are_short_and_settings_are_typed(path):
     source = path.read_text()
     assert long_functions(source) == [] and untyped_settings(source) == []
 
 
-def test_function_check_can_fail():
-    body = "\n    x = 1" * MAX_LINES
-    assert long_functions(f"def f():{body}") == ["f has 61 lines"]
-    assert long_functions(f"def unizero_config():{body}") == []
-    assert untyped_settings("def f(settings: Any, cfg: Any): ...") and untyped_settings("class A:\n    settings: Any")
-    assert not untyped_settings("def f(settings: Settings, value: Any): ...")
+def test_structure_checks_can_fail():
+    assert violations("llm.priors", "from priorzero.policy import PriorZeroPolicy")
+    assert violations("train", "import jericho")
+    assert violations("runs.saver", "from priorzero.world_model.unizero import UniZeroLearner")
+    assert cycle({"a": {"b", "numpy"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert long_functions("def f():" + "\n    x = 1" * MAX_LINES) == ["f has 61 lines"]
+    assert untyped_settings("def f(settings: Any): ...") and untyped_settings("class A:\n    settings: Any")
 
 
 def test_train_fits_its_limit():
     assert len((PACKAGE / "train.py").read_text().splitlines()) <= 250
 
 
-def test_imports_of_games_configuration_and_command_line_need_no_torch():
-    code = "import sys, priorzero.envs, priorzero.config, priorzero.entry; print('torch' in sys.modules)"
+def test_imports_of_games_configuration_and_command_line_load_no_large_package():
+    code = (
+        "import sys, priorzero.entry, priorzero.envs; print({'jericho', 'lzero'} & set(sys.modules))\n"
+        "import priorzero.envs.jericho_game; print({'torch', 'spacy', 'transformers', 'textworld'} & set(sys.modules))"
+    )
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert answer.stdout.strip() == "False"
+    assert answer.stdout == "set()\nset()\n"

@@ -24,9 +24,12 @@ from tests.helpers.game_files import story
 def open_env():
     opened = []
 
-    def make(name: str = "zork1.z5", **changes) -> ReproducibleFrotzEnv:
+    def make(name: str = "zork1.z5", *, second_opened: bool = False, **changes) -> ReproducibleFrotzEnv:
         opened.append(ReproducibleFrotzEnv(story(name), **{"seed": 0, "filter_threads": 2, **changes}))
         opened[-1].reset()
+        if second_opened:  # the second emulator, which the first search opens
+            opened[-1]._filter_candidate_actions(["wait"], use_ctypes=True)
+            opened[-1]._single_thread_searches = 0
         return opened[-1]
 
     yield make
@@ -93,13 +96,12 @@ def test_frotz_python_and_c_try_commands_with_equal_results(open_env):
 
 
 def test_frotz_excludes_commands_that_first_take_an_object(open_env):
-    env = open_env()
+    env = open_env(second_opened=True)
     env.step("open mailbox")
     state = env.get_state()
     assert "(Taken)" in env.step("read leaflet")[0]
     env.set_state(state)
     commands = [b"read leaflet", b"take leaflet", b"read mailbox"]
-    env._filter_candidate_actions(["wait"], use_ctypes=True)
     env._second.env.set_state(state)
     in_c = env._try_in_c(commands)
     assert env._second._try(commands, state) == in_c
@@ -107,8 +109,7 @@ def test_frotz_excludes_commands_that_first_take_an_object(open_env):
 
 
 def test_frotz_uses_both_threads(open_env):
-    env = open_env()
-    env._filter_candidate_actions(["wait"], use_ctypes=True)
+    env = open_env(second_opened=True)
     threads = set()
     both = threading.Barrier(2, timeout=20)
 
@@ -122,7 +123,6 @@ def test_frotz_uses_both_threads(open_env):
         return attempt
 
     env._try_in_c, env._second._try = watched(env._try_in_c), watched(env._second._try)
-    env._single_thread_searches = 0
     assert env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
     assert len(threads) == 2
 
@@ -130,7 +130,7 @@ def test_frotz_uses_both_threads(open_env):
 @pytest.mark.parametrize("halting", [0, 3, 7, 9])
 def test_frotz_ignores_commands_after_one_that_halts_the_emulator(open_env, halting):
     commands = [f"say {number}" for number in range(10)]
-    env = open_env()
+    env = open_env(second_opened=True)
 
     def attempt(chunk, state=None):
         effects = []
@@ -141,9 +141,7 @@ def test_frotz_ignores_commands_after_one_that_halts_the_emulator(open_env, halt
             effects.append((command, command))
         return ChunkResult(effects, halted=False)
 
-    env._filter_candidate_actions(["wait"], use_ctypes=True)
     env._try_in_c = env._second._try = attempt
-    env._single_thread_searches = 0
     found = env._filter_candidate_actions(commands, use_ctypes=True)
     assert list(found.values()) == [[command] for command in commands[:halting]]
 
@@ -168,9 +166,7 @@ def test_frotz_resets_a_halted_second_emulator(open_env):
 
 
 def test_frotz_raises_errors_of_the_second_thread(open_env):
-    env = open_env()
-    env._filter_candidate_actions(["wait"], use_ctypes=True)
-
+    env = open_env(second_opened=True)
     failed = threading.Event()
 
     def fail(commands, state):
@@ -182,7 +178,6 @@ def test_frotz_raises_errors_of_the_second_thread(open_env):
         return ChunkResult([], halted=False)
 
     env._second._try, env._try_in_c = fail, wait
-    env._single_thread_searches = 0
     with pytest.raises(MemoryError, match="no more"):
         env._filter_candidate_actions(["wait"] * 10 * NUM_CHUNKS, use_ctypes=True)
 

@@ -1,10 +1,6 @@
 """Tests of finding story files and generating TextWorld games by name."""
 
 import hashlib
-import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -13,12 +9,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from priorzero.envs import textworld_files
-from priorzero.envs.games import GameSpec, make_game, resolve_game, resolve_games, supported_games
+from priorzero.envs.games import GameSpec, make_game, resolve_game, resolve_games
 from priorzero.envs.textworld_files import CHALLENGES, get_or_make, parse_request
 from priorzero.types import UserError
 from tests.helpers.game_files import session_cache, story
 
 ZORK1_MD5 = "b732a93a6244ddd92a9b9a3e3a46c687"
+
+
+@pytest.fixture
+def zork1() -> bytes:
+    return story("zork1.z5").read_bytes()
 
 
 @pytest.fixture
@@ -42,46 +43,30 @@ def error_of(env_id: str) -> str:
 # Jericho ------------------------------------------------------------------------------------------------------------
 
 
-def test_supported_games_are_those_of_jericho():
-    table = supported_games()
-    assert len(table) == 57
-    assert table["zork1.z5"] == ZORK1_MD5
-    assert table["tryst205.z5"] == "fc65ad8d4588da92fd39871f6f7463db"
-
-
-def test_resolve_game_lists_the_searched_folders_and_how_to_download_a_missing_game(empty_folders):
+def test_resolve_game_lists_the_searched_folders_and_how_to_download_a_missing_game(empty_folders, monkeypatch):
     message = error_of("zork1.z5")
     for folder in empty_folders:
         assert str(folder / "zork1.z5") in message
     assert ZORK1_MD5 in message
     assert "python scripts/fetch_games.py zork1.z5" in message
     assert "not set" not in message
-
-
-def test_resolve_game_reports_that_the_variable_is_not_set(empty_folders, monkeypatch):
     monkeypatch.delenv("PRIORZERO_GAMES")
     assert "$PRIORZERO_GAMES is not set" in error_of("zork1.z5")
 
 
-def test_resolve_game_searches_folders_in_order(tmp_path, monkeypatch):
-    original = story("zork1.z5").read_bytes()  # this reads the variable that is changed below
-    folders = [tmp_path / "here", tmp_path / "games", tmp_path / "cache/priorzero/games"]
-    for folder in folders:
-        folder.mkdir(parents=True)
-        (folder / "zork1.z5").write_bytes(original)
-    monkeypatch.chdir(folders[0])
-    monkeypatch.setenv("PRIORZERO_GAMES", str(folders[1]))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for folder in folders:
+def test_resolve_game_searches_folders_in_order(zork1, empty_folders):
+    for folder in empty_folders:
+        (folder / "zork1.z5").write_bytes(zork1)
+    for folder in empty_folders:
         spec = resolve_game("zork1.z5")
         assert spec.path == folder / "zork1.z5"
         assert (spec.kind, spec.md5, spec.name) == ("jericho", ZORK1_MD5, "zork1")
         spec.path.unlink()
 
 
-def test_resolve_game_accepts_a_path_with_any_file_name(tmp_path):
+def test_resolve_game_accepts_a_path_with_any_file_name(tmp_path, zork1):
     copy = tmp_path / "my story.z5"
-    copy.write_bytes(story("zork1.z5").read_bytes())
+    copy.write_bytes(zork1)
     spec = resolve_game(str(copy))
     assert (spec.env_id, spec.path, spec.name) == (str(copy), copy, "zork1")
 
@@ -297,14 +282,6 @@ def test_get_or_make_reports_a_cache_folder_that_is_not_writable(tmp_path, monke
     (tmp_path / "file").write_text("not a folder")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert "XDG_CACHE_HOME" in error_of("textworld:simple")
-
-
-def test_import_of_envs_loads_no_large_packages():
-    heavy = ["torch", "jericho", "textworld", "spacy", "transformers", "lzero"]
-    code = f"import json, sys, priorzero.envs; print(json.dumps([m for m in {heavy} if m in sys.modules]))"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert json.loads(done.stdout) == []
 
 
 def test_resolve_games_accepts_a_list_without_duplicates(tmp_path, monkeypatch):

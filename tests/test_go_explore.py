@@ -52,12 +52,14 @@ def test_archive_plans_the_actions_of_the_loop_free_trajectory():
     assert planned(archive, "c", 1.0, "go") == planned(archive, "a", 1.5, "go") == []
 
 
+TAKE_AND_PUT = steps(("a", 0.0, "take", 0.0), ("a1", 0.0, "go", 0.0), ("b", 0.0, "put", 1.0))
+UNKNOWN_PLACE = GameState("", ("go", "take", "wait"), 0.0, 9.0, 0, look="a\nA lamp is here.")
+
+
 def test_archive_plans_by_room_where_the_place_is_unknown():
-    history = steps(("a", 0.0, "take", 0.0), ("a1", 0.0, "go", 0.0), ("b", 0.0, "put", 1.0))
-    archive = archive_of(history, now=at("b1", 1.0))
-    state = GameState("", ("go", "take", "wait"), 0.0, 9.0, 0, look="a\nA lamp is here.")
-    assert state.room == "a"
-    assert archive.plan(state).actions.tolist() == [True, True, False]
+    archive = archive_of(TAKE_AND_PUT, now=at("b1", 1.0))
+    assert UNKNOWN_PLACE.room == "a"
+    assert archive.plan(UNKNOWN_PLACE).actions.tolist() == [True, True, False]
     assert planned(archive, "a", 0.0, "go", "take", "wait") == ["take"]
     assert planned(archive, "a1", 0.0, "go", "take", "wait") == ["go"]
     assert planned(archive, "a", 0.0, "go", "wait") == ["go"]  # the place's own action is not valid
@@ -274,10 +276,7 @@ def returns_by(episode) -> list[str]:
 
 def test_go_explore_returns_along_a_known_trajectory():
     """The noise is uniform over its actions, and the sampling temperature is halved."""
-    history = steps(("a", 0.0, "take", 0.0), ("a1", 0.0, "go", 0.0), ("b", 0.0, "put", 1.0))
-    strategy = make_strategy(history, now=at("b1", 1.0))
-    state = GameState("", ("go", "take", "wait"), 0.0, 9.0, 0, look="a\nA lamp is here.")
-    noise = begin(strategy, state).noise
+    noise = begin(make_strategy(TAKE_AND_PUT, now=at("b1", 1.0)), UNKNOWN_PLACE).noise
     assert noise.probs.tolist() == [0.5, 0.5, 0.0] and noise.temperature_scale == 0.5
 
 
@@ -288,25 +287,17 @@ def test_go_explore_explores_an_action_in_proportion_to_prior_over_squared_count
     counts.actions["a", 1.0, "go"] = 3
     counts.actions["a", 2.0, "up"] = 9  # with another score
     expected, prior = np.full(4, 0.25), None
-    if with_prior:
-        probs = np.arange(1.0, 5.0) / 10.0
+    if with_prior:  # with a floor of 0.5
+        probs = np.array([0.1, 0.8, 0.1, 1e-9])
         prior = ActionPrior(np.log(probs).astype(np.float32), source="score", version=0)
-        expected = 0.98 * probs + 0.02 / 4
+        expected = 0.5 * probs + 0.5 / 4
     expected[0] /= (1 + 3) ** 2
-    episode = begin(make_strategy(None, counts=[counts]), state)
+    episode = begin(make_strategy(None, counts=[counts], prior_floor=0.5), state)
     noises = [episode.ask(prior) for _ in range(4000)]
     probs = np.array([noise.probs for noise in noises])
     assert ((probs == 1.0).sum(axis=1) == 1).all() and (probs.sum(axis=1) == 1.0).all()
     assert {noise.temperature_scale for noise in noises} == {1.0}
     assert probs.mean(axis=0) == pytest.approx(expected / expected.sum(), abs=0.03)
-
-
-def test_go_explore_explores_with_the_floor_of_the_prior():
-    episode = begin(make_strategy(None, prior_floor=0.5))
-    logprobs = np.array([0.0, -50.0, -50.0, -50.0], dtype=np.float32)
-    prior = ActionPrior(logprobs, source="score", version=0)
-    probs = np.mean([episode.ask(prior).probs for _ in range(2000)], axis=0)
-    assert probs == pytest.approx([0.5 + 0.125, 0.125, 0.125, 0.125], abs=0.04)
 
 
 def test_go_explore_deviates_within_an_interval_of_actions():

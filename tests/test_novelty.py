@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
-import torch
 
 from priorzero.play.novelty import NoveltyCounts, shaped_reward
 from tests.helpers.collecting import collect, make_collector, records_of, state_of
@@ -47,27 +46,21 @@ def test_shaped_reward_always_counts_the_action(novelty_of):
     assert counts.of_actions(dataclasses.replace(BEFORE, score=7.0)).tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize(("end", "reward"), [({"won": True}, 0.5), ({"truncated": True}, 0.5), ({}, -1.5)])
-def test_shaped_reward_penalises_only_a_lost_game(end, reward):
-    counts = NoveltyCounts()
-    assert shape(counts, after=dataclasses.replace(AFTER, done=True, **end), loss_penalty=2.0) == reward
+@pytest.mark.parametrize(
+    ("novelty_of", "end", "reward"),
+    [
+        ("action", {"won": True}, 0.5),
+        ("action", {"truncated": True}, 0.5),
+        ("action", {}, 0.5 - 2.0),
+        ("feedback", {"won": True}, 0.0),  # there is no bonus for the last feedback of a game
+        ("feedback", {"truncated": True}, 0.5),
+        ("feedback", {}, -2.0),
+    ],
+)
+def test_shaped_reward_penalises_only_a_lost_game(novelty_of, end, reward):
+    counts, after = NoveltyCounts(), dataclasses.replace(AFTER, done=True, **end)
+    assert shape(counts, after=after, novelty_of=novelty_of, loss_penalty=2.0) == reward
     assert shape(counts, action="act 1 1", loss_penalty=2.0) == 0.5
-
-
-@pytest.mark.parametrize(("end", "reward"), [({"won": True}, 0.0), ({"truncated": True}, 0.5), ({}, -2.0)])
-def test_shaped_reward_gives_no_bonus_for_the_last_feedback_of_a_game(end, reward):
-    after = dataclasses.replace(AFTER, done=True, **end)
-    assert shape(NoveltyCounts(), after=after, novelty_of="feedback", loss_penalty=2.0) == reward
-
-
-def test_novelty_counts_state_dict_restores_them(tmp_path):
-    counts, restored = NoveltyCounts(), NoveltyCounts()
-    for action in ("act 1 0", "act 1 0", "act 1 2"):
-        shape(counts, action=action, novelty_of="feedback")
-    torch.save(counts.state_dict(), tmp_path / "counts.pt")
-    restored.load_state_dict(torch.load(tmp_path / "counts.pt", weights_only=True))
-    assert restored == counts and restored.of_actions(BEFORE).tolist() == [2, 0, 1]
-    assert shape(restored, novelty_of="feedback") == pytest.approx(0.5 / 4**0.5)
 
 
 def test_collector_stores_the_shaped_reward():

@@ -61,27 +61,3 @@ def test_completion_logprobs_gradient_equals_that_of_one_sequence_per_completion
     plain = gradient(torch.cat(one_sequence_each(model, rows)).sum())
     assert plain.norm() > 1
     assert (packed - plain).norm() / plain.norm() < 1e-5
-
-
-def test_completion_logprobs_does_not_depend_on_the_other_completions(model):
-    alone = pack([PromptRow([5, 6, 7], [[1, 2, 3]])], dtype=torch.float32, device="cpu")
-    beside = pack([PromptRow([5, 6, 7], [[9, 9, 9, 9], [1, 2, 3]])], dtype=torch.float32, device="cpu")
-    with torch.no_grad():
-        want, got = completion_logprobs(model, alone)[0], completion_logprobs(model, beside)[1, :3]
-    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
-
-
-def test_token_logprobs_of_a_real_model_on_a_real_prompt(smollm2):
-    text = smollm2.tokenizer.apply_chat_template(
-        [{"role": "user", "content": "You are west of a white house. There is a mailbox here. What now?"}],
-        tokenize=False,
-        add_generation_prompt=True,
-    )
-    r = smollm2.row(text, ["open mailbox", "go north", "eat the house"], end_of_turn=True)
-    with torch.no_grad():
-        packed, mask = smollm2.token_logprobs([r])
-        plain = one_sequence_each(smollm2.model, [r])
-    for got, m, want in zip(packed, mask, plain, strict=True):
-        torch.testing.assert_close(got[m], want, atol=1e-4, rtol=0)
-    sums = packed.sum(1)
-    assert sums.argmax() != 2 and torch.isfinite(sums).all()

@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
+from priorzero.cluster.ppo.losses import generalised_advantages
 
 from priorzero.cluster.ppo.learner import PPOLearner
 from priorzero.cluster.ppo.trajectories import Trajectory, credit_weights, newest, scaled_rewards, trajectories_from
@@ -17,31 +18,20 @@ from priorzero.llm.models import load_language_model
 from priorzero.llm.prompts import prompt_style
 from priorzero.runtime.process_group import ProcessGroup
 from priorzero.types import ActionPrior
-from priorzero.world_model.segment import SegmentWriter
-from tests.helpers.advantages import advantages_by_definition
 from tests.helpers.models import make_settings, make_tiny_llm
 from tests.helpers.ppo import train_in_group
 from tests.helpers.records import record
-from tests.helpers.segments import demo_config, demo_episode
+from tests.helpers.segments import demo_config, demo_segments
 
 
 def test_trajectories_from_makes_one_of_each_segment():
     config = demo_config(segment_length=4)
-
-    def cut(length, **how):
-        writer = SegmentWriter(config)
-        return [s for r, f in demo_episode(length=length, **how) for s in writer.add(r, next_features=f)]
-
-    whole, rest = trajectories_from(cut(7))
+    whole, rest = trajectories_from(demo_segments(config, lengths=[7]))
     assert [r.step for r in whole.records] == [0, 1, 2, 3] and whole.bootstrap_prompt == "prompt of episode 0, step 4"
     assert [r.step for r in rest.records] == [4, 5, 6] and rest.bootstrap_prompt is None
     assert all(len(r.features) == 0 for r in (*whole.records, *rest.records))
     # Truncated, by the move limit or because the game failed: the state of the last decision bootstraps.
-    writer = SegmentWriter(config)
-    segments = []
-    for made, features in demo_episode(length=3, ends=False):
-        segments += writer.add(made, next_features=features)
-    (cut_short,) = trajectories_from(segments + writer.flush(final_features=features))
+    (cut_short,) = trajectories_from(demo_segments(config, lengths=[3], ends=False))
     assert [r.step for r in cut_short.records] == [0, 1] and cut_short.bootstrap_prompt.endswith("step 2")
     assert trajectories_from([]) == []
 
@@ -82,18 +72,14 @@ def test_credit_weights_are_truncated_importance_weights():
 # ---- learning ----
 
 
-def ppo_settings(**ppo):
+def ppo_settings(*, kl_weight=0.0, **ppo):
     return make_settings(
         {
-            "llm": {
-                "learning_rate": 3e-3,
-                "batch_size": 8,
-                "micro_batch_size": 2,
-                "kl_weight": ppo.pop("kl_weight", 0.0),
-            },
+            "llm": {"learning_rate": 3e-3, "batch_size": 8, "micro_batch_size": 2, "kl_weight": kl_weight},
             "search": {"discount_factor": 0.9},
+            "ppo": {"critic_learning_rate": 3e-3, "critic_warmup_steps": 0, "value_clip": 0.0, "max_decisions": 0},
         },
-        {"ppo": {"critic_learning_rate": 3e-3, "critic_warmup_steps": 0, "value_clip": 0.0, "max_decisions": 0, **ppo}},
+        {"ppo": ppo},
     )
 
 
@@ -104,14 +90,17 @@ def make_learner(tokenizer, settings):
     return PPOLearner(llm, settings, style=prompt_style(settings), group=ProcessGroup())
 
 
+def prior_logprobs(learner, records):
+    """The LLM's prior ``[4]`` of each record."""
+    samples, _ = learner.actor.prepare(records)
+    with torch.no_grad():
+        rows = [learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0] for s in samples]
+    return [row[:, 0].numpy() for row in rows]
+
+
 def make_episodes(learner, choices, *, version=0):
     """Episodes of one step in which the LLM's prior chose ``choices``; "go north" (1) gains a point."""
-    samples, _ = learner.actor.prepare([record(t, rollout=np.zeros(4)) for t in range(len(choices))])
-    with torch.no_grad():
-        priors = [
-            learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][:, 0].numpy()
-            for s in samples
-        ]
+    priors = prior_logprobs(learner, [record(t, rollout=np.zeros(4)) for t in range(len(choices))])
     trajectories = []
     for t, (choice, logprobs) in enumerate(zip(choices, priors, strict=True)):
         prior = ActionPrior(logprobs, "score", version, rollout_logprobs=np.zeros(4))
@@ -127,11 +116,7 @@ def make_episodes(learner, choices, *, version=0):
 
 
 def logprobs_of_rewarded(learner, trajectories):
-    samples, _ = learner.actor.prepare([t.records[0] for t in trajectories])
-    with torch.no_grad():
-        return [
-            float(learner.actor.objective_logprobs([s], *learner.llm.token_logprobs([s.row]))[0][1, 0]) for s in samples
-        ]
+    return [float(logprobs[1]) for logprobs in prior_logprobs(learner, [t.records[0] for t in trajectories])]
 
 
 @pytest.mark.slow
@@ -169,16 +154,12 @@ def test_ppo_learner_estimates_advantages_along_each_trajectory(smollm2):
     assert values == pytest.approx([value_of(r.prompt) for t in three for r in t.records], abs=1e-5)
     assert np.ptp(values) > 0.01
     advantages, returns = learner._advantages(three, values, ends)
+    parts = ([1, 2, 3], values[:3], ends[0]), ([5, 6], values[3:5], 0.0), ([7], values[5:], ends[2])
     expected = [
-        a
-        for rewards, own, end in [
-            ([1, 2, 3], values[:3], ends[0]),
-            ([5, 6], values[3:5], 0.0),
-            ([7], values[5:], ends[2]),
-        ]
-        for a in advantages_by_definition(rewards, [*own, end], 0.9, 0.8)
+        generalised_advantages(np.array(rewards), np.array([*own, end]), discount=0.9, lam=0.8)
+        for rewards, own, end in parts
     ]
-    assert advantages == pytest.approx(expected, abs=1e-5)
+    assert advantages == pytest.approx(np.concatenate(expected), abs=1e-5)
     assert returns == pytest.approx(advantages + values)  # lambda-returns
 
 

@@ -56,12 +56,6 @@ def test_parse_ranking_reads_common_formats(text, ranking):
     assert parse_ranking(text, ACTIONS) == ranking
 
 
-@given(st.text(max_size=300))
-def test_parse_ranking_accepts_any_text(text):
-    ranking = parse_ranking(text, ACTIONS)
-    assert len(set(ranking)) == len(ranking) and set(ranking) <= set(range(len(ACTIONS)))
-
-
 @given(st.permutations(range(4)))
 def test_parse_ranking_reads_a_clean_list_completely(order):
     text = "\n".join(f"{n}. {ACTIONS[k]}" for n, k in enumerate(order, start=1))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -161,16 +160,6 @@ def test_transformers_engine_does_not_use_keys_of_earlier_parameters(smollm2):
     got = asyncio.run(engine.priors([second]))[0]
     want = asyncio.run(make_engine(llm, tokens=0).priors([second]))[0]
     assert got.version == 1 and got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
-    # Without the clearing, keys and values of the earlier parameters give other results.
-    engine.prompt_cache.clear()
-    asyncio.run(engine.priors([first]))
-    with torch.no_grad():
-        for p in llm.model.parameters():
-            p += 0.3 * torch.randn_like(p)
-    engine.cache.clear()
-    stale = asyncio.run(engine.priors([second]))[0]
-    fresh = asyncio.run(make_engine(llm, tokens=0).priors([second]))[0]
-    assert np.abs(stale.logprobs - fresh.logprobs).max() > 1e-3
 
 
 def test_transformers_engine_prompt_cache_needs_one_row_per_forward(llm):

@@ -128,7 +128,6 @@ def test_render_prompt_drops_oldest_history_first(smollm2):
 def test_render_prompt_uses_the_chat_template(smollm2):
     text = render_prompt(STATE, [], style=STYLE, tokenizer=smollm2.tokenizer).text
     assert text.startswith("<|im_start|>system\n") and text.endswith("<|im_start|>assistant\n")
-    assert text == render_prompt(STATE, [], style=STYLE, tokenizer=smollm2.tokenizer).text
 
 
 @pytest.mark.parametrize(
@@ -145,15 +144,7 @@ def test_render_prompt_uses_the_chat_template(smollm2):
 def test_training_context_ends_with_the_last_answer_heading(completion, context):
     style = dataclasses.replace(STYLE, mode="rank", use_cot=True)
     assert training_context("P", completion, style=style) == context
-
-
-def test_completion_text_depends_on_the_mode():
-    assert completion_text("go north", style=STYLE) == "go north"
-    assert completion_text("go north", style=dataclasses.replace(STYLE, mode="rank")) == "1. go north\n"
-
-
-def test_training_context_is_the_prompt_without_chain_of_thought():
-    assert training_context("P", "any text", style=STYLE) == "P"
+    assert training_context("P", completion, style=STYLE) == "P"  # without chain of thought
 
 
 WALKTHROUGH = dataclasses.replace(STYLE, layout="walkthrough", list_commands=False)
@@ -197,7 +188,13 @@ def test_render_prompt_can_hide_the_observation_if_there_is_a_goal():
     assert "Behind House" not in user_message(show_observation=False)
 
 
-def test_completion_text_ends_with_a_newline_in_a_walkthrough_and_with_the_turn_in_a_transcript():
-    assert completion_text("go north", style=WALKTHROUGH) == "go north\n" and not WALKTHROUGH.ends_turn
-    assert completion_text("go north", style=STYLE) == "go north" and STYLE.ends_turn
-    assert not dataclasses.replace(STYLE, mode="rank").ends_turn
+@pytest.mark.parametrize(
+    ("style", "text", "ends_turn"),
+    [
+        (STYLE, "go north", True),
+        (WALKTHROUGH, "go north\n", False),
+        (dataclasses.replace(STYLE, mode="rank"), "1. go north\n", False),
+    ],
+)
+def test_completion_text_depends_on_layout_and_mode(style, text, ends_turn):
+    assert completion_text("go north", style=style) == text and style.ends_turn == ends_turn

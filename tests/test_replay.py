@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import pickle
 import tracemalloc
@@ -13,16 +14,15 @@ import torch
 
 from priorzero.runtime.quiet import quiet
 from priorzero.settings import ReplaySettings, Settings
-from priorzero.types import ActionPrior, GameState, StepRecord, UserError
+from priorzero.types import ActionPrior, UserError
 from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.records import RecordTable, read_records
 from priorzero.world_model.replay import PriorZeroGameBuffer
 from priorzero.world_model.segment import SegmentWriter
-from tests.helpers.segments import FEATURE_SIZE, demo_config, demo_episode, demo_record, demo_segments
+from tests.helpers.segments import FEATURE_SIZE, demo_config, demo_record, demo_segments
 
 with quiet():
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
-    from lzero.mcts.buffer.game_segment import GameSegment
     from lzero.policy import DiscreteSupport, phi_transform, scalar_transform
 
 
@@ -57,10 +57,7 @@ class ConstantTarget:
 def make_buffer(config, lengths=(), *, truncated=False):
     """A buffer with one episode of each length."""
     buffer = PriorZeroGameBuffer(config, rng=np.random.default_rng(0))
-    for episode, length in enumerate(lengths):
-        writer = SegmentWriter(config)
-        for record, next_features in demo_episode(length=length, episode=episode):
-            buffer.push(writer.add(record, next_features=next_features, truncated=truncated))
+    buffer.push(demo_segments(config, lengths=lengths, truncated=truncated))
     return buffer
 
 
@@ -113,34 +110,6 @@ def test_sample_begins_at_every_decision_of_long_episodes_and_never_in_padding()
         assert all(t < len(s.records) for s, t in zip(sequences.segments, sequences.positions, strict=True))
         seen |= {(r.episode, r.step) for r in sequences.records()}
     assert seen == {(e, t) for e in range(2) for t in range(40)}
-
-
-def test_lightzeros_own_padding_still_breaks_sampling():
-    """If this test fails, our segment no longer has to compute its arrays itself."""
-    config = demo_config(segment_length=4, batch_size=4)
-    config.action_type = "varied_action_space"
-    config.use_priority = False
-    stock = GameSegment(action_space=None, game_segment_length=4, config=config)
-    records = [demo_record(t) for t in range(9)]
-    stock.reset([records[0].features])
-    for r in records[:4]:
-        mask = np.zeros(8)
-        mask[r.action_indices] = 1
-        stock.append(r.action_index, r.features, r.reward, mask, -1, r.step)
-        stock.store_search_stats(r.visit_counts.tolist(), r.root_value)
-    later = records[4:]
-    stock.pad_over(
-        [r.features for r in later],
-        [r.reward for r in later[:4]],
-        [r.action_index for r in later],
-        [r.root_value for r in later],
-        [(r.visit_counts / r.visit_counts.sum()).tolist() for r in later],
-    )
-    stock.game_segment_to_array()
-    buffer = UniZeroGameBuffer(config)
-    buffer.push_game_segments(([stock], [{"done": True, "unroll_plus_td_steps": 5, "priorities": None}]))
-    with pytest.raises(IndexError):
-        buffer.sample(4, SimpleNamespace(_target_model=ConstantTarget(config)))
 
 
 def test_sample_value_targets_are_discounted_rewards_and_the_bootstrapped_value():
@@ -218,10 +187,8 @@ def test_batch_arrays_are_tensors_in_lightzeros_order():
 def test_eviction_removes_as_many_index_entries_as_decisions():
     config = demo_config(segment_length=4, buffer_size=20, batch_size=4)
     buffer = make_buffer(config)
-    for episode in range(30):
-        writer = SegmentWriter(config)
-        for record, next_features in demo_episode(length=1 + episode % 11, episode=episode):
-            buffer.push(writer.add(record, next_features=next_features))
+    for length in range(30):
+        buffer.push(demo_segments(config, lengths=[1 + length % 11]))
         decisions = sum(len(s.records) for s in buffer.game_segment_buffer)
         assert buffer.get_num_of_transitions() == decisions == len(buffer.game_pos_priorities) <= 20
         if decisions >= 4:
@@ -282,31 +249,22 @@ def test_buffer_state_dict_restores_what_is_sampled_next(tmp_path):
 def realistic_record(step, *, episode, done):
     """A decision of the size that the default settings give. It shares no text and no array with other decisions."""
     name = f"{episode}-{step}"
-    state = GameState(
+    record = demo_record(step, episode=episode, done=done)
+    state = dataclasses.replace(
+        record.state,
         feedback=f"Taken, number {name}. " + "The grue looks at you. " * 17,  # 400 characters
         valid_actions=tuple(f"put sword {name}-{k} into the old brown sack" for k in range(20)),
-        score=float(step),
-        max_score=350.0,
-        moves=step,
         look=f"Room {name}: " + "a dusty place full of things. " * 10,
         inventory=f"You carry {name}: " + "a lamp, a rope, " * 9,
     )
-    return StepRecord(
-        state=pickle.loads(
-            pickle.dumps(state)
-        ),  # as after the transfer from the game's process: every string is a new object
-        features=np.stack([np.full(3 * 384 + 128, step)]).astype(np.float32)[0],
+    return dataclasses.replace(
+        record,
+        state=pickle.loads(pickle.dumps(state)),  # every string is a new object, as after the transfer from a process
+        features=np.full(3 * 384 + 128, step, dtype=np.float32),
         action_indices=np.arange(20) + step,
         prompt=f"Decision {name}. " + "x" * 3000,
         prior=ActionPrior(np.full(20, -3.0, dtype=np.float32), "score", step),
         visit_counts=np.full(20, 5),
-        root_value=step / 7,
-        predicted_value=step / 9,
-        chosen=step % 20,
-        reward=step / 3,
-        done=done,
-        episode=episode,
-        step=step,
     )
 
 

@@ -76,19 +76,6 @@ def whole_run(tmp_path_factory):
     return run(tmp_path_factory.mktemp("whole"), NO_LLM)
 
 
-def test_resumed_run_equals_a_run_that_was_never_stopped(whole_run, tmp_path):
-    """Three iterations, then three more in a new state, are equal to six iterations to the last bit."""
-    first = run(tmp_path, NO_LLM, {"run": {"max_iter": 3}})
-    # In between, everything global is changed.
-    np.random.seed(5)
-    torch.manual_seed(5)
-    second = resume(first.folder, NO_LLM)
-    assert second.folder == first.folder and second.rows["iterations"] == whole_run.rows["iterations"] == 6
-    assert second.rows["environment steps"] == whole_run.rows["environment steps"] >= 60
-    assert whole_run.metrics.keys() == second.metrics.keys() and not whole_run.stopped
-    assert_equal_runs(whole_run.folder, second.folder, at="iteration_6")
-
-
 def test_resumed_run_with_an_llm_equals_a_run_that_was_never_stopped(tmp_path, tiny_llm_folder):
     layer = {
         "run": {"max_iter": 4, "checkpoint_every": 2},
@@ -109,8 +96,17 @@ def test_resumed_run_repeats_what_came_after_the_checkpoint(whole_run, tmp_path)
     """As after a crash: the run's files are ahead of the last checkpoint."""
     crashed = shutil.copytree(whole_run.folder, tmp_path / "run")
     shutil.rmtree(crashed / "checkpoints" / "iteration_6")
-    resume(crashed, NO_LLM)
+    second = resume(crashed, NO_LLM)
+    assert second.folder == crashed and second.rows["iterations"] == whole_run.rows["iterations"] == 6
+    assert second.rows["environment steps"] == whole_run.rows["environment steps"] >= 60
+    assert whole_run.metrics.keys() == second.metrics.keys() and not whole_run.stopped
     assert_equal_runs(whole_run.folder, crashed, at="iteration_6")
+
+
+def test_run_without_an_llm_logs_and_saves_nothing_of_one(whole_run):
+    scalars = read_events(whole_run.folder)
+    assert "train/wm_total_loss" in scalars and not [tag for tag in scalars if "llm" in tag or tag.startswith("prior/")]
+    assert not (whole_run.folder / "checkpoints" / "iteration_6" / "llm").exists()
 
 
 # ---- signals ----
@@ -127,15 +123,14 @@ def arguments(tmp_path, *more):
     return [*words, *more]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_run_stops_at_a_signal_and_can_be_resumed(tmp_path, number, capfd, monkeypatch):
+def test_run_stops_at_a_signal_and_can_be_resumed(tmp_path, capfd, monkeypatch):
     show = Progress.show
 
     def signal_in_iteration_4(self, **values):
         show(self, **values)
         if values["iteration"] == 4 and not monkeypatch.sent:
             monkeypatch.sent = True
-            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.sent = False
     monkeypatch.setattr(Progress, "show", signal_in_iteration_4)
@@ -244,7 +239,7 @@ def test_run_saves_all_collected_steps_when_an_update_fails_during_collection(tm
     with (
         pytest.MonkeyPatch.context() as patch,
         plan.inject(patch),
-        pytest.raises(UserError, match="3 non-finite updates in a row"),
+        pytest.raises(UserError, match=r"3 non-finite updates in a row.*: the world model's rewards are not finite"),
     ):
         run(tmp_path, NO_LLM, {"train": overlap, "run": {"checkpoint_every": 0}, "eval": {"every": 100}})
     checkpoint = newest_checkpoint(tmp_path / "run")
@@ -255,8 +250,21 @@ def test_run_saves_all_collected_steps_when_an_update_fails_during_collection(tm
     steps = collector["env_steps"] + collector["collected"]["env_steps"]
     assert steps == stored + begun + sum(map(len, collector["pending"])) > 0
     assert state["loop"]["counters"]["env_step"] == collector["env_steps"]
+    saved = torch.load(tmp_path / "run" / "not_finite" / "batch_1.pt", weights_only=True)
+    assert saved["error"].startswith("the world model's rewards are not finite in update 0")
+    assert len(saved["records"]["states"]) > 0 and saved["arrays"]["target"][0].isnan().sum() == 1
     begun_episodes = len(collector["collected"]["episodes"])
     assert len(lines(tmp_path / "run", "episodes.jsonl")) == collector["num_episodes"] - begun_episodes
+
+
+def test_run_with_a_full_disk_keeps_the_last_checkpoint(whole_run, tmp_path, monkeypatch):
+    folder = shutil.copytree(whole_run.folder, tmp_path / "run")
+    plan = FaultPlan(0, {**dict.fromkeys(RATES, 0.0), "disk full": 1.0}, delay_s=0.0)
+    message = r"the run has ended, but iteration_12 could not be written \(.*No space left.*iteration_6"
+    with plan.inject(monkeypatch), pytest.raises(UserError, match=message):
+        resume(folder, NO_LLM, {"run": {"max_iter": 12}})
+    assert plan.counts["disk full"] == 2
+    assert [path.name for path in saved_checkpoints(folder)] == ["iteration_3", "iteration_6"]
 
 
 @pytest.mark.parametrize(("method", "saved"), [("log_iteration", "iteration_3"), ("log_evaluations", "iteration_6")])

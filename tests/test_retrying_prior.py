@@ -10,10 +10,10 @@ import pytest
 
 from priorzero.llm.engines import RetryingPrior
 from priorzero.settings import PriorSettings
-from priorzero.types import ActionPrior, EngineError, PriorRequest
+from priorzero.types import ActionPrior, EngineError, PriorEngine, PriorRequest
 
 
-class FailingEngine:
+class FailingEngine(PriorEngine):
     """Each entry of ``behaviour`` is one attempt: an exception to raise, seconds to wait, or the priors to return."""
 
     version = 5
@@ -21,8 +21,6 @@ class FailingEngine:
 
     def __init__(self, *behaviour):
         self.behaviour, self.num_calls, self.num_checks = list(behaviour), 0, 0
-
-    async def ready(self): ...
 
     async def check(self):
         self.num_checks += 1
@@ -36,14 +34,8 @@ class FailingEngine:
             await asyncio.sleep(behaviour)
         return behaviour
 
-    async def suspend(self): ...
-
-    async def sync_weights(self, version): ...
-
     def take_statistics(self):
         return {"prior/own": 1.0}
-
-    async def close(self): ...
 
 
 REQUESTS = [PriorRequest("p", ("a", "b")), PriorRequest("q", ("a", "b", "c"))]
@@ -55,15 +47,22 @@ ERROR = RuntimeError("boom")
 HANG = 5.0
 
 
+def failing(error):
+    """A method of an engine that raises ``error``."""
+
+    async def method(*_):
+        raise error
+
+    return method
+
+
 def request_priors(engine):
     prior = RetryingPrior(engine, PriorSettings(attempts=3, backoff_s=0.01, timeout_s=0.1))
     return prior, asyncio.run(prior.priors(REQUESTS))
 
 
 @pytest.mark.parametrize(
-    "failure",
-    [ERROR, HANG, TOO_FEW, WRONG_SHAPE, NAN],
-    ids=["error", "hang", "too few", "wrong shape", "nan"],
+    "failure", [ERROR, HANG, TOO_FEW, WRONG_SHAPE, NAN], ids=["error", "hang", "too few", "wrong shape", "nan"]
 )
 def test_retrying_prior_retries_after_a_failure(failure):
     engine = FailingEngine(failure, failure, GOOD)
@@ -75,9 +74,8 @@ def test_retrying_prior_retries_after_a_failure(failure):
     assert prior.take_statistics()["prior/requests"] == 0
 
 
-@pytest.mark.parametrize("failure", [ERROR, HANG, NAN], ids=["error", "hang", "nan"])
-def test_retrying_prior_returns_a_uniform_prior_if_all_attempts_fail(failure):
-    prior, priors = request_priors(FailingEngine(failure, failure, failure))
+def test_retrying_prior_returns_a_uniform_prior_if_all_attempts_fail():
+    prior, priors = request_priors(FailingEngine(ERROR, HANG, NAN))
     assert [p.source for p in priors] == ["uniform", "uniform"] and priors[0].version == 5
     assert np.exp(priors[1].logprobs) == pytest.approx([1 / 3] * 3)
     scalars = prior.take_statistics()
@@ -102,16 +100,12 @@ def test_retrying_prior_checks_an_engine_whose_attempts_all_time_out(behaviour, 
 
 def test_retrying_prior_raises_if_the_engine_cannot_be_used_any_more():
     engine = FailingEngine(GOOD)
-
-    async def ready():
-        raise EngineError("restarted too often")
-
-    engine.ready = ready
+    engine.ready = failing(EngineError("restarted too often"))
     with pytest.raises(EngineError, match="restarted too often"):
         request_priors(engine)
 
 
-class VersionedEngine:
+class VersionedEngine(PriorEngine):
     """Returns priors of the version that it serves when the request begins. Records the order of all calls in ``log``.
 
     Requests and weight syncs take a moment, so that they would overlap without a lock.
@@ -119,8 +113,6 @@ class VersionedEngine:
 
     def __init__(self, *, exclusive):
         self.version, self.exclusive, self.log = 0, exclusive, []
-
-    async def ready(self): ...
 
     async def priors(self, requests):
         self.log.append("request")
@@ -213,25 +205,18 @@ def test_retrying_prior_limits_the_staleness(sync_every, max_staleness):
         assert scalars["prior/outdated"] > 0  # some priors were too old and were requested again
 
 
-def test_retrying_prior_raises_in_every_request_after_a_failed_weight_sync():
+async def test_retrying_prior_raises_in_every_request_after_a_failed_weight_sync():
     engine, learner = VersionedEngine(exclusive=False), [0]
     prior = RetryingPrior(
         engine, PriorSettings(attempts=1, backoff_s=0, timeout_s=1), max_staleness=0, learner_version=lambda: learner[0]
     )
 
-    async def fail(version):
-        raise EngineError("not loaded")
-
     async def update():
         learner[0] += 1
         return learner[0]
 
-    async def run():
-        engine.sync_weights = fail
-        with pytest.raises(EngineError):
-            await prior.learn(update)
-        async with asyncio.timeout(1):
-            await prior.priors(ONE_REQUEST)
-
+    engine.sync_weights = failing(EngineError("not loaded"))
+    with pytest.raises(EngineError):
+        await prior.learn(update)
     with pytest.raises(EngineError, match="not loaded"):
-        asyncio.run(run())
+        await asyncio.wait_for(prior.priors(ONE_REQUEST), 1)

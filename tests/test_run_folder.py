@@ -22,14 +22,6 @@ def test_new_run_folder_is_named_after_games_seed_and_time(tmp_path):
     assert second != first and not second.exists()
 
 
-def test_new_run_folder_refuses_an_existing_name(tmp_path):
-    settings = make_settings({"run": {"output_dir": str(tmp_path), "exp_name": "mine"}})
-    assert new_run_folder(settings, [toy_spec("toy")]) == tmp_path / "mine"
-    (tmp_path / "mine").mkdir()
-    with pytest.raises(UserError, match="mine exists already; give another name"):
-        new_run_folder(settings, [toy_spec("toy")])
-
-
 def test_truncate_files_cuts_to_the_sizes_of_the_checkpoint(tmp_path):
     names = ("episodes.jsonl", "evaluations.jsonl", "events.out.tfevents.1.a", "events.out.tfevents.2.a", "notes.jsonl")
     for name in names:

@@ -14,7 +14,7 @@ from priorzero.play.evaluator import Evaluation
 from priorzero.runs.counters import Counters
 from priorzero.runs.logger import MetricsWriter, RunLogger
 from priorzero.runs.progress import Progress
-from priorzero.runs.summary import count_moved, fingerprint, format_table
+from priorzero.runs.summary import count_moved, fingerprint
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import RunSettings
 from tests.helpers.runs import lines, read_events
@@ -122,10 +122,6 @@ def test_fingerprint_detects_a_change_anywhere():
     assert count_moved(before, fingerprint(tensors)) == 0
     swapped = {"w": tensors["w"].flip(0), "v": tensors["v"]}
     assert count_moved(before, fingerprint(swapped)) == 1
-
-
-def test_format_table_aligns_two_columns():
-    assert format_table({"a": 1, "long name": "x"}) == "  a          1\n  long name  x"
 
 
 @pytest.mark.parametrize(("counters", "finished"), [((10, 0), True), ((9, 99), False), ((0, 100), True)])

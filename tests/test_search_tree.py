@@ -1,4 +1,4 @@
-"""The steps of a search on hand-made trees; the expected values are computed by hand."""
+"""The root's logits, and the steps of a search on hand-made trees; the expected values are computed by hand."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ import pytest
 import torch
 
 from priorzero.search.mcts import Edge, backward, expand, search, select, simulate
+from priorzero.search.root import LOGIT_FLOOR, floored_probs, mix_root_logits, root_probs
 from priorzero.search.tree import MinMaxStats, Node, Tree
 from priorzero.settings import SearchSettings
 
 # With one visit, PUCT's factor is log(3) + 1.25; with three visits it is log(5) + 1.25.
 CFG = SearchSettings(pb_c_base=1, pb_c_init=1.25, discount_factor=0.5, num_simulations=3)
 RNG = random.Random(0)
+LOGITS, PRIOR = np.log(np.array([0.5, 0.25, 0.25])), np.log(np.array([0.1, 0.1, 0.8]))
 
 
 class RecordingRandom(random.Random):
@@ -38,36 +40,49 @@ def attach(parent, position, child):
     return child
 
 
-def test_min_max_stats_only_clip_until_two_different_values_are_known():
-    stats = MinMaxStats()
-    assert [stats.normalise(v) for v in (-1.0, 0.4, 1.7)] == [0.0, 0.4, 1.0]
-    stats.update(0.2)
-    assert stats.normalise(0.4) == 0.4
+def test_mix_root_logits_by_hand():
+    mixed = mix_root_logits(LOGITS + 7, PRIOR, combine="mix", alpha=0.25, floor=0.0)
+    assert np.exp(mixed) == pytest.approx([0.4, 0.2125, 0.3875])
+    assert np.exp(mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.0)) == pytest.approx(
+        np.exp(PRIOR)
+    )
+    assert np.exp(mix_root_logits(LOGITS, None, combine="mix", alpha=0.25, floor=0.5)) == pytest.approx(np.exp(LOGITS))
+    floored = mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.3)
+    assert np.exp(floored) == pytest.approx(0.7 * np.exp(PRIOR) + 0.1)
 
 
-def test_min_max_stats_map_the_known_range_to_zero_and_one():
+def test_mix_root_logits_has_a_lower_bound():
+    prior = np.array([0.0, -1e9, -np.inf])
+    mixed = mix_root_logits(np.zeros(3), prior, combine="replace", alpha=1.0, floor=0.0)
+    assert mixed.tolist() == [0.0, LOGIT_FLOOR, LOGIT_FLOOR]
+
+
+def test_floored_probs_by_hand():
+    assert floored_probs(PRIOR, floor=0.3) == pytest.approx([0.17, 0.17, 0.66])
+    assert floored_probs(PRIOR, floor=0.0) == pytest.approx([0.1, 0.1, 0.8])
+
+
+def test_root_probs_mixes_in_noise():
+    logits = LOGITS.astype(np.float32)
+    assert root_probs(logits, None, noise_weight=0.4) == pytest.approx([0.5, 0.25, 0.25])
+    noise = np.array([0.0, 1.0, 0.0])
+    assert root_probs(logits, noise, noise_weight=0.4) == pytest.approx([0.3, 0.55, 0.15])
+
+
+@pytest.mark.parametrize(
+    ("known", "values", "expected"),
+    [
+        ([], [-1.0, 0.4, 1.7], [0.0, 0.4, 1.0]),  # without two different values it only clips
+        ([0.2], [-1.0, 0.4, 1.7], [0.0, 0.4, 1.0]),
+        ([3.0, 2.0, 4.0], [1.0, 2.0, 2.5, 4.0, 9.0], [0.0, 0.0, 0.25, 1.0, 1.0]),
+        ([1.0, 1.002], [1.002], [0.2]),  # a range below 0.01 is not stretched
+    ],
+)
+def test_min_max_stats_map_the_known_range_to_zero_and_one(known, values, expected):
     stats = MinMaxStats()
-    for value in (3.0, 2.0, 4.0):
+    for value in known:
         stats.update(value)
-    assert [stats.normalise(v) for v in (1.0, 2.0, 2.5, 4.0, 9.0)] == [0.0, 0.0, 0.25, 1.0, 1.0]
-
-
-def test_min_max_stats_do_not_stretch_a_range_below_one_hundredth():
-    stats = MinMaxStats()
-    stats.update(1.0)
-    stats.update(1.002)
-    assert stats.normalise(1.002) == pytest.approx(0.2)
-
-
-def test_node_value_is_the_mean_of_its_simulations():
-    assert make_node(1.0).value == 0.0
-    assert make_node(1.0, visit_count=4, value_sum=6.0).value == 1.5
-
-
-def test_select_takes_the_largest_prior_in_a_new_root():
-    assert select(make_node(0.3, 0.7, visit_count=1), MinMaxStats(), parent_q=0.0, is_root=True, cfg=CFG, rng=RNG) == (
-        1, 0.0,
-    )  # fmt: skip
+    assert [stats.normalise(value) for value in values] == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -166,13 +181,6 @@ def test_search_of_three_simulations_by_hand():
     assert tree.root.value == pytest.approx((1 + 0 + 1) / 4)  # the root has one visit before the first simulation
     assert (tree.stats.minimum, tree.stats.maximum) == (0.0, 1.0)
     assert tree.root.children[1].children.keys() <= {0, 1} and tree.root.children[0].children == {}
-
-
-def test_search_visits_the_action_with_a_reward_most():
-    cfg = SearchSettings(num_simulations=40, discount_factor=0.9)
-    first, second = run(RewardModel(5.0, num_actions=3), legal=[(0, 1, 2), (2, 1)], cfg=cfg)
-    assert first.visit_counts.argmax() == 1 and second.visit_counts.argmax() == 1
-    assert first.visit_counts.sum() == 40 and first.root.value > 2
 
 
 def test_search_keeps_visit_counts_and_values_of_nodes_and_actions_consistent():

@@ -1,4 +1,4 @@
-"""Game segments: arrays that agree with the step records, and returns."""
+"""Game segments: arrays that agree with the step records, returns, and step records as plain data."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from priorzero.types import ActionPrior
+from priorzero.world_model.records import RecordTable, pack_arrays, read_records, unpack_arrays
 from priorzero.world_model.segment import PriorZeroGameSegment, SegmentWriter
 from tests.helpers.segments import COMMANDS, demo_config, demo_episode, demo_record, demo_segments
 
@@ -73,8 +76,7 @@ def test_segment_rewards_and_returns_are_scaled_points_with_shaping():
 def test_segment_returns_include_the_padding_and_bootstrap_where_the_episode_continues():
     config = demo_config(segment_length=2)  # padding: 4 unroll steps + 2 td steps
     g = config.discount_factor
-    writer = SegmentWriter(config)
-    made = [s for r, f in demo_episode(length=8, ends=False) for s in writer.add(r, next_features=f)]
+    made = demo_segments(config, lengths=[8], ends=False)
     # Decisions 0 and 1, and six of padding. The last one, decision 7, contributes its root value, 0.5.
     assert made[0].returns[0] == pytest.approx(sum(g**t * t for t in range(7)) + g**7 * 0.5)
     ended = demo_segments(config, lengths=[3])
@@ -85,10 +87,7 @@ def test_segment_returns_include_the_padding_and_bootstrap_where_the_episode_con
 def test_segment_returns_of_an_interrupted_episode_bootstrap_with_the_last_root_value():
     config = demo_config(segment_length=4)
     g = config.discount_factor
-    writer = SegmentWriter(config)
-    for record, next_features in demo_episode(length=3, ends=False):
-        assert writer.add(record, next_features=next_features) == []
-    (segment,) = writer.flush(final_features=next_features)
+    (segment,) = demo_segments(config, lengths=[3], ends=False)
     # Rewards 0, 1, 2. The last decision contributes its root value, 0.5, in place of its reward.
     assert segment.returns == pytest.approx([0 + g * 1 + g**2 * 0.5, 1 + g * 0.5, 0.5])
 
@@ -99,3 +98,26 @@ def test_segment_of_a_truncated_episode_has_no_absorbing_step():
     )
     assert len(segment) == 1 and len(segment.obs_segment) == 2
     assert segment.records[0].action_text == COMMANDS[0]
+
+
+@given(st.lists(st.one_of(st.none(), st.lists(st.integers(-(2**40), 2**40), max_size=5)), max_size=6))
+def test_pack_arrays_is_inverted_by_unpack_arrays(rows):
+    arrays = [None if row is None else np.array(row, dtype=np.int64) for row in rows]
+    again = unpack_arrays(pack_arrays(arrays))
+    assert [None if a is None else a.tolist() for a in again] == rows
+    assert all(a is None or len(a) == 0 or a.dtype == np.int64 for a in again)
+
+
+def test_record_table_stores_each_record_once_and_restores_it(tmp_path):
+    prior = ActionPrior(np.log([0.25, 0.75]).astype(np.float32), "score", 2, "text", rollout_logprobs=np.arange(2.0))
+    records = [demo_record(t, episode=3, done=t == 6) for t in range(7)]
+    records[3] = dataclasses.replace(records[3], prior=prior, shaping=0.5, behaviour_prob=0.25)
+    records[4] = dataclasses.replace(records[4], prompt="żółw 北 🐢\0\x1b \u202e <|im_end|>")  # games print anything
+    table = RecordTable()
+    numbers = [table.number(record) for record in [*records, *records[2:5]]]
+    assert numbers == [0, 1, 2, 3, 4, 5, 6, 2, 3, 4]
+    torch.save(table.state_dict(), tmp_path / "records.pt")
+    again = read_records(torch.load(tmp_path / "records.pt", weights_only=True))
+    for old, new in zip(records, again, strict=True):
+        np.testing.assert_equal(dataclasses.asdict(new), dataclasses.asdict(old))
+        assert new.features.dtype == np.float32 and new.visit_counts.dtype == old.visit_counts.dtype

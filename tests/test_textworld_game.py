@@ -76,8 +76,7 @@ def test_textworld_game_excludes_inert_commands(open_game):
     with pytest.raises(ValueError, match="'look' is not among"):
         game.step("look")
     assert game._filter(["look", "examine door"]) == ("examine door", "look")  # there are no other commands
-    assert is_inert("examine key")
-    assert not is_inert("look for trouble")
+    assert is_inert("examine key") and not is_inert("look for trouble")
 
 
 @pytest.mark.parametrize(("env_id", "max_score"), list(zip(GAMES, [7.0, None, 1.0, 1.0], strict=True)))
@@ -89,15 +88,11 @@ def test_textworld_game_is_won_by_the_solution(open_game, env_id, max_score):
         assert command in state.valid_actions
         state, reward = game.step(command)
         rewards.append(reward)
-    assert state.done
-    assert state.won
-    assert not state.truncated
-    assert state.valid_actions == ()
+    assert state.done and state.won and not state.truncated and state.valid_actions == ()
     assert state.score == state.max_score == sum(rewards)
     assert state.max_score == max_score or (max_score is None and state.max_score > 1)
     assert state.moves == len(rewards)
-    assert "RESTART" not in state.feedback
-    assert "*** The End ***" in state.feedback
+    assert "RESTART" not in state.feedback and "*** The End ***" in state.feedback
     with pytest.raises(ValueError, match="reset"):
         game.step("look")
 
@@ -133,9 +128,7 @@ def test_textworld_game_can_be_lost(open_game):
     state = game.reset()
     for command in [*walkthrough(SIMPLE)[:7], "eat apple"]:
         state, _ = game.step(command)
-    assert state.done
-    assert not state.won
-    assert "You lost!" in state.feedback
+    assert state.done and not state.won and "You lost!" in state.feedback
 
 
 def test_textworld_game_truncates_episodes_and_refuses_wrong_use(open_game):
@@ -147,9 +140,7 @@ def test_textworld_game_truncates_episodes_and_refuses_wrong_use(open_game):
         game.step("dance")
     assert not game.step("look")[0].done
     state, _ = game.step("open chest drawer")
-    assert state.done
-    assert state.truncated
-    assert state.valid_actions == ()
+    assert state.done and state.truncated and state.valid_actions == ()
     assert state.inventory  # still observed, because the value of this state is estimated
     with pytest.raises(ValueError, match="reset"):
         game.step("look")

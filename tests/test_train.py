@@ -7,7 +7,6 @@ import math
 import pytest
 import torch
 
-from priorzero.config import read_config_file, resolve_settings
 from priorzero.llm.models import load_language_model
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
@@ -48,15 +47,10 @@ TAGS = [
 # ---- a real game and a real language model ----
 
 
-@pytest.fixture(scope="module")
-def real_run(tmp_path_factory):
-    """A run of TextWorld with SmolLM2."""
-    folder = tmp_path_factory.mktemp("real")
-    return train(make_settings(REAL, {"run": {"output_dir": str(folder)}}))
-
-
 @pytest.mark.slow
-def test_train_writes_metrics_logs_and_a_summary(real_run):
+def test_train_writes_metrics_logs_and_a_summary(tmp_path):
+    """A run of TextWorld with SmolLM2."""
+    real_run = train(make_settings(REAL, {"run": {"output_dir": str(tmp_path)}}))
     scalars = read_events(real_run.folder)
     for tag in TAGS:
         assert scalars.get(tag), f"{tag} is missing"
@@ -71,19 +65,6 @@ def test_train_writes_metrics_logs_and_a_summary(real_run):
     assert "latency_mean_s" in logs["llm_prior.log"] and "decisions" in logs["segments.log"]
     assert "iteration 1/1" in logs["run.log"] and "done:" in logs["run.log"]
     assert (real_run.folder / "trace.json").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_train_saves_settings_that_give_the_same_settings(real_run):
-    saved = resolve_settings(read_config_file(real_run.folder / "config.yaml"))
-    assert saved.search.num_simulations == 4 and saved.run.exp_name == ""
-
-
-@pytest.mark.slow
-def test_train_refuses_the_name_of_an_existing_run(real_run):
-    layer = {"run": {"output_dir": str(real_run.folder.parent), "exp_name": real_run.folder.name}}
-    with pytest.raises(UserError, match="exists already; give another name"):
-        train(make_settings(REAL, layer))
 
 
 # ---- toy games ----
@@ -110,31 +91,6 @@ def test_train_writes_checkpoints_that_can_be_loaded(tmp_path, tiny_llm_folder):
     assert read_checkpoint(last).manifest["counters"] == {
         "iteration": 4, "env_step": run.rows["environment steps"], "train_iter": 6, "llm_version": 3,
     }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def plain_run(tmp_path_factory):
-    """A run of a toy game without a language model."""
-    with toy_games():
-        return train(short_settings(tmp_path_factory.mktemp("plain"), NO_LLM))
-
-
-def test_train_without_an_llm_logs_and_saves_nothing_of_one(plain_run):
-    scalars = read_events(plain_run.folder)
-    assert "train/wm_total_loss" in scalars and not [tag for tag in scalars if "llm" in tag or tag.startswith("prior/")]
-    assert not (plain_run.folder / "checkpoints" / "iteration_6" / "llm").exists()
-
-
-def test_train_with_the_same_seed_gives_the_same_metrics(plain_run, tmp_path):
-    """All but the times and the memory."""
-    with toy_games():
-        again = train(short_settings(tmp_path, NO_LLM))
-    first, second = (
-        {tag: value for tag, value in run.metrics.items() if not tag.startswith(("time/", "memory/"))}
-        for run in (plain_run, again)
-    )
-    assert first == second and len(first) > 20
-    assert lines(plain_run.folder, "episodes.jsonl") == lines(again.folder, "episodes.jsonl")
 
 
 def test_train_with_rankings_and_adapters(tmp_path, tiny_llm_folder):
@@ -203,14 +159,7 @@ def test_train_on_several_games_evaluates_each_and_unseen_ones(tmp_path):
     assert set(summary.evaluations) == {"world_model", "random", "unseen_world_model", "unseen_random"}
     assert len(summary.evaluations["random"].scores) == 2 * len(summary.evaluations["unseen_random"].scores) == 2
     evaluations = lines(summary.folder, "evaluations.jsonl")
-    assert [(line["game"], line["mode"], line["unseen"]) for line in evaluations] == [
-        (f"toy{n}", mode, n == 3) for games in ((1, 2), (3,)) for mode in ("world_model", "random") for n in games
-    ]
     assert {line["env_step"] for line in evaluations} == {summary.rows["environment steps"]}
-    episodes = lines(summary.folder, "episodes.jsonl")
-    assert len(episodes) == summary.rows["episodes finished"] > 0
-    assert [e["env_step"] for e in episodes] == sorted(e["env_step"] for e in episodes)
-    assert read_events(summary.folder)["evaluator_step/unseen_random_score_mean"]
 
 
 def test_train_with_no_environment_steps_only_evaluates(tmp_path):

@@ -104,66 +104,55 @@ def test_vllm_engine_with_sleep_frees_the_gpu_during_an_update(make_vllm_engine,
     assert engine.version == 1 and not engine._scratch.exists()
 
 
-def test_vllm_engine_check_restarts_an_engine_that_hangs_and_keeps_a_slow_one(make_vllm_engine):
+async def test_vllm_engine_check_restarts_an_engine_that_hangs_and_keeps_a_slow_one(make_vllm_engine):
     engine = make_vllm_engine()
-
-    async def run():
-        await engine.check()  # not started yet
+    await engine.check()  # not started yet
+    await engine.ready()
+    (first,) = engine.doubles
+    first.delay_s = 0.05
+    await engine.check()
+    await engine.ready()
+    assert engine.doubles == [first] and engine.restarts == 0
+    first.delay_s = 60
+    late_check = asyncio.ensure_future(engine.check())
+    await asyncio.sleep(0.1)
+    await engine.check()
+    assert late_check.done() and first.num_aborted > 0 and not first.is_shut_down
+    await engine.ready()
+    assert len(engine.doubles) == 2 and first.is_shut_down and engine.restarts == 1
+    assert engine.take_statistics()["prior/engine_restarts"] == 1
+    engine.doubles[1].delay_s = 60
+    await asyncio.gather(engine.check(), engine.check())
+    with pytest.raises(EngineError, match="restarted 1 times already"):
         await engine.ready()
-        (first,) = engine.doubles
-        first.delay_s = 0.05
-        await engine.check()
-        await engine.ready()
-        assert engine.doubles == [first] and engine.restarts == 0
-        first.delay_s = 60
-        late_check = asyncio.ensure_future(engine.check())
-        await asyncio.sleep(0.1)
-        await engine.check()
-        assert late_check.done() and first.num_aborted > 0 and not first.is_shut_down
-        await engine.ready()
-        assert len(engine.doubles) == 2 and first.is_shut_down and engine.restarts == 1
-        assert engine.take_statistics()["prior/engine_restarts"] == 1
-        engine.doubles[1].delay_s = 60
-        await asyncio.gather(engine.check(), engine.check())
-        with pytest.raises(EngineError, match="restarted 1 times already"):
-            await engine.ready()
-        assert engine.doubles[1].is_shut_down
-        await engine.close()
-
-    asyncio.run(run())
+    assert engine.doubles[1].is_shut_down
+    await engine.close()
 
 
-def test_vllm_engine_check_does_not_end_an_engine_that_was_restarted_meanwhile(make_vllm_engine):
+async def test_vllm_engine_check_does_not_end_an_engine_that_was_restarted_meanwhile(make_vllm_engine):
     engine = make_vllm_engine()
-
-    async def run():
-        await engine.ready()
-        engine.doubles[0].delay_s = 60
-        late_check = asyncio.ensure_future(engine.check())
-        await asyncio.sleep(0.05)
-        engine._mark_crashed()  # another request has noticed it
-        await engine.ready()
-        await late_check
-        await engine.ready()
-        assert len(engine.doubles) == 2 and not engine.doubles[1].is_shut_down and engine.restarts == 1
-        await engine.close()
-
-    asyncio.run(run())
+    await engine.ready()
+    engine.doubles[0].delay_s = 60
+    late_check = asyncio.ensure_future(engine.check())
+    await asyncio.sleep(0.05)
+    engine._mark_crashed()  # another request has noticed it
+    await engine.ready()
+    await late_check
+    await engine.ready()
+    assert len(engine.doubles) == 2 and not engine.doubles[1].is_shut_down and engine.restarts == 1
+    await engine.close()
 
 
-def test_vllm_engine_restarts_with_the_new_weights_if_it_hangs_during_a_sync(make_vllm_engine, monkeypatch):
+async def test_vllm_engine_restarts_with_the_new_weights_if_it_hangs_during_a_sync(make_vllm_engine, monkeypatch):
     engine = make_vllm_engine(sync_timeout_s=0.5)
 
     async def hang(weights):
         await asyncio.sleep(60)
 
-    async def run():
-        await engine.ready()
-        monkeypatch.setattr(engine, "_load", hang)
-        await engine.sync_weights(1)
-        first, second = engine.doubles
-        assert first.is_shut_down and not second.is_shut_down and engine.restarts == 1
-        assert engine.version == 1 and engine.loaded == ["base", str(engine._scratch / "version-1")]
-        await engine.close()
-
-    asyncio.run(run())
+    await engine.ready()
+    monkeypatch.setattr(engine, "_load", hang)
+    await engine.sync_weights(1)
+    first, second = engine.doubles
+    assert first.is_shut_down and not second.is_shut_down and engine.restarts == 1
+    assert engine.version == 1 and engine.loaded == ["base", str(engine._scratch / "version-1")]
+    await engine.close()

@@ -18,7 +18,7 @@ from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import EvalMode, PriorSettings
-from priorzero.types import ActionPrior, GameState, GameWorkerError, StepRecord
+from priorzero.types import ActionPrior, GameState, GameWorkerError, PriorEngine, StepRecord
 from priorzero.world_model.records import RecordTable
 from tests.helpers.models import make_settings
 
@@ -98,14 +98,12 @@ class WhitespaceTokenizer:
         return {"input_ids": text.split()}
 
 
-class LastActionEngine:
+class LastActionEngine(PriorEngine):
     """A prior of 0.9 for the last valid action. The completion is the end of the prompt."""
 
     version = 3
     exclusive = False
     calls = 0
-
-    async def ready(self) -> None: ...
 
     async def priors(self, requests):
         self.calls += 1
@@ -116,18 +114,8 @@ class LastActionEngine:
             priors.append(ActionPrior(np.log(probs).astype(np.float32), "score", self.version, request.prompt[-40:]))
         return priors
 
-    async def check(self) -> None: ...
-
-    async def suspend(self) -> None: ...
-
-    async def sync_weights(self, version) -> None: ...
-
-    async def clear_cache(self) -> None: ...
-
     def take_statistics(self):
         return {}
-
-    async def close(self) -> None: ...
 
 
 def make_player(**changes) -> Player:

@@ -1,6 +1,6 @@
 """``python -m priorzero.entry`` in processes that can be stopped and killed.
 
-They are forked from a server process that has imported everything once, since the imports take much longer than a run.
+These are forked from a server process that has imported everything once, since the imports take much longer than a run.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from tests.helpers.toy_game import toy_games
 
@@ -86,3 +88,11 @@ class EntryProcess:
         """The exit code; None if the process still runs after ``timeout_s``. A signal that ended it is negative."""
         self._process.join(timeout_s)
         return self._process.exitcode
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process exists and is not a zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

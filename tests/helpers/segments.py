@@ -15,6 +15,7 @@ from priorzero.world_model.segment import PriorZeroGameSegment, SegmentWriter
 
 FEATURE_SIZE = 6
 COMMANDS = ("north", "south", "take lamp", "open box")
+WORLD_MODEL = {"embed_dim": 16, "num_heads": 2, "num_unroll_steps": 4, "context_length": 4, "dropout": 0.0}
 
 
 def demo_settings(*, segment_length: int = 4, buffer_size: int = 500, batch_size: int = 4) -> Settings:
@@ -22,13 +23,7 @@ def demo_settings(*, segment_length: int = 4, buffer_size: int = 500, batch_size
     return resolve_settings(
         {
             "env": {"action_space_size": 8},
-            "world_model": {
-                "embed_dim": 16,
-                "num_heads": 2,
-                "num_unroll_steps": 4,
-                "context_length": 4,
-                "dropout": 0.0,
-            },
+            "world_model": WORLD_MODEL,
             "prior": {"enabled": False},
             "replay": {"segment_length": segment_length, "buffer_size": buffer_size},
             "train": {"batch_size": batch_size, "td_steps": 2},
@@ -70,11 +65,15 @@ def demo_episode(*, length: int, episode: int = 0, ends: bool = True) -> Iterato
         yield record, np.full(FEATURE_SIZE, 100 * episode + step + 1, dtype=np.float32)
 
 
-def demo_segments(config: EasyDict, *, lengths: Sequence[int]) -> list[PriorZeroGameSegment]:
-    """The segments of one episode of each length."""
+def demo_segments(
+    config: EasyDict, *, lengths: Sequence[int], ends: bool = True, truncated: bool = False
+) -> list[PriorZeroGameSegment]:
+    """The segments of one episode of each length. If ``ends`` is false, the episodes are interrupted."""
     segments = []
     for episode, length in enumerate(lengths):
         writer = SegmentWriter(config)
-        for record, next_features in demo_episode(length=length, episode=episode):
-            segments += writer.add(record, next_features=next_features)
+        for record, next_features in demo_episode(length=length, episode=episode, ends=ends):
+            segments += writer.add(record, next_features=next_features, truncated=truncated)
+        if not ends:
+            segments += writer.flush(final_features=next_features)
     return segments

@@ -12,7 +12,7 @@ from priorzero.llm.models import LanguageModel
 from priorzero.policy import PriorZeroPolicy
 from priorzero.search.base import Root
 from priorzero.world_model.replay import PriorZeroGameBuffer
-from tests.helpers.segments import FEATURE_SIZE, demo_segments
+from tests.helpers.segments import FEATURE_SIZE, WORLD_MODEL, demo_segments
 
 
 def make_policy_and_buffer(
@@ -22,14 +22,12 @@ def make_policy_and_buffer(
     settings = resolve_settings(
         {
             "env": {"action_space_size": 8},
-            "world_model": {
-                "embed_dim": 16, "num_heads": 2, "num_unroll_steps": 4, "context_length": 4, "dropout": 0.0,
-            },
+            "world_model": WORLD_MODEL,
             "replay": {"segment_length": 6},
             "train": {"batch_size": 8, "td_steps": 2, "learning_rate": 1e-2, "grad_clip": 1e9},
             "llm": {"batch_size": 4, "micro_batch_size": 2, "learning_rate": 1e-2},
         }
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=llm)
     buffer = PriorZeroGameBuffer(policy.lightzero_config, rng=np.random.default_rng(seed))
@@ -47,15 +45,13 @@ def make_search_policy(*, prior: dict[str, Any] | None = None, **search: Any) ->
     settings = resolve_settings(
         {
             "env": {"action_space_size": 16},
-            "world_model": {
-                "embed_dim": 32, "num_heads": 2, "num_unroll_steps": 4, "context_length": 8, "dropout": 0.1,
-            },
+            "world_model": {**WORLD_MODEL, "embed_dim": 32, "context_length": 8, "dropout": 0.1},
             "search": {"num_simulations": 16, **search},
             "prior": {"enabled": False, "floor": 0.0, "alpha": 0.5, **(prior or {})},
             "train": {"batch_size": 4, "td_steps": 2},
             "eval": {"modes": ["world_model"]},
         }
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=None)
     generator = torch.Generator().manual_seed(0)
