@@ -144,7 +144,7 @@ def test_novelty_counts_and_archive_survive_a_checkpoint(tmp_path, shown, histor
     read = torch.load(tmp_path / "exploration.pt", weights_only=True)
     loaded_counts.load_state_dict(read["counts"])
     loaded_archive.load_state_dict(read["archive"])
-    assert loaded_counts == counts
+    assert loaded_counts == counts and loaded_archive.state_dict() == archive.state_dict()
     for state in shown:
         plan, loaded_plan = archive.plan(state), loaded_archive.plan(state)
         assert plan.actions.tolist() == loaded_plan.actions.tolist()
