@@ -10,10 +10,16 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 import torch
-from priorzero.cluster.ppo.losses import generalised_advantages
 
 from priorzero.cluster.ppo.learner import PPOLearner
-from priorzero.cluster.ppo.trajectories import Trajectory, credit_weights, newest, scaled_rewards, trajectories_from
+from priorzero.cluster.ppo.trajectories import (
+    Trajectory,
+    credit_weights,
+    generalised_advantages,
+    newest,
+    scaled_rewards,
+    trajectories_from,
+)
 from priorzero.llm.models import load_language_model
 from priorzero.llm.prompts import prompt_style
 from priorzero.runtime.process_group import ProcessGroup
