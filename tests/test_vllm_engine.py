@@ -43,11 +43,11 @@ REPOSITORY = Path(__file__).parents[1]
 
 
 def vllm_processes():
-    """The descendants of this process, without multiprocessing's resource tracker."""
+    """The descendants of this process, without multiprocessing's own: resource tracker and fork server."""
     return [
         p
         for p in psutil.Process().children(recursive=True)
-        if p.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(p.cmdline())
+        if p.status() != psutil.STATUS_ZOMBIE and not re.search("resource_tracker|forkserver", " ".join(p.cmdline()))
     ]
 
 
