@@ -118,12 +118,15 @@ async def test_readers_writer_lock_is_released_when_holders_and_waiters_are_canc
     for mode in (lock.shared, lock.exclusive):
         holder, waiter = asyncio.ensure_future(hold(mode())), asyncio.ensure_future(hold(lock.exclusive()))
         await asyncio.sleep(0.01)
+        assert not holder.done() and not waiter.done()
         for task in (waiter, holder):
             task.cancel()
         await asyncio.gather(holder, waiter, return_exceptions=True)
+    entered = []
     for mode in (lock.shared, lock.exclusive):
         async with asyncio.timeout(1), mode():
-            pass
+            entered.append(mode)
+    assert entered == [lock.shared, lock.exclusive]
 
 
 async def test_gather_or_cancel_waits_for_cancelled_tasks_before_it_raises():

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from priorzero.config import PRESETS, parse_assignments, resolve_settings, settings_page
+from priorzero.config import PRESETS, differences, parse_assignments, resolve_settings, settings_page
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -60,7 +60,8 @@ def test_settings_that_are_wrong_are_refused_with_what_is_allowed(assignments, m
 
 @pytest.mark.parametrize("assignments", ["vllm.sync_every=3 vllm.max_staleness=2", "train.overlap=always"])
 def test_settings_that_go_together_are_accepted(assignments):
-    resolve_settings(parse_assignments(assignments.split(" ")))
+    layer = parse_assignments(assignments.split(" "))
+    assert differences(resolve_settings(layer)) == layer
 
 
 def test_settings_values_are_converted_only_where_nothing_is_lost():

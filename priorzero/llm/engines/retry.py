@@ -54,7 +54,7 @@ class PriorStatistics:
 class RetryingPrior:
     """Requests priors from an engine with up to ``attempts`` attempts; if all fail, the priors are uniform.
 
-    If all attempts time out, the engine is told to check whether it hangs, and the next request restarts it.
+    If all attempts time out, the engine's ``check`` tests whether it hangs. If it does, the next request restarts it.
 
     Priors from parameters that are more than ``max_staleness`` updates older than the learner's are requested again.
     No request runs during a weight sync: requests that have started are finished first, and later ones wait.
