@@ -8,6 +8,7 @@ import torch
 
 from priorzero.config import PRESETS, resolve_settings
 from priorzero.llm.models import LanguageModel
+from priorzero.llm.packing import register_tree_attention
 from priorzero.settings import Settings
 
 
@@ -33,5 +34,5 @@ def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageM
         **{"max_position_embeddings": 1024, **changes},
     )
     model = LlamaForCausalLM(config)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(register_tree_attention())
     return LanguageModel(model.eval(), tokenizer, torch.float32)
