@@ -1,7 +1,8 @@
-"""Line charts and bars as SVG text for a page. Colours come from the page's style sheet (classes ``c0`` to ``c5``)."""
+"""Line charts as SVG text for a page. Colours come from the page's style sheet (classes ``c0`` to ``c5``)."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,14 +23,33 @@ class Series:
     Attributes:
         label: for the legend.
         points: finite numbers.
-        kind: ``line`` connects them, ``dots`` draws each, ``marks`` draws and connects large dots.
-        colour: number of the colour, 0 to 5.
+        kind: ``line`` connects them, ``dots`` draws each, ``marks`` connects them and draws each in the colour's shape.
+        colour: number of the colour and of the shape, 0 to 5.
     """
 
     label: str
     points: Points
     kind: Literal["line", "dots", "marks"]
     colour: int
+
+    @property
+    def key(self) -> Markup:
+        """A small picture for the legend."""
+        drawn = {
+            "line": Markup('<polyline points="-8,0 8,0"/>'),
+            "dots": Markup('<circle class="dots" r="3"/>'),
+            "marks": mark(self.colour),
+        }
+        return Markup('<svg class="key c{}" viewBox="-8 -8 16 16">{}</svg>').format(self.colour, drawn[self.kind])
+
+
+# By colour, around the origin. They stay distinguishable if they lie on each other, and without colours.
+SHAPES = ("0,-5 5,0 0,5 -5,0", "-4,-4 4,-4 4,4 -4,4", "0,-6 5,4 -5,4", "0,6 5,-4 -5,-4", "-5,0 5,0", "0,-5 0,5")
+
+
+def mark(colour: int) -> Markup:
+    """A shape at the origin."""
+    return Markup('<polygon class="mark" points="{}"/>').format(SHAPES[colour])
 
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
@@ -55,7 +75,7 @@ def bucket_means(points: Points, *, limit: int = MAX_POINTS) -> Points:
     if len(points) <= limit:
         return points
     bounds = [n * len(points) // limit for n in range(limit + 1)]
-    buckets = [points[low:high] for low, high in zip(bounds, bounds[1:], strict=False)]
+    buckets = [points[low:high] for low, high in itertools.pairwise(bounds)]
     return [(sum(x for x, _ in b) / len(b), sum(y for _, y in b) / len(b)) for b in buckets]
 
 
@@ -87,7 +107,14 @@ class _Frame:
 
 
 def line_chart(
-    series: Sequence[Series], *, title: str, x_label: str, width: int = 760, height: int = 300, limit: float = math.nan
+    series: Sequence[Series],
+    *,
+    title: str,
+    x_label: str,
+    width: int = 1000,
+    height: int = 320,
+    limit: float = math.nan,
+    from_zero: bool = False,
 ) -> Markup:
     """A chart with axes.
 
@@ -97,12 +124,13 @@ def line_chart(
         x_label: under the x axis.
         width, height: in pixels.
         limit: y of a dashed line, such as the largest possible score; NaN for none.
+        from_zero: the y axis includes zero.
     """
     points = [point for one in series for point in one.points]
-    ys = [y for _, y in points] + ([limit] if math.isfinite(limit) else [])
+    ys = [y for _, y in points] + ([limit] if math.isfinite(limit) else []) + ([0.0] if from_zero else [])
     frame = _Frame(
         xs=ticks(0.0, max(x for x, _ in points), count=width // 130),
-        ys=ticks(min(0.0, *ys), max(ys), count=height // 55),
+        ys=ticks(min(ys), max(ys), count=height // 55),
         width=width,
         height=height,
     )
@@ -122,15 +150,21 @@ def _axes(frame: _Frame, x_label: str) -> list[Markup]:
     for value in frame.ys:
         y = frame.y(value)
         parts.append(Markup('<line class="grid" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, right, y, y))
-        parts.append(Markup('<text class="end" x="{}" y="{}" dy="0.32em">{}</text>').format(LEFT - 6, y, f"{value:g}"))
+        parts.append(
+            Markup('<text class="end" x="{}" y="{}" dy="0.32em">{}</text>').format(LEFT - 6, y, _tick_text(value))
+        )
     for value in frame.xs:
         x = frame.x(value)
         parts.append(Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(x, x, bottom, bottom + 4))
-        parts.append(Markup('<text class="mid" x="{}" y="{}">{}</text>').format(x, bottom + 17, f"{value:g}"))
+        parts.append(Markup('<text class="mid" x="{}" y="{}">{}</text>').format(x, bottom + 17, _tick_text(value)))
     middle = (LEFT + right) / 2
     parts.append(Markup('<line class="axis" x1="{}" x2="{}" y1="{}" y2="{}"/>').format(LEFT, right, bottom, bottom))
     parts.append(Markup('<text class="mid" x="{}" y="{}">{}</text>').format(middle, frame.height - 6, x_label))
     return parts
+
+
+def _tick_text(value: float) -> str:
+    return f"{value:,.0f}" if value == round(value) and abs(value) < 1e7 else f"{value:g}"
 
 
 def _drawn(one: Series, frame: _Frame) -> list[Markup]:
@@ -140,12 +174,15 @@ def _drawn(one: Series, frame: _Frame) -> list[Markup]:
     if one.kind != "dots" and len(places) > 1:
         path = " ".join(f"{x},{y}" for x, y in places)
         parts.append(Markup('<polyline class="{} c{}" points="{}"/>').format(one.kind, one.colour, path))
-    if one.kind != "line" or len(places) == 1:
-        radius = 2.2 if one.kind == "dots" else 4
-        parts += [
-            Markup('<circle class="{} c{}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
-                one.kind, one.colour, x, y, radius, f"{one.label}: {value:.4g} at {step:g}"
+    if one.kind == "marks":
+        for (x, y), (step, value) in zip(places, points, strict=True):
+            about = f"{one.label}: {value:.4g} at {step:g}"
+            parts.append(
+                Markup('<g class="c{}" transform="translate({} {})">{}<title>{}</title></g>').format(
+                    one.colour, x, y, mark(one.colour), about
+                )
             )
-            for (x, y), (step, value) in zip(places, points, strict=True)
-        ]
+    elif one.kind == "dots" or len(places) == 1:
+        dot = Markup('<circle class="dots c{}" cx="{}" cy="{}" r="2.5"/>')
+        parts += [dot.format(one.colour, x, y) for x, y in places]
     return parts

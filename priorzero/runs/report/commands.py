@@ -16,7 +16,8 @@ from priorzero.settings import Settings
 from priorzero.types import UserError
 
 MAX_ASSIGNMENTS = 8  # a command with more --set flags is not shown
-FLAGS = ("env_id", "seed", "max_iter")  # settings of the group run with a flag of their own
+# Settings with a flag of their own.
+FLAGS = {"run.env_id": "--env_id", "run.seed": "--seed", "run.max_iter": "--max_iter", "prior.engine": "--engine"}
 
 
 @dataclass(frozen=True)
@@ -63,19 +64,19 @@ def plain_arguments(settings: Settings) -> list[str] | None:
     candidates = [(preset, _changes(settings, preset)) for preset in PRESETS]
     preset, changes = min(candidates, key=lambda candidate: len(candidate[1]))
     flags = {"quick_test": ["--quick_test"], "standard": []}.get(preset, ["--preset", preset])
-    own = {name: value for name in FLAGS if (value := changes.pop(f"run.{name}", None)) is not None}
-    assignments = [f"{name}={_typed(value)}" for name, value in changes.items()]
-    if len(assignments) > MAX_ASSIGNMENTS:
-        return None
+    assignments = {name: f"{name}={_typed(value)}" for name, value in changes.items()}
     try:
-        again = resolve_settings(PRESETS[preset], parse_assignments(assignments), {"run": own})
+        again = resolve_settings(PRESETS[preset], parse_assignments(assignments.values()))
     except UserError:
         return None
     if _without_name(again) != _without_name(settings):  # a value that cannot be typed
         return None
-    for name, value in own.items():
-        flags += [f"--{name}", str(value)]
-    for assignment in assignments:
+    for name, flag in FLAGS.items():
+        if assignments.pop(name, None) is not None:
+            flags += [flag, str(changes[name])]
+    if len(assignments) > MAX_ASSIGNMENTS:
+        return None
+    for assignment in assignments.values():
         flags += ["--set", assignment]
     return flags
 

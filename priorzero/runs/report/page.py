@@ -1,4 +1,4 @@
-"""The page of a report, from what a run has logged. The template is ``page.html``, with ``style.css``, ``script.js``."""
+"""The page of a report. Its template is ``page.html``; ``style.css`` and ``script.js`` are inserted into it."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOSSES = (
     ("World model: value", "train/wm_value_loss", 2),
     ("World model: policy", "train/wm_policy_loss", 2),
     ("World model: reward", "train/wm_reward_loss", 2),
-    ("World model: latent state", "train/wm_latent_loss", 2),
+    ("World model: latent", "train/wm_latent_loss", 2),
     ("LLM, total", "train/llm_loss", 3),
     ("LLM: SFT on visit counts", "train/llm_sft_loss", 3),
     ("LLM: RFT on rewards", "train/llm_rft_loss", 3),
@@ -91,7 +91,11 @@ def render(run: RunData, *, running: bool, error: str) -> str:
 def _environment() -> Environment:
     folder = Path(__file__).parent
     environment = Environment(
-        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=FileSystemLoader(folder),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.globals["style"] = Markup((folder / "style.css").read_text(encoding="utf-8"))
     environment.globals["script"] = Markup((folder / "script.js").read_text(encoding="utf-8"))
@@ -100,7 +104,9 @@ def _environment() -> Environment:
 
 
 def duration(seconds: float) -> str:
-    """``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """``2.5 s``, ``45 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -146,13 +152,19 @@ def mode_name(mode: str, *, unseen: bool = False) -> str:
     return MODE_NAMES.get(mode, mode) + (", unseen games" if unseen else "")
 
 
+def _mode_order(key: tuple[str, bool]) -> tuple[bool, int, str]:
+    """Sorts (mode, unseen): games that are trained on first, then in the order of ``MODE_NAMES``."""
+    mode, unseen = key
+    return unseen, list(MODE_NAMES).index(mode) if mode in MODE_NAMES else len(MODE_NAMES), mode
+
+
 def _table(run: RunData) -> dict[str, Any]:
     """The first and the last evaluation: their environment steps, and one row for each mode."""
     if not run.evaluations:
         return {"times": [], "rows": []}
     times = list(dict.fromkeys([run.evaluations[0].env_step, run.evaluations[-1].env_step]))
     columns = [run.evaluated_at(time) for time in times]
-    keys = list(dict.fromkeys(key for column in reversed(columns) for key in column))
+    keys = sorted({key for column in columns for key in column}, key=_mode_order)
     rows = []
     for mode, unseen in keys:
         found = [column.get((mode, unseen)) for column in columns]
@@ -177,6 +189,7 @@ def learning_curve(run: RunData) -> Markup | None:
         title="return over environment steps",
         x_label="environment steps",
         limit=limit if shown else math.nan,
+        from_zero=True,
     )
 
 
@@ -190,7 +203,7 @@ def _curve_series(run: RunData) -> list[Series]:
     if len(points) > 1:
         mean = running_mean(points, window=MEAN_WINDOW)
         series.append(Series(f"mean of the last {MEAN_WINDOW} training episodes", mean, "line", 0))
-    for mode, unseen in dict.fromkeys((e.mode, e.unseen) for e in run.evaluations):
+    for mode, unseen in sorted({(e.mode, e.unseen) for e in run.evaluations}, key=_mode_order):
         own: Points = [
             (e.env_step, e.mean_return)
             for e in run.evaluations
@@ -211,11 +224,11 @@ def _loss_charts(run: RunData) -> list[dict[str, Any]]:
         points = run.scalars.get(name, [])
         if not any(value for _, value in points):  # not learned, or switched off
             continue
+        if name == "train/total_loss" and "train/llm_loss" not in run.scalars:  # the world model's
+            continue
         by_iteration = run.on_cluster and not name.startswith("train/wm_")
         x_label = "iterations" if by_iteration else "world-model updates"
-        chart = line_chart(
-            [Series(title, points, "line", colour)], title=title, x_label=x_label, width=360, height=190
-        )
+        chart = line_chart([Series(title, points, "line", colour)], title=title, x_label=x_label, width=360, height=190)
         charts.append({"title": title, "name": name, "svg": chart, "first": points[0][1], "last": points[-1][1]})
     return charts
 
@@ -242,7 +255,9 @@ def time_shares(run: RunData) -> list[TimeShare]:
 
 def _transcripts(episodes: Sequence[EvaluationTranscript]) -> tuple[list[dict[str, Any]], str]:
     """The transcripts for the page, and a note if the prompts were left out because they are too long."""
-    plain = [dict(episode) for episode in episodes]
+    plain: list[dict[str, Any]] = [
+        dict(e) for e in sorted(episodes, key=lambda e: _mode_order((e["mode"], e["unseen"])))
+    ]
     if len(json.dumps(plain)) <= MAX_TRANSCRIPT_CHARS:
         return plain, ""
     for episode in plain:
