@@ -419,7 +419,7 @@ def test_run_that_is_stopped_or_fails_writes_a_report(tmp_path, monkeypatch):
 
     def request_stop(run, collected):
         log(run, collected)
-        run.stop.requested = True
+        run.stop.request("the test")
 
     log = TrainingRun.log
     monkeypatch.setattr(TrainingRun, "collect", collect)
