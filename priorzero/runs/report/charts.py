@@ -54,8 +54,9 @@ def mark(colour: int) -> Markup:
 
 def ticks(low: float, high: float, *, count: int = 5) -> list[float]:
     """About ``count`` round numbers (1, 2 or 5 times a power of ten apart) that cover ``low`` to ``high``."""
-    if high <= low:
-        low, high = low - 0.5, high + 0.5
+    if high <= low:  # one value: half of it on either side
+        margin = abs(low) / 2 or 0.5
+        low, high = low - margin, high + margin
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * (1 - 1e-9))
@@ -183,6 +184,7 @@ def _drawn(one: Series, frame: _Frame) -> list[Markup]:
                 )
             )
     elif one.kind == "dots" or len(places) == 1:
-        dot = Markup('<circle class="dots c{}" cx="{}" cy="{}" r="2.5"/>')
-        parts += [dot.format(one.colour, x, y) for x, y in places]
+        kind, radius = ("dots", 2.5) if one.kind == "dots" else ("point", 4)
+        dot = Markup('<circle class="{} c{}" cx="{}" cy="{}" r="{}"/>')
+        parts += [dot.format(kind, one.colour, x, y, radius) for x, y in places]
     return parts
