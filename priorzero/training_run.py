@@ -20,6 +20,7 @@ from priorzero.runs.counters import Counters
 from priorzero.runs.folder import create_files, truncate_files
 from priorzero.runs.logger import RunLogger, log_segments, log_start
 from priorzero.runs.nonfinite import NonFiniteUpdates
+from priorzero.runs.report import report_at_end
 from priorzero.runs.saver import Saver
 from priorzero.runs.summary import (
     RunSummary,
@@ -75,6 +76,7 @@ class TrainingRun:
         self._initial_fingerprints = trained_fingerprints(agent)
         self._lock: TextIO | None = None
         self._logger: RunLogger | None = None
+        self._error: BaseException | None = None  # it ends the run
         self._evaluations: dict[str, Evaluation] = {}
         self._unstored: Collected | None = None  # not in the replay buffer yet
         self._unlogged: Collected | None = None
@@ -225,6 +227,7 @@ class TrainingRun:
 
     async def save_after(self, error: BaseException) -> None:
         """Save what was learned when an error ends the run. The iteration is completed without further updates."""
+        self._error = error
         await self.learner.stop()
         if self._logger is None:  # the run has not begun
             return
@@ -239,7 +242,7 @@ class TrainingRun:
         self.saver.log_last()
 
     async def close(self) -> None:
-        """Close the prior engine and the files, and write the trace."""
+        """Close the prior engine and the files, and write the trace and the report."""
         if self.agent.engine is not None:
             await self.agent.engine.close()
         if self._logger is not None:
@@ -247,6 +250,8 @@ class TrainingRun:
         if self._lock is not None:
             self._lock.close()
         self.agent.timeline.write_trace(self.folder / "trace.json")
+        if self._logger is not None:
+            report_at_end(self.folder, error=self._error)
 
     def summary(self) -> RunSummary:
         """Log and return the summary of the run.

@@ -32,6 +32,7 @@ from priorzero.runs.checkpoint import write_world_model
 from priorzero.runs.counters import Counters
 from priorzero.runs.logger import RunLogger
 from priorzero.runs.nonfinite import NonFiniteUpdates
+from priorzero.runs.report import report_at_end
 from priorzero.runs.saver import Saver
 from priorzero.runs.summary import RunSummary, format_table, summary_rows
 from priorzero.runtime.concurrency import StopRequest, gather_or_cancel
@@ -80,6 +81,7 @@ class ClusterRun:
         self._num_episodes = 0
         self._time_usage = TimeUsage(0.0, {}, 0.0, 0.0)
         self._evaluations: dict[str, Evaluation] = {}
+        self._error: BaseException | None = None  # it ends the run
 
     def _make_ppo_engine(self, share: Share) -> PPOEngine:
         engines: dict[str, Any] = {"torch": TorchPPOEngine, "orz": OrzPPOEngine}
@@ -213,6 +215,7 @@ class ClusterRun:
 
     async def save_after(self, error: BaseException) -> None:
         """An error ends the run: save what can be saved of both models."""
+        self._error = error
         if not self.counters.iteration:
             return
         logger.warning(f"an error ends the run: {' '.join(str(error).split())[:200]}")
@@ -224,11 +227,12 @@ class ClusterRun:
         self.saver.log_last()
 
     async def close(self) -> None:
-        """Kill all processes, and close the files."""
+        """Kill all processes, close the files, and write the report."""
         await self.collectors.close()
         await self.servers.close()
         await self._engine.kill()
         self.logger.close()
+        report_at_end(self.folder, error=self._error)
 
     def summary(self) -> RunSummary:
         """Log and return the summary of the run. Raises UserError if the last checkpoint could not be written."""
