@@ -77,7 +77,7 @@ class Display:
         if self._live is not None:
             self._live.stop()
         logger.remove()
-        logger.add(lambda message: sys.stderr.write(message), level="INFO")  # stderr may be another file by then
+        logger.add(_write_to_stderr, level="INFO")
 
     def _write(self, message: str) -> None:
         if self._live is not None:
@@ -107,6 +107,11 @@ class Display:
         line = Text(no_wrap=True, overflow="ellipsis")
         line.append(doing, style="bold").append("  " if doing else "").append(self.status())
         return line
+
+
+def _write_to_stderr(message: str) -> None:
+    """Write to what stderr is at this time."""
+    sys.stderr.write(message)
 
 
 _display: Display | None = None
@@ -262,6 +267,6 @@ class Progress:
 def _duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
-    minutes, seconds = divmod(int(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"
