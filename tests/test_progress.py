@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import pty
@@ -152,6 +153,19 @@ def test_terminal_output_leaves_a_clean_terminal_when_the_process_exits_immediat
     lines = [line for line in shown_lines(text) if line]
     assert lines == ["SIGINT: exiting immediately; nothing more is saved"]
     assert text.rfind("\x1b[?25h") > text.rfind("\x1b[?25l")  # the cursor is visible
+
+
+def test_terminal_output_continues_when_the_terminal_is_closed(tmp_path):
+    own, other = pty.openpty()
+    terminal = os.fdopen(other, "w")
+    with terminal_output(terminal), announced("collecting"):
+        progress.open_logs(tmp_path)
+        os.close(own)
+        wait_until(lambda: "the terminal cannot be written" in (tmp_path / "run.log").read_text())
+        logger.info("the run continues")
+    with contextlib.suppress(OSError):  # it still has text to write
+        terminal.close()
+    assert "the run continues" in (tmp_path / "run.log").read_text()
 
 
 # ---- the status of a run ----

@@ -203,10 +203,12 @@ def test_train_evaluates_at_the_start_without_an_effect_on_training(tmp_path, ti
         == lines(compared.folder, "episodes.jsonl")[: plain.rows["episodes finished"]]
     )
     assert trained(plain) == trained(compared)
+    names = ("train/", "prior/entropy_mean", "prior/remembered", "prior/prefix_cache_hit_rate")
     events = [
-        {name: values for name, values in read_events(run.folder).items() if name.startswith("train/")}
+        {name: values for name, values in read_events(run.folder).items() if name.startswith(names)}
         for run in (plain, compared)
     ]
+    assert {"prior/remembered", "prior/prefix_cache_hit_rate", "train/llm_loss"} <= events[0].keys()
     assert all(events[1][name][: len(values)] == values for name, values in events[0].items())
 
 

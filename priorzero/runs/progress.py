@@ -75,7 +75,8 @@ class Display:
         self._stopped.set()
         self._thread.join()
         if self._live is not None:
-            self._live.stop()
+            with self._closed_terminal_is_logged():
+                self._live.stop()
         logger.remove()
         logger.add(_write_to_stderr, level="INFO")
 
@@ -92,12 +93,21 @@ class Display:
         return topic is None or (topic == "progress" and self._live is None)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(REFRESH_S):
-            report = self._activities.report()
-            if report is not None:
-                logger.bind(topic="progress").info(report)
-            if self._live is not None:
-                self._live.refresh()
+        with self._closed_terminal_is_logged():
+            while not self._stopped.wait(REFRESH_S):
+                report = self._activities.report()
+                if report is not None:
+                    logger.bind(topic="progress").info(report)
+                if self._live is not None:
+                    self._live.refresh()
+
+    @contextlib.contextmanager
+    def _closed_terminal_is_logged(self) -> Iterator[None]:
+        """A run continues when its terminal is closed, if it ignores SIGHUP."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning(f"the terminal cannot be written ({error}); see log/run.log")
 
     def _line(self) -> Text:
         from rich.text import Text
@@ -125,13 +135,13 @@ def terminal_output(terminal: TextIO | None = None) -> Iterator[None]:
         yield
         return
     activities.reset()
-    _display = Display(terminal or sys.stderr)
-    _display.start()
+    _display = display = Display(terminal or sys.stderr)
+    display.start()
     try:
         yield
     finally:
-        _display.stop()
         _display = None
+        display.stop()
 
 
 # ---- the log files ----
