@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loguru import logger
+
 from priorzero.config import (
     PRESETS,
     describe_settings,
@@ -15,6 +17,8 @@ from priorzero.config import (
     read_config_file,
     resolve_settings,
 )
+from priorzero.runs.progress import terminal_output
+from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import exit_immediately_on_signal
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -174,17 +178,25 @@ def _run(arguments: argparse.Namespace) -> int:
         print(describe_settings())
         return 0
     try:
-        if arguments.resume is None:
-            settings, checkpoint = settings_from(arguments), None
-        else:
-            settings, checkpoint = resume_from(arguments)
-        from priorzero.train import run_training  # late: imports torch and LightZero
-
-        run_training(settings, checkpoint=checkpoint)
+        with terminal_output():
+            _train(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    if arguments.resume is None:
+        settings, checkpoint = settings_from(arguments), None
+        logger.info(f"starting: {settings.run.env_id}, seed {settings.run.seed}")
+    else:
+        logger.info(f"starting: --resume {arguments.resume}")
+        with announced("loading the libraries"):
+            settings, checkpoint = resume_from(arguments)
+    with announced("loading the libraries"):
+        from priorzero.train import run_training  # late: imports torch and LightZero
+    run_training(settings, checkpoint=checkpoint)
 
 
 if __name__ == "__main__":

@@ -25,14 +25,17 @@ from priorzero.play.collector import Collector
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.errors import reported_to_user
 from priorzero.runs.folder import new_run_folder
+from priorzero.runs.progress import terminal_output
 from priorzero.runs.resume import prepare_resume
 from priorzero.runs.summary import RunSummary
+from priorzero.runtime.activity import announced
 from priorzero.runtime.random_state import seed_globals
 from priorzero.settings import Settings
 from priorzero.training_run import TrainingRun
 from priorzero.types import EngineError, GameWorkerError, UserError
 
 
+@terminal_output()
 def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) -> RunSummary:
     """Train with these settings.
 
@@ -46,7 +49,8 @@ def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) ->
         UserError: an error that the user can correct; before anything was written if possible.
     """
     settings = settings.model_copy(deep=True)
-    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+    with announced("preparing the games"):
+        games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
     check_games(settings, games=games, unseen=unseen)
     device = choose_device(settings.run.device)
     if settings.prior.enabled:

@@ -23,6 +23,7 @@ from priorzero.llm.packing import (
     pack,
     register_tree_attention,
 )
+from priorzero.runtime.activity import announced
 from priorzero.runtime.paths import user_cache_dir
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.settings import LLMSettings
@@ -72,7 +73,8 @@ def _model_in_package(name: str, *, setting: str) -> Path:
         )
     folder = user_cache_dir() / "models" / f"{name}-{importlib.metadata.version(name)}"
     if not (folder / "config.json").is_file():
-        _convert_gguf(ggufs[0], folder)
+        with announced("converting the LLM, which is done once"):
+            _convert_gguf(ggufs[0], folder)
     return folder
 
 

@@ -15,6 +15,7 @@ from priorzero.envs.worker import gather_replies
 from priorzero.play.episode import Episode
 from priorzero.play.player import Player
 from priorzero.play.transcript import Transcript, TranscriptStep, transcript, transcript_step
+from priorzero.runtime.activity import announced
 from priorzero.settings import EvalMode
 from priorzero.types import GameWorkerError
 
@@ -33,6 +34,14 @@ MODE_ARGUMENTS: dict[EvalMode, DecideArguments] = {
     "prior": {"use_search": False},
     "prior_sampled": {"use_search": False, "sample": True},
     "random": {"use_search": False, "use_prior": False, "sample": True},
+}
+
+MODE_WORDS: dict[str, str] = {
+    "world_model": "world model alone",
+    "world_model_with_prior": "LLM and world model",
+    "prior": "LLM alone",
+    "prior_sampled": "LLM alone, sampled",
+    "random": "random actions",
 }
 
 
@@ -203,7 +212,8 @@ class Evaluators:
             for mode in self.modes:
                 for evaluator in evaluators:
                     try:
-                        evaluation = await evaluator.evaluate(mode)
+                        with announced(f"evaluating: {MODE_WORDS[mode]}"):
+                            evaluation = await evaluator.evaluate(mode)
                     except GameWorkerError as error:
                         logger.error(f"evaluation, {mode}: {evaluator.game} is skipped ({error})")
                     else:

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,20 +85,30 @@ class MetricsWriter:
 class RunLogger:
     """Logs a run into its folder and to the terminal.
 
+    ``spent_s`` is the time in seconds that the run took before it was resumed.
+
     Args:
         state: :meth:`state_dict` of the run that is resumed; None for a new run.
+        env_steps: returns the environment steps so far, also during an iteration.
     """
 
-    def __init__(self, folder: Path, run: RunSettings, *, state: Plain | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: RunSettings,
+        *,
+        state: Plain | None = None,
+        env_steps: Callable[[], int] | None = None,
+    ) -> None:
         self.folder = folder
         self.writer = MetricsWriter(folder)
-        spent = 0.0
+        self.spent_s = 0.0
         if state is not None:
-            self.writer.last, spent = state["last"], state["seconds"]
+            self.writer.last, self.spent_s = state["last"], state["seconds"]
         self.progress = Progress(
-            max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every, spent_s=spent
+            max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every, env_steps=env_steps
         )
-        self._started = time.monotonic() - spent
+        self._started = time.monotonic() - self.spent_s
 
     @property
     def seconds(self) -> float:
@@ -138,7 +148,8 @@ class RunLogger:
             iteration=iteration,
             env_step=counters.env_step,
             episode_return=self.writer.last.get("collector_iter/reward_mean"),
-            loss=self.writer.last.get("train/total_loss"),
+            world_model_loss=self.writer.last.get("train/wm_total_loss"),
+            llm_loss=self.writer.last.get("train/llm_loss"),
         )
 
     def log_evaluations(

@@ -13,8 +13,8 @@ from priorzero.settings import Settings
 
 
 def make_settings(*layers: dict[str, dict[str, Any]]) -> Settings:
-    """The quick test's settings with changes."""
-    return resolve_settings(PRESETS["quick_test"], *layers)
+    """The quick test's settings, without its evaluation before training, with changes."""
+    return resolve_settings(PRESETS["quick_test"], {"eval": {"at_start": False}}, *layers)
 
 
 def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageModel:
