@@ -224,6 +224,8 @@ def _engine_conflicts(s: Settings) -> list[str]:
 
 def _batch_conflicts(s: Settings) -> list[str]:
     errors, llm = [], s.llm
+    if llm.use_lora and llm.trained_layers:
+        errors.append(f"llm.trained_layers={llm.trained_layers} needs llm.use_lora=false: adapters are in all layers")
     if llm.batch_size % llm.micro_batch_size:
         divisors = [d for d in range(1, llm.batch_size + 1) if llm.batch_size % d == 0]
         near = sorted(divisors, key=lambda d: abs(d - llm.micro_batch_size))[:2]
@@ -231,10 +233,11 @@ def _batch_conflicts(s: Settings) -> list[str]:
             f"llm.micro_batch_size={llm.micro_batch_size} must divide llm.batch_size={llm.batch_size}; "
             f"try {' or '.join(map(str, sorted(near)))}"
         )
-    if s.prior.enabled and llm.batch_size > s.train.batch_size:
+    if s.prior.enabled and llm.batch_size > s.train.batch_size * llm.run_length:
         errors.append(
-            f"llm.batch_size={llm.batch_size} must be at most train.batch_size={s.train.batch_size}: "
-            "both models learn from the same sample"
+            f"llm.batch_size={llm.batch_size} must be at most train.batch_size * llm.run_length = "
+            f"{s.train.batch_size * llm.run_length}: the LLM learns from one run of decisions in each sequence of the "
+            "world model's sample"
         )
     if llm.batch_size % s.cluster.num_learners:
         errors.append(

@@ -153,10 +153,11 @@ def update_llm(policy: PriorZeroPolicy, sequences: SampledSequences, nonfinite: 
     Raises:
         UserError: too many updates in a row were skipped.
     """
+    decisions = policy.llm_decisions(sequences)
     try:
-        metrics = policy.learn_llm(sequences)
+        metrics = policy.learn_llm(decisions)
     except NonFiniteError as error:
-        nonfinite.skipped("LLM", error, records=sequences.records(), arrays={})
+        nonfinite.skipped("LLM", error, records=decisions.records, arrays={})
         return {}
     nonfinite.applied("LLM")
     return metrics

@@ -17,7 +17,7 @@ from priorzero.search.base import Root, SearchResult
 from priorzero.search.root import mix_root_logits, root_probs
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
-from priorzero.world_model.batch import ReplayBatch, SampledSequences
+from priorzero.world_model.batch import ReplayBatch, SampledDecisions, SampledSequences
 from priorzero.world_model.lightzero import register_policy
 from priorzero.world_model.unizero import UniZeroLearner, set_learning_rate
 
@@ -39,7 +39,7 @@ class PriorZeroPolicy(UniZeroLearner):
             self.llm_learner = LLMLearner(
                 llm, settings.llm, style=prompt_style(settings), temperature=settings.prior.temperature
             )
-        self.llm_batch_size = settings.llm.batch_size
+        self.llm_cfg = settings.llm
         self.llm_version = 0
 
     @torch.no_grad()
@@ -86,15 +86,18 @@ class PriorZeroPolicy(UniZeroLearner):
             for tree, value, own, mixed in zip(trees, values, policy_logits, root_logits, strict=True)
         ]
 
-    def learn_llm(self, sequences: SampledSequences) -> dict[str, float]:
-        """Update the LLM once, on the first ``llm.batch_size`` decisions of a sample; returns metrics under ``train/``.
+    def llm_decisions(self, sequences: SampledSequences) -> SampledDecisions:
+        """The decisions of a sample that the LLM learns from: ``llm.batch_size`` in runs of ``llm.run_length``."""
+        return sequences.decisions(self.llm_cfg.batch_size, run_length=self.llm_cfg.run_length)
+
+    def learn_llm(self, decisions: SampledDecisions) -> dict[str, float]:
+        """Update the LLM once; returns metrics under ``train/``.
 
         Raises:
             NonFiniteError: a loss or a gradient is not finite. The LLM is unchanged.
         """
         assert self.llm_learner is not None
-        records = sequences.records()[: self.llm_batch_size]
-        samples, skipped = self.llm_learner.samples(records, sequences.returns()[: self.llm_batch_size])
+        samples, skipped = self.llm_learner.samples(decisions.records, decisions.returns, weights=decisions.weights)
         if not samples:
             logger.warning(
                 f"skipped an LLM update: none of its {skipped} decisions can be used, because each has no prompt, "
@@ -141,7 +144,7 @@ class PriorZeroPolicy(UniZeroLearner):
         batch, train_iter, update_llm = data
         metrics = self.learn_world_model(batch, train_iter=train_iter)
         if update_llm:
-            metrics.update(self.learn_llm(batch.sequences))
+            metrics.update(self.learn_llm(self.llm_decisions(batch.sequences)))
         add_total_loss(metrics)
         return metrics
 

@@ -266,8 +266,14 @@ class LLMSettings(SettingsGroup):
     learning_rate: Number = Field(1e-6, gt=0, description="learning rate of AdamW")
     grad_clip: Number = Field(1.0, gt=0, description="largest gradient norm")
     batch_size: Whole = Field(32, ge=1, description="decisions per optimiser step")
-    micro_batch_size: Whole = Field(
+    run_length: Whole = Field(
         4,
+        ge=1,
+        description="a batch consists of runs of at most this many consecutive decisions of an episode, which share "
+        "most of their prompts; 1: each decision is drawn on its own",
+    )
+    micro_batch_size: Whole = Field(
+        8,
         ge=1,
         description="decisions in one forward and backward pass; alias: llm.gradient_accumulation_steps, "
         "whose value N means batch_size / N",
@@ -275,6 +281,9 @@ class LLMSettings(SettingsGroup):
     update_every: Whole = Field(1, ge=1, description="iterations between trainings of the LLM")
     updates_per_turn: Whole = Field(1, ge=1, description="LLM updates per training, each on a new sample")
     use_lora: bool = Field(False, description="train low-rank adapters instead of all parameters")
+    trained_layers: Whole = Field(
+        0, ge=0, description="train only this many last layers and what follows them; 0: all parameters"
+    )
     lora_r: Whole = Field(8, ge=1, description="rank of the adapters")
     lora_alpha: Whole = Field(16, ge=1, description="the adapters are scaled by lora_alpha / lora_r")
 

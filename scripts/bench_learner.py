@@ -240,7 +240,7 @@ def make_batch(observations: np.ndarray, *, num_actions: int, seed: int = 0) -> 
         rewards=rng.normal(size=(size, steps + 1)),
         value_targets=5 * rng.normal(size=(size, steps + 1)),
         policy_targets=visits,
-        sequences=SampledSequences([], np.zeros(0, dtype=np.int64)),
+        sequences=SampledSequences([], np.zeros(0, dtype=np.int64), [], np.zeros(0)),
     )
 
 

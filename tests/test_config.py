@@ -60,8 +60,8 @@ def test_resolve_settings_reports_all_problems_in_one_message():
     names = "bach_size", "llm.gradient_accumulation_steps=0", "run.seed=-1", "run.max_iter=x", "nonsense", "'env'"
     assert [text.count(name) for name in names] == [1] * 6
     # Conflicts are reported together as well.
-    text = message({"world_model": {"context_length": 7}, "llm": {"batch_size": 128}, "replay": {"buffer_size": 1}})
-    assert all(name in text for name in ("context_length=7", "llm.batch_size=128", "replay.buffer_size=1"))
+    text = message({"world_model": {"context_length": 7}, "llm": {"batch_size": 512}, "replay": {"buffer_size": 1}})
+    assert all(name in text for name in ("context_length=7", "llm.batch_size=512", "replay.buffer_size=1"))
 
 
 @pytest.mark.parametrize(
@@ -220,9 +220,9 @@ def test_describe_settings_and_settings_page_list_every_setting():
     text, rows = describe_settings(), [line for line in settings_page().splitlines() if line.startswith("| `")]
     names = [f"{group}.{key}" for group, values in Settings().model_dump().items() for key in values]
     assert all(f"  {name} = " in text for name in names)
-    assert "llm.micro_batch_size = 4 (a whole number, at least 1)" in text
+    assert "llm.micro_batch_size = 8 (a whole number, at least 1)" in text
     assert [row.split("`")[1] for row in rows] == names and all(row.count("|") == 5 for row in rows)
-    assert "| `llm.micro_batch_size` | `4` | a whole number, at least 1 | decisions in one" in "".join(rows)
+    assert "| `llm.micro_batch_size` | `8` | a whole number, at least 1 | decisions in one" in "".join(rows)
 
 
 @pytest.mark.parametrize(

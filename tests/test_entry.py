@@ -122,7 +122,7 @@ def test_entry_help_names_flags_and_games(capsys):
     assert stopped.value.code == 0
     assert all(word in text for word in ("--preset", "pure_unizero", "--env_id", "textworld:simple", "configs/"))
     assert entry.main(["--help_config"]) == 0
-    assert "llm.micro_batch_size = 4" in capsys.readouterr().out
+    assert "llm.micro_batch_size = 8" in capsys.readouterr().out
 
 
 def test_entry_reports_user_errors_and_raises_others(monkeypatch):

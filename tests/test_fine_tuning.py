@@ -63,6 +63,21 @@ def test_learn_has_the_same_gradient_for_all_micro_batch_sizes(smollm2, objectiv
         assert losses == pytest.approx(whole_losses, rel=1e-4), size
 
 
+@pytest.mark.parametrize("objective", ["tokens", "actions"])
+def test_learn_counts_a_decision_by_its_weight(smollm2, objective):
+    def step(weights, times):
+        learner = make_learner(smollm2, objective=objective, learning_rate=1e-3)
+        samples, _ = learner.samples(RECORDS[:3], RETURNS[:3], weights=weights)
+        samples = [sample for sample, n in zip(samples, times, strict=True) for _ in range(n)]
+        return learner.learn(samples), parameters(learner)
+
+    weighted, after_weighted = step(np.array([2.0, 1.0, 3.0]), [1, 1, 1])
+    repeated, after_repeated = step(None, [2, 1, 3])
+    plain, _ = step(None, [1, 1, 1])
+    assert weighted == pytest.approx(repeated, rel=1e-4) and weighted != pytest.approx(plain, rel=1e-2)
+    torch.testing.assert_close(after_weighted, after_repeated, atol=1e-5, rtol=0)
+
+
 def test_learn_scales_the_gradient_by_the_loss_weights(smollm2):
     def norm(**llm):
         learner = make_learner(smollm2, **llm)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from priorzero.cluster.ppo.learner import clipped_value_loss
+from priorzero.cluster.ppo.learner import clipped_value_loss, shuffled_runs
 from priorzero.cluster.ppo.trajectories import generalised_advantages
 from priorzero.llm.losses import action_logprobs, gradient_norm, kl_loss, normalised_advantages, rft_loss, sft_loss
 from priorzero.world_model.returns import returns_to_go
@@ -83,6 +84,8 @@ def test_kl_loss_by_hand():
     assert tokens.item() == 3
     kl_sum.backward()
     assert torch.allclose(logprobs.grad, torch.tensor([[0.0, -1.0], [-4.0, 0.0]]), atol=1e-5)
+    weighted, _ = kl_loss(logprobs, reference, mask, weights=torch.tensor([3.0, 0.5]))
+    assert weighted.item() == pytest.approx(3 * (2 - math.log(2) - 1) + 0.5 * (5 - math.log(5) - 1), rel=1e-5)
 
 
 def test_normalised_advantages_by_hand():
@@ -134,3 +137,10 @@ def test_returns_to_go_by_hand():
     assert returns_to_go([1.0, 0.0, 2.0], discount=0.5) == pytest.approx([1.5, 1.0, 2.0])
     assert returns_to_go([1.0, 0.0, 2.0], discount=0.5, bootstrap_value=4.0) == pytest.approx([2.0, 2.0, 4.0])
     assert returns_to_go([], discount=0.5, bootstrap_value=4.0).shape == (0,)
+
+
+def test_shuffled_runs_keeps_runs_together():
+    order = shuffled_runs(11, run_length=4, rng=np.random.default_rng(0)).tolist()
+    runs = [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10]]
+    assert order in [a + b + c for a, b, c in itertools.permutations(runs)] and order != list(range(11))
+    assert sorted(shuffled_runs(50, run_length=1, rng=np.random.default_rng(0))) == list(range(50))

@@ -155,3 +155,22 @@ def test_load_language_model_refuses_recurrent_layers(tmp_path, smollm2):
     folder = save_model(tmp_path / "lfm2", config, smollm2.tokenizer)
     with pytest.raises(UserError, match=r"of type lfm2 cannot score several commands at once \(log-prob"):
         load_language_model(make_settings({"llm": {"path": str(folder)}}).llm, device=torch.device("cpu"))
+
+
+def test_load_language_model_trains_only_the_last_layers(tmp_path, tiny_llm):
+    tiny_llm.save(tmp_path)
+
+    def load(number):
+        return load_language_model(
+            make_settings({"llm": {"path": str(tmp_path), "trained_layers": number}}).llm, device=torch.device("cpu")
+        )
+
+    llm = load(1)
+    trained = {name for name, p in llm.model.named_parameters() if p.requires_grad}
+    assert trained == {
+        n for n, _ in llm.model.named_parameters() if n.startswith(("model.layers.1.", "model.norm", "lm_head"))
+    }
+    assert len(trained) == len(llm.trainable_parameters()) > 5
+    assert len(load(0).trainable_parameters()) == len(list(llm.model.parameters()))
+    with pytest.raises(UserError, match=r"llm\.trained_layers=3: the LLM has 2 layers"):
+        load(3)

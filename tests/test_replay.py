@@ -15,6 +15,7 @@ import torch
 from priorzero.runtime.quiet import quiet
 from priorzero.settings import ReplaySettings, Settings
 from priorzero.types import ActionPrior, UserError
+from priorzero.world_model.batch import SampledSequences
 from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.records import RecordTable, read_records
 from priorzero.world_model.replay import PriorZeroGameBuffer
@@ -99,6 +100,47 @@ def test_sample_gives_both_models_the_same_decisions():
             assert batch.rewards[row, 0] == record.reward
             assert batch.policy_targets[row, 0, record.action_indices] == pytest.approx(record.visit_probs())
             assert (batch.policy_targets[row].sum(axis=-1) <= 1 + 1e-5).all()
+
+
+def test_decisions_are_runs_that_contain_the_first_decision_of_a_sequence():
+    config = demo_config(segment_length=8, batch_size=16)
+    buffer = make_buffer(config, [8, 20, 12])  # segments of 8 and 4
+    for _ in range(20):
+        sequences = sample(buffer, config).sequences
+        decisions = sequences.decisions(10, run_length=4)
+        for b, run in enumerate((slice(0, 4), slice(4, 7), slice(7, 10))):
+            segment, records = sequences.segments[b], decisions.records[run]
+            assert segment.records[sequences.positions[b]] in records
+            start = segment.records.index(records[0])
+            assert records == segment.records[start : start + len(records)]
+            assert decisions.returns[run] == pytest.approx(segment.returns[start : start + len(records)])
+
+
+@pytest.mark.parametrize("run_length", [1, 2, 4])
+@pytest.mark.parametrize("size", [1, 3, 4, 9])
+def test_decisions_are_unbiased_with_respect_to_the_priorities(run_length, size):
+    """The sum over all places of a run: each decision's expected weight is proportional to its probability."""
+    (segment,) = demo_segments(demo_config(segment_length=20), lengths=[size])
+    probs = np.random.default_rng(0).dirichlet(np.ones(size))
+    expected = np.zeros(size)
+    length = min(run_length, size)
+    for position in range(size):
+        for shift in range(length):
+            sequences = SampledSequences([segment], np.array([position]), [probs], np.array([(shift + 0.5) / length]))
+            decisions = sequences.decisions(run_length, run_length=run_length)
+            for record, weight in zip(decisions.records, decisions.weights, strict=True):
+                expected[record.step] += probs[position] / length * weight
+    assert expected == pytest.approx(run_length * probs)
+    if run_length == 1:
+        assert decisions.weights.tolist() == [1.0]
+
+
+def test_decisions_of_equal_priority_have_weights_near_one():
+    (segment,) = demo_segments(demo_config(segment_length=40), lengths=[40])
+    probs = [np.full(40, 1 / 40)]
+    for position, want in ((20, [1, 1, 1, 1]), (0, [8 / 5, 8 / 7, 8 / 9, 8 / 11])):
+        sequences = SampledSequences([segment], np.array([position]), probs, np.array([0.0]))
+        assert sequences.decisions(4, run_length=4).weights == pytest.approx(want)
 
 
 def test_sample_begins_at_every_decision_of_long_episodes_and_never_in_padding():

@@ -26,7 +26,8 @@ class LLMSample:
     """One decision as the language model is trained on it. C is the number of actions that take part.
 
     ``rollout_logprob`` is the log-probability of the chosen action when it was taken: of its text (objective
-    ``tokens``) or among the valid actions (objective ``actions``). It is NaN if it is unknown (``rank``).
+    ``tokens``) or among the valid actions (objective ``actions``). It is NaN if it is unknown (``rank``). ``weight``
+    multiplies the decision's losses.
     """
 
     row: PromptRow  # the context and the C completions
@@ -34,6 +35,7 @@ class LLMSample:
     chosen: int  # index of the completion of the action that was taken
     advantage: float  # of that action
     rollout_logprob: float
+    weight: float = 1.0
 
 
 def select_actions(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarray]:
@@ -104,8 +106,10 @@ class LLMLearner:
         """Whether any loss has a positive weight."""
         return any(weight > 0 for weight in self._loss_weights.values())
 
-    def samples(self, records: Sequence[StepRecord], returns: np.ndarray) -> tuple[list[LLMSample], int]:
-        """Convert n decisions and their discounted returns ``[n]`` to samples.
+    def samples(
+        self, records: Sequence[StepRecord], returns: np.ndarray, *, weights: np.ndarray | None = None
+    ) -> tuple[list[LLMSample], int]:
+        """Convert n decisions, their discounted returns ``[n]`` and their importance weights ``[n]`` to samples.
 
         Also returns the number of decisions that cannot be used: no prompt, no "Answer:" heading (chain of thought),
         too long for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
@@ -115,7 +119,10 @@ class LLMLearner:
             return [], len(records)
         values = [records[i].predicted_value if self.cfg.rft_baseline == "value" else 0.0 for i in kept]
         advantages = normalised_advantages(np.asarray(returns)[kept], np.array(values))
-        return self.with_advantages(samples, advantages), len(records) - len(samples)
+        samples = self.with_advantages(samples, advantages)
+        if weights is not None:
+            samples = [dataclasses.replace(s, weight=float(w)) for s, w in zip(samples, weights[kept], strict=True)]
+        return samples, len(records) - len(samples)
 
     @staticmethod
     def with_advantages(samples: Sequence[LLMSample], advantages: np.ndarray) -> list[LLMSample]:
@@ -174,13 +181,14 @@ class LLMLearner:
     def _denominators(self, samples: Sequence[LLMSample]) -> dict[str, float]:
         """What each summed loss is divided by, over the samples of all learners: tokens, or decisions.
 
-        In the SFT loss the tokens of a completion count with its target probability.
+        Decisions and their tokens count with the weight of the decision. In the SFT loss, the tokens of a completion
+        also count with its target probability.
         """
         if self.objective == "actions":
-            sft = rft = float(len(samples))
+            sft = rft = sum(s.weight for s in samples)
         else:
-            sft = max(1.0, sum(float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples))
-            rft = float(sum(len(s.row.completions[s.chosen]) for s in samples))
+            sft = sum(s.weight * float(s.target_probs @ [len(c) for c in s.row.completions]) for s in samples)
+            rft = sum(s.weight * len(s.row.completions[s.chosen]) for s in samples)
         totals = self.group.sum({"sft_loss": sft, "rft_loss": rft, "kl_loss": rft})
         return {name: max(1.0, total) for name, total in totals.items()}
 
@@ -259,18 +267,20 @@ class LLMLearner:
         rows = [s.row for s in micro_batch]
         token_logprobs, completion_mask = self.scorer(rows)  # (R, T)
         logprobs, mask = self.objective_logprobs(micro_batch, token_logprobs, completion_mask)  # (R, T) or (R, 1)
-        target_probs = torch.cat([torch.as_tensor(s.target_probs) for s in micro_batch]).to(logprobs.device)  # (R,)
+        weighted = [s.weight * torch.as_tensor(s.target_probs) for s in micro_batch]
+        target_probs = torch.cat(weighted).to(logprobs.device)  # (R,)
         sums = {"sft_loss": sft_loss(logprobs, mask, target_probs)[0]}
         firsts = np.cumsum([0, *(len(s.row.completions) for s in micro_batch[:-1])])
         chosen = torch.as_tensor(firsts + [s.chosen for s in micro_batch], device=logprobs.device)  # (M,)
-        advantages = torch.tensor([s.advantage for s in micro_batch], device=logprobs.device)
+        weights = torch.tensor([s.weight for s in micro_batch], device=logprobs.device)  # (M,)
+        advantages = weights * torch.tensor([s.advantage for s in micro_batch], device=logprobs.device)
         rollout = torch.tensor([s.rollout_logprob for s in micro_batch], device=logprobs.device)
         sums["rft_loss"], _ = rft_loss(
             logprobs[chosen], mask[chosen], advantages, rollout_logprobs=rollout, clip=self.cfg.rft_clip
         )
         if self.cfg.kl_weight > 0:
             reference, _ = self.objective_logprobs(micro_batch, self.llm.reference_logprobs(rows), completion_mask)
-            sums["kl_loss"], _ = kl_loss(logprobs[chosen], reference[chosen], mask[chosen])
+            sums["kl_loss"], _ = kl_loss(logprobs[chosen], reference[chosen], mask[chosen], weights=weights)
         return sums
 
     def _raise_nonfinite(self, problem: str) -> NoReturn:

@@ -86,15 +86,21 @@ def action_logprobs(
     )
 
 
-def kl_loss(token_logprobs: Tensor, reference_logprobs: Tensor, completion_mask: Tensor) -> tuple[Tensor, Tensor]:
+def kl_loss(
+    token_logprobs: Tensor, reference_logprobs: Tensor, completion_mask: Tensor, *, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     r"""KL penalty towards a reference model: :math:`\sum e^{d} - d - 1` with
     :math:`d = \log p_\mathrm{ref} - \log p` (Schulman, "Approximating KL divergence", 2020, estimator k3).
 
     It is never negative. It is an unbiased estimate of the KL divergence if the model itself sampled the tokens. The
-    search chose the actions here, so it is only a penalty on moving away from the reference on those actions. All
-    arguments are ``[R, T]``; ``reference_logprobs`` are constants.
+    search chose the actions here, so it is only a penalty on moving away from the reference on those actions.
+
+    The first three arguments are ``[R, T]``; ``reference_logprobs`` are constants. ``weights`` ``[R]`` are importance
+    weights; None: all are 1.
     """
     mask = completion_mask.to(token_logprobs.dtype)
+    if weights is not None:
+        mask = weights[:, None] * mask
     difference = (reference_logprobs.detach() - token_logprobs).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     return ((difference.exp() - difference - 1.0) * mask).sum(), mask.sum()
 

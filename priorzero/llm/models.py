@@ -213,7 +213,7 @@ class LanguageModel:
             raise UserError(f"{folder}: the parameters do not fit the model of llm.path ({reason})") from error
 
     def trainable_parameters(self) -> list[torch.nn.Parameter]:
-        """All parameters; only those of the adapters if there are any."""
+        """All parameters that are not frozen; only those of the adapters if there are any."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
 
@@ -271,6 +271,8 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
         )
     model.to(device).eval()
     reference = None
+    if cfg.trained_layers:
+        freeze_first_layers(model, num_trained=cfg.trained_layers)
     if cfg.use_lora:
         model = add_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha)
     elif cfg.kl_weight > 0:
@@ -316,6 +318,22 @@ def _check_packing(llm: LanguageModel, *, path: str) -> None:
         f"llm.path={path}: a model of type {llm.model.config.model_type} cannot score several commands at once "
         f"({reason}); give a model that has attention layers only, such as Qwen2.5, Llama or SmolLM2"
     )
+
+
+def freeze_first_layers(model: Any, *, num_trained: int) -> None:
+    """Train only the last ``num_trained`` layers of a transformers model and what follows them.
+
+    The embeddings are frozen, also if the output layer shares them.
+
+    Raises:
+        UserError: the model has fewer layers.
+    """
+    num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
+    if num_trained > num_layers:
+        raise UserError(f"llm.trained_layers={num_trained}: the LLM has {num_layers} layers; give at most this number")
+    (layers,) = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers)
+    model.get_input_embeddings().requires_grad_(False)
+    layers[: num_layers - num_trained].requires_grad_(False)
 
 
 def add_lora(model: Any, *, r: int, alpha: int) -> Any:

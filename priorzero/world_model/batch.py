@@ -12,11 +12,35 @@ from priorzero.world_model.segment import PriorZeroGameSegment
 
 
 @dataclass(frozen=True)
+class SampledDecisions:
+    """n decisions, in runs of consecutive decisions of an episode.
+
+    Attributes:
+        records: the decisions.
+        returns: the return of each, ``[n]``.
+        weights: importance weight of each, ``[n]``; 1 if each decision was drawn on its own.
+    """
+
+    records: list[StepRecord]
+    returns: np.ndarray
+    weights: np.ndarray
+
+
+@dataclass(frozen=True)
 class SampledSequences:
-    """Where the B sequences of a batch begin: at ``segments[b].records[positions[b]]``."""
+    """Where the B sequences of a batch begin: at ``segments[b].records[positions[b]]``.
+
+    Attributes:
+        segments: B of them.
+        positions: ``[B]``.
+        probs: for each segment, the probability with which each of its n decisions is drawn, ``[n]``.
+        offsets: uniform random numbers in [0, 1) that place the runs of :meth:`decisions`, ``[B]``.
+    """
 
     segments: list[PriorZeroGameSegment]
-    positions: np.ndarray  # [B]
+    positions: np.ndarray
+    probs: list[np.ndarray]
+    offsets: np.ndarray
 
     def records(self) -> list[StepRecord]:
         """The first decision of each sequence."""
@@ -25,6 +49,28 @@ class SampledSequences:
     def returns(self) -> np.ndarray:
         """The return of each of these decisions, ``[B]``."""
         return np.array([segment.returns[t] for segment, t in zip(self.segments, self.positions, strict=True)])
+
+    def decisions(self, count: int, *, run_length: int) -> SampledDecisions:
+        """About ``count`` decisions in runs of at most ``run_length`` consecutive ones, for the LLM.
+
+        Each run contains the first decision of one sequence, at a random place of the run. Runs that would leave the
+        segment are moved into it. So a decision is drawn more or less often than its priority says; the importance
+        weights correct this: the expected sum of the weights of each decision is proportional to its priority. Runs are
+        shorter in segments with fewer decisions.
+        """
+        num_runs = -(-count // run_length)
+        records, returns, weights = [], [], []
+        for b, own in enumerate(np.array_split(np.arange(count), num_runs)):
+            segment = self.segments[b]
+            size = len(segment.records)
+            length = min(len(own), size)
+            shift = int(self.offsets[b] * length)
+            start = int(np.clip(self.positions[b] - shift, 0, size - length))
+            run = slice(start, start + length)
+            records += segment.records[run]
+            returns.append(np.asarray(segment.returns[:size])[run])
+            weights.append(len(own) * (self.probs[b] / inclusion_probs(self.probs[b], run_length=length))[run])
+        return SampledDecisions(records, np.concatenate(returns), np.concatenate(weights))
 
 
 @dataclass(frozen=True)
@@ -71,3 +117,17 @@ class ReplayBatch:
         current, target = self.to_lightzero()
         parts = {"current": current, "target": target}
         return {name: [torch.as_tensor(np.asarray(array)) for array in part] for name, part in parts.items()}
+
+
+def inclusion_probs(probs: np.ndarray, *, run_length: int) -> np.ndarray:
+    """The probability that a run contains each decision of a segment, ``[n]``; see :meth:`SampledSequences.decisions`.
+
+    Args:
+        probs: the probability that each decision is drawn, ``[n]``.
+        run_length: length of the run, at most n.
+    """
+    last_start = len(probs) - run_length
+    starts = np.zeros(last_start + 1)
+    for shift in range(run_length):
+        np.add.at(starts, np.clip(np.arange(len(probs)) - shift, 0, last_start), probs / run_length)
+    return np.convolve(starts, np.ones(run_length))

@@ -143,7 +143,10 @@ class PriorZeroGameBuffer(UniZeroGameBuffer):
         places = [self.game_segment_game_pos_look_up[i] for i in index]
         segments = [self.game_segment_buffer[number - self.base_idx] for number, _ in places]
         positions = np.array([t for _, t in places])
-        self._sampled = SampledSequences(segments, positions)  # LightZero's sample does not return them
+        firsts = index - positions  # index of the first decision of each segment
+        of_segments = [probs[i : i + len(s.records)] for i, s in zip(firsts, segments, strict=True)]
+        # LightZero's sample does not return them.
+        self._sampled = SampledSequences(segments, positions, of_segments, self._rng.random(batch_size))
         # Evictions do not change these numbers, so update_priority finds the decisions afterwards.
         return segments, positions, index + self.num_evicted, is_weights, np.zeros(batch_size)
 
