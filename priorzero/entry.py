@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from priorzero.settings import Settings
 from priorzero.types import UserError
 
 if TYPE_CHECKING:
+    from priorzero.preflight import Preparation
     from priorzero.runs.checkpoint import Checkpoint
 
 EXAMPLES = """examples:
@@ -125,7 +127,7 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
     Raises:
         UserError: there is no such run, or the settings are invalid.
     """
-    from priorzero.runs.folder import rename_unsaved  # late: imports torch and LightZero
+    from priorzero.runs.folder import rename_unsaved  # late, since most runs are not resumed
     from priorzero.runs.resume import find_checkpoint
 
     base, flags = layers_from(arguments)
@@ -178,13 +180,29 @@ def _run(arguments: argparse.Namespace) -> int:
             settings, checkpoint = settings_from(arguments), None
         else:
             settings, checkpoint = resume_from(arguments)
-        from priorzero.train import run_training  # late: imports torch and LightZero
+        from priorzero.preflight import prepare  # late, since --help does not need it
 
-        run_training(settings, checkpoint=checkpoint)
+        with prepare(settings, checkpoint=checkpoint) as prepared:
+            run_prepared = _import_training()
+            run_prepared(prepared)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _import_training() -> Callable[[Preparation], object]:
+    """Import torch and LightZero, which takes seconds; returns :func:`priorzero.train.run_prepared`.
+
+    Garbage collection is off meanwhile: it would search the growing set of modules again and again, and find nothing.
+    """
+    gc.disable()
+    try:
+        from priorzero.train import run_prepared
+    finally:
+        gc.enable()
+    gc.freeze()  # the modules stay, so later collections need not search them
+    return run_prepared
 
 
 if __name__ == "__main__":

@@ -11,6 +11,9 @@ from typing import Any
 
 from priorzero.config import describe_settings, resolve_settings
 from priorzero.entry import add_common_arguments, layers_from
+from priorzero.envs import resolve_games
+from priorzero.preflight import check_games, check_models
+from priorzero.runs.folder import new_run_folder
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -73,6 +76,19 @@ def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str])
     return resolve_settings(*base[:1], *([DEBUG_SETTINGS] if debug else []), *base[1:], *flags, own)
 
 
+def _check(settings: Settings) -> None:
+    """The checks that need neither torch nor Ray. The models' files are needed on this machine only without a cluster.
+
+    Raises:
+        UserError: the first problem.
+    """
+    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+    check_games(settings, games=games, unseen=unseen)
+    folder = new_run_folder(settings, games)
+    if not settings.cluster.address:
+        check_models(settings, folder=folder)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -88,6 +104,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_from(arguments, os.environ)
         if importlib.util.find_spec("ray") is None:
             raise UserError("Ray is not installed; type pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
+        _check(settings)
         from priorzero.cluster.train import run_on_cluster  # late: imports torch, LightZero and Ray
 
         run_on_cluster(settings)
