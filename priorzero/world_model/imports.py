@@ -7,7 +7,7 @@ import importlib.abc
 import importlib.machinery
 import sys
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, MutableSequence
 from typing import Any
 
 import torch
@@ -34,7 +34,7 @@ class Unavailable:
 
 
 class _EmptyModule(types.ModuleType):
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012 (a package; it has no files)
 
     def __getattr__(self, name: str) -> Unavailable:
         if name.startswith("__"):
