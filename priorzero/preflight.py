@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
 
-from priorzero.envs import GameSpec, GameWorker, make_workers, resolve_games
+from priorzero.envs import GameSpec, GameWorker, check_names, make_workers, resolve_games
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
@@ -59,10 +59,10 @@ def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iter
         UserError: an error that the user can correct; nothing was written.
     """
     settings = settings.model_copy(deep=True)
-    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
-    check_games(settings, games=games, unseen=unseen)
+    if checkpoint is not None:
+        settings.run.output_dir = str(checkpoint.run_folder.parent)
+    games, unseen = check_inputs(settings)
     folder = new_run_folder(settings, games) if checkpoint is None else checkpoint.run_folder
-    check_models(settings, folder=folder)
     lock: TextIO | None = None
     if checkpoint is not None:
         lock = prepare_resume(checkpoint, settings, games=games)
@@ -76,6 +76,28 @@ def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iter
             worker.kill()
         if lock is not None:
             lock.close()
+
+
+def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[GameSpec], list[GameSpec]]:
+    """Check the games, and the models and the machine with :func:`check_models`.
+
+    Args:
+        settings: all settings.
+        with_models: False if the models are loaded on other machines.
+
+    Returns:
+        The games of ``run.env_id`` and of ``eval.unseen``.
+
+    Raises:
+        UserError: the first problem.
+    """
+    for names in (settings.run.env_id, settings.eval.unseen):
+        check_names(names)
+    if with_models:
+        check_models(settings)
+    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+    check_games(settings, games=games, unseen=unseen)
+    return games, unseen
 
 
 def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
@@ -97,8 +119,8 @@ def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequen
         raise UserError(f"eval.unseen contains games of run.env_id: {names}; give other games")
 
 
-def check_models(settings: Settings, *, folder: Path) -> None:
-    """Check the device, the engine, the models' files, and the disk space for a checkpoint in ``folder``.
+def check_models(settings: Settings) -> None:
+    """Check the device, the engine, the models' files, and the disk space for a checkpoint.
 
     Raises:
         UserError: the first problem.
@@ -115,7 +137,7 @@ def check_models(settings: Settings, *, folder: Path) -> None:
         llm = check_llm(settings.llm)
     encoder = check_encoder(settings.encoder.path)
     if settings.run.max_env_step > 0:
-        _check_disk(folder, size=checkpoint_size(settings, llm=llm, encoder=encoder))
+        _check_disk(Path(settings.run.output_dir), size=checkpoint_size(settings, llm=llm, encoder=encoder))
 
 
 # ---- disk ----
@@ -151,12 +173,12 @@ def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -
     return rows * wm.embed_dim
 
 
-def _check_disk(folder: Path, *, size: int) -> None:
-    """Raise UserError if ``size`` bytes are not free where ``folder`` is, or will be."""
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+def _check_disk(output_dir: Path, *, size: int) -> None:
+    """Raise UserError if ``size`` bytes are not free where ``output_dir`` is, or will be."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size:
         raise UserError(
-            f"run.output_dir={folder.parent}: {free / 1e9:.1f} GB are free, but a checkpoint needs about "
+            f"run.output_dir={output_dir}: {free / 1e9:.1f} GB are free, but a checkpoint needs about "
             f"{size / 1e9:.1f} GB; free some space, or give a folder on another disk: --set run.output_dir=FOLDER"
         )

@@ -11,8 +11,7 @@ from typing import Any
 
 from priorzero.config import describe_settings, resolve_settings
 from priorzero.entry import add_common_arguments, layers_from
-from priorzero.envs import resolve_games
-from priorzero.preflight import check_games, check_models
+from priorzero.preflight import check_inputs
 from priorzero.runs.folder import new_run_folder
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -82,11 +81,8 @@ def _check(settings: Settings) -> None:
     Raises:
         UserError: the first problem.
     """
-    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
-    check_games(settings, games=games, unseen=unseen)
-    folder = new_run_folder(settings, games)
-    if not settings.cluster.address:
-        check_models(settings, folder=folder)
+    games, _ = check_inputs(settings, with_models=not settings.cluster.address)
+    new_run_folder(settings, games)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

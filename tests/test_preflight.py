@@ -56,23 +56,21 @@ def test_entry_looks_for_a_run_to_resume_without_torch(tmp_path):
         ({"encoder": {"path": "./nowhere"}}, "encoder.path=./nowhere: no such folder"),
     ],
 )
-def test_check_models_refuses_settings_that_this_machine_cannot_run(
-    tmp_path, monkeypatch, tiny_llm_folder, changes, words
-):
+def test_check_models_refuses_settings_that_this_machine_cannot_run(monkeypatch, tiny_llm_folder, changes, words):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr("priorzero.llm.engine_choice.importlib.util.find_spec", lambda _: object())
     settings = make_settings({"llm": {"path": str(tiny_llm_folder)}}, changes)
     with pytest.raises(UserError, match=words):
-        check_models(settings, folder=tmp_path / "run")
+        check_models(settings)
 
 
-def test_check_models_needs_no_disk_for_an_evaluation(tmp_path, monkeypatch, tiny_llm_folder):
+def test_check_models_needs_no_disk_for_an_evaluation(monkeypatch, tiny_llm_folder):
     monkeypatch.setattr("priorzero.preflight.checkpoint_size", lambda *_, **__: 10**18)
     evaluation = {"llm": {"path": str(tiny_llm_folder)}, "run": {"max_env_step": 0}}
-    check_models(make_settings(evaluation), folder=tmp_path / "run")
+    check_models(make_settings(evaluation))
     evaluation["run"]["max_env_step"] = 1
     with pytest.raises(UserError, match="needs about 1000000000"):
-        check_models(make_settings(evaluation), folder=tmp_path / "run")
+        check_models(make_settings(evaluation))
 
 
 @pytest.mark.parametrize(
@@ -108,6 +106,16 @@ def test_prepare_starts_the_games_and_ends_them(tmp_path, tiny_llm_folder):
             assert len(processes) == 2 and all(Path(f"/proc/{pid}").exists() for pid in processes)
             assert not prepared.folder.exists()
         assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
+
+
+def test_prepare_generates_no_game_before_the_models_are_checked(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    layer = {"run": {"env_id": "textworld:simple?seed=71"}, "llm": {"path": "./nowhere"}}
+    for env_id, words in ((layer["run"]["env_id"], "llm.path=./nowhere"), ("textworld:simple?sed=7", "'sed'")):
+        layer["run"]["env_id"] = env_id
+        with pytest.raises(UserError, match=words), prepare(make_settings(layer)):
+            pass
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_worker_that_was_launched_is_started_once():
