@@ -173,7 +173,8 @@ def load_tokenizer(cfg: LLMSettings) -> Any:
         )
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
         raise no_chat_template(cfg.path)
-    template = tokenizer.get_chat_template()
+    with _load_errors(cfg.path):
+        template = tokenizer.get_chat_template()
     tokenizer.chat_template = usable_template(template, special_tokens=tokenizer.special_tokens_map, path=cfg.path)
     return tokenizer
 
