@@ -20,6 +20,7 @@ from priorzero.play.evaluator import Evaluator, Evaluators
 from priorzero.play.player import Player
 from priorzero.play.text_encoder import TextEncoder
 from priorzero.policy import PriorZeroPolicy
+from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import Settings
@@ -82,9 +83,12 @@ def make_agent(
     """
     timeline = Timeline(keep=settings.run.trace_iterations)
     world_model_thread = OwnerThread("world-model", timeline)
-    encoder = make_encoder(settings, device=device)
-    llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
-    policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
+    with announced("loading the text encoder"):
+        encoder = make_encoder(settings, device=device)
+    with announced("loading the LLM"):
+        llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
+    with announced("building the world model"):
+        policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
     engine, prior = None, None
     if llm is not None:
         engine = make_engine(settings, llm=llm, vllm_log=vllm_log)
@@ -146,7 +150,9 @@ async def start_workers(workers: Sequence[GameWorker], *, meanwhile: Callable[[]
     await asyncio.sleep(0)  # the processes are started now
     try:
         agent = meanwhile()
-        for outcome in await starting:
+        with announced("starting the games"):
+            outcomes = await starting
+        for outcome in outcomes:
             if isinstance(outcome, UserError):
                 raise outcome
     except BaseException:

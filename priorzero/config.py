@@ -53,7 +53,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "ppo": {"max_decisions": 8},  # a decision takes 25 s, actor and critic together
         "replay": {"segment_length": 50},
         "train": {"batch_size": 32, "update_per_collect": 5},
-        "eval": {"episodes": 1},
+        "eval": {"episodes": 1, "at_start": True},
     },
     "pure_unizero": {"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}},
     "llm_only_sft": {"llm": {"enable_rft": False}},

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from loguru import logger
+
 from priorzero.config import (
     PRESETS,
     describe_settings,
@@ -16,6 +18,8 @@ from priorzero.config import (
     read_config_file,
     resolve_settings,
 )
+from priorzero.runs.progress import terminal_output
+from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import exit_immediately_on_signal
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -179,22 +183,29 @@ def _run(arguments: argparse.Namespace) -> int:
         print(describe_settings())
         return 0
     try:
-        if arguments.resume is None:
-            settings, checkpoint = settings_from(arguments), None
-        else:
-            settings, checkpoint = resume_from(arguments)
-        from priorzero.preflight import prepare  # late, since --help does not need it
-
-        with prepare(settings, checkpoint=checkpoint) as prepared:
-            from priorzero.train import run_prepared  # late: imports torch and LightZero, which takes seconds
-
-            gc.enable()
-            gc.freeze()  # the modules stay, so later collections need not search them
-            run_prepared(prepared)
+        with terminal_output():
+            _train(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    if arguments.resume is None:
+        settings, checkpoint = settings_from(arguments), None
+        logger.info(f"starting: {settings.run.env_id}, seed {settings.run.seed}")
+    else:
+        logger.info(f"starting: --resume {arguments.resume}")
+        settings, checkpoint = resume_from(arguments)
+    from priorzero.preflight import prepare  # late, since --help does not need it
+
+    with prepare(settings, checkpoint=checkpoint) as prepared:
+        with announced("loading the libraries"):
+            from priorzero.train import run_prepared  # late: imports torch and LightZero, which takes seconds
+        gc.enable()
+        gc.freeze()  # the modules stay, so later collections need not search them
+        run_prepared(prepared)
 
 
 if __name__ == "__main__":

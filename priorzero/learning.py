@@ -9,6 +9,7 @@ from priorzero.agent import Agent
 from priorzero.policy import PriorZeroPolicy, add_total_loss
 from priorzero.runs.counters import Counters
 from priorzero.runs.nonfinite import NonFiniteUpdates
+from priorzero.runtime.activity import announced
 from priorzero.settings import Settings
 from priorzero.types import NonFiniteError
 from priorzero.world_model.batch import ReplayBatch, SampledSequences
@@ -68,11 +69,12 @@ class Learner:
         metrics: dict[str, float] = {}
         batch: ReplayBatch | None = None
         if counters.is_due(settings.train.update_every):
-            for _ in range(settings.train.update_per_collect):
-                batch, update_metrics = await self._agent.world_model_thread.run(
-                    "world-model update", self._update_world_model
-                )
-                metrics.update(update_metrics)
+            with announced("learning: world model"):
+                for _ in range(settings.train.update_per_collect):
+                    batch, update_metrics = await self._agent.world_model_thread.run(
+                        "world-model update", self._update_world_model
+                    )
+                    metrics.update(update_metrics)
         prior, llm_learner = self._agent.prior, self._agent.policy.llm_learner
         if prior is not None and llm_learner and llm_learner.learns and counters.is_due(settings.llm.update_every):
             first = None if batch is None else batch.sequences
@@ -81,7 +83,8 @@ class Learner:
                 metrics.update(await self._update_llm(first))
                 return self._counters.llm_version
 
-            await prior.learn(update_llm)
+            with announced("learning: LLM"):
+                await prior.learn(update_llm)
         add_total_loss(metrics)
         metrics["train/updates_left_out"] = float(self._nonfinite.total)
         self._log(metrics, self._counters.train_iter)

@@ -81,6 +81,7 @@ class PriorZeroPolicy(UniZeroLearner):
                 predicted_value=float(value),
                 policy_logits=own,
                 root_logits=mixed,
+                action_values=tree.action_values(discount=self.search_cfg.discount_factor),
             )
             for tree, value, own, mixed in zip(trees, values, policy_logits, root_logits, strict=True)
         ]

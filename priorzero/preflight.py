@@ -19,6 +19,7 @@ from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.folder import new_run_folder
 from priorzero.runs.resume import prepare_resume
+from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -95,7 +96,8 @@ def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[
         check_names(names)
     if with_models:
         check_models(settings)
-    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+    with announced("preparing the games"):
+        games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
     check_games(settings, games=games, unseen=unseen)
     return games, unseen
 

@@ -9,10 +9,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from loguru import logger
+
 from priorzero.config import describe_settings, resolve_settings
 from priorzero.entry import add_common_arguments, layers_from
 from priorzero.preflight import check_inputs
 from priorzero.runs.folder import new_run_folder
+from priorzero.runs.progress import terminal_output
+from priorzero.runtime.activity import announced
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -97,13 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(describe_settings())
         return 0
     try:
-        settings = settings_from(arguments, os.environ)
-        if importlib.util.find_spec("ray") is None:
-            raise UserError("Ray is not installed; type pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
-        _check(settings)
-        from priorzero.cluster.train import run_on_cluster  # late: imports torch, LightZero and Ray
-
-        run_on_cluster(settings)
+        with terminal_output():
+            _train(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -111,6 +110,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    settings = settings_from(arguments, os.environ)
+    if importlib.util.find_spec("ray") is None:
+        raise UserError("Ray is not installed; type pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
+    logger.info(f"starting: {settings.run.env_id}, seed {settings.run.seed}")
+    _check(settings)
+    with announced("loading the libraries"):
+        from priorzero.cluster.train import run_on_cluster  # late: imports torch, LightZero and Ray
+    run_on_cluster(settings)
 
 
 if __name__ == "__main__":

@@ -379,6 +379,7 @@ class EvalSettings(SettingsGroup):
     every: Whole = Field(
         500, ge=1, description="iterations between evaluations; there is also one at the end of the run"
     )
+    at_start: bool = Field(False, description="also evaluate before training, to compare with the end")
     episodes: Whole = Field(2, ge=1, description="episodes per mode and game")
     modes: Annotated[list[EvalMode], BeforeValidator(_names)] = Field(
         list(EVAL_MODES[:3]), min_length=1, description="the agents to evaluate"

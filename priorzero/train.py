@@ -16,6 +16,7 @@ from priorzero.play.collector import Collector
 from priorzero.preflight import Preparation, prepare
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.errors import reported_to_user
+from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
 from priorzero.runtime.random_state import seed_globals
 from priorzero.settings import Settings
@@ -23,6 +24,7 @@ from priorzero.training_run import TrainingRun
 from priorzero.types import EngineError, GameWorkerError, UserError
 
 
+@terminal_output()
 def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) -> RunSummary:
     """Train with these settings.
 

@@ -20,6 +20,7 @@ from priorzero.runs.counters import Counters
 from priorzero.runs.folder import create_files, truncate_files
 from priorzero.runs.logger import RunLogger, log_segments, log_start
 from priorzero.runs.nonfinite import NonFiniteUpdates
+from priorzero.runs.report import report_at_end
 from priorzero.runs.saver import Saver
 from priorzero.runs.summary import (
     RunSummary,
@@ -28,7 +29,10 @@ from priorzero.runs.summary import (
     format_table,
     peak_memory_mb,
     summary_rows,
+    summary_text,
+    time_text,
 )
+from priorzero.runtime.activity import activities, announced
 from priorzero.runtime.concurrency import StopRequest
 from priorzero.settings import Settings
 from priorzero.types import Plain
@@ -44,7 +48,8 @@ class TrainingRun:
         counters: how far the run is.
         learner: updates both models in the background.
         stop: whether Ctrl-C or SIGTERM requested a stop.
-        evaluation_due: an evaluation is the next step. A run with ``run.max_env_step=0`` consists of one.
+        evaluation_due: an evaluation is the next step. A new run begins with one if ``eval.at_start`` is set; a run
+            with ``run.max_env_step=0`` consists of one.
         save_due: a checkpoint is the next step, after an evaluation that is due.
     """
 
@@ -62,7 +67,7 @@ class TrainingRun:
         self.settings, self.games, self.folder = settings, games, folder
         self.agent, self.collector, self.evaluators = agent, collector, evaluators
         self.counters = Counters()
-        self.evaluation_due = settings.run.max_env_step == 0
+        self.evaluation_due = settings.run.max_env_step == 0 or (settings.eval.at_start and checkpoint is None)
         self.save_due = False
         self.stop = StopRequest()
         self.saver = Saver(folder, keep=settings.run.keep_checkpoints)
@@ -73,8 +78,10 @@ class TrainingRun:
         self._state = RunState(settings, agent, collector)
         self._checkpoint = checkpoint
         self._initial_fingerprints = trained_fingerprints(agent)
+        self._start_up_s = 0.0
         self._lock: TextIO | None = None
         self._logger: RunLogger | None = None
+        self._error: BaseException | None = None  # it ends the run
         self._evaluations: dict[str, Evaluation] = {}
         self._unstored: Collected | None = None  # not in the replay buffer yet
         self._unlogged: Collected | None = None
@@ -89,6 +96,11 @@ class TrainingRun:
     def is_finished(self) -> bool:
         """Whether the run has reached ``run.max_iter`` or ``run.max_env_step``."""
         return self.counters.is_finished(self.settings.run)
+
+    @property
+    def _env_steps(self) -> int:
+        """Environment steps so far, also during an iteration."""
+        return self.collector.env_steps + self.collector.collected.env_steps
 
     @property
     def games_text(self) -> str:
@@ -109,13 +121,16 @@ class TrainingRun:
         log_start(settings, games=self.games_text, where=str(agent.device), folder=self.folder)
         if agent.llm is not None:
             warn_of_long_prompts(agent.llm, settings.llm)
-        saved = None if self._checkpoint is None else await self._restore(self._checkpoint)
-        self._logger = RunLogger(self.folder, settings.run, state=saved)
-        if agent.engine is not None and agent.policy.llm_version:
-            await agent.engine.sync_weights(agent.policy.llm_version)
-        elif agent.engine is not None:
-            await agent.engine.ready()
+        with announced("loading the checkpoint"):
+            saved = None if self._checkpoint is None else await self._restore(self._checkpoint)
+        self._logger = RunLogger(self.folder, settings.run, state=saved, env_steps=lambda: self._env_steps)
+        with announced(f"starting {'vLLM' if settings.prior.engine == 'vllm' else 'the LLM'}"):
+            if agent.engine is not None and agent.policy.llm_version:
+                await agent.engine.sync_weights(agent.policy.llm_version)
+            elif agent.engine is not None:
+                await agent.engine.ready()
         agent.timeline.discard_interval()
+        self._start_up_s = activities.elapsed_s
 
     async def _restore(self, checkpoint: Checkpoint) -> Plain:
         """Restore the run; returns the logger's state."""
@@ -145,7 +160,9 @@ class TrainingRun:
     async def collect(self) -> Collected | None:
         """Collect the steps of an iteration; None if a stop is requested before the end."""
         num_steps = self.settings.train.collect_env_steps
-        collected = await self.collector.collect(num_steps, stop=lambda: self.stop.requested)
+        self.logger.progress.start(iteration=self.counters.iteration, env_step=self.counters.env_step)
+        with announced("collecting"):
+            collected = await self.collector.collect(num_steps, stop=lambda: self.stop.requested)
         self._unstored = self._unlogged = collected
         return collected
 
@@ -188,6 +205,8 @@ class TrainingRun:
         self._evaluations = self.logger.log_evaluations(
             results, env_step=self.counters.env_step, prior_fallbacks=fallbacks
         )
+        if self.agent.engine is not None and not self._env_steps:  # `eval.at_start` must not change what follows
+            await self.agent.engine.clear_cache()
         self.evaluation_due = False
         self.agent.timeline.discard_interval()
 
@@ -208,9 +227,10 @@ class TrainingRun:
             "initial_fingerprints": self._initial_fingerprints,
             "logger": self.logger.state_dict(),
         }
-        await self.saver.save(
-            name, write=lambda folder: self._state.write(folder, loop=loop), about=self._about(self.evaluation_due)
-        )
+        with announced("saving"):
+            await self.saver.save(
+                name, write=lambda folder: self._state.write(folder, loop=loop), about=self._about(self.evaluation_due)
+            )
 
     def _about(self, evaluation_due: bool) -> dict[str, Any]:
         """The run's entries in a checkpoint's manifest."""
@@ -225,6 +245,7 @@ class TrainingRun:
 
     async def save_after(self, error: BaseException) -> None:
         """Save what was learned when an error ends the run. The iteration is completed without further updates."""
+        self._error = error
         await self.learner.stop()
         if self._logger is None:  # the run has not begun
             return
@@ -239,7 +260,7 @@ class TrainingRun:
         self.saver.log_last()
 
     async def close(self) -> None:
-        """Close the prior engine and the files, and write the trace."""
+        """Close the prior engine and the files, and write the trace and the report."""
         if self.agent.engine is not None:
             await self.agent.engine.close()
         if self._logger is not None:
@@ -247,6 +268,8 @@ class TrainingRun:
         if self._lock is not None:
             self._lock.close()
         self.agent.timeline.write_trace(self.folder / "trace.json")
+        if self._logger is not None:
+            report_at_end(self.folder, error=self._error)
 
     def summary(self) -> RunSummary:
         """Log and return the summary of the run.
@@ -258,14 +281,39 @@ class TrainingRun:
         self.saver.check()
         rows = self._rows()
         stopped = self.stop.requested and (self.evaluation_due or not self.is_finished)
-        logger.info(f"{'stopped' if stopped else 'done'}:\n" + format_table(rows))
-        if stopped and self.saver.last is not None:
-            logger.info(f"to continue: python -m priorzero.entry --resume {self.folder}")
+        logger.debug("details:\n" + format_table(rows))
+        logger.info(self._summary_text(stopped=stopped))
         return RunSummary(self.folder, rows, dict(self.logger.writer.last), self._evaluations, stopped)
+
+    def _summary_text(self, *, stopped: bool) -> str:
+        counters, llm_learner = self.counters, self.agent.policy.llm_learner
+        updates = f"world model {counters.train_iter or self._no_update}"
+        if llm_learner is not None:
+            updates += f", LLM {counters.llm_version if llm_learner.learns else '0 (it is not trained)'}"
+        return summary_text(
+            counters,
+            stopped=stopped,
+            folder=self.folder,
+            settings=self.settings,
+            games=self.games_text,
+            num_episodes=self.collector.num_episodes,
+            updates=updates,
+            time=time_text(
+                activities.seconds,
+                start_up_s=self._start_up_s,
+                total_s=activities.elapsed_s,
+                spent_s=self.logger.spent_s,
+            ),
+            checkpoint=self.saver.last,
+            resumable=True,
+        )
+
+    @property
+    def _no_update(self) -> str:
+        return f"0 (fewer than train.batch_size={self.settings.train.batch_size} decisions were stored)"
 
     def _rows(self) -> dict[str, Any]:
         counters, agent = self.counters, self.agent
-        nothing_learned = f"0 (fewer than train.batch_size={self.settings.train.batch_size} decisions were stored)"
         now = trained_fingerprints(agent)
         return summary_rows(
             counters,
@@ -274,7 +322,7 @@ class TrainingRun:
             num_episodes=self.collector.num_episodes,
             recent_returns=self.collector.recent_returns,
             updates={
-                "world-model updates": counters.train_iter or nothing_learned,
+                "world-model updates": counters.train_iter or self._no_update,
                 "LLM updates": counters.llm_version if agent.llm is not None else "no LLM",
                 **{
                     f"{name} tensors moved": f"{count_moved(before, now[name])} of {len(before)}"

@@ -123,7 +123,7 @@ def num_new_tokens(rows: Sequence[PromptRow]) -> int:
     for row in rows:
         prefixes = [tuple(row.prompt_ids[: n + 1]) for n in range(len(row.prompt_ids))]
         total += max(1, sum(prefix not in known for prefix in prefixes))
-        total += pack([row], dtype=torch.float32, device="cpu").num_logits - 1
+        total += len(pack([row], dtype=torch.float32, device="cpu").predictors) - 1
         known.update(prefixes)
     return total
 
@@ -137,7 +137,7 @@ def num_operations(llm: LanguageModel, rows: Sequence[PromptRow]) -> float:
     """Floating point operations in matrix products with the parameters. The output layer is not used for all tokens."""
     output = llm.model.get_output_embeddings().weight.numel()
     inner = sum(p.numel() for p in llm.model.parameters()) - output
-    predicting = sum(pack([row], dtype=torch.float32, device="cpu").num_logits for row in rows)
+    predicting = sum(len(pack([row], dtype=torch.float32, device="cpu").predictors) for row in rows)
     return 2.0 * (inner * num_new_tokens(rows) + output * predicting)
 
 

@@ -53,7 +53,7 @@ def train(folder: Path, name: str, **groups: dict[str, Any]) -> Path:
             "run": {"output_dir": str(folder), "exp_name": name, "num_threads": 1},
             "env": {"collector_env_num": 1},
             "prior": {"timeout_s": 300.0},
-            "eval": {"every": NEVER, "modes": ["world_model"], "episodes": 1},
+            "eval": {"every": NEVER, "at_start": False, "modes": ["world_model"], "episodes": 1},
         },
         groups,
     )

@@ -97,7 +97,8 @@ def profile(spy: str) -> tuple[collections.Counter[str], float]:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "priorzero.entry", "--quick_test", "--exp_name", "run", "--max_iter", "100"]
         started = time.monotonic()
-        run = subprocess.Popen([*command, "--set", f"run.output_dir={folder}"], cwd=ROOT)
+        changes = ["--set", f"run.output_dir={folder}", "--set", "eval.at_start=false"]
+        run = subprocess.Popen([*command, *changes], cwd=ROOT)
         try:
             first_s = wait_for_second_iteration(run, Path(folder) / "run/log/run.log", started=started)
             return sample_stacks(spy, run.pid, Path(folder) / "samples"), first_s

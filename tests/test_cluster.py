@@ -32,6 +32,7 @@ from priorzero.llm.packing import PromptRow
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
 from priorzero.run_state import load_world_model
+from priorzero.runs.report.data import read_run
 from priorzero.runtime.timeline import TimeUsage
 from priorzero.types import PriorRequest, ProcessError, UserError
 from tests.helpers.models import make_settings, make_tiny_llm
@@ -364,7 +365,7 @@ def test_run_on_cluster_survives_the_death_of_each_process(tmp_path, tiny_llm_fo
             "ppo": {"critic_warmup_steps": 1, "max_staleness": 3, "max_decisions": 0},
             "cluster": {"num_collectors": 2, "num_learners": 2, "save_every": 2},
             "replay": {"segment_length": 8},
-            "eval": {"every": 1000, "modes": ["world_model_with_prior"]},
+            "eval": {"every": 1000, "at_start": True, "modes": ["world_model_with_prior"]},
         }
     )
     summary = run_on_cluster(settings)
@@ -387,6 +388,14 @@ def test_run_on_cluster_survives_the_death_of_each_process(tmp_path, tiny_llm_fo
     assert len(episodes) == rows["episodes finished"] > 0
     assert [e["env_step"] for e in episodes] == sorted(e["env_step"] for e in episodes)
     assert "world_model_with_prior" in summary.evaluations
+    run = read_run(summary.folder)
+    assert (run.iteration, run.env_step) == (9, rows["environment steps"]) and run.on_cluster and run.is_evaluated
+    assert (run.world_model_updates, run.llm_updates) == (8, 3) and len(run.transcripts[0]["steps"]) > 0
+    assert (summary.folder / "report.html").is_file()
+    evaluated = [line["env_step"] for line in lines(summary.folder, "evaluations.jsonl")]
+    assert evaluated == [0, rows["environment steps"]]
+    log = (summary.folder / "log" / "run.log").read_text()
+    assert "before     after" in log and "updates     world model 8, LLM 2" in log
 
     # The checkpoint can be loaded: the world model with its action vocabulary, and the LLM.
     folder = summary.folder / "checkpoints" / "iteration_9"

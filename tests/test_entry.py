@@ -29,7 +29,8 @@ def check(capsys, monkeypatch, tmp_path, arguments, *words):
     before = sorted(tmp_path.rglob("*"))
     assert entry.main(arguments) == 2
     stderr = capsys.readouterr().err
-    assert stderr.startswith("error: ") and "Traceback" not in stderr
+    *started, message = stderr.split("error: ", 1)
+    assert all("starting: " in line for line in "".join(started).splitlines()) and "Traceback" not in message
     for word in words:
         assert word in stderr
     assert sorted(tmp_path.rglob("*")) == before  # nothing was written

@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"learning", "run_state"},
     {"training_run"},
     {"train", "cluster"},
-    {"entry"},
+    {"entry", "report"},
     {"ray_entry"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -45,6 +45,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "lzero": ("world_model",),
     "ding": ("world_model",),
     "tensorboardX": ("runs",),
+    "tensorboard": ("runs",),
     "ray": ("cluster",),
     "orz": ("cluster",),
     "pydantic": ("settings", "config"),

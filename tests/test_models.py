@@ -154,5 +154,5 @@ def test_load_language_model_refuses_recurrent_layers(tmp_path, smollm2):
         layer_types=["conv", "full_attention"], max_position_embeddings=4096, initializer_range=0.2,
     )  # fmt: skip
     folder = save_model(tmp_path / "lfm2", config, smollm2.tokenizer)
-    with pytest.raises(UserError, match=r"of type lfm2 cannot score several commands in one row \(log-prob"):
+    with pytest.raises(UserError, match=r"of type lfm2 cannot score several commands at once \(log-prob"):
         load_language_model(make_settings({"llm": {"path": str(folder)}}).llm, device=torch.device("cpu"))

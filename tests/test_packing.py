@@ -61,3 +61,42 @@ def test_completion_logprobs_gradient_equals_that_of_one_sequence_per_completion
     plain = gradient(torch.cat(one_sequence_each(model, rows)).sum())
     assert plain.norm() > 1
     assert (packed - plain).norm() / plain.norm() < 1e-5
+
+
+def episode_rows(steps):
+    """Decisions of an episode: a transcript that grows, a tail of each decision, and its commands."""
+    transcript, rows = [9, 8, 7, 9, 8], []
+    for step in range(steps):
+        rows.append(PromptRow([*transcript, 6, step, 5], [[1, 2, 3], [1, 2], [4, step]]))
+        transcript += [3, step]
+    return rows
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 7, 128])
+def test_completion_logprobs_does_not_depend_on_the_block_size(model, block_size):
+    rows = episode_rows(6)
+    with torch.no_grad():
+        packed = completion_logprobs(model, pack(rows, dtype=torch.float32, device="cpu", block_size=block_size))
+        plain = torch.cat(one_sequence_each(model, rows))
+    torch.testing.assert_close(packed[packed != 0], plain, atol=1e-4, rtol=0)
+
+
+def test_pack_computes_every_distinct_prefix_once():
+    rows = episode_rows(6)
+    batch = pack(rows, dtype=torch.float32, device="cpu")
+    transcript, tails, commands = 5 + 5 * 2, 6 * 3, 6 * 3  # of a decision's commands: 1, 1 2, and 4
+    assert batch.input_ids.shape == (1, transcript + tails + commands)
+    assert pack([*rows, *rows], dtype=torch.float32, device="cpu").input_ids.tolist() == batch.input_ids.tolist()
+
+
+def test_attention_blocks_hold_only_the_keys_that_they_need():
+    trunk = list(range(8))
+    rows = [PromptRow([*trunk, branch, *range(10, 17)], [[1]]) for branch in (20, 21, 22)]
+    first, *branches = pack(rows, dtype=torch.float32, device="cpu", block_size=8).blocks
+    assert first.keys.tolist() == list(range(8))
+    for number, block in enumerate(branches):
+        own = range(8 + 8 * number, 16 + 8 * number)
+        assert (block.nodes.start, block.nodes.stop) == (own.start, own.stop)
+        assert block.keys.tolist() == [*range(8), *own]
+        seen = (block.mask[0, 0] == 0).tolist()
+        assert seen == [[True] * (8 + n + 1) + [False] * (7 - n) for n in range(8)]

@@ -31,7 +31,7 @@ class FixedSearch:
 
     def search(self, roots, *, num_actions):
         self.roots += roots
-        return [SearchResult(self.visits, 0.0, 0.0, np.zeros(3), np.zeros(3)) for _ in roots]
+        return [SearchResult(self.visits, 0.0, 0.0, np.zeros(3), np.zeros(3), np.zeros(3)) for _ in roots]
 
 
 class FixedNoise:

@@ -37,7 +37,7 @@ def test_entry_makes_all_checks_without_torch(tmp_path, tiny_llm_folder):
     )
     done = run_python(code, cwd=tmp_path)
     assert done.stdout == "2 set()\n"
-    assert done.stderr.startswith("error: run.output_dir=data_priorzero: 0.0 GB are free, but a checkpoint needs about")
+    assert "\nerror: run.output_dir=data_priorzero: 0.0 GB are free, but a checkpoint needs about" in done.stderr
     assert "--set run.output_dir=FOLDER" in done.stderr and list(tmp_path.iterdir()) == []
 
 

@@ -115,7 +115,7 @@ def test_run_without_an_llm_logs_and_saves_nothing_of_one(whole_run):
 def arguments(tmp_path, *more):
     """The command line of a long run of a toy game."""
     words = ["--quick_test", "--env_id", "toy", "--max_iter", "100000", "--exp_name", "run"]
-    layers = {**SHORT, "prior": {"enabled": False}, "eval": {"modes": "world_model", "every": 1000}}
+    layers = {**SHORT, "prior": {"enabled": False}, "eval": {"modes": "world_model", "every": 1000, "at_start": False}}
     layers["run"] = {"num_threads": 1, "checkpoint_every": 0, "output_dir": tmp_path}
     for group, values in layers.items():
         for key, value in values.items():

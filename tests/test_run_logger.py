@@ -1,8 +1,7 @@
-"""What a run logs: metrics, episodes, evaluations, the progress line and the summary."""
+"""What a run logs: metrics, episodes, evaluations; fingerprints and counters."""
 
 from __future__ import annotations
 
-import io
 import json
 import math
 
@@ -13,7 +12,6 @@ from priorzero.play.episode import EpisodeResult
 from priorzero.play.evaluator import Evaluation
 from priorzero.runs.counters import Counters
 from priorzero.runs.logger import MetricsWriter, RunLogger
-from priorzero.runs.progress import Progress
 from priorzero.runs.summary import count_moved, fingerprint
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import RunSettings
@@ -97,23 +95,6 @@ def test_run_logger_state_dict_holds_sizes_time_and_last_metrics(tmp_path):
     again.close()
     assert len(list(tmp_path.glob("events*"))) == 2  # one for each process, so that none is overwritten
     assert read_events(tmp_path)["a"] == [1.0, 2.0]
-
-
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
-def test_progress_is_one_line_on_a_terminal():
-    terminal = Terminal()
-    progress = Progress(max_iter=10, max_env_step=1000, every=2, terminal=terminal)
-    for iteration in range(1, 5):
-        progress.show(iteration=iteration, env_step=20 * iteration, episode_return=None, loss=1.5)
-    text = terminal.getvalue()
-    assert text.count("\r") == 2 and "\n" not in text
-    assert "iteration 4/10" in text and "env steps 80" in text and "return -" in text and "loss 1.500" in text
-    progress.end()
-    assert terminal.getvalue().endswith("\n")
 
 
 def test_fingerprint_detects_a_change_anywhere():

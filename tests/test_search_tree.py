@@ -195,3 +195,11 @@ def test_search_keeps_visit_counts_and_values_of_nodes_and_actions_consistent():
     assert math.isclose(tree.root.value_sum, sum(
         (child.reward + 0.97 * child.value) * child.visit_count for child in tree.root.children.values()
     ))  # fmt: skip
+
+
+def test_tree_action_values_are_reward_plus_discounted_value():
+    root = make_node(0.5, 0.25, 0.25, visit_count=4)
+    attach(root, 2, make_node(1.0, visit_count=2, value_sum=6.0, reward=1.0))
+    attach(root, 0, make_node(1.0, visit_count=1, value_sum=-4.0, reward=0.0))
+    values = Tree(root).action_values(discount=0.5)
+    assert values[0] == -2.0 and math.isnan(values[1]) and values[2] == 2.5  # 0 + 0.5 * -4, and 1 + 0.5 * 3

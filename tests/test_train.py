@@ -12,6 +12,7 @@ from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
 from priorzero.run_state import load_world_model
 from priorzero.runs.checkpoint import read_checkpoint
+from priorzero.runs.resume import newest_checkpoint
 from priorzero.runs.summary import count_moved, fingerprint
 from priorzero.types import UserError
 from tests.helpers.models import make_settings
@@ -168,6 +169,47 @@ def test_train_with_no_environment_steps_only_evaluates(tmp_path):
     assert summary.rows["environment steps"] == 0 and list(summary.evaluations) == ["random"]
     assert len(lines(summary.folder, "evaluations.jsonl")) == 1 and not summary.stopped
     assert not (summary.folder / "checkpoints").exists()
+
+
+def test_train_evaluates_at_the_start_without_an_effect_on_training(tmp_path, tiny_llm_folder):
+    """Episodes, losses and parameters are equal to the last digit."""
+    changes = {"run": {"max_iter": 4}, "llm": {"path": str(tiny_llm_folder)}, "eval": {"every": 1000}}
+    with toy_games():
+        plain, compared = (
+            train(short_settings(tmp_path / str(at_start), changes, {"eval": {"at_start": at_start}}))
+            for at_start in (False, True)
+        )
+        evaluated = [line["env_step"] for line in lines(compared.folder, "evaluations.jsonl")]
+        resumed = train(
+            short_settings(tmp_path / "True", changes, {"eval": {"at_start": True}, "run": {"max_iter": 5}}),
+            checkpoint=newest_checkpoint(compared.folder),
+        )
+    steps = plain.rows["environment steps"]
+    assert evaluated == [0, 0, 0, steps, steps, steps] and plain.rows["LLM updates"] > 0
+    again = [line["env_step"] for line in lines(resumed.folder, "evaluations.jsonl")]
+    assert again[:6] == evaluated and again[6:] == 3 * [resumed.rows["environment steps"]] and again[6] > steps
+    log = (resumed.folder / "log" / "run.log").read_text()
+    assert log.count("before     after") == 2  # also in the summary of the resumed run
+
+    def trained(run):
+        folder = run.folder / "checkpoints" / "iteration_4"
+        return [
+            fingerprint(torch.load(folder / "world_model.pt", weights_only=True)),
+            (folder / "llm" / "model.safetensors").read_bytes(),
+        ]
+
+    assert (
+        lines(plain.folder, "episodes.jsonl")
+        == lines(compared.folder, "episodes.jsonl")[: plain.rows["episodes finished"]]
+    )
+    assert trained(plain) == trained(compared)
+    names = ("train/", "prior/entropy_mean", "prior/remembered", "prior/prefix_cache_hit_rate")
+    events = [
+        {name: values for name, values in read_events(run.folder).items() if name.startswith(names)}
+        for run in (plain, compared)
+    ]
+    assert {"prior/remembered", "prior/prefix_cache_hit_rate", "train/llm_loss"} <= events[0].keys()
+    assert all(events[1][name][: len(values)] == values for name, values in events[0].items())
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,10 @@ from priorzero.runs.checkpoint import write_world_model
 from priorzero.runs.counters import Counters
 from priorzero.runs.logger import RunLogger
 from priorzero.runs.nonfinite import NonFiniteUpdates
+from priorzero.runs.report import report_at_end
 from priorzero.runs.saver import Saver
-from priorzero.runs.summary import RunSummary, format_table, summary_rows
+from priorzero.runs.summary import RunSummary, format_table, summary_rows, summary_text, time_text
+from priorzero.runtime.activity import activities, announced
 from priorzero.runtime.concurrency import StopRequest, gather_or_cancel
 from priorzero.runtime.timeline import TimeUsage
 from priorzero.settings import Settings
@@ -80,6 +82,8 @@ class ClusterRun:
         self._num_episodes = 0
         self._time_usage = TimeUsage(0.0, {}, 0.0, 0.0)
         self._evaluations: dict[str, Evaluation] = {}
+        self._error: BaseException | None = None  # it ends the run
+        self._start_up_s = 0.0
 
     def _make_ppo_engine(self, share: Share) -> PPOEngine:
         engines: dict[str, Any] = {"torch": TorchPPOEngine, "orz": OrzPPOEngine}
@@ -101,14 +105,18 @@ class ClusterRun:
         started = time.monotonic()
         if not self._engine.resumable:
             logger.warning(f"ppo.engine={self.settings.ppo.engine} cannot be restarted: if it dies, the run ends")
-        await gather_or_cancel(self._engine.start(), self.servers.start(), self._world_model.start())
+        with announced("starting the processes, which load the models"):
+            await gather_or_cancel(self._engine.start(), self.servers.start(), self._world_model.start())
         logger.info(f"all processes are ready after {time.monotonic() - started:.0f} s")
+        self._start_up_s = activities.elapsed_s
 
     # ---- the steps of an iteration ----
 
     async def collect(self) -> CollectorResult | None:
         """Wait for the first collector that finishes; None if a stop is requested."""
-        return await self.stop.run_or_cancel(self.collectors.next_result())
+        self.logger.progress.start(iteration=self.counters.iteration, env_step=self.counters.env_step)
+        with announced("collecting"):
+            return await self.stop.run_or_cancel(self.collectors.next_result())
 
     async def store(self, result: CollectorResult) -> None:
         """Put the collected segments into the replay buffer, and keep the trajectories for the next PPO step."""
@@ -128,7 +136,8 @@ class ClusterRun:
 
     async def _update_world_model(self) -> None:
         started = time.perf_counter()
-        metrics, self.counters.train_iter = await self.world_model.step(self._world_model.learn)
+        with announced("learning: world model"):
+            metrics, self.counters.train_iter = await self.world_model.step(self._world_model.learn)
         self.counters.wm_turns += 1
         parameters, version = await self.world_model.query(self._world_model.parameters)
         self._metrics["cluster/world_model_turn_s"] = time.perf_counter() - started
@@ -141,7 +150,8 @@ class ClusterRun:
         trajectories, self._trajectories = self._trajectories, []
         step_id = self.counters.ppo_steps + 1
         started = time.perf_counter()
-        result = await self.ppo.step(lambda: self._engine.ppo_step(trajectories, step_id))
+        with announced("learning: LLM"):
+            result = await self.ppo.step(lambda: self._engine.ppo_step(trajectories, step_id))
         self.counters.ppo_steps = step_id
         learned = time.perf_counter()
         if result.nonfinite:
@@ -186,7 +196,8 @@ class ClusterRun:
 
     async def evaluate(self, collector: int) -> None:
         """Let an idle collector evaluate. If it fails, or if a stop is requested, the evaluation is skipped."""
-        results = await self.stop.run_or_cancel(self.collectors.evaluate(collector))
+        with announced("evaluating"):
+            results = await self.stop.run_or_cancel(self.collectors.evaluate(collector))
         if results:
             self._evaluations = self.logger.log_evaluations(results, env_step=self.counters.env_step)
 
@@ -195,6 +206,10 @@ class ClusterRun:
         name, about = f"iteration_{self.counters.iteration}", {"counters": self.counters.as_dict()}
         if self.saver.is_saved(name, about=about):
             return
+        with announced("saving"):
+            await self._write_checkpoint(name, about)
+
+    async def _write_checkpoint(self, name: str, about: dict[str, Any]) -> None:
         reference, _ = await self.world_model.query(self._world_model.parameters)
         limit = self.settings.cluster.timeout_s
         parameters = await result_of(reference, timeout_s=limit, process="the world model's learner")
@@ -213,6 +228,7 @@ class ClusterRun:
 
     async def save_after(self, error: BaseException) -> None:
         """An error ends the run: save what can be saved of both models."""
+        self._error = error
         if not self.counters.iteration:
             return
         logger.warning(f"an error ends the run: {' '.join(str(error).split())[:200]}")
@@ -224,11 +240,12 @@ class ClusterRun:
         self.saver.log_last()
 
     async def close(self) -> None:
-        """Kill all processes, and close the files."""
+        """Kill all processes, close the files, and write the report."""
         await self.collectors.close()
         await self.servers.close()
         await self._engine.kill()
         self.logger.close()
+        report_at_end(self.folder, error=self._error)
 
     def summary(self) -> RunSummary:
         """Log and return the summary of the run. Raises UserError if the last checkpoint could not be written."""
@@ -236,8 +253,24 @@ class ClusterRun:
         self.saver.check()
         rows = self._rows()
         stopped = self.stop.requested
-        logger.info(f"{'stopped' if stopped else 'done'}:\n" + format_table(rows))
+        logger.debug("details:\n" + format_table(rows))
+        logger.info(self._summary_text(stopped=stopped))
         return RunSummary(self.folder, rows, dict(self.logger.writer.last), self._evaluations, stopped)
+
+    def _summary_text(self, *, stopped: bool) -> str:
+        counters = self.counters
+        return summary_text(
+            counters,
+            stopped=stopped,
+            folder=self.folder,
+            settings=self.settings,
+            games=self.games,
+            num_episodes=self._num_episodes,
+            updates=f"world model {counters.train_iter}, LLM {counters.llm_version}",
+            time=time_text(activities.seconds, start_up_s=self._start_up_s, total_s=activities.elapsed_s, spent_s=0.0),
+            checkpoint=self.saver.last,
+            resumable=False,
+        )
 
     def _rows(self) -> dict[str, Any]:
         counters = self.counters

@@ -22,11 +22,14 @@ from priorzero.preflight import check_games
 from priorzero.runs.errors import reported_to_user
 from priorzero.runs.folder import create_files, new_run_folder
 from priorzero.runs.logger import log_start
+from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
+from priorzero.runtime.activity import announced
 from priorzero.settings import Settings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
 
 
+@terminal_output()
 def run_on_cluster(settings: Settings) -> RunSummary:
     """Train on the Ray cluster at ``cluster.address``, or on one that is started here and ends with the run.
 
@@ -34,12 +37,14 @@ def run_on_cluster(settings: Settings) -> RunSummary:
     anything was written if possible.
     """
     settings = settings.model_copy(deep=True)
-    games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+    with announced("preparing the games"):
+        games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
     check_games(settings, games=games, unseen=unseen)
     check_settings(settings)
     folder = new_run_folder(settings, games).absolute()  # other processes may have another working directory
     settings.run.output_dir = str(folder.parent)
-    connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
+    with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
+        connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
     try:
         with reported_to_user(folder, settings, resumable=False):
             try:
@@ -53,6 +58,8 @@ def run_on_cluster(settings: Settings) -> RunSummary:
 
 async def training_loop(run: ClusterRun) -> None:
     """Train until the run is finished or a stop is requested."""
+    if run.settings.eval.at_start:
+        await run.evaluate(0)
     run.collectors.start_all()
     while not run.is_finished:
         # ---- collect: wait for the first collector that finishes ----

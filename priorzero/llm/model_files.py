@@ -19,6 +19,7 @@ from loguru import logger
 
 from priorzero.llm.chat_template import usable_template
 from priorzero.llm.hub import PACKAGES, check_hub, snapshot_folder
+from priorzero.runtime.activity import announced
 from priorzero.runtime.paths import user_cache_dir
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.settings import LLMSettings
@@ -70,7 +71,8 @@ def resolve_model(path: str, *, setting: str) -> str:
     found = _find(path, setting=setting)
     if isinstance(found, Package):
         if not (found.folder / "config.json").is_file():
-            _convert_gguf(found.gguf, found.folder)
+            with announced("converting the LLM, which is done once"):
+                _convert_gguf(found.gguf, found.folder)
         return str(found.folder)
     return str(found)
 

@@ -14,7 +14,13 @@ from loguru import logger
 
 from priorzero.llm.chat_template import usable_template
 from priorzero.llm.model_files import check_llm, loading_arguments, no_chat_template, resolve_model
-from priorzero.llm.packing import PromptRow, completion_logprobs, escape_special_tokens, pack
+from priorzero.llm.packing import (
+    PromptRow,
+    completion_logprobs,
+    escape_special_tokens,
+    pack,
+    register_tree_attention,
+)
 from priorzero.runtime.gpu import no_gpu_error
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.settings import LLMSettings
@@ -70,7 +76,7 @@ class LanguageModel:
         """Largest number of tokens in a sequence; None if the model's configuration does not say.
 
         It does not exceed the window of sliding-window layers (such as Gemma 3's) or the chunk of chunked layers (such
-        as Llama 4's). Within it, these layers attend to all of a packed row, as :func:`~priorzero.llm.packing.pack`
+        as Llama 4's). Within it, these layers attend to the whole sequence, as :func:`~priorzero.llm.packing.pack`
         assumes.
         """
         config = self.model.config.get_text_config(decoder=True)
@@ -194,7 +200,7 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
         model = AutoModelForCausalLM.from_pretrained(
             name,
             dtype=torch.float32,
-            attn_implementation="sdpa",
+            attn_implementation=register_tree_attention(),
             trust_remote_code=cfg.trust_remote_code,
             **loading_arguments(name),
         )
@@ -225,11 +231,11 @@ def warn_of_long_prompts(llm: LanguageModel, cfg: LLMSettings) -> None:
 
 @torch.no_grad()
 def _check_packing(llm: LanguageModel, *, path: str) -> None:
-    """Raise UserError if the model ignores the attention mask of packed rows, as recurrent layers do."""
+    """Raise UserError if the model does not use our attention for packed rows, as recurrent layers do not."""
     row = llm.row("You are in a kitchen. You", [" open the door and go north", " take the lamp"], end_of_turn=False)
 
     def logprobs(row: PromptRow) -> torch.Tensor:
-        batch = pack([row], dtype=torch.float32, device=llm.device)
+        batch = pack([row], dtype=torch.float32, device=llm.device, block_size=8)
         return completion_logprobs(llm.model, batch).sum(dim=1)
 
     try:
@@ -244,7 +250,7 @@ def _check_packing(llm: LanguageModel, *, path: str) -> None:
             return
         reason = f"log-probabilities differ by {difference:.2g} from those of each command alone"
     raise UserError(
-        f"llm.path={path}: a model of type {llm.model.config.model_type} cannot score several commands in one row "
+        f"llm.path={path}: a model of type {llm.model.config.model_type} cannot score several commands at once "
         f"({reason}); give a model that has attention layers only, such as Qwen2.5, Llama or SmolLM2"
     )
 

@@ -1,9 +1,13 @@
-"""Log-probabilities of many completions of one prompt in one forward pass, for scoring and for training.
+"""Log-probabilities of completions of many prompts, where the model computes each distinct prefix only once.
 
-A row holds a prompt once, followed by its completions as a prefix tree: a beginning that several completions share
-appears once, and the last token of a completion, which is predicted but predicts nothing, does not appear. The
-attention mask lets each token see the prompt and the earlier tokens of its own completions. The position ids let each
-completion start right after the prompt. The result equals that of one sequence per completion.
+A row is a prompt with its completions. All rows are packed into one token tree: a node is a distinct prefix of a prompt
+and a completion, and its parent is this prefix without its last token. Consecutive decisions of an episode share most
+of their prompts, so they share most of their nodes. The last token of a completion, which is predicted but predicts
+nothing, has no node. Each node sees its ancestors, and its position is its depth. The result equals that of one
+sequence per completion.
+
+Attention is computed in blocks of nodes, each with the keys that any of its nodes sees (:func:`tree_attention`). So the
+time grows with the length of the branches and not with the square of the tree's size.
 """
 
 from __future__ import annotations
@@ -15,6 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+BLOCK_SIZE = 128  # nodes in a block of the attention
+ATTENTION = "tree_sdpa"  # name of `tree_attention` in transformers
 
 
 def escape_special_tokens(text: str, special_tokens: Sequence[str]) -> str:
@@ -37,130 +44,207 @@ class PromptRow:
 
 
 @dataclass(frozen=True)
-class PackedBatch:
-    """M rows packed for one forward pass. They have R completions in total, of N tokens, each of at most T tokens.
+class AttentionBlock:
+    """Q consecutive nodes, and the S keys that any of them sees."""
 
-    Prompts are padded on the left and end at the same column; the prefix trees follow. C tokens of a prompt are cached.
+    nodes: slice
+    keys: Tensor | None  # [S], indices; None: all keys
+    mask: Tensor  # [1, 1, Q, S], additive
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """A tree of L nodes. It has R completions of N tokens in total, each of at most T tokens.
+
+    The keys of attention are those of the C cached tokens and of the L nodes.
     """
 
-    input_ids: Tensor  # [M, L]
-    position_ids: Tensor  # [M, L]
-    attention_mask: Tensor  # [M, 1, L, C + L], additive
-    num_logits: int  # number of last columns that predict a completion token
-    row: Tensor  # [N], row of each completion token
-    column: Tensor  # [N], column of the logits, among the last ``num_logits``, that predict it
+    input_ids: Tensor  # [1, L]
+    position_ids: Tensor  # [1, L]
+    blocks: list[AttentionBlock]
+    predictors: Tensor  # [P], nodes that predict a token of a completion
+    index: Tensor  # [N], index in ``predictors`` of the node that predicts each completion token
     target: Tensor  # [N], the token
     completion_mask: Tensor  # [R, T], True where a completion has a token; the N True entries are in reading order
 
 
 def pack(
-    rows: Sequence[PromptRow], *, dtype: torch.dtype, device: torch.device | str, num_cached: int = 0
+    rows: Sequence[PromptRow],
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    num_cached: int = 0,
+    block_size: int = BLOCK_SIZE,
 ) -> PackedBatch:
     """Pack rows for one forward pass. The completions keep their order, row by row.
 
     Args:
         rows: prompts and completions.
-        dtype: type of the attention mask: the type that the model computes in.
+        dtype: type of the attention masks: the type that the model computes in.
         device: device of the model.
-        num_cached: number of first prompt tokens whose keys and values are cached; they are not packed. If it is not 0,
-            there must be a single row, and at least one token of its prompt must not be cached.
+        num_cached: number C of first prompt tokens whose keys and values are cached; they are not packed. If it is not
+            0, there must be a single row, and at least one token of its prompt must not be cached.
+        block_size: largest number of nodes in a block of the attention.
     """
     if num_cached and not (len(rows) == 1 and num_cached < len(rows[0].prompt_ids)):
         raise ValueError(f"num_cached={num_cached} needs exactly one row with a longer prompt")
-    trees = [_PrefixTree(r.completions) for r in rows]
-    prompts = [list(r.prompt_ids[num_cached:]) for r in rows]
-    prompt_width = max(map(len, prompts))
-    tree_width = max(len(tree.tokens) for tree in trees)
-    shape = (len(rows), prompt_width + tree_width)
-    input_ids = np.zeros(shape, dtype=np.int64)
-    position_ids = np.zeros(shape, dtype=np.int64)
-    for i, (prompt, tree) in enumerate(zip(prompts, trees, strict=True)):
-        start, end = prompt_width - len(prompt), prompt_width + len(tree.tokens)
-        input_ids[i, start:end] = prompt + tree.tokens
-        position_ids[i, start:end] = [*range(len(prompt)), *(len(prompt) + depth for depth in tree.depths)]
-    visible = torch.from_numpy(_visible([len(p) for p in prompts], trees, shape=shape))
-    mask = torch.zeros(len(rows), 1, shape[1], num_cached + shape[1], dtype=dtype)
-    mask[:, 0, :, num_cached:].masked_fill_(~visible, torch.finfo(dtype).min)
-    lengths = np.array([len(c) for r in rows for c in r.completions])
+    tree = _TokenTree()
+    nodes = [node for row in rows for node in tree.add(row.prompt_ids[num_cached:], row.completions)]
+    predictors, index = np.unique(nodes, return_inverse=True)
+    lengths = np.array([len(c) for row in rows for c in row.completions])
 
     def tensor(array: Any) -> Tensor:
         return torch.as_tensor(array, dtype=torch.long, device=device)
 
     return PackedBatch(
-        input_ids=tensor(input_ids),
-        position_ids=tensor(position_ids + num_cached),
-        attention_mask=mask.to(device),
-        num_logits=tree_width + 1,
-        row=tensor(np.repeat(np.arange(len(rows)), [len(tree.columns) for tree in trees])),
-        column=tensor([column for tree in trees for column in tree.columns]),
-        target=tensor([token for r in rows for completion in r.completions for token in completion]),
+        input_ids=tensor([tree.tokens]),
+        position_ids=tensor([tree.depths]) + num_cached,
+        blocks=_attention_blocks(tree, num_cached=num_cached, size=block_size, dtype=dtype, device=device),
+        predictors=tensor(predictors),
+        index=tensor(index),
+        target=tensor([token for row in rows for completion in row.completions for token in completion]),
         completion_mask=torch.as_tensor(np.arange(lengths.max()) < lengths[:, None], device=device),
     )
 
 
-def _visible(prompt_lengths: Sequence[int], trees: Sequence[_PrefixTree], *, shape: tuple[int, int]) -> np.ndarray:
-    """Which packed token (second axis) may attend to which (third axis), ``[M, L, L]`` bool."""
-    length, prompt_width = shape[1], max(prompt_lengths)
-    visible = np.zeros((shape[0], length, length), dtype=bool)
-    for i, (prompt_length, tree) in enumerate(zip(prompt_lengths, trees, strict=True)):
-        start = prompt_width - prompt_length
-        visible[i, start:prompt_width, start:prompt_width] = np.tri(prompt_length, dtype=bool)
-        for node, parent in enumerate(tree.parents):  # parent 0 is the prompt's last token
-            visible[i, prompt_width + node] = visible[i, prompt_width - 1 + parent]
-            visible[i, prompt_width + node, prompt_width + node] = True
-    # Padding attends to itself, because the softmax of a fully masked row would be NaN.
-    visible[:, np.arange(length), np.arange(length)] = True
-    return visible
+class _TokenTree:
+    """The distinct prefixes of some rows, one node each, parents before children. Node -1 is the empty prefix."""
 
-
-class _PrefixTree:
-    """The distinct proper prefixes of some completions, one node each, parents before children.
-
-    Columns count the prompt's last token as 0 and the first node as 1.
-    """
-
-    def __init__(self, completions: Sequence[Sequence[int]]) -> None:
+    def __init__(self) -> None:
         self.tokens: list[int] = []  # last token of each node's prefix
-        self.depths: list[int] = []  # index of that token in its completions
-        self.parents: list[int] = []  # column of each node's parent
-        self.columns: list[int] = []  # for each token of each completion, the column that predicts it
-        children: dict[tuple[int, int], int] = {}  # (column, token) -> column
+        self.depths: list[int] = []  # number of tokens before it
+        self.parents: list[int] = []
+        self._children: dict[tuple[int, int], int] = {}  # (node, token) -> node
+
+    def add(self, prompt_ids: Sequence[int], completions: Sequence[Sequence[int]]) -> list[int]:
+        """Add a row; returns the node that predicts each token of each completion."""
+        predictors, end = [], -1
+        for token in prompt_ids:
+            end = self._child(end, token)
         for completion in completions:
-            column = 0
-            for depth, token in enumerate(completion):
-                self.columns.append(column)
-                if depth == len(completion) - 1:
-                    break  # the last token predicts nothing
-                if (column, token) not in children:
-                    self.tokens.append(token)
-                    self.depths.append(depth)
-                    self.parents.append(column)
-                    children[column, token] = len(self.tokens)
-                column = children[column, token]
+            node = end
+            predictors.append(node)
+            for token in completion[:-1]:  # the last token predicts nothing
+                node = self._child(node, token)
+                predictors.append(node)
+        return predictors
+
+    def _child(self, node: int, token: int) -> int:
+        child = self._children.get((node, token))
+        if child is None:
+            child = self._children[node, token] = len(self.tokens)
+            self.tokens.append(token)
+            self.depths.append(0 if node < 0 else self.depths[node] + 1)
+            self.parents.append(node)
+        return child
+
+    def visible(self) -> np.ndarray:
+        """Which node (first axis) sees which: itself and its ancestors, ``[L, L]`` bool."""
+        visible = np.eye(len(self.tokens), dtype=bool)
+        for node, parent in enumerate(self.parents):
+            if parent >= 0:
+                visible[node, : parent + 1] |= visible[parent, : parent + 1]
+        return visible
+
+
+def _attention_blocks(
+    tree: _TokenTree, *, num_cached: int, size: int, dtype: torch.dtype, device: torch.device | str
+) -> list[AttentionBlock]:
+    length = len(tree.tokens)
+    visible = np.concatenate([np.ones((length, num_cached), dtype=bool), tree.visible()], axis=1)
+    blocks = []
+    for start in range(0, length, size):
+        own = visible[start : start + size]
+        keys = np.flatnonzero(own.any(axis=0))
+        mask = torch.zeros(1, 1, len(own), len(keys), dtype=dtype)
+        mask.masked_fill_(~torch.from_numpy(own[:, keys]), torch.finfo(dtype).min)
+        blocks.append(
+            AttentionBlock(
+                slice(start, start + len(own)),
+                None if len(keys) == num_cached + length else torch.as_tensor(keys, device=device),
+                mask.to(device),
+            )
+        )
+    return blocks
+
+
+def tree_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    tree_blocks: Sequence[AttentionBlock] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention of a packed tree, block by block; transformers' ``sdpa`` attention without ``tree_blocks``.
+
+    Args:
+        module: the attention layer.
+        query: ``[1, H, L, D]``.
+        key: ``[1, G, C + L, D]``; a group of heads shares keys and values.
+        value: like ``key``.
+        attention_mask: not used with ``tree_blocks``.
+        tree_blocks: of a :class:`PackedBatch`. transformers passes it on from the arguments of the model.
+
+    Returns:
+        The output ``[1, L, H, D]``, and None for the attention weights.
+    """
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    if tree_blocks is None:
+        output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return output, None
+    outputs = []
+    for block in tree_blocks:
+        keys, values = key, value
+        if block.keys is not None:
+            keys, values = key.index_select(2, block.keys), value.index_select(2, block.keys)
+        outputs.append(sdpa_attention_forward(module, query[:, :, block.nodes], keys, values, block.mask, **kwargs)[0])
+    return torch.cat(outputs, dim=1), None
+
+
+def register_tree_attention() -> str:
+    """Make :func:`tree_attention` known to transformers; returns its name for ``attn_implementation``."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(ATTENTION, tree_attention)
+    AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # for text generation
+    return ATTENTION
 
 
 def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> Tensor:
     """Log-probability of every completion token, given the prompt and the earlier tokens of the completion.
 
     Args:
-        model: a causal language model of transformers with ``sdpa`` or ``eager`` attention.
+        model: a causal language model of transformers that was loaded with :func:`register_tree_attention`.
         batch: the packed rows.
         past: a transformers ``Cache`` with the first ``num_cached`` tokens of the prompt. The forward pass appends the
-            remaining tokens of the prompt and the completions.
+            remaining tokens of the prompt, in order, and the completions.
 
     Returns:
         ``[R, T]`` float32, zero where ``completion_mask`` is False. Gradients flow if they are enabled.
     """
-    logits = model(
-        input_ids=batch.input_ids,
-        attention_mask=batch.attention_mask,
-        position_ids=batch.position_ids,
-        logits_to_keep=batch.num_logits,
-        past_key_values=past,
-        use_cache=past is not None,
-    ).logits  # (M, num_logits, V)
-    logits = logits[batch.row, batch.column].float()  # (N, V)
-    logprobs = torch.log_softmax(logits, dim=-1).gather(1, batch.target[:, None]).squeeze(1)  # (N,)
+    length = batch.input_ids.shape[1]
+    num_keys = length + (past.get_seq_length() if past is not None else 0)
+    logits = (
+        model(
+            input_ids=batch.input_ids,
+            # transformers makes no mask of its own if it gets one with four axes. Only the blocks' masks are used.
+            attention_mask=torch.zeros(1, device=batch.input_ids.device).expand(1, 1, length, num_keys),
+            position_ids=batch.position_ids,
+            logits_to_keep=batch.predictors,
+            past_key_values=past,
+            use_cache=past is not None,
+            tree_blocks=batch.blocks,
+        )
+        .logits[0]
+        .float()
+    )  # (P, V)
+    # Not log_softmax of N rows, because a node with many children predicts many tokens.
+    logprobs = logits[batch.index, batch.target] - torch.logsumexp(logits, dim=-1)[batch.index]  # (N,)
     result = torch.zeros(batch.completion_mask.shape, dtype=torch.float32, device=logprobs.device)
     return result.masked_scatter(batch.completion_mask, logprobs)
 

@@ -19,6 +19,7 @@ from priorzero.play.episode import Episode, EpisodeResult
 from priorzero.play.exploration import make_exploration
 from priorzero.play.novelty import NoveltyCounts, shaped_reward
 from priorzero.play.player import Decision, Player
+from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import gather_or_cancel
 from priorzero.types import GameState, GameWorkerError, Plain, StepRecord
 from priorzero.world_model.records import RecordTable
@@ -183,7 +184,7 @@ class Collector:
         """Begin an episode in environment ``e``. If its game does not start twice, this is counted."""
         number = self._next_episode  # before any await, so that numbers follow the environments
         self._next_episode += 1
-        with self._player.timeline.span("games"):
+        with self._player.timeline.span("games"), announced("looking for valid actions"):
             try:
                 state = await self._workers[e].reset()
             except GameWorkerError as error:

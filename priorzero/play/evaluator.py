@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TypedDict
+from dataclasses import dataclass, field
+from typing import Any, TypedDict
 
 import numpy as np
 from loguru import logger
@@ -14,6 +14,8 @@ from priorzero.envs import GameWorker
 from priorzero.envs.worker import gather_replies
 from priorzero.play.episode import Episode
 from priorzero.play.player import Player
+from priorzero.play.transcript import Transcript, TranscriptStep, transcript, transcript_step
+from priorzero.runtime.activity import announced
 from priorzero.settings import EvalMode
 from priorzero.types import GameWorkerError
 
@@ -34,6 +36,14 @@ MODE_ARGUMENTS: dict[EvalMode, DecideArguments] = {
     "random": {"use_search": False, "use_prior": False, "sample": True},
 }
 
+MODE_WORDS: dict[str, str] = {
+    "world_model": "world model alone",
+    "world_model_with_prior": "LLM and world model",
+    "prior": "LLM alone",
+    "prior_sampled": "LLM alone, sampled",
+    "random": "random actions",
+}
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -45,6 +55,7 @@ class Evaluation:
         scores: the game's score at the end of each episode. Some games give points before the first action.
         wins: number of episodes that ended with a win.
         max_score: the largest possible score; the mean over the games if there are several.
+        first_episode: the decisions of the first episode; None if there are several games.
     """
 
     mode: str
@@ -52,6 +63,7 @@ class Evaluation:
     scores: list[float]
     wins: int
     max_score: float
+    first_episode: Transcript | None = field(default=None, compare=False, repr=False)
 
     @property
     def mean_return(self) -> float:
@@ -60,6 +72,16 @@ class Evaluation:
     @property
     def mean_score(self) -> float:
         return float(np.mean(self.scores))
+
+    def results(self) -> dict[str, Any]:
+        """All attributes except ``first_episode``."""
+        return {
+            "mode": self.mode,
+            "returns": self.returns,
+            "scores": self.scores,
+            "wins": self.wins,
+            "max_score": self.max_score,
+        }
 
 
 # (mode, whether the games are unseen in training) -> game -> evaluation
@@ -106,28 +128,35 @@ class Evaluator:
         player = copy.copy(self.player)
         player.indexer = copy.deepcopy(self.player.indexer)
         finished: list[Episode] = []
+        first: Transcript | None = None
         failure: GameWorkerError | None = None
         seed = np.random.SeedSequence(self.seed)
         while len(finished) < self.episodes:
             workers = self.workers[: self.episodes - len(finished)]
-            episodes, error = await self._play(workers, player, seed, mode=mode)
+            episodes, transcripts, error = await self._play(workers, player, seed, mode=mode)
             failure = error or failure
             if not episodes:
                 assert failure is not None
                 raise failure
             finished += episodes
+            first = first or transcripts[0]
         return Evaluation(
             mode=mode,
             returns=[episode.total_reward for episode in finished],
             scores=[episode.state.score for episode in finished],
             wins=sum(episode.state.won for episode in finished),
             max_score=finished[0].state.max_score,
+            first_episode=first,
         )
 
     async def _play(
         self, workers: Sequence[GameWorker], player: Player, seed: np.random.SeedSequence, *, mode: EvalMode
-    ) -> tuple[list[Episode], GameWorkerError | None]:
-        """One episode in each worker; episodes of failed games are left out, and the last failure is returned."""
+    ) -> tuple[list[Episode], list[Transcript], GameWorkerError | None]:
+        """One episode in each worker; episodes of failed games are left out.
+
+        Returns:
+            The episodes, their transcripts, and the last failure.
+        """
         failure: GameWorkerError | None = None
         states = await gather_replies(worker.reset() for worker in workers)
         playing = []
@@ -138,6 +167,7 @@ class Evaluator:
             else:
                 playing.append(player.new_episode(e, state, rng=np.random.default_rng(child)))
         finished = []
+        steps: dict[int, list[TranscriptStep]] = {episode.env: [] for episode in playing}
         while playing:
             decisions = await player.decide(playing, **MODE_ARGUMENTS[mode])
             outcomes = await gather_replies(
@@ -150,11 +180,16 @@ class Evaluator:
                     failure = outcome
                 else:
                     state, reward = outcome
+                    steps[episode.env].append(transcript_step(decision, reward=reward))
                     episode.advance(decision, reward=reward, state=state, features=player.features(state))
                     advanced.append(episode)
             finished += [episode for episode in advanced if episode.state.done]
             playing = [episode for episode in advanced if not episode.state.done]
-        return finished, failure
+        transcripts = [
+            transcript(steps[episode.env], final=episode.state, total_reward=episode.total_reward)
+            for episode in finished
+        ]
+        return finished, transcripts, failure
 
 
 @dataclass(frozen=True)
@@ -177,7 +212,8 @@ class Evaluators:
             for mode in self.modes:
                 for evaluator in evaluators:
                     try:
-                        evaluation = await evaluator.evaluate(mode)
+                        with announced(f"evaluating: {MODE_WORDS[mode]}"):
+                            evaluation = await evaluator.evaluate(mode)
                     except GameWorkerError as error:
                         logger.error(f"evaluation, {mode}: {evaluator.game} is skipped ({error})")
                     else:

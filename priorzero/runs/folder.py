@@ -15,6 +15,7 @@ from loguru import logger
 from priorzero.config import dump_settings
 from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import saved_checkpoints
+from priorzero.runs.files import CONFIG, EPISODES, EVALUATIONS, LOCK, LOGS
 from priorzero.runs.progress import open_logs
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -59,12 +60,12 @@ def create_files(settings: Settings, folder: Path, *, resumed: bool) -> TextIO |
         UserError: the folder cannot be written.
     """
     try:
-        (folder / "log").mkdir(parents=True, exist_ok=resumed)
-        (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+        (folder / LOGS).mkdir(parents=True, exist_ok=resumed)
+        (folder / CONFIG).write_text(dump_settings(settings), encoding="utf-8")
     except OSError as error:
         where = settings.run.output_dir
         raise UserError(f"run.output_dir={where}: cannot be written ({error}); give another folder") from error
-    open_logs(folder / "log")
+    open_logs(folder / LOGS)
     return None if resumed else lock_folder(folder)
 
 
@@ -77,7 +78,7 @@ def lock_folder(folder: Path) -> TextIO:
         UserError: another process holds the lock, or the folder cannot be written.
     """
     try:
-        file = (folder / ".lock").open("w", encoding="utf-8")
+        file = (folder / LOCK).open("w", encoding="utf-8")
     except OSError as error:
         raise UserError(f"{folder}: cannot be written ({error})") from error
     try:
@@ -97,7 +98,7 @@ def truncate_files(folder: Path, sizes: Mapping[str, int]) -> None:
         folder: the run's.
         sizes: size in bytes of each file. Event files that are not listed are removed: they were created later.
     """
-    for path in [folder / "episodes.jsonl", folder / "evaluations.jsonl", *folder.glob("events.out.tfevents.*")]:
+    for path in [folder / EPISODES, folder / EVALUATIONS, *folder.glob("events.out.tfevents.*")]:
         if not path.exists():
             continue
         size = sizes.get(path.name, 0)

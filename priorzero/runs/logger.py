@@ -1,4 +1,4 @@
-"""What a run logs: TensorBoard metrics, ``episodes.jsonl``, ``evaluations.jsonl`` and the progress line."""
+"""What a run logs: TensorBoard metrics, episodes, evaluations with the last one's transcripts, the progress line."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from loguru import logger
 from priorzero.config import differences
 from priorzero.play.episode import EpisodeResult
 from priorzero.play.evaluator import Evaluation, Evaluations, merge
+from priorzero.play.transcript import EvaluationTranscript, write_transcripts
 from priorzero.runs.counters import Counters
+from priorzero.runs.files import EPISODES, EVALUATIONS, LAST_EVALUATION
 from priorzero.runs.progress import Progress
 from priorzero.runs.summary import peak_memory_mb
 from priorzero.runtime.timeline import TimeUsage
@@ -25,7 +27,6 @@ from priorzero.settings import RunSettings, Settings
 from priorzero.types import Plain
 from priorzero.world_model.segment import PriorZeroGameSegment
 
-EPISODES, EVALUATIONS = "episodes.jsonl", "evaluations.jsonl"
 # The first of these modes that was evaluated is the run's main result.
 MAIN_MODES = ("world_model_with_prior", "world_model")
 
@@ -84,20 +85,30 @@ class MetricsWriter:
 class RunLogger:
     """Logs a run into its folder and to the terminal.
 
+    ``spent_s`` is the time in seconds that the run took before it was resumed.
+
     Args:
         state: :meth:`state_dict` of the run that is resumed; None for a new run.
+        env_steps: returns the environment steps so far, also during an iteration.
     """
 
-    def __init__(self, folder: Path, run: RunSettings, *, state: Plain | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        run: RunSettings,
+        *,
+        state: Plain | None = None,
+        env_steps: Callable[[], int] | None = None,
+    ) -> None:
         self.folder = folder
         self.writer = MetricsWriter(folder)
-        spent = 0.0
+        self.spent_s = 0.0
         if state is not None:
-            self.writer.last, spent = state["last"], state["seconds"]
+            self.writer.last, self.spent_s = state["last"], state["seconds"]
         self.progress = Progress(
-            max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every, spent_s=spent
+            max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every, env_steps=env_steps
         )
-        self._started = time.monotonic() - spent
+        self._started = time.monotonic() - self.spent_s
 
     @property
     def seconds(self) -> float:
@@ -129,7 +140,7 @@ class RunLogger:
             self.writer.write(prior, step=iteration)
             short = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in prior.items())
             logger.bind(topic="prior").info(f"iteration {iteration}: {short}")
-        timing = {**time_usage.scalars(), "memory/peak_mb": peak_memory_mb()}
+        timing = {**time_usage.scalars(), "time/run_s": self.seconds, "memory/peak_mb": peak_memory_mb()}
         self.writer.write({**scalars, **timing}, step=iteration)
         logger.debug(f"iteration {iteration}, {time_usage.wall:.1f} s: {time_usage.describe()}")
         self._append(EPISODES, [dataclasses.asdict(episode) for episode in episodes])
@@ -137,7 +148,8 @@ class RunLogger:
             iteration=iteration,
             env_step=counters.env_step,
             episode_return=self.writer.last.get("collector_iter/reward_mean"),
-            loss=self.writer.last.get("train/total_loss"),
+            world_model_loss=self.writer.last.get("train/wm_total_loss"),
+            llm_loss=self.writer.last.get("train/llm_loss"),
         )
 
     def log_evaluations(
@@ -158,7 +170,7 @@ class RunLogger:
             self._append(
                 EVALUATIONS,
                 [
-                    {"env_step": env_step, "game": game, "unseen": unseen, **dataclasses.asdict(evaluation)}
+                    {"env_step": env_step, "game": game, "unseen": unseen, **evaluation.results()}
                     for game, evaluation in of_games.items()
                 ],
             )
@@ -175,6 +187,7 @@ class RunLogger:
         if prior_fallbacks is not None:
             scalars["evaluator_step/prior_fallbacks"] = prior_fallbacks
         self.writer.write(scalars, step=env_step)
+        write_transcripts(self.folder / LAST_EVALUATION, _first_episodes(results), env_step=env_step)
         return evaluations
 
     def close(self) -> None:
@@ -185,6 +198,16 @@ class RunLogger:
         seconds = round(self.seconds, 1)
         with (self.folder / name).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
+
+
+def _first_episodes(results: Evaluations) -> list[EvaluationTranscript]:
+    """The first episode of each mode and game."""
+    return [
+        {"mode": mode, "game": game, "unseen": unseen, **evaluation.first_episode}
+        for (mode, unseen), of_games in results.items()
+        for game, evaluation in of_games.items()
+        if evaluation.first_episode is not None
+    ]
 
 
 def log_segments(segments: Iterable[PriorZeroGameSegment], *, iteration: int) -> None:

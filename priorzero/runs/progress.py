@@ -1,37 +1,158 @@
-"""The progress line and the log files of a run."""
+"""What the terminal shows during a run, and the log files of a run."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
+import os
 import sys
+import threading
 import time
+from collections import deque
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from loguru import logger
 
+from priorzero.runtime.activity import Activities, activities
 
-def open_logs(folder: Path, *, terminal: TextIO | None = None) -> None:
-    """Send the log to ``folder/run.log``, and messages of level INFO and above to the terminal.
+if TYPE_CHECKING:
+    from rich.live import Live
+    from rich.text import Text
 
-    Messages that are bound to ``topic="prior"`` or ``topic="segments"`` also go to a file of their own, but not to the
-    terminal.
+REFRESH_S = 0.5  # seconds between refreshes of the live line
+MAX_MARKS = 20  # speed and time left are measured over this many iterations
+FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}"
+
+
+# ---- the terminal ----
+
+
+class Display:
+    """Writes log messages to the terminal, and shows what the process is doing.
+
+    On a terminal, a live line below the messages has the current activities and ``status``. If the output is not a
+    terminal, or if the terminal cannot rewrite a line (``TERM=dumb``), activities that take long are logged instead,
+    and the output has no escape codes.
+
+    Attributes:
+        status: returns how far the run is, for the live line.
     """
-    terminal = terminal or sys.stderr
-    logger.remove()
-    logger.add(
-        terminal,
-        level="INFO",
-        format="{time:HH:mm:ss} {level: <7} {message}",
-        filter=lambda r: "topic" not in r["extra"],
-    )
-    logger.add(
-        folder / "run.log",
-        level="DEBUG",
-        rotation="50 MB",
-        format="{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}",
-    )
+
+    def __init__(self, terminal: TextIO, *, watched: Activities = activities) -> None:
+        self.status: Callable[[], str] = str
+        self._terminal = terminal
+        self._activities = watched
+        self._live = self._make_live() if terminal.isatty() and os.environ.get("TERM", "dumb") != "dumb" else None
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="display", daemon=True)
+
+    def _make_live(self) -> Live:
+        from rich.console import Console
+        from rich.live import Live
+
+        return Live(
+            console=Console(file=self._terminal, force_terminal=True),
+            get_renderable=self._line,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=sys.stdout.isatty(),
+        )
+
+    def start(self) -> None:
+        """Show everything from now on."""
+        logger.remove()
+        logger.add(self._write, level="INFO", format="{time:HH:mm:ss} {level: <7} {message}", filter=self._is_shown)
+        if self._live is not None:
+            self._live.start()
+            self._live.console.show_cursor(True)  # rich hides it, and it would remain hidden if the process was killed
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Remove the live line, and close the log files."""
+        self._stopped.set()
+        self._thread.join()
+        if self._live is not None:
+            with self._closed_terminal_is_logged():
+                self._live.stop()
+        logger.remove()
+        logger.add(_write_to_stderr, level="INFO")
+
+    def _write(self, message: str) -> None:
+        if self._live is not None:
+            self._live.console.out(message, end="", highlight=False)
+        else:
+            self._terminal.write(message)
+            self._terminal.flush()
+
+    def _is_shown(self, record: Any) -> bool:
+        """Messages with the topic "progress" repeat what the live line shows."""
+        topic = record["extra"].get("topic")
+        return topic is None or (topic == "progress" and self._live is None)
+
+    def _watch(self) -> None:
+        with self._closed_terminal_is_logged():
+            while not self._stopped.wait(REFRESH_S):
+                report = self._activities.report()
+                if report is not None:
+                    logger.bind(topic="progress").info(report)
+                if self._live is not None:
+                    self._live.refresh()
+
+    @contextlib.contextmanager
+    def _closed_terminal_is_logged(self) -> Iterator[None]:
+        """A run continues when its terminal is closed, if it ignores SIGHUP."""
+        try:
+            yield
+        except OSError as error:
+            logger.warning(f"the terminal cannot be written ({error}); see log/run.log")
+
+    def _line(self) -> Text:
+        from rich.text import Text
+
+        names = self._activities.current()
+        doing = ", ".join(f"{name} ({seconds:.0f} s)" if seconds >= 1 else name for name, seconds in names.items())
+        line = Text(no_wrap=True, overflow="ellipsis")
+        line.append(doing, style="bold").append("  " if doing else "").append(self.status())
+        return line
+
+
+def _write_to_stderr(message: str) -> None:
+    """Write to what stderr is at this time."""
+    sys.stderr.write(message)
+
+
+_display: Display | None = None
+
+
+@contextlib.contextmanager
+def terminal_output(terminal: TextIO | None = None) -> Iterator[None]:
+    """Within the block, a :class:`Display` writes to ``terminal`` (default: stderr). An inner block has no effect."""
+    global _display
+    if _display is not None:
+        yield
+        return
+    activities.reset()
+    _display = display = Display(terminal or sys.stderr)
+    display.start()
+    try:
+        yield
+    finally:
+        _display = None
+        display.stop()
+
+
+# ---- the log files ----
+
+
+def open_logs(folder: Path) -> None:
+    """Also send the log to ``folder/run.log``, from level DEBUG on, until the block of :func:`terminal_output` ends.
+
+    Messages that are bound to ``topic="prior"`` or ``topic="segments"`` also go to a file of their own.
+    """
+    logger.add(folder / "run.log", level="DEBUG", rotation="50 MB", format=FILE_FORMAT)
     for topic, name in (("prior", "llm_prior.log"), ("segments", "segments.log")):
         logger.add(
             folder / name,
@@ -46,62 +167,116 @@ def _has_topic(topic: str, record: Any) -> bool:
     return record["extra"].get("topic") == topic
 
 
+# ---- how far a run is ----
+
+
 class Progress:
-    """A line that says how far a run is: rewritten in place on a terminal, a log line otherwise.
+    """How far a run is: the status of the live line on a terminal, a log line every few iterations otherwise.
 
     Args:
         max_iter: iterations of the whole run.
         max_env_step: environment steps of the whole run; it ends at whichever comes first.
-        every: iterations between lines.
-        spent_s: seconds that the run took before it was resumed.
-        terminal: where the line is written; stderr by default.
+        every: iterations between log lines.
+        env_steps: returns the environment steps so far, also during an iteration; None to show those of the last
+            iteration.
+        clock: returns the time in seconds.
     """
 
     def __init__(
-        self, *, max_iter: int, max_env_step: int, every: int, spent_s: float = 0.0, terminal: TextIO | None = None
+        self,
+        *,
+        max_iter: int,
+        max_env_step: int,
+        every: int,
+        env_steps: Callable[[], int] | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._terminal = terminal or sys.stderr
-        self._in_place = self._terminal.isatty()
         self._max_iter = max_iter
         self._max_env_step = max_env_step
         self._every = every
-        self._started = time.monotonic() - spent_s
+        self._env_steps = env_steps
+        self._clock = clock
+        self._marks: deque[tuple[float, int, int]] = deque(maxlen=MAX_MARKS)  # time, iteration, environment steps
+        self._learned = ""  # return and losses
 
-    def show(self, *, iteration: int, env_step: int, episode_return: float | None, loss: float | None) -> None:
-        """Show the line if it is due.
+    def start(self, *, iteration: int, env_step: int) -> None:
+        """The iterations begin. Speed and time left are measured from here on. Later calls have no effect."""
+        if self._marks:
+            return
+        self._marks.append((self._clock(), iteration, env_step))
+        if _display is not None:
+            _display.status = self.status
+
+    def show(
+        self,
+        *,
+        iteration: int,
+        env_step: int,
+        episode_return: float | None,
+        world_model_loss: float | None,
+        llm_loss: float | None,
+    ) -> None:
+        """An iteration has ended; log a line if it is due.
 
         Args:
             iteration: iterations so far.
             env_step: environment steps so far.
             episode_return: mean return of the latest episodes; None before the first ends.
-            loss: the latest total loss; None before the first update.
+            world_model_loss: the latest loss of the world model; None before its first update.
+            llm_loss: the latest loss of the LLM; None before its first update, or without an LLM.
         """
-        if iteration % self._every and iteration != self._max_iter:
-            return
-        elapsed = time.monotonic() - self._started
-        share = max(iteration / self._max_iter, env_step / self._max_env_step)
-        left = elapsed / share - elapsed if share > 0 else math.inf
-        line = (
-            f"iteration {iteration}/{self._max_iter}  env steps {env_step}  "
-            f"return {'-' if episode_return is None else f'{episode_return:.2f}'}  "
-            f"loss {'-' if loss is None else f'{loss:.3f}'}  "
-            f"{env_step / elapsed:.2f} steps/s  left {_duration(left)}"
+        self._marks.append((self._clock(), iteration, env_step))
+        losses = {"world model": world_model_loss, "LLM": llm_loss}
+        known = [f"{name} {loss:.3g}" for name, loss in losses.items() if loss is not None]
+        self._learned = f"return {'-' if episode_return is None else f'{episode_return:.2f}'}"
+        if known:
+            self._learned += f"  loss: {', '.join(known)}"
+        if iteration % self._every == 0 or iteration == self._max_iter:
+            logger.bind(topic="progress").info(self.status())
+
+    def status(self) -> str:
+        """One line: iterations, environment steps, time left, return, losses, environment steps per second."""
+        _, iteration, env_step = self._marks[-1]
+        ends_by_steps = env_step / self._max_env_step > iteration / self._max_iter
+        now = env_step if self._env_steps is None else self._env_steps()
+        is_finished = self._share(iteration, env_step) >= 1
+        speed = self._speed()
+        parts = (
+            f"iteration {iteration}/{self._max_iter}",
+            f"env steps {now}" + (f"/{self._max_env_step}" if ends_by_steps else ""),
+            "" if is_finished else f"left {_duration(self._seconds_left())}",
+            self._learned,
+            "" if speed is None else f"{speed:.2f} env steps/s",
         )
-        if self._in_place:
-            self._terminal.write(f"\r\x1b[2K{line}")
-            self._terminal.flush()
-        else:
-            logger.info(line)
+        return "  ".join(part for part in parts if part)
 
     def end(self) -> None:
-        """End the line on a terminal."""
-        if self._in_place:
-            self._terminal.write("\n")
+        """The iterations have ended; the live line does not show them any longer."""
+        if _display is not None:
+            _display.status = str
+
+    def _speed(self) -> float | None:
+        """Environment steps per second; None before the first iteration ends."""
+        (first_time, _, first), (last_time, _, last) = self._marks[0], self._marks[-1]
+        return (last - first) / (last_time - first_time) if last_time > first_time else None
+
+    def _seconds_left(self) -> float:
+        """Estimated from the latest iterations of this process; infinite before the first ends."""
+        (first_time, *first), (last_time, *last) = self._marks[0], self._marks[-1]
+        done = self._share(*last) - self._share(*first)
+        if done <= 0:
+            return math.inf
+        at_last = (1 - self._share(*last)) * (last_time - first_time) / done
+        return max(0.0, at_last - (self._clock() - last_time))
+
+    def _share(self, iteration: int, env_step: int) -> float:
+        """The fraction of the run that is done."""
+        return max(iteration / self._max_iter, env_step / self._max_env_step)
 
 
 def _duration(seconds: float) -> str:
     if not math.isfinite(seconds):
         return "?"
-    minutes, seconds = divmod(int(seconds), 60)
+    minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -31,7 +31,7 @@ MAY_DIFFER = {
     "llm": {"trust_remote_code", "micro_batch_size", "learning_rate", "grad_clip"},
     "train": {"overlap", "learning_rate", "grad_clip", "max_nonfinite_updates"},
     "vllm": set(VLLMSettings.model_fields) - {"sync_every", "max_staleness"},
-    "eval": {"every", "episodes", "modes", "unseen"},
+    "eval": {"every", "at_start", "episodes", "modes", "unseen"},
 }  # fmt: skip
 
 

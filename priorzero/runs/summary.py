@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import resource
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from priorzero.play.evaluator import Evaluation
+from priorzero.play.evaluator import MODE_WORDS, Evaluation
 from priorzero.runs.counters import Counters
 from priorzero.settings import Settings
 
@@ -24,7 +25,7 @@ class RunSummary:
 
     Attributes:
         folder: the run's folder.
-        rows: name to value, as printed at the end.
+        rows: name to value: counts, times and results.
         metrics: the last value of every metric.
         evaluations: the last evaluation of each mode.
         stopped: the run was stopped before its end; ``--resume`` continues it.
@@ -77,6 +78,151 @@ def describe_evaluation(evaluation: Evaluation) -> str:
         f"mean score {evaluation.mean_score:.2f} of {evaluation.max_score:g}, "
         f"mean return {evaluation.mean_return:.2f}, {evaluation.wins} of {len(evaluation.returns)} episodes won"
     )
+
+
+def summary_text(
+    counters: Counters,
+    *,
+    stopped: bool,
+    folder: Path,
+    settings: Settings,
+    games: str,
+    num_episodes: int,
+    updates: str,
+    time: str,
+    checkpoint: Path | None,
+    resumable: bool,
+) -> str:
+    """What a run shows at its end. ``updates`` counts those of both models; ``time`` is from :func:`time_text`."""
+    rows = {"updates": updates, "time": time}
+    if (report := folder / "report.html").exists():
+        rows["report"] = str(report)
+    rows["checkpoint"] = str(checkpoint or "none (nothing was trained)")
+    rows["charts"] = f"tensorboard --logdir {settings.run.output_dir}"
+    if stopped and resumable and checkpoint is not None:
+        rows["to continue"] = f"python -m priorzero.entry --resume {folder}"
+    return (
+        f"{'stopped' if stopped else 'done'}: {games}, {counters.env_step} env steps in {counters.iteration} "
+        f"iterations, {num_episodes} training episodes\nwhat was learned\n"
+        + learned_text(read_scores(folder / "evaluations.jsonl"), env_step=counters.env_step)
+        + f"\nthe run\n{format_table(rows)}"
+    )
+
+
+# ---- what was learned ----
+
+
+@dataclass(frozen=True)
+class Score:
+    """The result of a mode over all games: mean score, maximal score, number of wins and of episodes."""
+
+    mean: float
+    max: float
+    wins: int
+    episodes: int
+
+
+# (mode, whether the games are unseen in training) -> score
+Scores = dict[tuple[str, bool], Score]
+
+
+def read_scores(path: Path) -> dict[int, Scores]:
+    """Read ``evaluations.jsonl``: environment steps to the scores of the last evaluation there, in ascending order."""
+    results: dict[int, dict[tuple[str, bool], dict[str, Any]]] = {}
+    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        line = json.loads(text)
+        of_games = results.setdefault(line["env_step"], {}).setdefault((line["mode"], line["unseen"]), {})
+        of_games[line["game"]] = line  # a repeated evaluation replaces the one before
+    return {
+        env_step: {mode: _score(of_games.values()) for mode, of_games in modes.items()}
+        for env_step, modes in sorted(results.items())
+    }
+
+
+def _score(lines: Iterable[Mapping[str, Any]]) -> Score:
+    lines = list(lines)
+    scores = [score for line in lines for score in line["scores"]]
+    return Score(
+        mean=float(np.mean(scores)),
+        max=float(np.mean([line["max_score"] for line in lines])),
+        wins=sum(line["wins"] for line in lines),
+        episodes=len(scores),
+    )
+
+
+def learned_text(scores: Mapping[int, Scores], *, env_step: int) -> str:
+    """What a run has learned, from :func:`read_scores`: a sentence, and a table with the first and last evaluation.
+
+    Args:
+        env_step: environment steps of the run.
+    """
+    if not scores:
+        return "  there was no evaluation"
+    first, last = min(scores), max(scores)
+    columns = [first, last] if first != last else [last]
+    titles = {at: "before" if at == 0 else "after" if at == env_step else f"at {at} env steps" for at in columns}
+    if env_step == 0:
+        titles[0] = "without training"
+    lines = []
+    for unseen in (False, True):
+        modes = [mode for mode, of_unseen in scores[last] if of_unseen == unseen]
+        if modes:
+            lines += _table(modes, [(titles[at], scores[at]) for at in columns], unseen=unseen)
+    sentence = _sentence(scores[first], scores[last]) if len(columns) == 2 else None
+    return "\n".join([*([f"  {sentence}"] if sentence else []), *(f"  {line}" for line in lines)])
+
+
+def _table(modes: Sequence[str], columns: Sequence[tuple[str, Scores]], *, unseen: bool) -> list[str]:
+    """A line with the titles, and one line for each mode."""
+    maximum = columns[-1][1][modes[0], unseen].max
+    title = f"mean score{f' (at most {maximum:g})' if maximum else ''}{', games not trained on' if unseen else ''}"
+    names = [title, *(f"  {MODE_WORDS[mode]} ({mode})" for mode in modes)]
+    width = max(map(len, names))
+    lines = [f"{title:<{width}}" + "".join(f"  {name:>8}" for name, _ in columns)]
+    for mode, name in zip(modes, names[1:], strict=True):
+        line = f"{name:<{width}}"
+        for heading, scores in columns:
+            score = scores.get((mode, unseen))
+            line += f"  {'-' if score is None else f'{score.mean:.1f}':>{max(8, len(heading))}}"
+        last = columns[-1][1][mode, unseen]
+        lines.append(f"{line}   won {last.wins} of {last.episodes}")
+    return lines
+
+
+def _sentence(first: Scores, last: Scores) -> str | None:
+    """How the score of the main mode has changed; None if it was not evaluated twice."""
+    for mode in ("world_model_with_prior", "world_model", *(mode for mode, _ in last)):
+        if (mode, False) in first and (mode, False) in last:
+            before, after = first[mode, False].mean, last[mode, False].mean
+            verb = "rose" if after > before else "fell" if after < before else "did not change"
+            change = f"({after:.1f})" if after == before else f"from {before:.1f} to {after:.1f}"
+            return f"{MODE_WORDS[mode]}: the mean score {verb} {change}"
+    return None
+
+
+def time_text(seconds: Mapping[str, float], *, start_up_s: float, total_s: float, spent_s: float) -> str:
+    """Where the time of this process went.
+
+    Args:
+        seconds: duration of each activity.
+        start_up_s: seconds until the first iteration.
+        total_s: seconds of the process.
+        spent_s: seconds before the run was resumed.
+    """
+    evaluating = sum(s for name, s in seconds.items() if name.startswith("evaluating"))
+    phases = {
+        "start-up": start_up_s,
+        **{name: seconds.get(name, 0.0) for name in ("collecting", "learning: world model", "learning: LLM")},
+        "evaluating": evaluating,
+        "saving": seconds.get("saving", 0.0),
+    }
+    longest_first = sorted(phases.items(), key=lambda item: -item[1])
+    listed = ", ".join(f"{name} {s:.0f} s" for name, s in longest_first if s >= 0.5)
+    before = f" (and {spent_s:.0f} s before it was resumed)" if spent_s else ""
+    return f"{total_s:.0f} s{before}{f': {listed}' if listed else ''}"
+
+
+# ---- resources and parameters ----
 
 
 def peak_memory_mb() -> float:

@@ -92,6 +92,12 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 scratch_folders: set[Path] = set()  # temporary folders of this process, which `exit_immediately` deletes
 
 
+def clear_terminal_line() -> None:
+    """Remove a line that is rewritten in place from the terminal on stderr, if it is one."""
+    if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
+        os.write(2, b"\r\x1b[2K")
+
+
 def exit_immediately() -> NoReturn:
     """Kill all child processes, delete the scratch folders and exit with code 130, without any other cleanup.
 
@@ -104,6 +110,7 @@ def exit_immediately() -> NoReturn:
                 process.kill()
     for folder in scratch_folders:
         shutil.rmtree(folder, ignore_errors=True)
+    clear_terminal_line()
     os._exit(130)
 
 
@@ -116,6 +123,7 @@ def exit_immediately_on_signal() -> Iterator[None]:
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:
         # Not `print`: the signal may have interrupted another print, which is not reentrant.
+        clear_terminal_line()
         os.write(2, f"{signal.Signals(number).name}: exiting immediately; nothing more is saved\n".encode())
         exit_immediately()
 

@@ -42,6 +42,8 @@ class SearchResult:
         predicted_value: the network's value of the root before the search.
         policy_logits: the world model's, ``[K]``.
         root_logits: policy and prior combined, before noise, ``[K]``.
+        action_values: mean value of the simulations through each action, with its predicted reward, ``[K]``; NaN for
+            actions without visits.
     """
 
     visit_counts: np.ndarray
@@ -49,6 +51,7 @@ class SearchResult:
     predicted_value: float
     policy_logits: np.ndarray
     root_logits: np.ndarray
+    action_values: np.ndarray
 
 
 class SearchModel(Protocol):

@@ -72,3 +72,10 @@ class Tree:
     def visit_counts(self) -> np.ndarray:
         """Visit counts of the root's actions, ``[K]`` int64."""
         return self.root.child_visits.astype(np.int64)
+
+    def action_values(self, *, discount: float) -> np.ndarray:
+        """Q-values of the root's actions, reward + discount * value, ``[K]``; NaN for actions without visits."""
+        values = np.full(len(self.root.prior), np.nan)
+        for position, child in self.root.children.items():
+            values[position] = child.reward + discount * child.value
+        return values

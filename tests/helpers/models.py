@@ -8,12 +8,13 @@ import torch
 
 from priorzero.config import PRESETS, resolve_settings
 from priorzero.llm.models import LanguageModel
+from priorzero.llm.packing import register_tree_attention
 from priorzero.settings import Settings
 
 
 def make_settings(*layers: dict[str, dict[str, Any]]) -> Settings:
-    """The quick test's settings with changes."""
-    return resolve_settings(PRESETS["quick_test"], *layers)
+    """The quick test's settings, without its evaluation before training, with changes."""
+    return resolve_settings(PRESETS["quick_test"], {"eval": {"at_start": False}}, *layers)
 
 
 def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageModel:
@@ -33,5 +34,5 @@ def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageM
         **{"max_position_embeddings": 1024, **changes},
     )
     model = LlamaForCausalLM(config)
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation(register_tree_attention())
     return LanguageModel(model.eval(), tokenizer, torch.float32)

@@ -1,0 +1,39 @@
+"""The report of a run: ``python -m priorzero.report RUN`` writes ``RUN/report.html``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from priorzero.runs.report import write_report
+from priorzero.types import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, or 2 after an error that the user can correct.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m priorzero.report",
+        description="Write report.html into a run's folder: results, learning curve, losses, and the last evaluation "
+        "step by step. Every run writes it at its end; this command writes it again, or while the run is going on.",
+    )
+    parser.add_argument("run", type=Path, help="the run's folder, such as data_priorzero/NAME")
+    arguments = parser.parse_args(argv)
+    try:
+        print(write_report(arguments.run))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"error: {arguments.run}: the report cannot be written ({error})", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

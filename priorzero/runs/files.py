@@ -1,0 +1,26 @@
+"""Names of the files in a run's folder. This module imports no model, so that a run can be read quickly."""
+
+from __future__ import annotations
+
+import fcntl
+from pathlib import Path
+
+CONFIG = "config.yaml"
+LOGS = "log"
+LOCK = ".lock"
+EPISODES = "episodes.jsonl"
+EVALUATIONS = "evaluations.jsonl"
+LAST_EVALUATION = "last_evaluation.json"
+REPORT = "report.html"
+
+
+def is_locked(folder: Path) -> bool:
+    """Whether a process is running the run in this folder. False if that cannot be found out."""
+    try:
+        with (folder / LOCK).open(encoding="utf-8") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks
+        return False
+    return False

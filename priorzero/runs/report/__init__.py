@@ -1,0 +1,51 @@
+"""The report of a run: ``report.html`` in its folder, one file that a browser shows without a network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from loguru import logger
+
+from priorzero.runs.files import REPORT, is_locked
+from priorzero.runs.report.data import read_run
+from priorzero.runs.report.page import render
+
+
+def write_report(folder: Path, *, running: bool | None = None, error: str = "") -> Path:
+    """Write the report of a run.
+
+    Args:
+        folder: the run's.
+        running: whether the run is going on; None: find out.
+        error: the error that ended the run; "" if there was none, or if it is not known.
+
+    Returns:
+        The path of the report.
+
+    Raises:
+        UserError: the folder is not a run's, or one of its files cannot be read.
+        OSError: the report cannot be written.
+    """
+    run = read_run(folder)
+    page = render(run, running=is_locked(folder) if running is None else running, error=error)
+    path, temporary = folder / REPORT, folder / f"{REPORT}.tmp"
+    temporary.write_text(page, encoding="utf-8", errors="replace")
+    os.replace(temporary, path)
+    return path
+
+
+def report_at_end(folder: Path, *, error: BaseException | None) -> None:
+    """Write the report of a run that ends, and log its path. If that fails, the reason is logged and nothing raised.
+
+    Args:
+        folder: the run's.
+        error: the error that ends the run.
+    """
+    reason = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())
+    try:
+        path = write_report(folder, running=False, error=reason)
+    except Exception as problem:  # of any kind: what the run has learned is saved, and its result must be returned
+        logger.warning(f"the report could not be written ({' '.join(str(problem).split()) or type(problem).__name__})")
+    else:
+        logger.info(f"report: {path}")

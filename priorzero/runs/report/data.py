@@ -1,0 +1,244 @@
+"""Reads what a run has logged, for its report. Nothing here imports a model."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from priorzero.config import read_config_file, resolve_settings
+from priorzero.play.transcript import EvaluationTranscript, read_transcripts
+from priorzero.runs.files import CONFIG, EPISODES, EVALUATIONS, LAST_EVALUATION, LOGS
+from priorzero.settings import Settings
+from priorzero.types import UserError
+
+Points = list[tuple[float, float]]  # (step, value)
+
+EPISODE_KEYS = ("env_step", "total_reward")
+EVALUATION_KEYS = ("env_step", "mode", "game", "returns", "scores", "wins", "max_score")
+
+
+@dataclass(frozen=True)
+class Result:
+    """The evaluation of one mode at one time, over all games.
+
+    Attributes:
+        mode: the evaluated mode.
+        unseen: on the games of ``eval.unseen``.
+        env_step: environment steps of the run at that time.
+        mean_return, mean_score: means over all episodes.
+        max_score: the largest possible score, mean over the games; 0 if the games do not say.
+        wins: number of episodes that ended with a win.
+        num_episodes: number of episodes.
+    """
+
+    mode: str
+    unseen: bool
+    env_step: int
+    mean_return: float
+    mean_score: float
+    max_score: float
+    wins: int
+    num_episodes: int
+
+
+@dataclass(frozen=True)
+class RunData:
+    """Everything that a run's folder says about it.
+
+    Attributes:
+        folder: the run's, as it was named.
+        settings: the run's.
+        episodes: lines of ``episodes.jsonl``.
+        evaluations: in the order in which they were made, one for each mode.
+        scalars: the metrics, (step, value) each.
+        transcripts: episodes of the last evaluation.
+        notes: what is missing in the folder and why, in sentences.
+        seconds: wall time of the run.
+        can_resume: there is a checkpoint from which the run can be continued.
+    """
+
+    folder: Path
+    settings: Settings
+    episodes: Sequence[Mapping[str, Any]]
+    evaluations: Sequence[Result]
+    scalars: Mapping[str, Points]
+    transcripts: Sequence[EvaluationTranscript]
+    notes: Sequence[str]
+    seconds: float
+    can_resume: bool
+
+    @property
+    def iteration(self) -> int:
+        """Iterations so far."""
+        return int(self._last("collector_iter/env_steps")[0])
+
+    @property
+    def env_step(self) -> int:
+        """Environment steps so far."""
+        return int(self._last("collector_iter/env_steps")[1])
+
+    @property
+    def world_model_updates(self) -> int:
+        """Updates of the world model so far."""
+        return int(self._last("train/wm_total_loss")[0])
+
+    @property
+    def llm_updates(self) -> int:
+        """Updates of the LLM so far; on a Ray cluster, PPO steps."""
+        return int(self._last("ppo/steps" if self.on_cluster else "train/llm_version")[1])
+
+    @property
+    def on_cluster(self) -> bool:
+        """Whether this is a run on a Ray cluster."""
+        return any(name.startswith("cluster/") for name in self.scalars)
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether all iterations or all environment steps are done."""
+        run = self.settings.run
+        return self.iteration >= run.max_iter or self.env_step >= run.max_env_step
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether there is an evaluation of the last state."""
+        return bool(self.evaluations) and self.evaluations[-1].env_step == self.env_step
+
+    def evaluated_at(self, env_step: int) -> dict[tuple[str, bool], Result]:
+        """The evaluations at one time: (mode, unseen) to result."""
+        return {(e.mode, e.unseen): e for e in self.evaluations if e.env_step == env_step}
+
+    def _last(self, name: str) -> tuple[float, float]:
+        points = self.scalars.get(name)
+        return points[-1] if points else (0.0, 0.0)
+
+
+def read_run(folder: Path) -> RunData:
+    """Read a run's folder.
+
+    Raises:
+        UserError: it is not a run's folder, or one of its files cannot be read.
+    """
+    settings = _read_settings(folder)
+    episodes = _read_lines(folder / EPISODES, keys=EPISODE_KEYS)
+    lines = _read_lines(folder / EVALUATIONS, keys=EVALUATION_KEYS)
+    scalars = read_scalars(folder)
+    evaluations = _results(lines)
+    notes: list[str] = []
+    transcripts = _read_last_transcripts(folder, evaluations, notes)
+    times = [line.get("wall_s", 0.0) for line in (*episodes[-1:], *lines[-1:])]
+    times += [value for _, value in scalars.get("time/run_s", [])[-1:]]
+    return RunData(
+        folder=folder,
+        settings=settings,
+        episodes=episodes,
+        evaluations=evaluations,
+        scalars=scalars,
+        transcripts=transcripts,
+        notes=notes,
+        seconds=max(times, default=0.0),
+        can_resume=any(folder.glob("checkpoints/iteration_*/training.pt")),
+    )
+
+
+def _read_settings(folder: Path) -> Settings:
+    example = "give a run's folder, such as data_priorzero/NAME"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: there is no such folder; {example}")
+    if folder.parent.name == "checkpoints" and (folder / CONFIG).is_file():
+        raise UserError(f"{folder} is a checkpoint; give its run's folder, {folder.parent.parent}")
+    if not ((folder / CONFIG).is_file() and (folder / LOGS).is_dir()):
+        runs = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if (path.parent / LOGS).is_dir())
+        if runs:
+            newest = max(runs, key=lambda run: (run / CONFIG).stat().st_mtime)
+            raise UserError(f"{folder} contains {len(runs)} run(s), but is none; give one of them, such as {newest}")
+        raise UserError(f"{folder} is not a run's folder: it has no {CONFIG} with {LOGS}/ beside it; {example}")
+    try:
+        return resolve_settings(read_config_file(folder / CONFIG))
+    except UserError as error:
+        raise UserError(
+            f"{folder}: its {CONFIG} cannot be used; the run may come from another version of PriorZero. {error}"
+        ) from error
+
+
+def _read_lines(path: Path, *, keys: Sequence[str]) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file; [] if it does not exist. A last line without an end is left out."""
+    try:
+        text = path.read_text(encoding="utf-8") if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read ({error})") from error
+    found = []
+    for number, line in enumerate(text.split("\n")[:-1], start=1):  # what follows the last line's end is unfinished
+        try:
+            entry = json.loads(line)
+        except ValueError as error:
+            raise UserError(f"{path}, line {number}: is not valid JSON ({error}); remove the line") from error
+        if not isinstance(entry, dict) or any(key not in entry for key in keys):
+            raise UserError(f"{path}, line {number}: lacks one of {', '.join(keys)}; the file is not from a run")
+        found.append(entry)
+    return found
+
+
+def _results(lines: Sequence[Mapping[str, Any]]) -> list[Result]:
+    """One result for each evaluation and mode, over its games. A later evaluation at the same time wins."""
+    groups: dict[tuple[int, str, bool], dict[str, Mapping[str, Any]]] = {}
+    for line in lines:
+        key = line["env_step"], line["mode"], line.get("unseen", False)
+        groups.setdefault(key, {})[line["game"]] = line
+    results = []
+    for (env_step, mode, unseen), of_games in groups.items():
+        scores = [value for line in of_games.values() for value in line["scores"]]
+        returns = [value for line in of_games.values() for value in line["returns"]]
+        results.append(
+            Result(
+                mode=mode,
+                unseen=unseen,
+                env_step=env_step,
+                mean_return=sum(returns) / len(returns),
+                mean_score=sum(scores) / len(scores),
+                max_score=sum(line["max_score"] for line in of_games.values()) / len(of_games),
+                wins=sum(line["wins"] for line in of_games.values()),
+                num_episodes=len(scores),
+            )
+        )
+    return results
+
+
+def _read_last_transcripts(
+    folder: Path, evaluations: Sequence[Result], notes: list[str]
+) -> Sequence[EvaluationTranscript]:
+    """The transcripts, if they belong to the last evaluation. Otherwise [], and a note says why."""
+    path = folder / LAST_EVALUATION
+    if not evaluations:
+        return []
+    if not path.exists():
+        notes.append(f"The steps of the last evaluation were not stored: {LAST_EVALUATION} is missing.")
+        return []
+    try:
+        env_step, transcripts = read_transcripts(path)
+    except (OSError, ValueError, KeyError) as error:
+        notes.append(f"The steps of the last evaluation cannot be read from {LAST_EVALUATION} ({error}).")
+        return []
+    if env_step != evaluations[-1].env_step:
+        notes.append(
+            f"{LAST_EVALUATION} is left out: it is from an evaluation at {env_step} environment steps, which was "
+            "undone when the run was resumed from an earlier checkpoint."
+        )
+        return []
+    return transcripts
+
+
+def read_scalars(folder: Path) -> dict[str, Points]:
+    """All metrics in the TensorBoard files of a run: name to (step, value). What is damaged is left out."""
+    from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
+
+    scalars: dict[str, Points] = {}
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        for event in LegacyEventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if math.isfinite(value.simple_value):
+                    scalars.setdefault(value.tag, []).append((float(event.step), float(value.simple_value)))
+    return scalars
