@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from priorzero.envs import GameSpec, GameWorker, make_worker
+from priorzero.envs import GameSpec, GameWorker, make_workers
 from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
@@ -139,41 +139,6 @@ def make_encoder(settings: Settings, *, device: torch.device) -> TextEncoder:
 
 
 # ---- games ----
-
-
-def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
-    """Check the games of a run.
-
-    Raises:
-        UserError: there is none, their number does not divide the environments, or an unseen game is trained on.
-    """
-    if not games:
-        raise UserError("run.env_id is empty; name a game, such as zork1.z5 or textworld:simple?seed=7")
-    if settings.env.collector_env_num % len(games):
-        raise UserError(
-            f"env.collector_env_num={settings.env.collector_env_num} must be a multiple of the {len(games)} games of "
-            f"run.env_id; type --set env.collector_env_num={len(games)}"
-        )
-    both = {game.md5 for game in games} & {game.md5 for game in unseen}
-    if both:
-        names = ", ".join(game.env_id for game in unseen if game.md5 in both)
-        raise UserError(f"eval.unseen contains games of run.env_id: {names}; give other games")
-
-
-def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, first_seed: int) -> list[GameWorker]:
-    """``count`` worker processes; worker ``e`` plays game ``e % len(games)`` with the seed ``first_seed + e``."""
-    env = settings.env
-    return [
-        make_worker(
-            games[e % len(games)],
-            seed=first_seed + e,
-            max_episode_steps=env.max_episode_steps,
-            look_and_inventory=env.look_and_inventory,
-            drop_inert_commands=env.drop_inert_commands,
-            timeout_s=env.step_timeout_s,
-        )
-        for e in range(count)
-    ]
 
 
 async def start_workers(workers: Sequence[GameWorker], *, meanwhile: Callable[[], Agent]) -> Agent:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -129,7 +130,7 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
     Raises:
         UserError: there is no such run, or the settings are invalid.
     """
-    from priorzero.runs.folder import rename_unsaved  # late: imports torch and LightZero
+    from priorzero.runs.folder import rename_unsaved  # late, since most runs are not resumed
     from priorzero.runs.resume import find_checkpoint
 
     base, flags = layers_from(arguments)
@@ -169,8 +170,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         before the run begins, or after its last checkpoint, ends the process with exit code 130.
     """
     arguments = build_parser().parse_args(argv)
-    with exit_immediately_on_signal():
-        return _run(arguments)
+    gc.disable()  # until the imports are done: it would search the growing set of modules again and again
+    try:
+        with exit_immediately_on_signal():
+            return _run(arguments)
+    finally:
+        gc.enable()
 
 
 def _run(arguments: argparse.Namespace) -> int:
@@ -192,11 +197,15 @@ def _train(arguments: argparse.Namespace) -> None:
         logger.info(f"starting: {settings.run.env_id}, seed {settings.run.seed}")
     else:
         logger.info(f"starting: --resume {arguments.resume}")
+        settings, checkpoint = resume_from(arguments)
+    from priorzero.preflight import prepare  # late, since --help does not need it
+
+    with prepare(settings, checkpoint=checkpoint) as prepared:
         with announced("loading the libraries"):
-            settings, checkpoint = resume_from(arguments)
-    with announced("loading the libraries"):
-        from priorzero.train import run_training  # late: imports torch and LightZero
-    run_training(settings, checkpoint=checkpoint)
+            from priorzero.train import run_prepared  # late: imports torch and LightZero, which takes seconds
+        gc.enable()
+        gc.freeze()  # the modules stay, so later collections need not search them
+        run_prepared(prepared)
 
 
 if __name__ == "__main__":

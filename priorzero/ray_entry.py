@@ -13,6 +13,8 @@ from loguru import logger
 
 from priorzero.config import describe_settings, resolve_settings
 from priorzero.entry import add_common_arguments, layers_from
+from priorzero.preflight import check_inputs
+from priorzero.runs.folder import new_run_folder
 from priorzero.runs.progress import terminal_output
 from priorzero.runtime.activity import announced
 from priorzero.settings import Settings
@@ -77,6 +79,16 @@ def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str])
     return resolve_settings(*base[:1], *([DEBUG_SETTINGS] if debug else []), *base[1:], *flags, own)
 
 
+def _check(settings: Settings) -> None:
+    """The checks that need neither torch nor Ray. The models' files are needed on this machine only without a cluster.
+
+    Raises:
+        UserError: the first problem.
+    """
+    games, _ = check_inputs(settings, with_models=not settings.cluster.address)
+    new_run_folder(settings, games)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
@@ -105,6 +117,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed; type pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
     logger.info(f"starting: {settings.run.env_id}, seed {settings.run.seed}")
+    _check(settings)
     with announced("loading the libraries"):
         from priorzero.cluster.train import run_on_cluster  # late: imports torch, LightZero and Ray
     run_on_cluster(settings)

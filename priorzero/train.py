@@ -4,31 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 import torch
 
-from priorzero.agent import (
-    check_games,
-    make_agent,
-    make_evaluators,
-    make_workers,
-    start_workers,
-)
-from priorzero.envs import GameSpec, resolve_games
+from priorzero.agent import make_agent, make_evaluators, start_workers
+from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.engines import cores_for_training
-from priorzero.llm.engines.make import choose_engine
 from priorzero.llm.models import choose_device
 from priorzero.play.collector import Collector
+from priorzero.preflight import Preparation, prepare
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.errors import reported_to_user
-from priorzero.runs.folder import new_run_folder
 from priorzero.runs.progress import terminal_output
-from priorzero.runs.resume import prepare_resume
 from priorzero.runs.summary import RunSummary
-from priorzero.runtime.activity import announced
 from priorzero.runtime.random_state import seed_globals
 from priorzero.settings import Settings
 from priorzero.training_run import TrainingRun
@@ -48,27 +37,18 @@ def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) ->
     Raises:
         UserError: an error that the user can correct; before anything was written if possible.
     """
-    settings = settings.model_copy(deep=True)
-    with announced("preparing the games"):
-        games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
-    check_games(settings, games=games, unseen=unseen)
+    with prepare(settings, checkpoint=checkpoint) as prepared:
+        return run_prepared(prepared)
+
+
+def run_prepared(prepared: Preparation) -> RunSummary:
+    """Train, inside the block of :func:`priorzero.preflight.prepare`; see :func:`run_training`."""
+    settings = prepared.settings
     device = choose_device(settings.run.device)
     if settings.prior.enabled:
-        settings.prior.engine = choose_engine(settings, device=device)
-    lock = None
-    if checkpoint is None:
-        folder = new_run_folder(settings, games)
-    else:
-        folder = checkpoint.run_folder
-        lock = prepare_resume(checkpoint, settings, games=games)
-    try:
-        with reported_to_user(folder, settings):
-            return asyncio.run(
-                _train(settings, games=games, unseen=unseen, device=device, folder=folder, checkpoint=checkpoint)
-            )
-    finally:
-        if lock is not None:
-            lock.close()
+        settings.prior.engine = choose_engine(settings, device=device.type)
+    with reported_to_user(prepared.folder, settings):
+        return asyncio.run(_train(prepared, device=device))
 
 
 async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
@@ -102,21 +82,14 @@ async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
         await run.save()
 
 
-async def _train(
-    settings: Settings,
-    *,
-    games: Sequence[GameSpec],
-    unseen: Sequence[GameSpec],
-    device: torch.device,
-    folder: Path,
-    checkpoint: Checkpoint | None,
-) -> RunSummary:
+async def _train(prepared: Preparation, *, device: torch.device) -> RunSummary:
     """Build everything, run the loop, and close everything. After an error, what was learned is saved."""
+    settings, games, folder = prepared.settings, prepared.games, prepared.folder
+    workers = prepared.workers
     _set_num_threads(settings, device=device)
     # All random numbers come from one seed, in independent streams.
     *global_seeds, buffer_seed, collector_seed = np.random.SeedSequence(settings.run.seed).spawn(5)
     seed_globals(global_seeds)
-    workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
     load = functools.partial(
         make_agent, settings, device=device, buffer_seed=buffer_seed, vllm_log=folder / "log" / "vllm.log"
     )
@@ -129,7 +102,7 @@ async def _train(
         groups=2 if overlap else 1,
         num_games=len(games),
     )
-    evaluators = make_evaluators(settings, games=games, unseen=unseen, player=agent.player)
+    evaluators = make_evaluators(settings, games=games, unseen=prepared.unseen, player=agent.player)
     run = TrainingRun(
         settings,
         games=games,
@@ -137,7 +110,7 @@ async def _train(
         collector=collector,
         evaluators=evaluators,
         folder=folder,
-        checkpoint=checkpoint,
+        checkpoint=prepared.checkpoint,
     )
     try:
         await run.begin()

@@ -41,7 +41,8 @@ from bench_tools import Row, report, seconds
 from priorzero.config import PRESETS, resolve_settings
 from priorzero.llm.fine_tuning import LLMLearner, LLMSample
 from priorzero.llm.losses import gradient_norm, sft_loss
-from priorzero.llm.models import LanguageModel, load_language_model, resolve_model
+from priorzero.llm.model_files import resolve_model
+from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.prompts import prompt_style
 from priorzero.play.text_encoder import TextEncoder
 from priorzero.policy import PriorZeroPolicy

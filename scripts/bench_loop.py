@@ -32,9 +32,9 @@ from bench_prompts import logprobs_one_prompt_per_action
 from bench_tools import Row, at_least, print_table, report, seconds
 from loguru import logger
 
-from priorzero.agent import Agent, make_agent, make_workers
+from priorzero.agent import Agent, make_agent
 from priorzero.config import PRESETS, resolve_settings
-from priorzero.envs import GameSpec, make_game, resolve_game
+from priorzero.envs import GameSpec, make_game, make_workers, resolve_game
 from priorzero.llm.engines import PriorBuilder
 from priorzero.play.collector import Collector
 from priorzero.play.episode import Episode

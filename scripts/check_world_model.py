@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from bench_tools import RESULTS, at_least, exit_code, make_folder, write_json
 
-from priorzero.agent import Agent, make_agent, make_workers
-from priorzero.envs import resolve_games
+from priorzero.agent import Agent, make_agent
+from priorzero.envs import make_workers, resolve_games
 from priorzero.llm.models import choose_device
 from priorzero.play.collector import Collector
 from priorzero.policy import PriorZeroPolicy

@@ -130,7 +130,7 @@ def main() -> int:
     shares = {name: count / total for name, count in counts.most_common()}
     other = sum(share for name, share in shares.items() if name.startswith("other"))
     print_shares(shares, other=other, total=total)
-    print(f"{first_s:7.1f}  seconds until the first action (goal: less than 20)")
+    print(f"{first_s:7.1f}  seconds until the first action (goal: less than 12)")
     write_json(
         RESULTS / "profile.json", {"shares": shares, "other": other, "samples": total, "first_action_s": first_s}
     )

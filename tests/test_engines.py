@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.engines import PriorBuilder, RetryingPrior, TransformersEngine
-from priorzero.llm.engines.make import choose_engine
 from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.settings import PriorSettings
 from priorzero.types import GameState, PriorRequest, UserError
@@ -214,7 +214,7 @@ def test_transformers_engine_keeps_the_priors_computed_before_a_timeout(llm, mon
 
 
 def choose(engine, device):
-    return choose_engine(make_settings({"prior": {"engine": engine}}), device=torch.device(device))
+    return choose_engine(make_settings({"prior": {"engine": engine}}), device=device)
 
 
 def test_choose_engine_takes_vllm_on_a_gpu_and_transformers_on_a_cpu(monkeypatch):

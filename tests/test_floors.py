@@ -24,6 +24,7 @@ FLOORS: list[set[str]] = [
     {"policy"},
     {"play"},
     {"runs"},
+    {"preflight"},
     {"agent"},
     {"learning", "run_state"},
     {"training_run"},

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from priorzero.llm.models import LanguageModel, choose_device, load_language_model, resolve_model, warn_of_long_prompts
+from priorzero.llm.model_files import resolve_model
+from priorzero.llm.models import LanguageModel, choose_device, load_language_model, warn_of_long_prompts
 from priorzero.llm.packing import PromptRow
 from priorzero.types import PromptTooLongError, UserError
 from tests.helpers.models import make_settings

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertModel
 
-from priorzero.llm.models import resolve_model
+from priorzero.llm.model_files import resolve_model
 from priorzero.play.text_encoder import TextEncoder
 from priorzero.types import GameState
 

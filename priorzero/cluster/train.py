@@ -15,10 +15,10 @@ import ray
 from loguru import logger
 from ray.exceptions import RayError, RayTaskError
 
-from priorzero.agent import check_games
 from priorzero.cluster.connection import check_settings, connect, plan_resources
 from priorzero.cluster.run import ClusterRun
 from priorzero.envs import resolve_games
+from priorzero.preflight import check_games
 from priorzero.runs.errors import reported_to_user
 from priorzero.runs.folder import create_files, new_run_folder
 from priorzero.runs.logger import log_start

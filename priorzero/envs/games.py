@@ -94,6 +94,21 @@ def resolve_games(env_ids: str) -> list[GameSpec]:
     return games
 
 
+def check_names(env_ids: str) -> None:
+    """As :func:`resolve_games`, but TextWorld games are not generated, which takes seconds.
+
+    Raises:
+        UserError: a game is unknown, or its story file is missing or cannot be used.
+    """
+    if Path(env_ids).is_file():
+        return
+    for env_id in [name.strip() for name in env_ids.split(",") if name.strip()]:
+        if env_id.startswith(TEXTWORLD_PREFIX):
+            textworld_files.parse_request(env_id)
+        else:
+            resolve_game(env_id)
+
+
 def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
     """Open a game in this process. A game that hangs would block the process, so training uses ``make_worker``."""
     # Imported here, because a run may not need both libraries.

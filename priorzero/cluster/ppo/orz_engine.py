@@ -21,7 +21,8 @@ from loguru import logger
 from priorzero.cluster.connection import Share
 from priorzero.cluster.ppo.engine import PPOResult, SendParameters
 from priorzero.cluster.ppo.trajectories import Trajectory, scaled_rewards
-from priorzero.llm.models import load_tokenizer, resolve_model
+from priorzero.llm.model_files import resolve_model
+from priorzero.llm.models import load_tokenizer
 from priorzero.llm.prompts import completion_text, prompt_style
 from priorzero.settings import Settings
 from priorzero.types import UserError

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
-from typing import Literal
-
-import torch
 
 from priorzero.llm.engines.base import PriorBuilder
 from priorzero.llm.engines.hf import TransformersEngine
 from priorzero.llm.engines.vllm import VLLMEngine
-from priorzero.llm.models import LanguageModel, resolve_model
+from priorzero.llm.model_files import local_model
+from priorzero.llm.models import LanguageModel
 from priorzero.llm.prompts import prompt_style
 from priorzero.settings import Settings
 from priorzero.types import PriorEngine, UserError
-
-
-def choose_engine(settings: Settings, *, device: torch.device) -> Literal["vllm", "transformers"]:
-    """The engine that ``prior.engine`` names; ``auto`` is vLLM on a GPU and transformers on a CPU."""
-    engine = settings.prior.engine
-    if engine == "auto":
-        engine = "vllm" if device.type == "cuda" else "transformers"
-    if engine == "vllm" and importlib.util.find_spec("vllm") is None:
-        how = "pip install --no-deps -r requirements/gpu.txt" if device.type == "cuda" else "scripts/set_up.sh test"
-        raise UserError(
-            f"prior.engine={settings.prior.engine}: vLLM is not installed; type {how}, or use --engine transformers"
-        )
-    return engine
 
 
 def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> PriorEngine:
@@ -51,11 +35,9 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
                 f"vllm.max_model_len={settings.vllm.max_model_len} exceeds the model's {llm.max_length} tokens; "
                 "leave it at 0"
             )
-    if settings.vllm.sleep and llm.device.type == "cpu":
-        raise UserError("vllm.sleep=true needs a GPU, but this run uses the CPU; leave it out")
     return VLLMEngine(
         builder,
-        model=resolve_model(settings.llm.path, setting="llm.path"),
+        model=local_model(settings.llm.path, setting="llm.path"),
         cfg=settings.vllm.model_copy(update={"max_model_len": settings.vllm.max_model_len or max_model_len}),
         log_file=vllm_log,
         trust_remote_code=settings.llm.trust_remote_code,

@@ -1,0 +1,186 @@
+"""Everything that a run needs before its models are loaded: checks, the folder's name, and the games' processes.
+
+This module imports neither torch nor LightZero, which take seconds. So a wrong input is reported at once, and the games
+start while the packages are imported.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TextIO
+
+from priorzero.envs import GameSpec, GameWorker, check_names, make_workers, resolve_games
+from priorzero.llm.engine_choice import choose_engine
+from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
+from priorzero.runs.checkpoint import Checkpoint
+from priorzero.runs.folder import new_run_folder
+from priorzero.runs.resume import prepare_resume
+from priorzero.runtime.activity import announced
+from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
+from priorzero.settings import Settings
+from priorzero.types import UserError
+
+FLOAT32 = 4  # bytes
+# Bytes per parameter in a checkpoint: the parameter itself and AdamW's two moments.
+TRAINED = 3 * FLOAT32
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A run whose settings and files were checked.
+
+    Attributes:
+        settings: a copy of all settings.
+        games: games of ``run.env_id``.
+        unseen: games of ``eval.unseen``.
+        folder: the run's, which a new run has not created yet.
+        checkpoint: the run is resumed from it; None for a new run.
+        workers: the games that are played for collection. Their processes are starting.
+    """
+
+    settings: Settings
+    games: Sequence[GameSpec]
+    unseen: Sequence[GameSpec]
+    folder: Path
+    checkpoint: Checkpoint | None
+    workers: Sequence[GameWorker]
+
+
+@contextlib.contextmanager
+def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iterator[Preparation]:
+    """Check everything that can be checked before the models are loaded, and launch the games.
+
+    A run that is resumed is locked until the end of the block. At the end, the games are ended if they still run.
+
+    Raises:
+        UserError: an error that the user can correct; nothing was written.
+    """
+    settings = settings.model_copy(deep=True)
+    if checkpoint is not None:
+        settings.run.output_dir = str(checkpoint.run_folder.parent)
+    games, unseen = check_inputs(settings)
+    folder = new_run_folder(settings, games) if checkpoint is None else checkpoint.run_folder
+    lock: TextIO | None = None
+    if checkpoint is not None:
+        lock = prepare_resume(checkpoint, settings, games=games)
+    workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
+    try:
+        for worker in workers:
+            worker.launch()
+        yield Preparation(settings, games, unseen, folder, checkpoint, workers)
+    finally:
+        for worker in workers:
+            worker.kill()
+        if lock is not None:
+            lock.close()
+
+
+def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[GameSpec], list[GameSpec]]:
+    """Check the games, and the models and the machine with :func:`check_models`.
+
+    Args:
+        settings: all settings.
+        with_models: False if the models are loaded on other machines.
+
+    Returns:
+        The games of ``run.env_id`` and of ``eval.unseen``.
+
+    Raises:
+        UserError: the first problem.
+    """
+    for names in (settings.run.env_id, settings.eval.unseen):
+        check_names(names)
+    if with_models:
+        check_models(settings)
+    with announced("preparing the games"):
+        games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+    check_games(settings, games=games, unseen=unseen)
+    return games, unseen
+
+
+def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
+    """Check the games of a run.
+
+    Raises:
+        UserError: there is none, their number does not divide the environments, or an unseen game is trained on.
+    """
+    if not games:
+        raise UserError("run.env_id is empty; name a game, such as zork1.z5 or textworld:simple?seed=7")
+    if settings.env.collector_env_num % len(games):
+        raise UserError(
+            f"env.collector_env_num={settings.env.collector_env_num} must be a multiple of the {len(games)} games of "
+            f"run.env_id; type --set env.collector_env_num={len(games)}"
+        )
+    both = {game.md5 for game in games} & {game.md5 for game in unseen}
+    if both:
+        names = ", ".join(game.env_id for game in unseen if game.md5 in both)
+        raise UserError(f"eval.unseen contains games of run.env_id: {names}; give other games")
+
+
+def check_models(settings: Settings) -> None:
+    """Check the device, the engine, the models' files, and the disk space for a checkpoint.
+
+    Raises:
+        UserError: the first problem.
+    """
+    device = settings.run.device
+    if gpu_is_ruled_out():
+        if device == "cuda":
+            raise no_gpu_error()
+        device = "cpu"
+    llm = None
+    if settings.prior.enabled:
+        if device != "auto" or settings.prior.engine != "auto":  # otherwise torch must first look for a GPU
+            choose_engine(settings, device="cpu" if device == "cpu" else "cuda")
+        llm = check_llm(settings.llm)
+    encoder = check_encoder(settings.encoder.path)
+    if settings.run.max_env_step > 0:
+        _check_disk(Path(settings.run.output_dir), size=checkpoint_size(settings, llm=llm, encoder=encoder))
+
+
+# ---- disk ----
+
+
+def checkpoint_size(settings: Settings, *, llm: ModelFiles | None, encoder: ModelFiles | None) -> int:
+    """Estimated size in bytes of a checkpoint, without the replay buffer.
+
+    Args:
+        settings: all settings.
+        llm: the LLM; None without an LLM, or if its size is not known yet. It is left out then.
+        encoder: the text encoder; likewise.
+    """
+    size = _world_model_parameters(settings, encoder=encoder) * (TRAINED + FLOAT32)  # and the target network
+    if llm is None:
+        return size
+    cfg = settings.llm
+    if cfg.use_lora:
+        matrices = [shape for name, shape in llm.shapes.items() if len(shape) == 2 and not name.startswith("lm_head")]
+        vocab_size = llm.text_config.get("vocab_size")
+        return size + TRAINED * cfg.lora_r * sum(sum(shape) for shape in matrices if shape[0] != vocab_size)
+    is_trained = cfg.enable_sft or cfg.enable_rft
+    return size + llm.num_parameters * (TRAINED if is_trained else FLOAT32)
+
+
+def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -> int:
+    """Number of parameters of UniZero, without biases: encoder, transformer, action embeddings and four heads."""
+    wm, actions = settings.world_model, settings.env.action_space_size
+    embedding_size = int(encoder.config.get("hidden_size", 0)) if encoder is not None else 0
+    feature_size = embedding_size * (3 if settings.env.look_and_inventory else 1)
+    support = 2 * wm.support_scale + 1
+    rows = feature_size + (12 * wm.num_layers + 6) * wm.embed_dim + 2 * (actions + support)
+    return rows * wm.embed_dim
+
+
+def _check_disk(output_dir: Path, *, size: int) -> None:
+    """Raise UserError if ``size`` bytes are not free where ``output_dir`` is, or will be."""
+    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    if free < size:
+        raise UserError(
+            f"run.output_dir={output_dir}: {free / 1e9:.1f} GB are free, but a checkpoint needs about "
+            f"{size / 1e9:.1f} GB; free some space, or give a folder on another disk: --set run.output_dir=FOLDER"
+        )
