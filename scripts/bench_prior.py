@@ -28,18 +28,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_prompts import ROOM, chat_prompt, largest_difference, logprobs_one_prompt_per_action
+from bench_prompts import (
+    ROOM,
+    chat_prompt,
+    forward_operations,
+    largest_difference,
+    logprobs_one_prompt_per_action,
+    matmul_rate,
+    play_at_random,
+)
 from bench_tools import Row, at_least, print_table, report, seconds
 
 from priorzero.config import PRESETS, resolve_settings
-from priorzero.envs import make_game, resolve_game
 from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PromptRow, pack
 from priorzero.llm.prompts import PromptStyle, prompt_style, render_prompt
-from priorzero.types import HistoryStep, PriorRequest
+from priorzero.types import PriorRequest
 
-GAME = "textworld:simple?seed=7"
 VERBS = ("open", "take", "push", "examine", "enter", "read", "climb", "turn on")
 THINGS = ("the mailbox", "the lantern", "the trap door", "a brown sack", "the window", "the sword", "an egg", "the rug")
 COMMANDS = [f"{verb} {thing}" for thing in THINGS for verb in VERBS]
@@ -71,22 +77,14 @@ def episode_requests(llm: LanguageModel, *, steps: int, style: PromptStyle, min_
         style: of the prompts.
         min_actions: commands are added to the valid actions of a state until there are as many.
     """
-    game = make_game(
-        resolve_game(GAME), seed=0, max_episode_steps=steps + 1, look_and_inventory=True, drop_inert_commands=False
-    )
-    rng = np.random.default_rng(0)
-    state, history, requests = game.reset(), list[HistoryStep](), []
-    for _ in range(steps):
+    states, decisions = play_at_random(steps=steps, seed=0, drop_inert_commands=False)
+    requests = []
+    for t, state in enumerate(states):
         own = state.valid_actions
         added = [command for command in COMMANDS if command not in own][: max(0, min_actions - len(own))]
         state = dataclasses.replace(state, valid_actions=(*own, *added))
-        prompt = render_prompt(state, history, style=style, tokenizer=llm.tokenizer)
+        prompt = render_prompt(state, decisions[:t], style=style, tokenizer=llm.tokenizer)
         requests.append(PriorRequest(prompt.text, state.valid_actions))
-        action = own[rng.integers(len(own))]
-        next_state, reward = game.step(action)
-        history.append(HistoryStep(state.feedback, action, reward))
-        state = next_state
-    game.close()
     return requests
 
 
@@ -134,11 +132,9 @@ def num_reference_tokens(row: PromptRow) -> int:
 
 
 def num_operations(llm: LanguageModel, rows: Sequence[PromptRow]) -> float:
-    """Floating point operations in matrix products with the parameters. The output layer is not used for all tokens."""
-    output = llm.model.get_output_embeddings().weight.numel()
-    inner = sum(p.numel() for p in llm.model.parameters()) - output
-    predicting = sum(len(pack([row], dtype=torch.float32, device="cpu").predictors) for row in rows)
-    return 2.0 * (inner * num_new_tokens(rows) + output * predicting)
+    """Floating point operations in matrix products with the parameters."""
+    predictors = sum(len(pack([row], dtype=torch.float32, device="cpu").predictors) for row in rows)
+    return forward_operations(llm, tokens=num_new_tokens(rows), predictors=predictors)
 
 
 def token_counts(rows: Sequence[PromptRow]) -> dict[str, float]:
@@ -151,13 +147,6 @@ def token_counts(rows: Sequence[PromptRow]) -> dict[str, float]:
         "prompt mean": float(np.mean([len(row.prompt_ids) for row in rows])),
         "actions mean": float(np.mean([len(row.completions) for row in rows])),
     }
-
-
-def matmul_rate(size: int = 1536) -> float:
-    """Floating point operations a second of one large float32 matrix product on all of torch's threads."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    spent, _ = seconds(lambda: a @ b, repeats=5)
-    return 2 * size**3 / spent
 
 
 # ---- measurements ----

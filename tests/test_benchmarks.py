@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 
-import bench_learner
+import bench_llm
 import bench_loop
 import bench_prior
+import bench_prompts
 import bench_search
 import bench_tools
 import check_world_model
@@ -36,20 +38,80 @@ def tokenizer():
 
 def test_learn_one_row_per_action_gives_the_same_gradient(tokenizer):
     llm = make_tiny_llm(tokenizer)
-    learner, gradient = bench_learner.make_learner(llm, top=5)
-    samples, skipped = learner.samples(bench_learner.make_records(llm, states=3, tokens=60), np.zeros(3))
+    learner, gradient = bench_llm.make_sft_learner(llm, top=5)
+    samples, skipped = learner.samples(bench_llm.make_records(llm, states=3, tokens=60), np.zeros(3))
     assert skipped == 0 and {len(sample.row.completions) for sample in samples} == {5}
     # Prompts of different lengths, so that a micro-batch of 2 rows contains padding.
     shorter = dataclasses.replace(samples[1].row, prompt_ids=samples[1].row.prompt_ids[7:])
     samples[1] = dataclasses.replace(samples[1], row=shorter)
     ours = learner.learn(samples)["sft_loss"]
     our_gradient = list(gradient)
-    assert bench_learner.learn_one_row_per_action(learner, samples) == pytest.approx(ours, rel=1e-5)
-    assert bench_learner.relative_difference(our_gradient, gradient) < 1e-5
+    assert bench_llm.learn_one_row_per_action(learner, samples) == pytest.approx(ours, rel=1e-5)
+    assert bench_llm.relative_difference(our_gradient, gradient) < 1e-5
     assert learner.learn(samples)["sft_loss"] == pytest.approx(ours, rel=1e-7)  # the parameters have not changed
     samples[0] = dataclasses.replace(samples[0], target_probs=np.roll(samples[0].target_probs, 1))
-    bench_learner.learn_one_row_per_action(learner, samples)
-    assert bench_learner.relative_difference(our_gradient, gradient) > 1e-3
+    bench_llm.learn_one_row_per_action(learner, samples)
+    assert bench_llm.relative_difference(our_gradient, gradient) > 1e-3
+
+
+def make_llm_rows(monkeypatch, tokenizer, **changes):
+    """The rows and tables of short episodes with the quick test's prompts and a small model."""
+    monkeypatch.setattr(bench_llm, "EPISODE_STEPS", 6)
+    monkeypatch.setattr(bench_llm, "prompt_cases", lambda: {"quick test": make_settings({"llm": changes})})
+    return bench_llm.decisions_rows(make_tiny_llm(tokenizer), rate=1e9)
+
+
+def test_decisions_rows_compare_the_tree_with_one_decision_at_a_time(tokenizer, monkeypatch):
+    (row,), tables = make_llm_rows(monkeypatch, tokenizer)
+    assert row.equal and max(tables["relative differences"]["quick test"].values()) > 0
+    tokens = tables["tokens"]["quick test"]
+    assert tokens["tree"] < tokens["one at a time"] < tokens["row per action"]
+    assert tokens["ratio"] == tokens["one at a time"] / tokens["tree"]
+    per_pass = list(tables["tokens of a forward pass"].values())
+    assert [figures["forward passes"] for figures in per_pass] == [32, 16, 8, 4]
+    assert all(more["sum"] < fewer["sum"] for fewer, more in itertools.pairwise(per_pass))
+
+
+def test_decisions_rows_detect_a_wrong_gradient(tokenizer, monkeypatch):
+    losses = bench_llm.LLMLearner._losses
+
+    def wrong(self, micro_batch):  # only if the decisions are packed
+        return {name: (1 + 1e-4 * (len(micro_batch) > 1)) * loss for name, loss in losses(self, micro_batch).items()}
+
+    monkeypatch.setattr(bench_llm.LLMLearner, "_losses", wrong)
+    (row,), tables = make_llm_rows(monkeypatch, tokenizer)
+    assert not row.equal
+    assert tables["relative differences"]["quick test"]["gradient"] == pytest.approx(1e-4, rel=0.05)
+
+
+def test_token_figures():
+    """Hand-counted: the last token of a completion is not packed, and the common prefixes are packed once."""
+    first = PromptRow([1, 2, 3, 4], [[5, 6], [5, 7, 8]])  # 4 + the nodes 5 and 7
+    second = PromptRow([1, 2, 9], [[5], [6, 6]])  # 3 + the node 6; it shares two tokens with the first
+    samples = [bench_llm.LLMSample(row, np.array([0.5, 0.5]), 0, 0.0, 0.0) for row in (first, second)]
+    figures = bench_llm.token_figures(samples, [samples, samples[:1]])
+    assert (figures["tree"], figures["one at a time"], figures["row per action"]) == (8, 10, 6 + 7 + 4 + 5)
+    assert (figures["ratio"], figures["mean ratio"]) == (10 / 8, (10 / 8 + 1) / 2)
+    assert bench_llm.num_tokens(samples, micro_batch_size=1) == [6, 4]
+    assert bench_llm.num_tokens(samples, micro_batch_size=2) == [8]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_forward_operations(tokenizer, tied):
+    """Two layers of width 32: 4 heads of 8, 2 of keys and values, an MLP of 64, and norms."""
+    llm = make_tiny_llm(tokenizer, tie_word_embeddings=tied)
+    layer = 32 * (32 + 16 + 16 + 32) + 3 * 32 * 64 + 2 * 32
+    operations = bench_prompts.forward_operations(llm, tokens=10, predictors=3)
+    assert operations == 2 * (10 * (2 * layer + 32) + 3 * 32 * len(tokenizer))
+
+
+def test_play_at_random_returns_states_with_the_decisions_that_were_taken_there():
+    states, decisions = bench_prompts.play_at_random(steps=5, seed=0, drop_inert_commands=True)
+    assert len(states) == len(decisions) == 5 and [state.moves for state in states] == [0, 1, 2, 3, 4]
+    for state, decision in zip(states, decisions, strict=True):
+        assert decision.action in state.valid_actions
+        assert (decision.feedback, decision.score) == (state.feedback, state.score)
+    assert bench_prompts.play_at_random(steps=5, seed=1, drop_inert_commands=True)[1] != decisions
 
 
 def test_search_batch_gives_the_same_visits_and_differences_are_detected():

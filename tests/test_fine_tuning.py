@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 
+from priorzero.llm import models
 from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.fine_tuning import LLMLearner, select_actions
 from priorzero.llm.losses import kl_loss
-from priorzero.llm.packing import PromptRow
+from priorzero.llm.packing import PromptRow, pack
 from priorzero.llm.prompts import prompt_style
 from priorzero.types import PriorRequest, UserError
 from tests.helpers.models import make_settings, make_tiny_llm
@@ -61,6 +62,23 @@ def test_learn_has_the_same_gradient_for_all_micro_batch_sizes(smollm2, objectiv
         gradient, losses = gradient_of_step(smollm2, size, objective=objective)
         assert (gradient - whole).norm() / whole.norm() < 1e-5, size
         assert losses == pytest.approx(whole_losses, rel=1e-4), size
+
+
+@pytest.mark.parametrize(("size", "want"), [(1, [1] * 7), (2, [2, 2, 2, 1]), (4, [4, 3]), (8, [7])])
+def test_learn_packs_at_most_a_micro_batch_in_a_forward_pass(smollm2, monkeypatch, size, want):
+    """This bounds the memory, also with the KL penalty, whose reference has a forward pass of its own."""
+    num_rows = []
+
+    def count_rows(rows, **kwargs):
+        num_rows.append(len(rows))
+        return pack(rows, **kwargs)
+
+    learner = make_learner(smollm2, micro_batch_size=size, kl_weight=0.1, objective="actions")
+    learner.llm = learner.scorer._llm = dataclasses.replace(learner.llm, reference=copy.deepcopy(learner.llm.model))
+    samples, _ = learner.samples(RECORDS[:7], RETURNS[:7])
+    monkeypatch.setattr(models, "pack", count_rows)
+    learner.learn(samples)
+    assert num_rows == [n for n in want for _ in range(2)]
 
 
 @pytest.mark.parametrize("objective", ["tokens", "actions"])
