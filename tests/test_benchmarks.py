@@ -58,12 +58,14 @@ def make_llm_rows(monkeypatch, tokenizer, **changes):
     """The rows and tables of short episodes with the quick test's prompts and a small model."""
     monkeypatch.setattr(bench_llm, "EPISODE_STEPS", 6)
     monkeypatch.setattr(bench_llm, "prompt_cases", lambda: {"quick test": make_settings({"llm": changes})})
-    return bench_llm.decisions_rows(make_tiny_llm(tokenizer), rate=1e9)
+    return bench_llm.decisions_rows(make_tiny_llm(tokenizer), rate=1e9, float64=True)
 
 
 def test_decisions_rows_compare_the_tree_with_one_decision_at_a_time(tokenizer, monkeypatch):
     (row,), tables = make_llm_rows(monkeypatch, tokenizer)
-    assert row.equal and max(tables["relative differences"]["quick test"].values()) > 0
+    found = tables["relative differences"]["quick test"]
+    assert row.equal and 0 < found["gradient"] < 1e-5
+    assert 0 < found["ours | float64"] < 1e-5 and 0 < found["ref. | float64"] < 1e-5
     tokens = tables["tokens"]["quick test"]
     assert tokens["tree"] < tokens["one at a time"] < tokens["row per action"]
     assert tokens["ratio"] == tokens["one at a time"] / tokens["tree"]
@@ -81,7 +83,9 @@ def test_decisions_rows_detect_a_wrong_gradient(tokenizer, monkeypatch):
     monkeypatch.setattr(bench_llm.LLMLearner, "_losses", wrong)
     (row,), tables = make_llm_rows(monkeypatch, tokenizer)
     assert not row.equal
-    assert tables["relative differences"]["quick test"]["gradient"] == pytest.approx(1e-4, rel=0.05)
+    found = tables["relative differences"]["quick test"]
+    assert found["gradient"] == pytest.approx(1e-4, rel=0.05) == found["ours | float64"]
+    assert found["ref. | float64"] < 1e-5
 
 
 def test_token_figures():
