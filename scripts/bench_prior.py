@@ -29,9 +29,9 @@ from typing import Any
 import numpy as np
 import torch
 from bench_prompts import ROOM, chat_prompt, largest_difference, logprobs_one_prompt_per_action
-from bench_tools import Row, at_least, print_table, report, seconds
+from bench_tools import SMALL_SETTINGS, Row, at_least, print_table, report, seconds
 
-from priorzero.config import PRESETS, resolve_settings
+from priorzero.config import resolve_settings
 from priorzero.envs import make_game, resolve_game
 from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.models import LanguageModel, load_language_model
@@ -240,7 +240,7 @@ def main() -> int:
         "--every", type=at_least(1), default=5, help="measure the reference on every N-th step (default: 5)"
     )
     options = parser.parse_args()
-    settings = resolve_settings(PRESETS["quick_test"])
+    settings = resolve_settings(SMALL_SETTINGS)
     llm = load_language_model(settings.llm, device=torch.device("cpu"))
     prompt_cache_tokens, rate = settings.prior.prompt_cache_tokens, matmul_rate()
     rows, figures = [], {}

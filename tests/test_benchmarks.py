@@ -55,7 +55,7 @@ def test_learn_one_row_per_action_gives_the_same_gradient(tokenizer):
 def test_search_batch_gives_the_same_visits_and_differences_are_detected():
     roots = bench_search.make_roots(3, num_actions=100, num_legal=12)
     assert len({tuple(root.legal_actions) for root in roots}) == 3
-    policy = bench_search.make_policy("quick_test")
+    policy = bench_search.make_policy("small")
     policy.search_cfg.num_simulations = 4
     total_s, model_s, results = bench_search.search_batch(policy, roots, num_actions=100, repeats=1)
     assert 0 < model_s < total_s
