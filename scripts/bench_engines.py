@@ -21,9 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 from bench_prompts import largest_difference, logprobs_one_prompt_per_action, numbered_prompt
-from bench_tools import Row, report, seconds
+from bench_tools import SMALL_SETTINGS, Row, report, seconds
 
-from priorzero.config import PRESETS, resolve_settings
+from priorzero.config import resolve_settings
 from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PromptRow
@@ -40,9 +40,9 @@ TOLERANCE = 1e-3  # of log-probabilities
 
 
 def make_settings(*, engine: str = "vllm", mode: str = "score") -> Settings:
-    """The quick test's settings with one engine."""
+    """Settings of small models with one engine."""
     layer = {"prior": {"engine": engine, "mode": mode}, "llm": {"generate_max_len": 32}}
-    return resolve_settings(PRESETS["quick_test"], layer)
+    return resolve_settings(SMALL_SETTINGS, layer)
 
 
 @torch.inference_mode()

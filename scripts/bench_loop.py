@@ -2,7 +2,7 @@
 
     python scripts/bench_loop.py [--steps N]
 
-Both implementations collect the same steps of the same games from the same seeds, with the quick test's models and
+Both implementations collect the same steps of the same games from the same seeds, with small models and
 search and four games at the same time. The package's is the collector as in training, with an empty cache of valid
 actions. The reference
 
@@ -29,11 +29,11 @@ from typing import Any
 import numpy as np
 import torch
 from bench_prompts import logprobs_one_prompt_per_action
-from bench_tools import Row, at_least, print_table, report, seconds
+from bench_tools import SMALL_SETTINGS, Row, at_least, print_table, report, seconds
 from loguru import logger
 
 from priorzero.agent import Agent, make_agent
-from priorzero.config import PRESETS, resolve_settings
+from priorzero.config import resolve_settings
 from priorzero.envs import GameSpec, make_game, make_workers, resolve_game
 from priorzero.llm.engines import PriorBuilder
 from priorzero.play.collector import Collector
@@ -185,7 +185,7 @@ def same_decisions(ours: Sequence[StepRecord], reference: Sequence[StepRecord]) 
 def games(steps: int | None) -> list[tuple[str, dict[str, Any], int]]:
     """Name, settings and number of steps of each game."""
     game = "textworld:simple?seed=7"
-    found = [(f"{game}, prompt of the quick test", {"run": {"env_id": game}}, steps or 24)]
+    found = [(f"{game}, short prompts", {"run": {"env_id": game}}, steps or 24)]
     default_prompt = {key: getattr(LLMSettings(), key) for key in PROMPT_SETTINGS}
     try:
         resolve_game("zork1.z5")
@@ -204,7 +204,7 @@ def main() -> int:
     rows, rates = [], {}
     for name, layer, steps in games(options.steps):
         common = {"env": {"collector_env_num": NUM_GAMES}, "prior": {"timeout_s": 600.0, "engine": "transformers"}}
-        settings = resolve_settings(PRESETS["quick_test"], layer, common)
+        settings = resolve_settings(SMALL_SETTINGS, layer, common)
         ours_s, ours = collect(settings, steps=steps, reference=False)
         reference_s, reference = collect(settings, steps=steps, reference=True)
         rows.append(Row(f"{len(ours)} steps of {name}", ours_s, reference_s, 10, same_decisions(ours, reference)))

@@ -37,9 +37,9 @@ from bench_prompts import (
     matmul_rate,
     play_at_random,
 )
-from bench_tools import Row, at_least, print_table, report, seconds
+from bench_tools import SMALL_SETTINGS, Row, at_least, print_table, report, seconds
 
-from priorzero.config import PRESETS, resolve_settings
+from priorzero.config import resolve_settings
 from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PromptRow, pack
@@ -229,7 +229,7 @@ def main() -> int:
         "--every", type=at_least(1), default=5, help="measure the reference on every N-th step (default: 5)"
     )
     options = parser.parse_args()
-    settings = resolve_settings(PRESETS["quick_test"])
+    settings = resolve_settings(SMALL_SETTINGS)
     llm = load_language_model(settings.llm, device=torch.device("cpu"))
     prompt_cache_tokens, rate = settings.prior.prompt_cache_tokens, matmul_rate()
     rows, figures = [], {}

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench_tools import RESULTS, at_least, write_json
+from bench_tools import RESULTS, SMALL_SETTINGS, at_least, write_json
 
 NEVER = 10**9  # iterations
 ACTIVITIES = ("LLM_prior", "search", "games", "text_encoder")
@@ -43,12 +43,12 @@ def read_scalar(folder: Path, tag: str) -> list[tuple[float, float]]:
 
 
 def train(folder: Path, name: str, **groups: dict[str, Any]) -> Path:
-    """Train with the quick test's settings and changes in some groups. Returns the run's folder."""
+    """Train with small models and changes in some groups. Returns the run's folder."""
     from priorzero.cluster.train import run_on_cluster
-    from priorzero.config import PRESETS, resolve_settings
+    from priorzero.config import resolve_settings
 
     settings = resolve_settings(
-        PRESETS["quick_test"],
+        SMALL_SETTINGS,
         {
             "run": {"output_dir": str(folder), "exp_name": name, "num_threads": 1},
             "env": {"collector_env_num": 1},

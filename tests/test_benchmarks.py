@@ -21,8 +21,10 @@ import pytest
 from bench_tools import Row
 from walkthroughs import WalkthroughState
 
+from priorzero.config import read_config_file, resolve_settings
 from priorzero.llm.models import load_tokenizer
 from priorzero.llm.packing import PromptRow
+from priorzero.llm.prompts import prompt_style
 from priorzero.types import ActionPrior, PriorRequest
 from tests.helpers.models import make_settings, make_tiny_llm
 from tests.helpers.records import record
@@ -54,19 +56,19 @@ def test_learn_one_row_per_action_gives_the_same_gradient(tokenizer):
     assert bench_llm.relative_difference(our_gradient, gradient) > 1e-3
 
 
-def make_llm_rows(monkeypatch, tokenizer, **changes):
-    """The rows and tables of short episodes with the quick test's prompts and a small model."""
+def make_llm_rows(monkeypatch, tokenizer):
+    """The rows and tables of short episodes with short prompts and a small model."""
     monkeypatch.setattr(bench_llm, "EPISODE_STEPS", 6)
-    monkeypatch.setattr(bench_llm, "prompt_cases", lambda: {"quick test": make_settings({"llm": changes})})
+    monkeypatch.setattr(bench_llm, "prompt_cases", lambda: {"short": make_settings()})
     return bench_llm.decisions_rows(make_tiny_llm(tokenizer), rate=1e9, float64=True)
 
 
 def test_decisions_rows_compare_the_tree_with_one_decision_at_a_time(tokenizer, monkeypatch):
     (row,), tables = make_llm_rows(monkeypatch, tokenizer)
-    found = tables["relative differences"]["quick test"]
+    found = tables["relative differences"]["short"]
     assert row.equal and 0 < found["gradient"] < 1e-5
     assert 0 < found["ours | float64"] < 1e-5 and 0 < found["ref. | float64"] < 1e-5
-    tokens = tables["tokens"]["quick test"]
+    tokens = tables["tokens"]["short"]
     assert tokens["tree"] < tokens["one at a time"] < tokens["row per action"]
     assert tokens["ratio"] == tokens["one at a time"] / tokens["tree"]
     per_pass = list(tables["tokens of a forward pass"].values())
@@ -83,9 +85,14 @@ def test_decisions_rows_detect_a_wrong_gradient(tokenizer, monkeypatch):
     monkeypatch.setattr(bench_llm.LLMLearner, "_losses", wrong)
     (row,), tables = make_llm_rows(monkeypatch, tokenizer)
     assert not row.equal
-    found = tables["relative differences"]["quick test"]
+    found = tables["relative differences"]["short"]
     assert found["gradient"] == pytest.approx(1e-4, rel=0.05) == found["ours | float64"]
     assert found["ref. | float64"] < 1e-5
+
+
+def test_prompt_cases_have_the_walkthrough_prompts_of_the_textworld_results():
+    from_file = resolve_settings(read_config_file(bench_tools.ROOT / "configs" / "learning_textworld.yaml"))
+    assert prompt_style(bench_llm.prompt_cases()["walkthrough"]) == prompt_style(from_file)
 
 
 def test_token_figures():
@@ -121,7 +128,7 @@ def test_play_at_random_returns_states_with_the_decisions_that_were_taken_there(
 def test_search_batch_gives_the_same_visits_and_differences_are_detected():
     roots = bench_search.make_roots(3, num_actions=100, num_legal=12)
     assert len({tuple(root.legal_actions) for root in roots}) == 3
-    policy = bench_search.make_policy("quick_test")
+    policy = bench_search.make_policy("small")
     policy.search_cfg.num_simulations = 4
     total_s, model_s, results = bench_search.search_batch(policy, roots, num_actions=100, repeats=1)
     assert 0 < model_s < total_s

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from bench_tools import SMALL_SETTINGS
 
-from priorzero.config import PRESETS, resolve_settings
+from priorzero.config import resolve_settings
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.packing import register_tree_attention
 from priorzero.settings import Settings
 
 
 def make_settings(*layers: dict[str, dict[str, Any]]) -> Settings:
-    """The quick test's settings, without its evaluation before training, with changes."""
-    return resolve_settings(PRESETS["quick_test"], {"eval": {"at_start": False}}, *layers)
+    """Settings for small models and short prompts, with changes."""
+    return resolve_settings(SMALL_SETTINGS, *layers)
 
 
 def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageModel:
