@@ -1,6 +1,6 @@
 """Time of an update of the language model, compared with straightforward implementations. Takes about ten minutes.
 
-    python scripts/bench_llm.py             # with --float64: five minutes more
+    python scripts/bench_llm.py     # needs 8 GB of memory; with --float64 10 GB, and ten minutes more
 
 An update is forward pass, backward pass and AdamW of SmolLM2-135M in float32. Results are equal if the difference of
 each loss is below 1e-5 of the SFT loss, and the norm of the difference of the gradients is below 1e-5 of the gradient's
@@ -132,6 +132,7 @@ def float64_gradient(learner: LLMLearner, samples: Sequence[LLMSample]) -> list[
     llm = dataclasses.replace(learner.llm, model=model, compute_dtype=torch.float64)
     exact = LLMLearner(llm, learner.cfg, style=learner.style, temperature=learner.temperature)
     exact.micro_batch_size = 1
+    exact.optimizer = torch.optim.SGD(llm.trainable_parameters(), lr=0.0)  # without AdamW's moments, to save memory
     gradient = record_gradient(exact)
     exact.learn(samples)
     return gradient
