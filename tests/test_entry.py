@@ -88,7 +88,7 @@ def test_entry_command_exits_with_code_2_and_a_message(tmp_path):
 def test_entry_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({"run": {"seed": 5, "max_iter": 50}, "search": {"num_simulations": 33}}))
-    assert settings("--quick_test").search.num_simulations == 10  # preset over default
+    assert settings("--quick_test").search.num_simulations == 16  # preset over default
     both = settings("--quick_test", "--config", str(path))
     assert (both.search.num_simulations, both.run.seed) == (33, 5)  # file over preset
     assert settings("--config", str(path), "--set", "search.num_simulations=44").search.num_simulations == 44

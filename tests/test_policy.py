@@ -55,7 +55,7 @@ def test_forward_learn_leaves_the_llm_alone_when_not_asked_for(smollm2):
 
 def test_forward_learn_reports_no_llm_loss_if_no_decision_can_be_used(smollm2, monkeypatch):
     policy, buffer = make_policy_and_buffer(make_tiny_llm(smollm2.tokenizer))
-    monkeypatch.setattr(policy.llm_learner, "samples", lambda records, returns: ([], len(records)))
+    monkeypatch.setattr(policy.llm_learner, "samples", lambda records, returns, weights: ([], len(records)))
     metrics = policy._forward_learn((buffer.sample(8, policy), 0, True))
     assert metrics["train/llm_samples_skipped"] == 4 and "train/llm_loss" not in metrics
     assert metrics["train/total_loss"] == metrics["train/wm_total_loss"] and policy.llm_version == 0

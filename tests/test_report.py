@@ -15,6 +15,7 @@ import pytest
 
 import priorzero.runs.report
 from priorzero import entry, ray_entry
+from priorzero.config import PRESETS, resolve_settings
 from priorzero.report import main
 from priorzero.runs.checkpoint import saved_checkpoints
 from priorzero.runs.files import is_locked
@@ -281,9 +282,10 @@ def test_report_commands_give_the_settings_of_the_run(words, expected):
 
 def test_report_shows_no_long_command():
     many = {"train": {"batch_size": 40, "update_per_collect": 3, "collect_env_steps": 7, "td_steps": 3}}
-    more = {"search": {"num_simulations": 11, "temperature": 0.5, "deviation_prob": 0.1}}
-    assert plain_arguments(make_settings(many, more)) is not None
-    assert plain_arguments(make_settings(many, more, {"eval": {"every": 3}})) is None
+    more = {"search": {"num_simulations": 11, "temperature": 0.7, "pb_c_init": 1.0, "deviation_prob": 0.1}}
+    quick_test = PRESETS["quick_test"]
+    assert plain_arguments(resolve_settings(quick_test, many, more)) is not None
+    assert plain_arguments(resolve_settings(quick_test, many, more, {"eval": {"every": 3}})) is None
 
 
 def test_report_commands_continue_a_run_that_has_a_checkpoint(tmp_path):
