@@ -83,7 +83,7 @@ def test_settings_of_the_quick_test_train_both_models_and_compare():
     assert q.llm.enable_sft and q.llm.enable_rft and q.eval.at_start and q.prior.enabled
     assert set(q.eval.modes) == {"world_model", "world_model_with_prior", "prior"}
     assert q.llm.micro_batch_size % q.llm.run_length == 0  # a run is computed in one forward pass
-    assert q.run.env_id not in [f"textworld:simple?seed={seed}" for seed in range(101, 107)]  # for choosing settings
+    assert q.run.env_id not in [f"textworld:simple?seed={seed}" for seed in range(101, 105)]  # for choosing settings
 
 
 def test_settings_are_all_read_somewhere():
