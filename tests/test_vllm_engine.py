@@ -340,7 +340,7 @@ def test_vllm_processes_end_with_a_killed_owner(tmp_path):
     with subprocess.Popen(
         [sys.executable, "-c", START_ENGINE, str(tmp_path / "vllm.log")],
         cwd=REPOSITORY,
-        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(REPOSITORY)},
+        env={**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)},
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
