@@ -35,7 +35,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {},
     # Chosen on the games textworld:simple?seed=101 to 104 (docs/learning-results.md), not on QUICK_TEST_GAME.
     "quick_test": {
-        "run": {"env_id": QUICK_TEST_GAME, "max_iter": 20, "checkpoint_every": 0},
+        "run": {"env_id": QUICK_TEST_GAME, "max_iter": 18, "checkpoint_every": 0},
         "env": {"collector_env_num": 2, "evaluator_env_num": 1, "max_episode_steps": 30},
         "world_model": {
             "embed_dim": 128,
@@ -208,7 +208,10 @@ def _prior_mode_conflicts(s: Settings) -> list[str]:
     errors, llm = [], s.llm
     if s.prior.mode == "rank":
         if llm.prompt_layout == "walkthrough":
-            errors.append("llm.prompt_layout=walkthrough needs prior.mode=score: its prompt does not ask for a ranking")
+            errors.append(
+                "llm.prompt_layout=walkthrough needs prior.mode=score, since its prompt does not ask for a "
+                "ranking; type --set llm.prompt_layout=transcript"
+            )
         if llm.objective == "actions":
             errors.append(
                 "llm.objective=actions needs prior.mode=score: a ranking has no distribution over the valid actions"

@@ -1,4 +1,4 @@
-"""Everything that a run needs before its models are loaded: checks, the folder's name, and the games' processes.
+"""What a run needs before its models are loaded: checks, the path of the run's folder, and the games' processes.
 
 This module imports neither torch nor LightZero, which take seconds. So a wrong input is reported at once, and the games
 start while the packages are imported.
@@ -176,7 +176,7 @@ def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -
 
 
 def _check_disk(output_dir: Path, *, size: int) -> None:
-    """Raise UserError if ``size`` bytes are not free where ``output_dir`` is, or will be."""
+    """Raise UserError if ``size`` bytes are not free on the disk of ``output_dir``."""
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
     free = shutil.disk_usage(existing).free
     if free < size:

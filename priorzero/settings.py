@@ -12,6 +12,13 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 EvalMode = Literal["world_model", "world_model_with_prior", "prior", "prior_sampled", "random"]
 EVAL_MODES: tuple[EvalMode, ...] = ("world_model", "world_model_with_prior", "prior", "prior_sampled", "random")
+MODE_NAMES: dict[str, str] = {  # for people
+    "world_model_with_prior": "LLM and world model",
+    "world_model": "world model alone",
+    "prior": "LLM alone",
+    "prior_sampled": "LLM alone, sampled",
+    "random": "random actions",
+}
 MODES_WITHOUT_LLM: tuple[EvalMode, ...] = ("world_model", "random")
 
 
@@ -282,7 +289,10 @@ class LLMSettings(SettingsGroup):
     updates_per_turn: Whole = Field(1, ge=1, description="LLM updates per training, each on a new sample")
     use_lora: bool = Field(False, description="train low-rank adapters instead of all parameters")
     trained_layers: Whole = Field(
-        0, ge=0, description="train only this many last layers and what follows them; 0: all parameters"
+        0,
+        ge=0,
+        description="train only this many last transformer layers, the final normalisation and the output layer "
+        "(unless it shares the embeddings' weights); 0: all parameters",
     )
     lora_r: Whole = Field(8, ge=1, description="rank of the adapters")
     lora_alpha: Whole = Field(16, ge=1, description="the adapters are scaled by lora_alpha / lora_r")

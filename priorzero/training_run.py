@@ -310,7 +310,11 @@ class TrainingRun:
 
     @property
     def _no_update(self) -> str:
-        return f"0 (fewer than train.batch_size={self.settings.train.batch_size} decisions were stored)"
+        """No update was made, and why."""
+        stored, needed = self.agent.buffer.get_num_of_transitions(), self.settings.train.batch_size
+        if self.counters.iteration == 0 or stored >= needed:
+            return "0"
+        return f"0 (complete game segments have {stored} decisions; an update needs train.batch_size={needed})"
 
     def _rows(self) -> dict[str, Any]:
         counters, agent = self.counters, self.agent

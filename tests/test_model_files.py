@@ -80,6 +80,15 @@ def test_check_llm_says_what_is_wrong_with_a_folder(model, damage, words):
     assert str(caught.value).startswith(f"llm.path={model}: ")
 
 
+def test_check_llm_refuses_to_train_more_layers_than_there_are(model):
+    cfg = llm_settings(model)
+    cfg.trained_layers = 2
+    check_llm(cfg)
+    cfg.trained_layers = 3
+    with pytest.raises(UserError, match=r"llm\.trained_layers=3: the LLM has 2 layers; give at most"):
+        check_llm(cfg)
+
+
 def test_check_llm_names_a_missing_shard(model):
     (model / "model.safetensors").rename(model / "model-00001-of-00002.safetensors")
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}

@@ -84,7 +84,7 @@ def test_report_shows_the_numbers_of_the_files(tmp_path):
     assert "LLM updates 10" in head and "wall time 2 min 5 s" in head and "search.num_simulations 10" in head
     assert (
         "agent before training after 200 steps "
-        "world model and LLM world_model_with_prior 1 of 7 won 0 of 2 7 of 7 won 2 of 2 "
+        "LLM and world model world_model_with_prior 1 of 7 won 0 of 2 7 of 7 won 2 of 2 "
         "LLM alone prior 2.5 of 7 won 0 of 2 4.75 of 7 won 1 of 2"
     ) in page.text["learned"]
     assert "World model: value 4 → 0.4" in page.text["losses"]

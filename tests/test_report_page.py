@@ -108,7 +108,7 @@ def test_page_shows_the_columns_of_each_mode(page):
         """,
     )
     assert modes == [
-        ["world model and LLM: score 6", "step 1 of 6", ["action", "LLM prior", "policy", "visits", "value"], 9],
+        ["LLM and world model: score 6", "step 1 of 6", ["action", "LLM prior", "policy", "visits", "value"], 9],
         ["world model alone: score 5", "step 1 of 5", ["action", "policy", "visits", "value"], 6],
         ["LLM alone: score 4", "step 1 of 4", ["action", "LLM prior"], 3],
         ["random actions: score 3", "step 1 of 3", ["action"], 0],

@@ -231,7 +231,7 @@ def serve(descriptor: str, parent: str) -> None:
     while True:
         try:
             command, argument = connection.recv()
-        except EOFError:
+        except (EOFError, ConnectionResetError):  # the parent closed the pipe, or ended
             break
         try:
             content: Any = None

@@ -189,7 +189,16 @@ def check_llm(cfg: LLMSettings) -> ModelFiles | None:
     files = _check_files(folder, what=what, trust_remote_code=cfg.trust_remote_code)
     if not cfg.trust_remote_code:  # the model's code may find its tokenizer elsewhere
         _check_chat_template(folder, path=cfg.path)
+    check_trained_layers(cfg, num_layers=files.text_config.get("num_hidden_layers", cfg.trained_layers))
     return files
+
+
+def check_trained_layers(cfg: LLMSettings, *, num_layers: int) -> None:
+    """Raise UserError if the LLM has fewer layers than ``llm.trained_layers``."""
+    if cfg.trained_layers > num_layers:
+        raise UserError(
+            f"llm.trained_layers={cfg.trained_layers}: the LLM has {num_layers} layers; give at most this number"
+        )
 
 
 def check_encoder(path: str) -> ModelFiles | None:

@@ -13,7 +13,13 @@ import torch
 from loguru import logger
 
 from priorzero.llm.chat_template import usable_template
-from priorzero.llm.model_files import check_llm, loading_arguments, no_chat_template, resolve_model
+from priorzero.llm.model_files import (
+    check_llm,
+    check_trained_layers,
+    loading_arguments,
+    no_chat_template,
+    resolve_model,
+)
 from priorzero.llm.packing import (
     PromptRow,
     completion_logprobs,
@@ -209,6 +215,7 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
     model.to(device).eval()
     reference = None
     if cfg.trained_layers:
+        check_trained_layers(cfg, num_layers=model.config.get_text_config(decoder=True).num_hidden_layers)
         freeze_first_layers(model, num_trained=cfg.trained_layers)
     if cfg.use_lora:
         model = add_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha)
@@ -261,13 +268,8 @@ def freeze_first_layers(model: Any, *, num_trained: int) -> None:
     """Train only the last ``num_trained`` layers of a transformers model and what follows them.
 
     The embeddings are frozen, also if the output layer shares them.
-
-    Raises:
-        UserError: the model has fewer layers.
     """
     num_layers = model.config.get_text_config(decoder=True).num_hidden_layers
-    if num_trained > num_layers:
-        raise UserError(f"llm.trained_layers={num_trained}: the LLM has {num_layers} layers; give at most this number")
     (layers,) = (m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len(m) == num_layers)
     model.get_input_embeddings().requires_grad_(False)
     layers[: num_layers - num_trained].requires_grad_(False)

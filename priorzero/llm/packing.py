@@ -1,13 +1,13 @@
 """Log-probabilities of completions of many prompts, where the model computes each distinct prefix only once.
 
-A row is a prompt with its completions. All rows are packed into one token tree: a node is a distinct prefix of a prompt
-and a completion, and its parent is this prefix without its last token. Consecutive decisions of an episode share most
-of their prompts, so they share most of their nodes. The last token of a completion, which is predicted but predicts
-nothing, has no node. Each node sees its ancestors, and its position is its depth. The result equals that of one
-sequence per completion.
+A row is a prompt with its completions. All rows are packed into one token tree. A node is a distinct prefix of a prompt
+and a completion, but not the whole completion, whose last token predicts nothing. The parent of a node is this prefix
+without its last token. Consecutive decisions of an episode share most of their prompts, so they share most of their
+nodes. A node sees itself and its ancestors, and its position is its depth. The result equals that of one sequence per
+completion.
 
-Attention is computed in blocks of nodes, each with the keys that any of its nodes sees (:func:`tree_attention`). So the
-time grows with the length of the branches and not with the square of the tree's size.
+Attention is computed in blocks of nodes (:func:`tree_attention`). A block uses only the keys that one of its nodes
+sees, so its time does not depend on the other branches of the tree.
 """
 
 from __future__ import annotations
@@ -243,7 +243,7 @@ def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> 
         .logits[0]
         .float()
     )  # (P, V)
-    # Not log_softmax of N rows, because a node with many children predicts many tokens.
+    # logsumexp is computed once for each node, since a node can predict the first token of many completions.
     logprobs = logits[batch.index, batch.target] - torch.logsumexp(logits, dim=-1)[batch.index]  # (N,)
     result = torch.zeros(batch.completion_mask.shape, dtype=torch.float32, device=logprobs.device)
     return result.masked_scatter(batch.completion_mask, logprobs)

@@ -16,7 +16,7 @@ from priorzero.play.episode import Episode
 from priorzero.play.player import Player
 from priorzero.play.transcript import Transcript, TranscriptStep, transcript, transcript_step
 from priorzero.runtime.activity import announced
-from priorzero.settings import EvalMode
+from priorzero.settings import MODE_NAMES, EvalMode
 from priorzero.types import GameWorkerError
 
 
@@ -34,14 +34,6 @@ MODE_ARGUMENTS: dict[EvalMode, DecideArguments] = {
     "prior": {"use_search": False},
     "prior_sampled": {"use_search": False, "sample": True},
     "random": {"use_search": False, "use_prior": False, "sample": True},
-}
-
-MODE_WORDS: dict[str, str] = {
-    "world_model": "world model alone",
-    "world_model_with_prior": "LLM and world model",
-    "prior": "LLM alone",
-    "prior_sampled": "LLM alone, sampled",
-    "random": "random actions",
 }
 
 
@@ -212,7 +204,7 @@ class Evaluators:
             for mode in self.modes:
                 for evaluator in evaluators:
                     try:
-                        with announced(f"evaluating: {MODE_WORDS[mode]}"):
+                        with announced(f"evaluating: {MODE_NAMES[mode]}"):
                             evaluation = await evaluator.evaluate(mode)
                     except GameWorkerError as error:
                         logger.error(f"evaluation, {mode}: {evaluator.game} is skipped ({error})")

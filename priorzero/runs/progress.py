@@ -114,7 +114,7 @@ class Display:
 
         names = self._activities.current()
         doing = ", ".join(f"{name} ({seconds:.0f} s)" if seconds >= 1 else name for name, seconds in names.items())
-        line = Text(no_wrap=True, overflow="ellipsis")
+        line = Text(overflow="fold")  # a narrow terminal shows it in two lines
         line.append(doing, style="bold").append("  " if doing else "").append(self.status())
         return line
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from priorzero.play.evaluator import MODE_WORDS, Evaluation
+from priorzero.play.evaluator import Evaluation
 from priorzero.runs.counters import Counters
-from priorzero.settings import Settings
+from priorzero.settings import MODE_NAMES, Settings
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,7 @@ def _table(modes: Sequence[str], columns: Sequence[tuple[str, Scores]], *, unsee
     """A line with the titles, and one line for each mode."""
     maximum = columns[-1][1][modes[0], unseen].max
     title = f"mean score{f' (at most {maximum:g})' if maximum else ''}{', games not trained on' if unseen else ''}"
-    names = [title, *(f"  {MODE_WORDS[mode]} ({mode})" for mode in modes)]
+    names = [title, *(f"  {MODE_NAMES[mode]} ({mode})" for mode in modes)]
     width = max(map(len, names))
     lines = [f"{title:<{width}}" + "".join(f"  {name:>8}" for name, _ in columns)]
     for mode, name in zip(modes, names[1:], strict=True):
@@ -196,7 +196,7 @@ def _sentence(first: Scores, last: Scores) -> str | None:
             before, after = first[mode, False].mean, last[mode, False].mean
             verb = "rose" if after > before else "fell" if after < before else "did not change"
             change = f"({after:.1f})" if after == before else f"from {before:.1f} to {after:.1f}"
-            return f"{MODE_WORDS[mode]}: the mean score {verb} {change}"
+            return f"{MODE_NAMES[mode]}: the mean score {verb} {change}"
     return None
 
 

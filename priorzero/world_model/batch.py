@@ -18,7 +18,7 @@ class SampledDecisions:
     Attributes:
         records: the decisions.
         returns: the return of each, ``[n]``.
-        weights: importance weight of each, ``[n]``; 1 if each decision was drawn on its own.
+        weights: importance weight of each, ``[n]``; all are 1 if ``run_length`` is 1.
     """
 
     records: list[StepRecord]
@@ -53,10 +53,10 @@ class SampledSequences:
     def decisions(self, count: int, *, run_length: int) -> SampledDecisions:
         """About ``count`` decisions in runs of at most ``run_length`` consecutive ones, for the LLM.
 
-        Each run contains the first decision of one sequence, at a random place of the run. Runs that would leave the
-        segment are moved into it. So a decision is drawn more or less often than its priority says; the importance
-        weights correct this: the expected sum of the weights of each decision is proportional to its priority. Runs are
-        shorter in segments with fewer decisions.
+        Each run contains the first decision of one sequence, with equal probability at each place of the run. A run
+        that would begin before the segment or end after it is shifted, so that it lies inside. Therefore a decision is
+        not drawn in proportion to its priority. The importance weights correct this: the expected sum of the weights of
+        each decision is proportional to its priority. In segments with fewer decisions, runs are shorter.
         """
         num_runs = -(-count // run_length)
         records, returns, weights = [], [], []
@@ -84,11 +84,12 @@ class ReplayBatch:
         mask: 1 for the steps that are learned from, 0 for padding, ``[B, U + 1]``.
         indices: number of each sequence's first decision, counted over all decisions ever stored, ``[B]``.
         weights: importance weights of the sequences, ``[B]``.
-        make_times: not used, ``[B]``.
+        make_times: LightZero requires it and does not use it, ``[B]``.
         timesteps: index of each step in its episode, ``[B, U]``.
         rewards: ``[B, U + 1]``.
         value_targets: ``[B, U + 1]``.
         policy_targets: visit counts as distributions, ``[B, U + 1, A]``; zeros beyond the end of the episode.
+        sequences: where the sequences begin.
     """
 
     features: np.ndarray

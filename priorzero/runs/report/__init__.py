@@ -48,4 +48,4 @@ def report_at_end(folder: Path, *, error: BaseException | None) -> None:
     except Exception as problem:  # of any kind: what the run has learned is saved, and its result must be returned
         logger.warning(f"the report could not be written ({' '.join(str(problem).split()) or type(problem).__name__})")
     else:
-        logger.info(f"report: {path}")
+        logger.log("INFO" if error else "DEBUG", f"report: {path}")  # the summary of a run without an error names it

@@ -146,6 +146,8 @@ def read_run(folder: Path) -> RunData:
 
 def _read_settings(folder: Path) -> Settings:
     example = "give a run's folder, such as data_priorzero/NAME"
+    if folder.is_file():
+        raise UserError(f"{folder} is a file; {example}")
     if not folder.is_dir():
         raise UserError(f"{folder}: there is no such folder; {example}")
     if folder.parent.name == "checkpoints" and (folder / CONFIG).is_file():

@@ -19,14 +19,8 @@ from priorzero.runs.files import LAST_EVALUATION
 from priorzero.runs.report.charts import Points, Series, line_chart, running_mean
 from priorzero.runs.report.commands import commands
 from priorzero.runs.report.data import RunData
+from priorzero.settings import MODE_NAMES
 
-MODE_NAMES = {
-    "world_model_with_prior": "world model and LLM",
-    "world_model": "world model alone",
-    "prior": "LLM alone",
-    "prior_sampled": "LLM alone, sampled",
-    "random": "random actions",
-}
 MODE_COLOURS = {"world_model_with_prior": 1, "world_model": 2, "prior": 3, "prior_sampled": 4, "random": 5}
 
 # Titles and metrics of the charts of losses; those without values are left out.
