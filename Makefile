@@ -17,9 +17,9 @@ PYTEST := HF_HUB_OFFLINE=1 TRANSFORMERS_OFFLINE=1 $(PYTHON) -m pytest
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 14
 
-quick-test:  ## train with small models for a few steps on a CPU (up to 10 minutes)
+quick-test:  ## train both models on a CPU until a small game is won (about 3 minutes)
 	@scripts/set_up.sh cpu
-	@echo "quick-test: training with small models on the CPU (up to 10 minutes)"
+	@echo "quick-test: training both models on the CPU (about 3 minutes)"
 	@$(PYTHON) -m priorzero.entry --quick_test $(ARGS)
 
 test:  ## run all tests

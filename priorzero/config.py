@@ -63,7 +63,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "sft_top_actions": 4,
         },
         "prior": {"timeout_s": 300.0},
-        "ppo": {"max_decisions": 8},  # a decision takes 25 s, actor and critic together
+        "ppo": {"max_decisions": 8},  # a PPO step takes long on a CPU
         "replay": {"segment_length": 20},
         "train": {
             "batch_size": 32,

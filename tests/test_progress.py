@@ -84,7 +84,7 @@ def test_display_writes_messages_above_the_live_line():
     assert terminal.shown[:4] == above and set(terminal.shown[4:]) == {""}
 
 
-def test_display_fits_into_one_line():
+def test_display_shows_a_long_status_in_several_lines():
     terminal = Terminal()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("COLUMNS", "40")
@@ -92,8 +92,9 @@ def test_display_fits_into_one_line():
         display.status = lambda: 100 * "x"
         display.start()
         wait_until(lambda: terminal.shown[-1])
-        assert terminal.shown == [39 * "x" + "…"]
+        assert terminal.shown == [40 * "x", 40 * "x", 20 * "x"]
         display.stop()
+        assert set(terminal.shown) == {""}
 
 
 @pytest.mark.parametrize(("make", "term"), [(io.StringIO, "xterm"), (Terminal, "dumb")])
