@@ -138,30 +138,36 @@ class _TokenTree:
             self.parents.append(node)
         return child
 
-    def visible(self) -> np.ndarray:
-        """Which node (first axis) sees which: itself and its ancestors, ``[L, L]`` bool."""
-        visible = np.eye(len(self.tokens), dtype=bool)
-        for node, parent in enumerate(self.parents):
-            if parent >= 0:
-                visible[node, : parent + 1] |= visible[parent, : parent + 1]
-        return visible
+    def path(self, node: int) -> list[int]:
+        """A node and its ancestors, in ascending order; empty for node -1."""
+        path = []
+        while node >= 0:
+            path.append(node)
+            node = self.parents[node]
+        return path[::-1]
 
 
 def _attention_blocks(
     tree: _TokenTree, *, num_cached: int, size: int, dtype: torch.dtype, device: torch.device | str
 ) -> list[AttentionBlock]:
     length = len(tree.tokens)
-    visible = np.concatenate([np.ones((length, num_cached), dtype=bool), tree.visible()], axis=1)
     blocks = []
     for start in range(0, length, size):
-        own = visible[start : start + size]
-        keys = np.flatnonzero(own.any(axis=0))
-        mask = torch.zeros(1, 1, len(own), len(keys), dtype=dtype)
-        mask.masked_fill_(~torch.from_numpy(own[:, keys]), torch.finfo(dtype).min)
+        nodes = range(start, min(start + size, length))
+        paths: dict[int, list[int]] = {}  # what each node sees
+        for node in nodes:
+            parent = tree.parents[node]
+            paths[node] = [*(paths[parent] if parent in paths else tree.path(parent)), node]
+        seen = np.unique(np.concatenate(list(paths.values())))
+        mask = torch.full((1, 1, len(nodes), num_cached + len(seen)), torch.finfo(dtype).min, dtype=dtype)
+        mask[..., :num_cached] = 0
+        for row, node in enumerate(nodes):
+            mask[0, 0, row, num_cached + np.searchsorted(seen, paths[node])] = 0
+        keys = np.concatenate([np.arange(num_cached), num_cached + seen])
         blocks.append(
             AttentionBlock(
-                slice(start, start + len(own)),
-                None if len(keys) == num_cached + length else torch.as_tensor(keys, device=device),
+                slice(start, nodes.stop),
+                None if len(seen) == length else torch.as_tensor(keys, device=device),
                 mask.to(device),
             )
         )
