@@ -219,7 +219,7 @@ def test_report_command_line(tmp_path, capsys):
     for path, words in [
         (tmp_path / "missing", "there is no such folder; give a run's folder, such as data_priorzero/NAME"),
         (tmp_path / "empty", "is not a run's folder: it has no config.yaml"),
-        (folder / "config.yaml", "there is no such folder"),
+        (folder / "config.yaml", "is a file; give a run"),
         (tmp_path, f"contains 4 run(s), but is none; give one of them, such as {tmp_path}/"),
         (checkpoint, f"is a checkpoint; give its run's folder, {folder}"),
         (old, "another version of PriorZero. the configuration is invalid"),
