@@ -328,26 +328,9 @@ def processes_of(name):
     return [p for p in descendants if f"ray::{name}" in " ".join(p.cmdline())]
 
 
-@pytest.mark.slow
-def test_run_on_cluster_survives_the_death_of_each_process(tmp_path, tiny_llm_folder, monkeypatch):
-    """Two collectors on a TextWorld game; a collector, the server and a learner of each model are killed."""
-    victims = {2: "CollectorProcess", 4: "PriorServer", 5: "LearnerProcess", 7: "WorldModelProcess"}
-    killed = []
-    log = ClusterRun.log
-
-    async def log_and_kill(run, report):
-        await log(run, report)
-        name = victims.get(run.counters.iteration)
-        if name is not None:
-            # The collector that is busy; the second PPO learner, whose death breaks the connection of the first.
-            found = processes_of(name)
-            victim = next((p for p in found if ".collect" in " ".join(p.cmdline())), found[-1])
-            victim.send_signal(signal.SIGKILL)
-            killed.append(name)
-
-    monkeypatch.setattr(ClusterRun, "log", log_and_kill)
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # as fast as the other processes of this machine
-    settings = make_settings(
+def settings_of_nine_iterations(tmp_path, tiny_llm_folder):
+    """Two collectors on a TextWorld game: the world model learns in every second iteration, the LLM in every third."""
+    return make_settings(
         {
             "run": {"max_iter": 9, "output_dir": str(tmp_path), "exp_name": "run", "num_threads": 1, "seed": 3},
             "env": {"max_episode_steps": 8, "collector_env_num": 1},
@@ -368,6 +351,43 @@ def test_run_on_cluster_survives_the_death_of_each_process(tmp_path, tiny_llm_fo
             "eval": {"every": 1000, "at_start": True, "modes": ["world_model_with_prior"]},
         }
     )
+
+
+def check_checkpoint(folder, settings):
+    """The checkpoint can be loaded: the world model with its action vocabulary, and the LLM, which has changed."""
+    own = make_settings({"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}})
+    own.world_model.embed_dim, own.world_model.num_heads = 64, 2
+    features = torch.load(folder / "world_model.pt", weights_only=True)
+    size = next(t.shape[0] for name, t in features.items() if name.endswith("encoder.feature_mean"))
+    vocabulary = ActionVocabulary(own.env.action_space_size)
+    policy = PriorZeroPolicy(own, feature_size=size, device="cpu", llm=None)
+    load_world_model(folder, policy=policy, indexer=vocabulary)
+    assert vocabulary.num_used > 5
+    llm = load_language_model(make_settings({"llm": {"path": str(folder / "llm")}}).llm, device=torch.device("cpu"))
+    before = load_language_model(settings.llm, device=torch.device("cpu"))
+    assert not torch.equal(llm.model.state_dict()["lm_head.weight"], before.model.state_dict()["lm_head.weight"])
+
+
+@pytest.mark.slow
+def test_run_on_cluster_survives_the_death_of_each_process(tmp_path, tiny_llm_folder, monkeypatch):
+    """Two collectors on a TextWorld game; a collector, the server and a learner of each model are killed."""
+    victims = {2: "CollectorProcess", 4: "PriorServer", 5: "LearnerProcess", 7: "WorldModelProcess"}
+    killed = []
+    log = ClusterRun.log
+
+    async def log_and_kill(run, report):
+        await log(run, report)
+        name = victims.get(run.counters.iteration)
+        if name is not None:
+            # The collector that is busy; the second PPO learner, whose death breaks the connection of the first.
+            found = processes_of(name)
+            victim = next((p for p in found if ".collect" in " ".join(p.cmdline())), found[-1])
+            victim.send_signal(signal.SIGKILL)
+            killed.append(name)
+
+    monkeypatch.setattr(ClusterRun, "log", log_and_kill)
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # as fast as the other processes of this machine
+    settings = settings_of_nine_iterations(tmp_path, tiny_llm_folder)
     summary = run_on_cluster(settings)
     assert killed == list(victims.values())
     _, left = psutil.wait_procs([p for name in victims.values() for p in processes_of(name)], timeout=30)
@@ -396,17 +416,4 @@ def test_run_on_cluster_survives_the_death_of_each_process(tmp_path, tiny_llm_fo
     assert evaluated == [0, rows["environment steps"]]
     log = (summary.folder / "log" / "run.log").read_text()
     assert "before     after" in log and "updates     world model 8, LLM 2" in log
-
-    # The checkpoint can be loaded: the world model with its action vocabulary, and the LLM.
-    folder = summary.folder / "checkpoints" / "iteration_9"
-    own = make_settings({"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}})
-    own.world_model.embed_dim, own.world_model.num_heads = 64, 2
-    features = torch.load(folder / "world_model.pt", weights_only=True)
-    size = next(t.shape[0] for name, t in features.items() if name.endswith("encoder.feature_mean"))
-    vocabulary = ActionVocabulary(own.env.action_space_size)
-    policy = PriorZeroPolicy(own, feature_size=size, device="cpu", llm=None)
-    load_world_model(folder, policy=policy, indexer=vocabulary)
-    assert vocabulary.num_used > 5
-    llm = load_language_model(make_settings({"llm": {"path": str(folder / "llm")}}).llm, device=torch.device("cpu"))
-    before = load_language_model(settings.llm, device=torch.device("cpu"))
-    assert not torch.equal(llm.model.state_dict()["lm_head.weight"], before.model.state_dict()["lm_head.weight"])
+    check_checkpoint(summary.folder / "checkpoints" / "iteration_9", settings)

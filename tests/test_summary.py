@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from priorzero.runs.counters import Counters
-from priorzero.runs.summary import Score, learned_text, read_scores, summary_text, time_text
+from priorzero.runs.results import Result
+from priorzero.runs.summary import learned_text, results_by_time, summary_text, time_text
 from priorzero.settings import Settings
 
 
@@ -24,7 +25,7 @@ def write_evaluations(folder, *evaluations):
     return path
 
 
-def test_read_scores_merges_games_and_takes_the_last_evaluation(tmp_path):
+def test_results_by_time_merges_games_and_takes_the_last_evaluation(tmp_path):
     path = write_evaluations(
         tmp_path,
         (40, "prior", [1.0, 3.0], 0, "a", 7.0),
@@ -33,12 +34,15 @@ def test_read_scores_merges_games_and_takes_the_last_evaluation(tmp_path):
         (40, "prior", [3.0, 3.0], 0, "a", 7.0),  # a resumed run has repeated it
         (40, "prior", [2.0], 0, "c", 4.0, True),
     )
-    assert read_scores(path) == {
-        0: {("prior", False): Score(1.0, 7.0, 0, 1)},
-        40: {("prior", False): Score(4.5, 8.0, 1, 4), ("prior", True): Score(2.0, 4.0, 0, 1)},
+    assert results_by_time(path) == {
+        0: {("prior", False): Result("prior", False, 0, 1.0, 1.0, 7.0, 0, 1)},
+        40: {
+            ("prior", False): Result("prior", False, 40, 4.5, 4.5, 8.0, 1, 4),
+            ("prior", True): Result("prior", True, 40, 2.0, 2.0, 4.0, 0, 1),
+        },
     }
-    assert list(read_scores(path)) == [0, 40]
-    assert read_scores(tmp_path / "missing.jsonl") == {}
+    assert list(results_by_time(path)) == [0, 40]
+    assert results_by_time(tmp_path / "missing.jsonl") == {}
 
 
 def test_learned_text_compares_before_and_after(tmp_path):
@@ -52,7 +56,7 @@ def test_learned_text_compares_before_and_after(tmp_path):
         (200, "world_model_with_prior", [7.0], 1),
         (200, "prior", [4.0], 0),
     )
-    assert learned_text(read_scores(path), env_step=200) == (
+    assert learned_text(results_by_time(path), env_step=200) == (
         "  LLM and world model: the mean score rose from 2.0 to 7.0\n"
         "  mean score (at most 7)                            before     after\n"
         "    world model alone (world_model)                    0.0       5.0   won 0 of 1\n"
@@ -63,14 +67,14 @@ def test_learned_text_compares_before_and_after(tmp_path):
 
 def test_learned_text_of_one_evaluation_has_one_column(tmp_path):
     path = write_evaluations(tmp_path, (200, "world_model", [5.0], 0), (200, "world_model", [3.0], 1, "c", 0.0, True))
-    assert learned_text(read_scores(path), env_step=200) == (
+    assert learned_text(results_by_time(path), env_step=200) == (
         "  mean score (at most 7)                after\n"
         "    world model alone (world_model)       5.0   won 0 of 1\n"
         "  mean score, games not trained on      after\n"
         "    world model alone (world_model)       3.0   won 1 of 1"
     )
     path = write_evaluations(tmp_path, (0, "random", [5.0, 4.0], 0))
-    assert learned_text(read_scores(path), env_step=0) == (
+    assert learned_text(results_by_time(path), env_step=0) == (
         "  mean score (at most 7)     without training\n    random actions (random)               4.5   won 0 of 2"
     )
     assert learned_text({}, env_step=200) == "  there was no evaluation"
@@ -82,7 +86,7 @@ def test_learned_text_of_one_evaluation_has_one_column(tmp_path):
 )
 def test_learned_text_of_an_interrupted_run_names_the_environment_steps(tmp_path, after, sentence):
     path = write_evaluations(tmp_path, (50, "random", [3.0], 0), (100, "random", [after], 0), (100, "prior", [1.0], 0))
-    text = learned_text(read_scores(path), env_step=120)
+    text = learned_text(results_by_time(path), env_step=120)
     assert text.splitlines()[0] == f"  random actions: {sentence}"
     assert text.splitlines()[1:] == [
         "  mean score (at most 7)     at 50 env steps  at 100 env steps",

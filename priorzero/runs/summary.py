@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import zlib
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from priorzero.play.evaluator import Evaluation
 from priorzero.runs.counters import Counters
+from priorzero.runs.files import EVALUATIONS
+from priorzero.runs.results import EVALUATION_KEYS, Result, read_lines, results_from
 from priorzero.settings import MODE_NAMES, Settings
 
 
@@ -104,7 +105,7 @@ def summary_text(
     return (
         f"{'stopped' if stopped else 'done'}: {games}, {counters.env_step} env steps in {counters.iteration} "
         f"iterations, {num_episodes} training episodes\nwhat was learned\n"
-        + learned_text(read_scores(folder / "evaluations.jsonl"), env_step=counters.env_step)
+        + learned_text(results_by_time(folder / EVALUATIONS), env_step=counters.env_step)
         + f"\nthe run\n{format_table(rows)}"
     )
 
@@ -112,46 +113,20 @@ def summary_text(
 # ---- what was learned ----
 
 
-@dataclass(frozen=True)
-class Score:
-    """The result of a mode over all games: mean score, maximal score, number of wins and of episodes."""
-
-    mean: float
-    max: float
-    wins: int
-    episodes: int
+# (mode, whether the games are unseen in training) -> result
+Results = dict[tuple[str, bool], Result]
 
 
-# (mode, whether the games are unseen in training) -> score
-Scores = dict[tuple[str, bool], Score]
+def results_by_time(path: Path) -> dict[int, Results]:
+    """Read ``evaluations.jsonl``: environment steps to the results of the last evaluation there, in ascending order."""
+    by_time: dict[int, Results] = {}
+    for result in results_from(read_lines(path, keys=EVALUATION_KEYS)):
+        by_time.setdefault(result.env_step, {})[result.mode, result.unseen] = result
+    return dict(sorted(by_time.items()))
 
 
-def read_scores(path: Path) -> dict[int, Scores]:
-    """Read ``evaluations.jsonl``: environment steps to the scores of the last evaluation there, in ascending order."""
-    results: dict[int, dict[tuple[str, bool], dict[str, Any]]] = {}
-    for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        line = json.loads(text)
-        of_games = results.setdefault(line["env_step"], {}).setdefault((line["mode"], line["unseen"]), {})
-        of_games[line["game"]] = line  # a repeated evaluation replaces the one before
-    return {
-        env_step: {mode: _score(of_games.values()) for mode, of_games in modes.items()}
-        for env_step, modes in sorted(results.items())
-    }
-
-
-def _score(lines: Iterable[Mapping[str, Any]]) -> Score:
-    lines = list(lines)
-    scores = [score for line in lines for score in line["scores"]]
-    return Score(
-        mean=float(np.mean(scores)),
-        max=float(np.mean([line["max_score"] for line in lines])),
-        wins=sum(line["wins"] for line in lines),
-        episodes=len(scores),
-    )
-
-
-def learned_text(scores: Mapping[int, Scores], *, env_step: int) -> str:
-    """What a run has learned, from :func:`read_scores`: a sentence, and a table with the first and last evaluation.
+def learned_text(scores: Mapping[int, Results], *, env_step: int) -> str:
+    """What a run has learned, from :func:`results_by_time`: a sentence, and a table with the first and last evaluation.
 
     Args:
         env_step: environment steps of the run.
@@ -172,9 +147,9 @@ def learned_text(scores: Mapping[int, Scores], *, env_step: int) -> str:
     return "\n".join([*([f"  {sentence}"] if sentence else []), *(f"  {line}" for line in lines)])
 
 
-def _table(modes: Sequence[str], columns: Sequence[tuple[str, Scores]], *, unseen: bool) -> list[str]:
+def _table(modes: Sequence[str], columns: Sequence[tuple[str, Results]], *, unseen: bool) -> list[str]:
     """A line with the titles, and one line for each mode."""
-    maximum = columns[-1][1][modes[0], unseen].max
+    maximum = columns[-1][1][modes[0], unseen].max_score
     title = f"mean score{f' (at most {maximum:g})' if maximum else ''}{', games not trained on' if unseen else ''}"
     names = [title, *(f"  {MODE_NAMES[mode]} ({mode})" for mode in modes)]
     width = max(map(len, names))
@@ -183,17 +158,17 @@ def _table(modes: Sequence[str], columns: Sequence[tuple[str, Scores]], *, unsee
         line = f"{name:<{width}}"
         for heading, scores in columns:
             score = scores.get((mode, unseen))
-            line += f"  {'-' if score is None else f'{score.mean:.1f}':>{max(8, len(heading))}}"
+            line += f"  {'-' if score is None else f'{score.mean_score:.1f}':>{max(8, len(heading))}}"
         last = columns[-1][1][mode, unseen]
-        lines.append(f"{line}   won {last.wins} of {last.episodes}")
+        lines.append(f"{line}   won {last.wins} of {last.num_episodes}")
     return lines
 
 
-def _sentence(first: Scores, last: Scores) -> str | None:
+def _sentence(first: Results, last: Results) -> str | None:
     """How the score of the main mode has changed; None if it was not evaluated twice."""
     for mode in ("world_model_with_prior", "world_model", *(mode for mode, _ in last)):
         if (mode, False) in first and (mode, False) in last:
-            before, after = first[mode, False].mean, last[mode, False].mean
+            before, after = first[mode, False].mean_score, last[mode, False].mean_score
             verb = "rose" if after > before else "fell" if after < before else "did not change"
             change = f"({after:.1f})" if after == before else f"from {before:.1f} to {after:.1f}"
             return f"{MODE_NAMES[mode]}: the mean score {verb} {change}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,37 +11,13 @@ from typing import Any
 from priorzero.config import read_config_file, resolve_settings
 from priorzero.play.transcript import EvaluationTranscript, read_transcripts
 from priorzero.runs.files import CONFIG, EPISODES, EVALUATIONS, LAST_EVALUATION, LOGS
+from priorzero.runs.results import EVALUATION_KEYS, Result, read_lines, results_from
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
 Points = list[tuple[float, float]]  # (step, value)
 
 EPISODE_KEYS = ("env_step", "total_reward")
-EVALUATION_KEYS = ("env_step", "mode", "game", "returns", "scores", "wins", "max_score")
-
-
-@dataclass(frozen=True)
-class Result:
-    """The evaluation of one mode at one time, over all games.
-
-    Attributes:
-        mode: the evaluated mode.
-        unseen: on the games of ``eval.unseen``.
-        env_step: environment steps of the run at that time.
-        mean_return, mean_score: means over all episodes.
-        max_score: the largest possible score, mean over the games; 0 if the games do not say.
-        wins: number of episodes that ended with a win.
-        num_episodes: number of episodes.
-    """
-
-    mode: str
-    unseen: bool
-    env_step: int
-    mean_return: float
-    mean_score: float
-    max_score: float
-    wins: int
-    num_episodes: int
 
 
 @dataclass(frozen=True)
@@ -123,10 +98,10 @@ def read_run(folder: Path) -> RunData:
         UserError: it is not a run's folder, or one of its files cannot be read.
     """
     settings = _read_settings(folder)
-    episodes = _read_lines(folder / EPISODES, keys=EPISODE_KEYS)
-    lines = _read_lines(folder / EVALUATIONS, keys=EVALUATION_KEYS)
+    episodes = read_lines(folder / EPISODES, keys=EPISODE_KEYS)
+    lines = read_lines(folder / EVALUATIONS, keys=EVALUATION_KEYS)
     scalars = read_scalars(folder)
-    evaluations = _results(lines)
+    evaluations = results_from(lines)
     notes: list[str] = []
     transcripts = _read_last_transcripts(folder, evaluations, notes)
     times = [line.get("wall_s", 0.0) for line in (*episodes[-1:], *lines[-1:])]
@@ -164,49 +139,6 @@ def _read_settings(folder: Path) -> Settings:
         raise UserError(
             f"{folder}: its {CONFIG} cannot be used; the run may come from another version of PriorZero. {error}"
         ) from error
-
-
-def _read_lines(path: Path, *, keys: Sequence[str]) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file; [] if it does not exist. A last line without an end is left out."""
-    try:
-        text = path.read_text(encoding="utf-8") if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read ({error})") from error
-    found = []
-    for number, line in enumerate(text.split("\n")[:-1], start=1):  # what follows the last line's end is unfinished
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path}, line {number}: is not valid JSON ({error}); remove the line") from error
-        if not isinstance(entry, dict) or any(key not in entry for key in keys):
-            raise UserError(f"{path}, line {number}: lacks one of {', '.join(keys)}; the file is not from a run")
-        found.append(entry)
-    return found
-
-
-def _results(lines: Sequence[Mapping[str, Any]]) -> list[Result]:
-    """One result for each evaluation and mode, over its games. A later evaluation at the same time wins."""
-    groups: dict[tuple[int, str, bool], dict[str, Mapping[str, Any]]] = {}
-    for line in lines:
-        key = line["env_step"], line["mode"], line.get("unseen", False)
-        groups.setdefault(key, {})[line["game"]] = line
-    results = []
-    for (env_step, mode, unseen), of_games in groups.items():
-        scores = [value for line in of_games.values() for value in line["scores"]]
-        returns = [value for line in of_games.values() for value in line["returns"]]
-        results.append(
-            Result(
-                mode=mode,
-                unseen=unseen,
-                env_step=env_step,
-                mean_return=sum(returns) / len(returns),
-                mean_score=sum(scores) / len(scores),
-                max_score=sum(line["max_score"] for line in of_games.values()) / len(of_games),
-                wins=sum(line["wins"] for line in of_games.values()),
-                num_episodes=len(scores),
-            )
-        )
-    return results
 
 
 def _read_last_transcripts(
