@@ -23,6 +23,7 @@ import torch
 from priorzero.envs import make_game, resolve_game
 from priorzero.llm.engines import RetryingPrior, TransformersEngine, VLLMEngine
 from priorzero.llm.engines.make import make_engine
+from priorzero.llm.engines.vllm_process import adapted_layer_names
 from priorzero.llm.losses import sft_loss
 from priorzero.llm.models import load_language_model
 from priorzero.llm.prompts import prompt_style, render_prompt
@@ -30,7 +31,7 @@ from priorzero.runs.resume import newest_checkpoint
 from priorzero.settings import PriorSettings
 from priorzero.train import run_training
 from priorzero.types import EngineError, HistoryStep, PriorRequest, UserError
-from tests.helpers.models import make_settings
+from tests.helpers.models import make_settings, make_tiny_llm
 
 pytestmark = [
     pytest.mark.vllm,
@@ -319,8 +320,9 @@ START_ENGINE = """
 import asyncio, sys, torch
 from pathlib import Path
 from priorzero.llm.engines.make import make_engine
+from priorzero.llm.engines.vllm_process import adapted_layer_names
 from priorzero.llm.models import load_language_model
-from tests.helpers.models import make_settings
+from tests.helpers.models import make_settings, make_tiny_llm
 
 settings = make_settings({"prior": {"engine": "vllm"}, "vllm": {"cpu_kv_cache_gib": 0.5}})
 llm = load_language_model(settings.llm, device=torch.device("cpu"))
@@ -385,6 +387,34 @@ def test_end_with_owner_does_not_kill_the_workers_next_parent():
     assert done.stdout.split() == ["survived", str(int(signal.SIGKILL))], done.stderr
 
 
+# ---- adapters ----
+
+
+def test_vllm_engine_serves_the_adapters_of_all_layers(runner, llm, tmp_path):
+    """A model with few layers, whose adapters change the log-probabilities by a whole nat."""
+    tiny = make_tiny_llm(llm.tokenizer, hidden_size=128, num_attention_heads=2, max_position_embeddings=8192)
+    tiny.save(tmp_path / "model")
+    settings = make_settings(SETTINGS, {"llm": {"path": str(tmp_path / "model"), "use_lora": True}})
+    tiny = load_language_model(settings.llm, device=torch.device("cpu"))
+    names = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+    assert adapted_layer_names(tiny.model) == names
+    engine = make_engine(settings, llm=tiny, vllm_log=tmp_path / "vllm.log")
+    engine._arguments["lora_target_modules"] = [name for name in names if name not in ("q_proj", "k_proj", "v_proj")]
+    with pytest.raises(EngineError, match=r"ignores the adapters of 6 layers.* model\.layers\.0\.self_attn\.k_proj"):
+        runner.run(engine.ready())
+    runner.run(engine._shut_down())
+    engine._arguments["lora_target_modules"] = names
+    generator = torch.Generator().manual_seed(0)
+    for version, scale in enumerate([0.01, 0.1], start=1):
+        with torch.no_grad():
+            for parameter in tiny.trainable_parameters():
+                parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))
+        runner.run(engine.sync_weights(version))
+    metrics = engine.take_statistics()
+    assert metrics["prior/parity"] < 2e-5 and metrics["prior/parity_moved"] > 0.5
+    runner.run(engine.close())
+
+
 # ---- runs ----
 
 SMALL = {
@@ -392,7 +422,7 @@ SMALL = {
     "env": {"max_episode_steps": 6, "collector_env_num": 4, "evaluator_env_num": 1},
     "search": {"num_simulations": 4},
     "train": {"collect_env_steps": 12, "batch_size": 8, "update_per_collect": 2},
-    "llm": {"batch_size": 2, "micro_batch_size": 1, "use_lora": True},
+    "llm": {"batch_size": 2, "micro_batch_size": 1, "use_lora": True, "learning_rate": 1e-3},
     "replay": {"segment_length": 20},
     "eval": {"modes": ["world_model_with_prior"]},
 }

@@ -157,6 +157,8 @@ class VLLMEngine:
         except asyncio.CancelledError:
             await self._shut_down()
             raise
+        except EngineError:
+            raise
         except Exception as error:
             cause = first_logged_error(self.log_file, start=self._log_start) or f"{type(error).__name__}: {error}"
             memory = "cpu_kv_cache_gib" if self.builder.llm.device.type == "cpu" else "gpu_memory_utilization"
@@ -410,6 +412,7 @@ class VLLMEngine:
             for adapter in await engine.list_loras():
                 await engine.remove_lora(adapter)
             await engine.add_lora(self._lora_request())
+            await self._check_adapters()
         else:
             await engine.collective_rpc("reload_weights", kwargs={"weights_path": str(weights.folder or self.model)})
             if self.builder.llm.device.type == "cpu":
@@ -418,6 +421,15 @@ class VLLMEngine:
             await engine.wake_up(["kv_cache"])
         if not await engine.reset_prefix_cache(reset_running_requests=True):
             raise EngineError("vLLM did not reset its prefix cache, which contains values of the previous parameters")
+
+    async def _check_adapters(self) -> None:
+        """Raise EngineError if vLLM ignores a part of the adapters that it has loaded."""
+        for ignored in await self._engine.collective_rpc("ignored_adapter_layers"):  # of each worker
+            if ignored:
+                raise EngineError(
+                    f"vLLM ignores the adapters of {len(ignored)} layers of this model, such as {ignored[0]}; type "
+                    "--engine transformers, or --set llm.use_lora=false"
+                )
 
     def _lora_request(self) -> Any:
         from vllm.lora.request import LoRARequest

@@ -57,9 +57,20 @@ def engine_arguments(
             "max_lora_rank": next((rank for rank in LORA_RANKS if rank >= adapter.r), adapter.r),
             "max_loras": 1,
             # By default vLLM also wraps the output layer, and then it cannot return prompt log-probabilities.
-            "lora_target_modules": sorted(adapter.target_modules),
+            "lora_target_modules": adapted_layer_names(llm.model),
         }
     return arguments
+
+
+def adapted_layer_names(model: Any) -> list[str]:
+    """The last parts of the names of all layers with adapters, such as ``q_proj``.
+
+    vLLM applies adapters in its fused layers (``qkv_proj``) only if it is given these names. peft's ``target_modules``
+    can hold full names (``model.layers.0.self_attn.q_proj``); vLLM then ignores the adapters of fused layers silently.
+    """
+    from peft.tuners.lora import LoraLayer
+
+    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)})
 
 
 def _logging_config(log_file: Path) -> dict[str, Any]:

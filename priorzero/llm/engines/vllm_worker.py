@@ -32,6 +32,15 @@ class WorkerExtension:
                 packed += 1
         return packed
 
+    def ignored_adapter_layers(self) -> list[str]:
+        """The layers that have weights in a loaded adapter, and for which vLLM ignores them.
+
+        vLLM (0.32.0) reports only at the level debug that it ignores weights.
+        """
+        manager = self.model_runner.lora_manager._adapter_manager
+        loaded = {name for adapter in manager.list_adapters().values() for name in adapter.loras}
+        return sorted(loaded - set(manager.modules))
+
 
 def end_with_owner(owner: int | None, engine: int | None, folder: str) -> None:
     """Wait until the owner has ended, then end vLLM and delete the owner's temporary folder.
