@@ -63,14 +63,12 @@ def engine_arguments(
 
 
 def adapted_layer_names(model: Any) -> list[str]:
-    """The last parts of the names of all layers with adapters, such as ``q_proj``.
+    """The last parts of the names of all layers with adapters of a peft model, such as ``q_proj``.
 
     vLLM applies adapters in its fused layers (``qkv_proj``) only if it is given these names. peft's ``target_modules``
     can hold full names (``model.layers.0.self_attn.q_proj``); vLLM then ignores the adapters of fused layers silently.
     """
-    from peft.tuners.lora import LoraLayer
-
-    return sorted({name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, LoraLayer)})
+    return sorted({name.rpartition(".")[2] for name in model.targeted_module_names})
 
 
 def _logging_config(log_file: Path) -> dict[str, Any]:
