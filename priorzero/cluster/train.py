@@ -25,18 +25,31 @@ from priorzero.runs.logger import log_start
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
 from priorzero.runtime.activity import announced
+from priorzero.runtime.concurrency import check_no_running_loop, only_run_of_process
 from priorzero.settings import Settings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
 
 
-@terminal_output()
 def run_on_cluster(settings: Settings) -> RunSummary:
     """Train on the Ray cluster at ``cluster.address``, or on one that is started here and ends with the run.
 
-    Ctrl-C or SIGTERM stops the run: it finishes its step, saves a checkpoint and returns. A UserError is raised before
-    anything was written if possible.
+    Ctrl-C, SIGTERM and the signals of batch systems stop the run: it finishes its step, saves a checkpoint and returns.
+    Outside the main thread it does not handle signals. A UserError is raised before anything was written if possible.
     """
-    settings = settings.model_copy(deep=True)
+    check_no_running_loop("run_on_cluster_async(settings)")
+    return asyncio.run(run_on_cluster_async(settings))
+
+
+async def run_on_cluster_async(settings: Settings) -> RunSummary:
+    """:func:`run_on_cluster` in the event loop of the caller, for example in a notebook.
+
+    If the task is cancelled, the run saves a checkpoint and raises CancelledError.
+    """
+    with only_run_of_process(), terminal_output():
+        return await _run(settings.model_copy(deep=True))
+
+
+async def _run(settings: Settings) -> RunSummary:
     with announced("preparing the games"):
         games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
     check_games(settings, games=games, unseen=unseen)
@@ -48,7 +61,7 @@ def run_on_cluster(settings: Settings) -> RunSummary:
     try:
         with reported_to_user(folder, settings, resumable=False):
             try:
-                return asyncio.run(_train(settings, games=", ".join(game.name for game in games), folder=folder))
+                return await _train(settings, games=", ".join(game.name for game in games), folder=folder)
             except (ProcessError, RayError) as error:
                 cause = error.cause if isinstance(error, RayTaskError) else error
                 raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
@@ -95,7 +108,8 @@ async def _train(settings: Settings, *, games: str, folder: Path) -> RunSummary:
         with run.stop.handle_signals():
             await training_loop(run)
     except (asyncio.CancelledError, GameWorkerError, EngineError, ProcessError, RayError, UserError) as error:
-        await run.save_after(error)
+        with run.stop.handle_signals():
+            await run.save_after(error)
         raise
     finally:
         await run.close()

@@ -193,7 +193,8 @@ class VLLMEngine:
     async def _shut_down(self) -> None:
         self._running = False
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.shutdown)
+            # They ignore the SIGTERM that asks them to exit, and are killed after this time.
+            await asyncio.to_thread(self._engine.shutdown, timeout=0.1)
             self._engine = None
             gc.collect()  # otherwise its reference cycles are collected at exit, when modules are gone
 
