@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from priorzero.config import (
 from priorzero.runs.progress import terminal_output
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import exit_immediately_on_signal
+from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -169,25 +170,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 if the run is done, or stopped and saved; 2 after an error that the user can correct. A signal
         before the run begins, or after its last checkpoint, ends the process with exit code 130.
     """
-    arguments = build_parser().parse_args(argv)
     gc.disable()  # until the imports are done: it would search the growing set of modules again and again
     try:
-        with exit_immediately_on_signal():
-            return _run(arguments)
+        return run_command_line(build_parser(), argv, train=_train)
     finally:
         gc.enable()
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.help_config:
-        print(describe_settings())
-        return 0
-    try:
-        with terminal_output():
-            _train(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, train: Callable[[argparse.Namespace], None]
+) -> int:
+    """Parse the arguments and ``train``; returns the exit code, as :func:`main` describes."""
+    with standard_streams(), exit_immediately_on_signal():
+        arguments = parser.parse_args(argv)
+        try:
+            if arguments.help_config:
+                print_output(describe_settings())
+            else:
+                with terminal_output():
+                    train(arguments)
+        except UserError as error:
+            print_error(str(error))
+            return 2
     return 0
 
 

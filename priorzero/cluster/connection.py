@@ -157,8 +157,8 @@ def _advice(error: Exception) -> str:
         return ". Use the same versions of Ray and Python in the whole cluster"
     if "timed out during startup" in text:
         return (
-            f". Ray's logs are in {ray_folder() / 'session_latest' / 'logs'}. Limits of the memory, the processes or the "
-            "open files may be too low; to list them, type ulimit -a"
+            f". Ray's logs are in {ray_folder() / 'session_latest' / 'logs'}. Limits of memory, processes or open "
+            "files may be too low; to list them, type ulimit -a"
         )
     return ""
 

@@ -8,7 +8,10 @@ result of one collector. The world model learns every ``train.update_every`` ite
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import ray
@@ -37,7 +40,8 @@ def run_on_cluster(settings: Settings) -> RunSummary:
     Outside the main thread it does not handle signals. A UserError is raised before anything was written if possible.
     """
     check_no_running_loop("run_on_cluster_async(settings)")
-    return asyncio.run(run_on_cluster_async(settings))
+    with _connected(settings) as prepared:
+        return asyncio.run(_train(prepared))
 
 
 async def run_on_cluster_async(settings: Settings) -> RunSummary:
@@ -45,28 +49,40 @@ async def run_on_cluster_async(settings: Settings) -> RunSummary:
 
     If the task is cancelled, the run saves a checkpoint and raises CancelledError.
     """
+    with _connected(settings) as prepared:
+        return await _train(prepared)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run whose settings were checked: a copy of them, the names of the games, and the run's folder."""
+
+    settings: Settings
+    games: str
+    folder: Path
+
+
+@contextlib.contextmanager
+def _connected(settings: Settings) -> Iterator[_Prepared]:
+    """Check the settings, and connect to Ray within the block. Errors that the user can correct become UserError."""
     with only_run_of_process(), terminal_output():
-        return await _run(settings.model_copy(deep=True))
-
-
-async def _run(settings: Settings) -> RunSummary:
-    with announced("preparing the games"):
-        games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
-    check_games(settings, games=games, unseen=unseen)
-    check_settings(settings)
-    folder = new_run_folder(settings, games).absolute()  # other processes may have another working directory
-    settings.run.output_dir = str(folder.parent)
-    with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
-        connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
-    try:
-        with reported_to_user(folder, settings, resumable=False):
-            try:
-                return await _train(settings, games=", ".join(game.name for game in games), folder=folder)
-            except (ProcessError, RayError) as error:
-                cause = error.cause if isinstance(error, RayTaskError) else error
-                raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
-    finally:
-        ray.shutdown()
+        settings = settings.model_copy(deep=True)
+        with announced("preparing the games"):
+            games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+        check_games(settings, games=games, unseen=unseen)
+        check_settings(settings)
+        folder = new_run_folder(settings, games).absolute()  # other processes may have another working directory
+        settings.run.output_dir = str(folder.parent)
+        with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
+            connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
+        try:
+            with reported_to_user(folder, settings, resumable=False):
+                yield _Prepared(settings, ", ".join(game.name for game in games), folder)
+        except (ProcessError, RayError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
+        finally:
+            ray.shutdown()
 
 
 async def training_loop(run: ClusterRun) -> None:
@@ -95,8 +111,9 @@ async def training_loop(run: ClusterRun) -> None:
     await run.save()
 
 
-async def _train(settings: Settings, *, games: str, folder: Path) -> RunSummary:
+async def _train(prepared: _Prepared) -> RunSummary:
     """Start all processes, run the loop, and end all processes. After an error, what was learned is saved."""
+    settings, games, folder = prepared.settings, prepared.games, prepared.folder
     resources = ray.cluster_resources()
     plan = plan_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
     lock = create_files(settings, folder, resumed=False)
