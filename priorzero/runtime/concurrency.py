@@ -99,7 +99,7 @@ def handled_signals() -> list[signal.Signals]:
     """The stop signals that this thread can handle: none outside the main thread, where Python allows no handlers.
 
     Signals that are ignored stay ignored: `nohup` does this to SIGHUP, and a shell to the SIGINT of background jobs.
-    Handlers that were not installed from Python, such as those of `faulthandler`, cannot be restored and stay, too.
+    A handler that was not installed from Python could not be restored and stays, too.
     """
     if threading.current_thread() is not threading.main_thread():
         return []
@@ -238,6 +238,18 @@ def only_run_of_process() -> Iterator[None]:
 
 
 _run_lock = threading.Lock()
+
+
+async def run_in_thread(function: Callable[[], T], *, on_cancel: Callable[[], object] = lambda: None) -> T:
+    """Run a function in a thread. If the caller is cancelled, it waits until the function has returned."""
+    work = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        on_cancel()
+        await asyncio.wait([work])
+        work.exception()  # retrieved, so that asyncio does not log it
+        raise
 
 
 async def gather_or_cancel(*work: Coroutine[Any, Any, T]) -> list[T]:

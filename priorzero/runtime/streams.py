@@ -37,9 +37,15 @@ def _flush_or_drop(stream: TextIO) -> None:
     try:
         stream.flush()
     except OSError:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, stream.fileno())
-        os.close(null)
+        _drop_output(stream)
+
+
+def _drop_output(stream: TextIO) -> None:
+    """Drop what the stream holds and what is written to it from now on."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, stream.fileno())
+    os.close(null)
+    stream.flush()
 
 
 def print_output(text: str) -> None:
@@ -49,8 +55,9 @@ def print_output(text: str) -> None:
         UserError: stdout cannot be written.
     """
     try:
-        with suppress(BrokenPipeError):
-            print(text, flush=True)
+        print(text, flush=True)
+    except BrokenPipeError:
+        _drop_output(sys.stdout)
     except OSError as error:
         raise UserError(f"the output cannot be written ({error})") from error
 
