@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import resource
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -39,6 +40,8 @@ EXAMPLES = """examples:
 games: a Jericho story file (name or path), or textworld:simple, textworld:coin-collector, textworld:treasure-hunter,
 textworld:cooking, each with parameters such as ?seed=7&level=5
 """
+
+MIN_ADDRESS_SPACE = 2_000_000 * 1024  # bytes, without a GPU and an LLM
 
 Layers = list[dict[str, dict[str, Any]]]
 
@@ -184,6 +187,7 @@ def run_command_line(
     with standard_streams(), exit_immediately_on_signal():
         arguments = parser.parse_args(argv)
         try:
+            _check_interpreter()
             if arguments.help_config:
                 print_output(describe_settings())
             else:
@@ -193,6 +197,18 @@ def run_command_line(
             print_error(str(error))
             return 2
     return 0
+
+
+def _check_interpreter() -> None:
+    """Raise UserError if the libraries could not be imported, which would fail with unrelated messages."""
+    if sys.flags.optimize > 1:
+        raise UserError("python -OO removes the docstrings, which transformers needs; type python -O, or python")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:
+        raise UserError(
+            f"ulimit -v is {limit // 1024} kB, but the libraries alone need {MIN_ADDRESS_SPACE // 1024} kB of address "
+            "space; type ulimit -v unlimited"
+        )
 
 
 def _train(arguments: argparse.Namespace) -> None:

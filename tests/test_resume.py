@@ -187,12 +187,11 @@ def test_run_is_saved_when_all_its_processes_get_the_signals_of_batch_systems(tm
 def test_run_is_saved_when_its_terminal_is_closed(tmp_path):
     """The kernel sends SIGHUP, and nothing can be written to the terminal any more."""
     own, other = pty.openpty()
-    name = os.ttyname(other)
-    os.close(other)
-    with EntryProcess(arguments(tmp_path), folder=tmp_path, terminal=name) as process:
+    with EntryProcess(arguments(tmp_path), folder=tmp_path, terminal=os.ttyname(other)) as process:
         output = b""
         while b"iteration 2/" not in output:
             output += os.read(own, 10_000)
+        os.close(other)
         os.close(own)
         assert process.wait(30) == 0
     assert len(saved_checkpoints(tmp_path / "run")) == 1 and (tmp_path / "run" / "report.html").is_file()

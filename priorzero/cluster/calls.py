@@ -13,6 +13,10 @@ from priorzero.settings import ClusterSettings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
 
 
+class NodeEndedError(ProcessError):
+    """Ray's raylet on this machine has ended, and with it all processes of the run on this machine."""
+
+
 async def result_of(reference: Any, *, timeout_s: float, process: str, setting: str = "cluster.timeout_s") -> Any:
     """Wait for the result of a remote call: of Ray's reference to it, or of any other awaitable.
 

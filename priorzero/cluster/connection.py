@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import importlib.util
 import logging
@@ -10,19 +11,23 @@ import re
 import shutil
 import signal
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import ray
 import torch
 
+from priorzero.cluster.calls import NodeEndedError
 from priorzero.config import differences
 from priorzero.runtime.signals import children_ignore_stop_signals
 from priorzero.settings import Settings
-from priorzero.types import UserError
+from priorzero.types import ProcessError, UserError
 
 MIN_FREE = 100_000_000  # bytes in Ray's folder: its logs take some MB per process
+WATCH_S = 1.0  # between two looks at Ray's processes
 OTHER_FOLDER = "give another one with a short path, for example RAY_TMPDIR=/tmp"
 
 # Settings of the single process that have no effect on a cluster.
@@ -92,11 +97,14 @@ def _check_orz(settings: Settings) -> None:
         )
 
 
-def connect(settings: Settings, *, namespace: str) -> None:
+def connect(settings: Settings, *, namespace: str) -> list[psutil.Process]:
     """Connect to the cluster at ``cluster.address``, or start one on this machine.
 
     The run's processes find each other by name in Ray's ``namespace``. The processes of a cluster that is started here
     do not react to stop signals.
+
+    Returns:
+        The processes of a cluster that is started here without which a run cannot continue.
 
     Raises:
         UserError: the cluster cannot be reached, Ray cannot be started, or this process uses Ray already.
@@ -115,6 +123,7 @@ def connect(settings: Settings, *, namespace: str) -> None:
             ) from error
     if not address:
         _check_ray_folder()
+    before = psutil.Process().children()
     try:
         with children_ignore_stop_signals(), _handlers_are_kept():
             if address:
@@ -124,6 +133,25 @@ def connect(settings: Settings, *, namespace: str) -> None:
     except Exception as error:  # Ray raises bare exceptions, too
         where = f"cluster.address={address}" if address else "Ray could not be started on this machine"
         raise UserError(f"{where}: {' '.join(str(error).split())[:300]}{_advice(error)}") from error
+    started = [process for process in psutil.Process().children() if process not in before]
+    return [process for process in started if process.name() in ("gcs_server", "raylet")]
+
+
+async def fail_if_ended(processes: Sequence[psutil.Process]) -> NoReturn:
+    """Wait until one of Ray's processes has ended.
+
+    If the GCS has ended, Ray ends this process after 60 s. Until then, the run can be saved.
+
+    Raises:
+        ProcessError: always; NodeEndedError if it is the raylet.
+    """
+    names = {process: process.name() for process in processes}
+    while True:
+        for process, name in names.items():
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                kind = NodeEndedError if name == "raylet" else ProcessError
+                raise kind(f"Ray's {name} has ended, without which a run cannot continue")
+        await asyncio.sleep(WATCH_S)
 
 
 def ray_folder() -> Path:

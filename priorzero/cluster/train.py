@@ -10,15 +10,16 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import ray
 from loguru import logger
 from ray.exceptions import RayError, RayTaskError
 
-from priorzero.cluster.connection import check_settings, connect, plan_resources
+from priorzero.cluster.connection import check_settings, connect, fail_if_ended, plan_resources
 from priorzero.cluster.run import ClusterRun
 from priorzero.envs import resolve_games
 from priorzero.preflight import check_games
@@ -28,7 +29,7 @@ from priorzero.runs.logger import log_start
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
 from priorzero.runtime.activity import announced
-from priorzero.runtime.concurrency import check_no_running_loop, only_run_of_process
+from priorzero.runtime.concurrency import check_no_running_loop, only_run_of_process, run_unless
 from priorzero.settings import Settings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
 
@@ -55,11 +56,19 @@ async def run_on_cluster_async(settings: Settings) -> RunSummary:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A run whose settings were checked: a copy of them, the names of the games, and the run's folder."""
+    """A run whose settings were checked.
+
+    Attributes:
+        settings: a copy of all settings.
+        games: the names of the games.
+        folder: the run's, which does not exist yet.
+        ray_processes: those of Ray without which the run cannot continue, if they were started here.
+    """
 
     settings: Settings
     games: str
     folder: Path
+    ray_processes: Sequence[psutil.Process]
 
 
 @contextlib.contextmanager
@@ -74,10 +83,10 @@ def _connected(settings: Settings) -> Iterator[_Prepared]:
         folder = new_run_folder(settings, games).absolute()  # other processes may have another working directory
         settings.run.output_dir = str(folder.parent)
         with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
-            connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
+            ray_processes = connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
         try:
             with reported_to_user(folder, settings, resumable=False):
-                yield _Prepared(settings, ", ".join(game.name for game in games), folder)
+                yield _Prepared(settings, ", ".join(game.name for game in games), folder, ray_processes)
         except (ProcessError, RayError) as error:
             cause = error.cause if isinstance(error, RayTaskError) else error
             raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
@@ -123,7 +132,7 @@ async def _train(prepared: _Prepared) -> RunSummary:
     try:
         await run.start()
         with run.stop.handle_signals():
-            await training_loop(run)
+            await run_unless(fail_if_ended(prepared.ray_processes), training_loop(run))
     except (asyncio.CancelledError, GameWorkerError, EngineError, ProcessError, RayError, UserError) as error:
         with run.stop.handle_signals():
             await run.save_after(error)

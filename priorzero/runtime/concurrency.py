@@ -252,6 +252,18 @@ async def run_in_thread(function: Callable[[], T], *, on_cancel: Callable[[], ob
         raise
 
 
+async def run_unless(failure: Coroutine[Any, Any, NoReturn], work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work`` to its result. If ``failure`` raises meanwhile, cancel ``work``, await it, and raise the error."""
+    tasks = watching, working = asyncio.ensure_future(failure), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else watching.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def gather_or_cancel(*work: Coroutine[Any, Any, T]) -> list[T]:
     """Like :func:`asyncio.gather`, but when one coroutine fails, the others are cancelled and awaited first."""
     tasks = [asyncio.ensure_future(w) for w in work]

@@ -35,8 +35,8 @@ def _main(arguments: Sequence[str], stderr: str, endless_update: bool) -> None:
 
     for number in STOP_SIGNALS:  # also if the tests were started with `nohup` or `&`
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    os.setsid()  # the first terminal that is opened is the session's
-    descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.setsid()  # the first terminal that is opened for reading becomes the session's
+    descriptor = os.open(stderr, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, sys.stderr.fileno())
     if endless_update:
         learning.update_world_model = learn_endlessly

@@ -106,7 +106,8 @@ def process_environment(*, log_file: Path, scratch: Path) -> Iterator[None]:
     # the script. Importing it would also import flask, whose proxy objects break vLLM when it inspects all modules.
     main = sys.modules["__main__"]
     file, main.__spec__, spec = vars(main).pop("__file__", None), None, main.__spec__
-    resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT and SIGTERM in this thread
+    with children_ignore_stop_signals():
+        resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT and SIGTERM in this thread
     try:
         with children_ignore_stop_signals():
             yield
