@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 from priorzero.envs.child import python_command
 from priorzero.envs.games import GameSpec, make_game
 from priorzero.runtime.signals import children_ignore_stop_signals
+from priorzero.runtime.waiting import wait_at_most
 from priorzero.types import GameArguments, GameState, GameWorkerError, TextGame, UserError
 
 if TYPE_CHECKING:
@@ -161,8 +162,7 @@ class GameWorker:
         try:
             if request is not None:
                 self._connection.send(request)
-            async with asyncio.timeout(timeout_s):
-                await _wait_readable(self._connection)
+            await wait_at_most(timeout_s, _wait_readable(self._connection))
             kind, content = self._connection.recv()
             received = True
         except TimeoutError as error:
