@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gc
+import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +22,7 @@ from priorzero.config import (
 from priorzero.runs.progress import terminal_output
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import exit_immediately_on_signal
+from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -38,6 +40,8 @@ EXAMPLES = """examples:
 games: a Jericho story file (name or path), or textworld:simple, textworld:coin-collector, textworld:treasure-hunter,
 textworld:cooking, each with parameters such as ?seed=7&level=5
 """
+
+MIN_ADDRESS_SPACE = 2_000_000 * 1024  # bytes, without a GPU and an LLM
 
 Layers = list[dict[str, dict[str, Any]]]
 
@@ -169,26 +173,42 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 0 if the run is done, or stopped and saved; 2 after an error that the user can correct. A signal
         before the run begins, or after its last checkpoint, ends the process with exit code 130.
     """
-    arguments = build_parser().parse_args(argv)
     gc.disable()  # until the imports are done: it would search the growing set of modules again and again
     try:
-        with exit_immediately_on_signal():
-            return _run(arguments)
+        return run_command_line(build_parser(), argv, train=_train)
     finally:
         gc.enable()
 
 
-def _run(arguments: argparse.Namespace) -> int:
-    if arguments.help_config:
-        print(describe_settings())
-        return 0
-    try:
-        with terminal_output():
-            _train(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def run_command_line(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, train: Callable[[argparse.Namespace], None]
+) -> int:
+    """Parse the arguments and ``train``; returns the exit code, as :func:`main` describes."""
+    with standard_streams(), exit_immediately_on_signal():
+        arguments = parser.parse_args(argv)
+        try:
+            _check_interpreter()
+            if arguments.help_config:
+                print_output(describe_settings())
+            else:
+                with terminal_output():
+                    train(arguments)
+        except UserError as error:
+            print_error(str(error))
+            return 2
     return 0
+
+
+def _check_interpreter() -> None:
+    """Raise UserError if the libraries could not be imported, which would fail with unrelated messages."""
+    if sys.flags.optimize > 1:
+        raise UserError("python -OO removes the docstrings, which transformers needs; type python -O, or python")
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if limit != resource.RLIM_INFINITY and limit < MIN_ADDRESS_SPACE:
+        raise UserError(
+            f"ulimit -v is {limit // 1024} kB, but the libraries alone need {MIN_ADDRESS_SPACE // 1024} kB of address "
+            "space; type ulimit -v unlimited"
+        )
 
 
 def _train(arguments: argparse.Namespace) -> None:

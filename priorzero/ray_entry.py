@@ -11,11 +11,10 @@ from typing import Any
 
 from loguru import logger
 
-from priorzero.config import describe_settings, resolve_settings
-from priorzero.entry import add_common_arguments, layers_from
+from priorzero.config import resolve_settings
+from priorzero.entry import add_common_arguments, layers_from, run_command_line
 from priorzero.preflight import check_inputs
 from priorzero.runs.folder import new_run_folder
-from priorzero.runs.progress import terminal_output
 from priorzero.runtime.activity import announced
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -93,23 +92,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        The exit code: 0 if the run is done, or stopped and saved; 2 after an error that the user can correct; 130 if
-        the run was stopped and not saved.
+        The exit code, as of :func:`priorzero.entry.main`.
     """
-    arguments = build_parser().parse_args(argv)
-    if arguments.help_config:
-        print(describe_settings())
-        return 0
-    try:
-        with terminal_output():
-            _train(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command_line(build_parser(), argv, train=_train)
 
 
 def _train(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from priorzero.runs.report import write_report
+from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.types import UserError
 
 
@@ -23,15 +24,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "step by step. Every run writes it at its end; this command writes it again, or while the run is going on.",
     )
     parser.add_argument("run", type=Path, help="the run's folder, such as data_priorzero/NAME")
-    arguments = parser.parse_args(argv)
-    try:
-        print(write_report(arguments.run))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"error: {arguments.run}: the report cannot be written ({error})", file=sys.stderr)
-        return 2
+    with standard_streams():
+        arguments = parser.parse_args(argv)
+        try:
+            print_output(str(write_report(arguments.run)))
+        except UserError as error:
+            print_error(str(error))
+            return 2
+        except OSError as error:
+            print_error(f"{arguments.run}: the report cannot be written ({error})")
+            return 2
     return 0
 
 

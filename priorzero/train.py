@@ -18,17 +18,18 @@ from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.errors import reported_to_user
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
+from priorzero.runtime.concurrency import check_no_running_loop, only_run_of_process
 from priorzero.runtime.random_state import seed_globals
 from priorzero.settings import Settings
 from priorzero.training_run import TrainingRun
 from priorzero.types import EngineError, GameWorkerError, UserError
 
 
-@terminal_output()
 def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) -> RunSummary:
     """Train with these settings.
 
-    Ctrl-C or SIGTERM stops the run: it finishes its step, saves a checkpoint and returns.
+    Ctrl-C, SIGTERM and the signals of batch systems stop the run: it finishes its step, saves a checkpoint and returns.
+    Outside the main thread it does not handle signals.
 
     Args:
         settings: all settings, from :func:`priorzero.config.resolve_settings`.
@@ -37,18 +38,32 @@ def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) ->
     Raises:
         UserError: an error that the user can correct; before anything was written if possible.
     """
-    with prepare(settings, checkpoint=checkpoint) as prepared:
+    check_no_running_loop("run_training_async(settings)")
+    with terminal_output(), prepare(settings, checkpoint=checkpoint) as prepared:
         return run_prepared(prepared)
+
+
+async def run_training_async(settings: Settings, *, checkpoint: Checkpoint | None = None) -> RunSummary:
+    """:func:`run_training` in the event loop of the caller, for example in a notebook.
+
+    If the task is cancelled, the run finishes its update, saves a checkpoint and raises CancelledError.
+    """
+    with terminal_output(), prepare(settings, checkpoint=checkpoint) as prepared:
+        return await _run_prepared(prepared)
 
 
 def run_prepared(prepared: Preparation) -> RunSummary:
     """Train, inside the block of :func:`priorzero.preflight.prepare`; see :func:`run_training`."""
+    return asyncio.run(_run_prepared(prepared))
+
+
+async def _run_prepared(prepared: Preparation) -> RunSummary:
     settings = prepared.settings
     device = choose_device(settings.run.device)
     if settings.prior.enabled:
         settings.prior.engine = choose_engine(settings, device=device.type)
-    with reported_to_user(prepared.folder, settings):
-        return asyncio.run(_train(prepared, device=device))
+    with only_run_of_process(), reported_to_user(prepared.folder, settings):
+        return await _train(prepared, device=device)
 
 
 async def training_loop(run: TrainingRun, *, overlap: bool) -> None:
@@ -117,7 +132,8 @@ async def _train(prepared: Preparation, *, device: torch.device) -> RunSummary:
         with run.stop.handle_signals():
             await training_loop(run, overlap=overlap)
     except (asyncio.CancelledError, GameWorkerError, EngineError, UserError, OSError) as error:
-        await run.save_after(error)
+        with run.stop.handle_signals():
+            await run.save_after(error)
         raise
     finally:
         await run.learner.stop()

@@ -47,7 +47,7 @@ class TrainingRun:
     Attributes:
         counters: how far the run is.
         learner: updates both models in the background.
-        stop: whether Ctrl-C or SIGTERM requested a stop.
+        stop: whether a signal requested a stop.
         evaluation_due: an evaluation is the next step. A new run begins with one if ``eval.at_start`` is set; a run
             with ``run.max_env_step=0`` consists of one.
         save_due: a checkpoint is the next step, after an evaluation that is due.

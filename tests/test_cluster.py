@@ -15,7 +15,7 @@ import torch
 from ray.exceptions import ActorDiedError
 
 from priorzero import ray_entry
-from priorzero.cluster import collectors
+from priorzero.cluster import collectors, connection
 from priorzero.cluster.actors import prior_server, registry
 from priorzero.cluster.actors.collector import CollectorReport
 from priorzero.cluster.actors.prior_server import PriorServer, load_trained_parameters
@@ -36,6 +36,7 @@ from priorzero.runs.report.data import read_run
 from priorzero.runtime.timeline import TimeUsage
 from priorzero.types import PriorRequest, ProcessError, UserError
 from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.processes import send_stop_signals
 from tests.helpers.records import ACTIONS
 from tests.helpers.runs import lines, read_events
 
@@ -134,6 +135,51 @@ def test_connect_fails_at_once_if_there_is_no_cluster():
     with pytest.raises(UserError, match=r"cluster\.address=127\.0\.0\.1:1: cannot connect"):
         connect(settings, namespace="test")
     assert not ray.is_initialized()
+
+
+def test_connect_explains_why_ray_does_not_start(tmp_path, monkeypatch):
+    """The path of a Unix socket has at most 107 characters, and Ray's are long already."""
+    folder = tmp_path / ("x" * 80)
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    message = rf"AF_UNIX path length .* Ray's folder is {folder}/ray; give another one .* RAY_TMPDIR=/tmp"
+    with pytest.raises(UserError, match=message):
+        connect(make_settings(), namespace="test")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "file"))
+    with pytest.raises(UserError, match=r"Ray's folder .*/file/ray cannot be written .* RAY_TMPDIR=/tmp"):
+        connect(make_settings(), namespace="test")
+    monkeypatch.setenv("RAY_TMPDIR", "/tmp")
+    monkeypatch.setattr(connection, "MIN_FREE", 2**60)
+    with pytest.raises(UserError, match=r"Ray's folder /tmp/ray: \d+ MB are free, but Ray needs at least"):
+        connect(make_settings(), namespace="test")
+    assert not ray.is_initialized()
+
+
+def start_fails(message):
+    def init(**arguments):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Exception(message)
+
+    return init
+
+
+def test_connect_reports_any_error_of_ray_and_keeps_the_handler_of_sigterm(monkeypatch):
+    handler = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(connection.ray, "init", start_fails("The current node timed out during startup."))
+    with pytest.raises(UserError, match=r"timed out during startup.* logs are in .*/session_latest/logs.* ulimit -a"):
+        connect(make_settings(), namespace="test")
+    monkeypatch.setattr(connection.ray, "init", start_fails("Version mismatch: The cluster was started with:\n Ray: 1"))
+    with pytest.raises(UserError, match=r"cluster\.address=auto: Version mismatch.* Use the same versions of Ray and"):
+        connect(make_settings({"cluster": {"address": "auto"}}), namespace="test")
+    monkeypatch.setattr(connection.ray, "is_initialized", lambda: True)
+    with pytest.raises(UserError, match=r"call ray\.shutdown\(\) before the run"):
+        connect(make_settings(), namespace="test")
+    assert signal.getsignal(signal.SIGTERM) is handler
+
+
+async def test_run_on_cluster_in_a_running_event_loop_names_the_function_to_await():
+    with pytest.raises(UserError, match=r"type: await run_on_cluster_async\(settings\)"):
+        run_on_cluster(make_settings())
 
 
 # ---- calls and restarts ----
@@ -370,13 +416,19 @@ def check_checkpoint(folder, settings):
 
 @pytest.mark.slow
 def test_run_on_cluster_survives_the_death_of_each_process(tmp_path, tiny_llm_folder, monkeypatch):
-    """Two collectors on a TextWorld game; a collector, the server and a learner of each model are killed."""
+    """Two collectors on a TextWorld game; a collector, the server and a learner of each model are killed.
+
+    Before the last is killed, all processes get all stop signals, and do not react.
+    """
     victims = {2: "CollectorProcess", 4: "PriorServer", 5: "LearnerProcess", 7: "WorldModelProcess"}
     killed = []
     log = ClusterRun.log
 
     async def log_and_kill(run, report):
         await log(run, report)
+        if run.counters.iteration == 6:  # as a batch system does, to all processes, Ray's own included
+            for process in psutil.Process().children(recursive=True):
+                send_stop_signals(process)
         name = victims.get(run.counters.iteration)
         if name is not None:
             # The collector that is busy; the second PPO learner, whose death breaks the connection of the first.

@@ -1,4 +1,4 @@
-"""Tests of the owner thread, the readers-writer lock, stop signals and groups of tasks."""
+"""Tests of the owner thread, the readers-writer lock, stop signals, groups of tasks, and runs in event loops."""
 
 from __future__ import annotations
 
@@ -10,19 +10,25 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 
+from priorzero.runtime import concurrency
 from priorzero.runtime.concurrency import (
-    STOP_SIGNALS,
     OwnerThread,
     ReadersWriterLock,
     StopRequest,
+    check_no_running_loop,
     exit_immediately_on_signal,
     gather_or_cancel,
+    only_run_of_process,
 )
+from priorzero.runtime.signals import STOP_SIGNALS, children_ignore_stop_signals
 from priorzero.runtime.timeline import Timeline
-from tests.helpers.processes import is_running
+from priorzero.types import UserError
+from tests.helpers.processes import is_running, send_stop_signals
 
 
 async def test_owner_thread_runs_calls_in_order_without_blocking_the_event_loop():
@@ -149,11 +155,24 @@ async def test_gather_or_cancel_waits_for_cancelled_tasks_before_it_raises():
     assert await gather_or_cancel(asyncio.sleep(0.01, "a"), asyncio.sleep(0, "b")) == ["a", "b"]
 
 
+@pytest.fixture
+def default_handlers():
+    """The handlers of a process that was started in a terminal; `nohup` and `&` let it ignore some signals."""
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 PROGRAM = """
-import asyncio, subprocess, sys
+import asyncio, signal, subprocess, sys
 from pathlib import Path
 from priorzero.runtime.concurrency import exit_immediately_on_signal, scratch_folders
 
+for number in (signal.SIGINT, signal.SIGHUP):  # ignored if the tests were started with `nohup` or `&`
+    signal.signal(number, signal.SIG_DFL)
 folder = Path(sys.argv[1], "scratch")
 folder.mkdir()
 (folder / "parameters").write_text("many")
@@ -171,7 +190,7 @@ with exit_immediately_on_signal():
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_exit_immediately_on_signal_kills_children_and_deletes_scratch_folders(tmp_path, number):
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path)],
@@ -191,7 +210,7 @@ def test_exit_immediately_on_signal_kills_children_and_deletes_scratch_folders(t
     assert not running and not list(tmp_path.iterdir())
 
 
-def test_exit_immediately_on_signal_restores_previous_handlers():
+def test_exit_immediately_on_signal_restores_previous_handlers(default_handlers):
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     with exit_immediately_on_signal():
         assert signal.getsignal(signal.SIGTERM) not in before
@@ -221,11 +240,106 @@ async def test_stop_request_run_or_cancel_cancels_work_when_a_stop_is_requested(
     assert await stop.run_or_cancel(long_work()) is None and ended == [True] and stop.requested
 
 
+async def receive(*numbers, pause_s=0.01):
+    """Send signals to this process."""
+    for number in numbers:
+        os.kill(os.getpid(), number)
+        await asyncio.sleep(pause_s)
+
+
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-async def test_stop_request_records_a_signal_and_restores_previous_handlers(number):
+async def test_stop_request_records_a_signal_and_restores_previous_handlers(default_handlers, number):
     before, stop = [signal.getsignal(n) for n in STOP_SIGNALS], StopRequest()
     with stop.handle_signals():
-        os.kill(os.getpid(), number)
-        await asyncio.sleep(0.01)
+        await receive(number)
     assert stop.requested
     assert [signal.getsignal(n) for n in STOP_SIGNALS] == before
+
+
+async def test_stop_request_lets_ignored_signals_be_ignored(default_handlers):
+    """`nohup` ignores SIGHUP, and a shell without job control the SIGINT of its background jobs."""
+    stop, ignored = StopRequest(), (signal.SIGINT, signal.SIGHUP)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
+    with exit_immediately_on_signal(), stop.handle_signals():
+        await receive(*ignored)
+    assert not stop.requested and all(signal.getsignal(number) is signal.SIG_IGN for number in ignored)
+
+
+class Exited(BaseException):
+    """In place of the end of the process."""
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the time that StopRequest sees, and lets it raise Exited."""
+    now = SimpleNamespace(seconds=100.0)
+    monkeypatch.setattr(concurrency, "time", SimpleNamespace(monotonic=lambda: now.seconds))
+    monkeypatch.setattr(concurrency, "exit_immediately", lambda: (_ for _ in ()).throw(Exited))
+    return now
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+async def test_stop_request_exits_at_a_second_ctrl_c_or_sigterm(clock, number):
+    stop = StopRequest()
+    stop.receive(number)
+    clock.seconds += 0.9
+    stop.receive(number)  # `timeout` sends its signal twice
+    clock.seconds += 0.2
+    with pytest.raises(Exited):
+        stop.receive(number)
+
+
+async def test_stop_request_does_not_exit_at_other_sequences_of_signals(clock):
+    """LSF sends SIGINT, then SIGTERM; Slurm may send SIGUSR1, then SIGTERM; the kernel sends SIGXCPU every second."""
+    stop = StopRequest()
+    for number in (signal.SIGINT, *STOP_SIGNALS[2:], *STOP_SIGNALS[2:], signal.SIGTERM):
+        stop.receive(number)
+        clock.seconds += 10
+    assert stop.requested
+
+
+async def test_stop_request_handles_no_signal_outside_the_main_thread():
+    async def handle():
+        with StopRequest().handle_signals():
+            return [signal.getsignal(number) for number in STOP_SIGNALS]
+
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    assert await asyncio.to_thread(lambda: asyncio.run(handle())) == before
+
+
+# ---- children and event loops ----
+
+
+def test_children_ignore_stop_signals_from_the_start_and_pass_this_on():
+    grandchild = "import time; print('ready', flush=True); time.sleep(60)"
+    child = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    with children_ignore_stop_signals():
+        process = subprocess.Popen([sys.executable, "-c", child, grandchild], stdout=subprocess.PIPE, text=True)
+    send_stop_signals(psutil.Process(process.pid))
+    assert process.stdout.readline() == "ready\n"
+    (started,) = psutil.Process(process.pid).children()
+    send_stop_signals(started)
+    assert is_running(process.pid) and is_running(started.pid)
+    started.kill()
+    assert process.wait(10) == 0
+    process.stdout.close()
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == mask
+
+
+def test_check_no_running_loop_names_what_to_await():
+    check_no_running_loop("train(settings)")
+
+    async def in_a_loop():
+        check_no_running_loop("train(settings)")
+
+    with pytest.raises(UserError, match=r"an event loop is running .* type: await train\(settings\)"):
+        asyncio.run(in_a_loop())
+
+
+def test_only_run_of_process_refuses_a_second_run_until_the_first_has_ended():
+    with only_run_of_process(), pytest.raises(UserError, match="start a second process"), only_run_of_process():
+        pass
+    with only_run_of_process():
+        pass

@@ -85,6 +85,28 @@ def test_entry_command_exits_with_code_2_and_a_message(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ('"$0" -OO -m priorzero.entry --quick_test', "error: python -OO removes the docstrings"),
+        (
+            'ulimit -v 1500000; "$0" -m priorzero.entry --quick_test',
+            "error: ulimit -v is 1500000 kB, but the libraries alone need 2000000 kB of address space; type ulimit -v",
+        ),
+    ],
+)
+def test_entry_refuses_an_interpreter_that_cannot_import_the_libraries(tmp_path, command, message):
+    done = subprocess.run(
+        ["bash", "-c", command, sys.executable],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert (done.returncode, done.stderr[: len(message)]) == (2, message) and "Traceback" not in done.stderr
+
+
 def test_entry_flags_win_over_the_file_and_the_file_over_the_preset(tmp_path):
     path = tmp_path / "x.yaml"
     path.write_text(yaml.safe_dump({"run": {"seed": 5, "max_iter": 50}, "search": {"num_simulations": 33}}))

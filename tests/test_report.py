@@ -419,6 +419,7 @@ def test_run_that_is_stopped_or_fails_writes_a_report(tmp_path, monkeypatch):
     assert "toy ended by an error seed 0" in page.text["head"] and "UserError: made to fail" in page.text["head"]
     assert "iterations 2 of 6" in page.text["head"] and len(saved_checkpoints(folder)) == 1
     assert f"--resume {folder}" in page.text["commands"]
+    assert Page(write_report(folder)).text["head"] == page.text["head"]  # the command line does not know the error
 
     def request_stop(run, collected):
         log(run, collected)
@@ -429,6 +430,7 @@ def test_run_that_is_stopped_or_fails_writes_a_report(tmp_path, monkeypatch):
     monkeypatch.setattr(TrainingRun, "log", request_stop)
     assert run_short(tmp_path, NO_LLM, checkpoint=newest_checkpoint(folder)).stopped
     assert "toy stopped seed 0" in Page(folder / "report.html").text["head"]
+    assert "toy stopped seed 0" in Page(write_report(folder)).text["head"]
 
 
 def test_run_survives_a_report_that_fails(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pty
 import shutil
 import signal
 import time
@@ -19,7 +20,7 @@ from priorzero.runs.logger import RunLogger
 from priorzero.runs.progress import Progress
 from priorzero.runs.resume import newest_checkpoint
 from priorzero.runs.summary import fingerprint
-from priorzero.runtime.concurrency import StopRequest
+from priorzero.runtime.concurrency import REPEAT_S, StopRequest
 from priorzero.types import UserError
 from tests.helpers.faults import RATES, FaultPlan
 from tests.helpers.processes import ENDLESS_UPDATE, EntryProcess
@@ -160,12 +161,41 @@ def test_run_ends_immediately_at_a_second_signal(tmp_path):
         workers = psutil.Process(process.pid).children()
         process.send(signal.SIGTERM)
         process.wait_for("SIGTERM: the run will stop")
+        time.sleep(REPEAT_S)
         began = time.monotonic()
         process.send(signal.SIGTERM)
         assert process.wait(10) == 130 and time.monotonic() - began < 5
         assert "second SIGTERM: exiting immediately" in process.stderr
     assert workers and not psutil.wait_procs(workers, timeout=2)[1]
     assert not saved_checkpoints(tmp_path / "run")
+
+
+@pytest.mark.slow
+def test_run_is_saved_when_all_its_processes_get_the_signals_of_batch_systems(tmp_path):
+    """Different signals, one after the other, also while the run is being saved."""
+    with EntryProcess(arguments(tmp_path), folder=tmp_path) as process:
+        process.wait_for("iteration 2/")
+        for number in (signal.SIGUSR1, signal.SIGHUP, signal.SIGXCPU, signal.SIGXCPU, signal.SIGTERM, signal.SIGTERM):
+            process.send_to_all(number)
+        assert process.wait(30) == 0
+    assert "the run will stop" in process.stderr and "failed" not in process.stderr
+    assert len(saved_checkpoints(tmp_path / "run")) == 1 and (tmp_path / "run" / "report.html").is_file()
+    assert "game_failures" not in process.stderr and "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+def test_run_is_saved_when_its_terminal_is_closed(tmp_path):
+    """The kernel sends SIGHUP, and nothing can be written to the terminal any more."""
+    own, other = pty.openpty()
+    with EntryProcess(arguments(tmp_path), folder=tmp_path, terminal=os.ttyname(other)) as process:
+        output = b""
+        while b"iteration 2/" not in output:
+            output += os.read(own, 10_000)
+        os.close(other)
+        os.close(own)
+        assert process.wait(30) == 0
+    assert len(saved_checkpoints(tmp_path / "run")) == 1 and (tmp_path / "run" / "report.html").is_file()
+    assert "SIGHUP: the run will stop" in (tmp_path / "run" / "log" / "run.log").read_text()
 
 
 @pytest.mark.slow

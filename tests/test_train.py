@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import os
+import signal
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
+from priorzero.config import resolve_settings
 from priorzero.llm.models import load_language_model
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
@@ -14,6 +19,7 @@ from priorzero.run_state import load_world_model
 from priorzero.runs.checkpoint import read_checkpoint
 from priorzero.runs.resume import newest_checkpoint
 from priorzero.runs.summary import count_moved, fingerprint
+from priorzero.train import run_training, run_training_async
 from priorzero.types import UserError
 from tests.helpers.models import make_settings
 from tests.helpers.runs import NO_LLM, lines, read_events, short_settings, train
@@ -210,6 +216,66 @@ def test_train_evaluates_at_the_start_without_an_effect_on_training(tmp_path, ti
     ]
     assert {"prior/remembered", "prior/prefix_cache_hit_rate", "train/llm_loss"} <= events[0].keys()
     assert all(events[1][name][: len(values)] == values for name, values in events[0].items())
+
+
+# ---- in a running event loop, as in a notebook, and in a thread ----
+
+ENDLESS = {"run": {"max_iter": 100_000, "checkpoint_every": 0, "exp_name": ""}, "eval": {"every": 10**6}}
+
+
+async def after_iterations(folder, count):
+    """Wait until a run under ``folder`` has logged this many iterations."""
+    async with asyncio.timeout(60):
+        while not any(f"iteration {count}," in log.read_text() for log in folder.glob("*/log/run.log")):
+            await asyncio.sleep(0.01)
+
+
+async def test_run_training_async_runs_repeatedly_in_one_event_loop(tmp_path):
+    settings = short_settings(tmp_path, NO_LLM, {"run": {"max_iter": 2, "exp_name": ""}})
+    with toy_games():
+        with pytest.raises(UserError, match=r"type: await run_training_async\(settings\)"):
+            run_training(settings)
+        first, second = [await run_training_async(settings) for _ in range(2)]
+        both = await asyncio.gather(*(run_training_async(settings) for _ in range(2)), return_exceptions=True)
+    assert first.rows["iterations"] == second.rows["iterations"] == 2 and first.folder != second.folder
+    assert lines(first.folder, "episodes.jsonl") == lines(second.folder, "episodes.jsonl")
+    (refused,) = [result for result in both if isinstance(result, UserError)]
+    assert "a run is in progress in this process" in str(refused)
+
+
+async def test_run_training_async_saves_when_it_is_cancelled_and_can_be_resumed(tmp_path):
+    with toy_games():
+        task = asyncio.create_task(run_training_async(short_settings(tmp_path, NO_LLM, ENDLESS)))
+        await after_iterations(tmp_path, 3)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        (folder,) = tmp_path.iterdir()
+        checkpoint = newest_checkpoint(folder)
+        assert checkpoint.manifest["counters"]["iteration"] >= 3 and (folder / "report.html").is_file()
+        last = checkpoint.manifest["counters"]["iteration"] + 1
+        settings = resolve_settings(checkpoint.settings, {"run": {"max_iter": last}})
+        resumed = await run_training_async(settings, checkpoint=checkpoint)
+    assert resumed.rows["iterations"] == last
+
+
+async def test_run_training_async_returns_when_it_is_interrupted(tmp_path):
+    """A notebook interrupts its cell with SIGINT."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    with toy_games():
+        task = asyncio.create_task(run_training_async(short_settings(tmp_path, NO_LLM, ENDLESS)))
+        await after_iterations(tmp_path, 2)
+        os.kill(os.getpid(), signal.SIGINT)
+        summary = await task
+    assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
+    assert summary.stopped and newest_checkpoint(summary.folder).manifest["counters"]["iteration"] >= 2
+
+
+def test_run_training_runs_in_a_thread(tmp_path):
+    with toy_games(), ThreadPoolExecutor(1) as executor:
+        settings = short_settings(tmp_path, NO_LLM, {"run": {"max_iter": 1}})
+        summary = executor.submit(train, settings).result()
+    assert summary.rows["iterations"] == 1
 
 
 @pytest.mark.parametrize(

@@ -32,6 +32,7 @@ from priorzero.settings import PriorSettings
 from priorzero.train import run_training
 from priorzero.types import EngineError, HistoryStep, PriorRequest, UserError
 from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.processes import send_stop_signals
 
 pytestmark = [
     pytest.mark.vllm,
@@ -262,7 +263,18 @@ def test_vllm_engine_explains_unreadable_parameters(runner, engine, llm, request
         runner.run(engine.sync_weights(version))
 
 
-# ---- crashes ----
+# ---- signals and crashes ----
+
+
+def test_vllm_engine_processes_do_not_react_to_stop_signals(runner, engine, requests):
+    """A batch system may send its signal to all processes of a run."""
+    before = vllm_processes()
+    for process in before:
+        send_stop_signals(process)
+    time.sleep(1)
+    priors = runner.run(engine.priors(requests[:2]))
+    assert {p.source for p in priors} == {"score"} and engine._running
+    assert vllm_processes() == before
 
 
 def test_vllm_engine_restarts_after_a_hang_and_gives_up_after_the_next_crash(runner, engine, requests, monkeypatch):

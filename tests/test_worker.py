@@ -17,7 +17,7 @@ from priorzero.envs.worker import gather_replies
 from priorzero.types import GameWorkerError, UserError
 from tests.helpers.fake_games import ACTIONS, FakeGame, NotAGame
 from tests.helpers.game_files import story
-from tests.helpers.processes import is_running
+from tests.helpers.processes import is_running, send_stop_signals
 
 
 @pytest.fixture
@@ -194,9 +194,11 @@ async def test_worker_kills_the_process_when_a_request_is_cancelled(worker):
     assert (await worker.step("go"))[0].feedback == "ok"
 
 
-async def test_worker_process_ignores_ctrl_c(worker):
+async def test_worker_process_ignores_stop_signals_also_while_it_starts(worker):
+    worker.launch()
+    send_stop_signals(psutil.Process(worker.pid))
     await worker.reset()
-    os.kill(worker.pid, signal.SIGINT)
+    send_stop_signals(psutil.Process(worker.pid))
     assert (await worker.step("go"))[1] == 1.0
     assert os.getsid(worker.pid) != os.getsid(0)  # the terminal does not send Ctrl-C to it
 

@@ -9,8 +9,13 @@ from typing import Any
 import ray
 from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayError, RayTaskError
 
+from priorzero.runtime.waiting import wait_at_most
 from priorzero.settings import ClusterSettings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
+
+
+class NodeEndedError(ProcessError):
+    """Ray's raylet on this machine has ended, and with it all processes of the run on this machine."""
 
 
 async def result_of(reference: Any, *, timeout_s: float, process: str, setting: str = "cluster.timeout_s") -> Any:
@@ -23,7 +28,7 @@ async def result_of(reference: Any, *, timeout_s: float, process: str, setting: 
         UserError, GameWorkerError, EngineError: raised in the process.
     """
     try:
-        return await asyncio.wait_for(reference, timeout_s)
+        return await wait_at_most(timeout_s, _awaited(reference))
     except TimeoutError as error:
         raise ProcessError(f"{process} did not reply within {timeout_s:g} s ({setting})") from error
     except RayTaskError as error:  # an exception was raised in the process
@@ -64,6 +69,10 @@ def kill_if_hanging(actor: Any, error: ProcessError) -> None:
     """Kill an actor that did not reply in time, so that Ray restarts it."""
     if isinstance(error.__cause__, TimeoutError):
         ray.kill(actor, no_restart=False)
+
+
+async def _awaited(reference: Any) -> Any:
+    return await reference
 
 
 def _one_line(error: BaseException) -> str:

@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib.util
 import logging
 import os
 import re
+import shutil
+import signal
 import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
 
+import psutil
 import ray
 import torch
 
+from priorzero.cluster.calls import NodeEndedError
 from priorzero.config import differences
+from priorzero.runtime.signals import children_ignore_stop_signals
 from priorzero.settings import Settings
-from priorzero.types import UserError
+from priorzero.types import ProcessError, UserError
+
+MIN_FREE = 100_000_000  # bytes in Ray's folder: its logs take some MB per process
+WATCH_S = 1.0  # between two looks at Ray's processes
+OTHER_FOLDER = "give another one with a short path, for example RAY_TMPDIR=/tmp"
 
 # Settings of the single process that have no effect on a cluster.
 UNUSED_SETTINGS = {
@@ -83,11 +97,20 @@ def _check_orz(settings: Settings) -> None:
         )
 
 
-def connect(settings: Settings, *, namespace: str) -> None:
+def connect(settings: Settings, *, namespace: str) -> list[psutil.Process]:
     """Connect to the cluster at ``cluster.address``, or start one on this machine.
 
-    The run's processes find each other by name in Ray's ``namespace``.
+    The run's processes find each other by name in Ray's ``namespace``. The processes of a cluster that is started here
+    do not react to stop signals.
+
+    Returns:
+        The processes of a cluster that is started here without which a run cannot continue.
+
+    Raises:
+        UserError: the cluster cannot be reached, Ray cannot be started, or this process uses Ray already.
     """
+    if ray.is_initialized():
+        raise UserError("this process is already connected to a Ray cluster; call ray.shutdown() before the run")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # send no usage report
     address = settings.cluster.address
     host_and_port = re.fullmatch(r"(?:ray://)?(.+):(\d+)", address)
@@ -98,14 +121,85 @@ def connect(settings: Settings, *, namespace: str) -> None:
             raise UserError(
                 f"cluster.address={address}: cannot connect ({error}); to check the cluster, type ray status"
             ) from error
+    if not address:
+        _check_ray_folder()
+    before = psutil.Process().children()
     try:
-        if address:
-            ray.init(address=address, namespace=namespace, logging_level=logging.ERROR)
-        else:
-            ray.init(address="local", namespace=namespace, include_dashboard=False, logging_level=logging.ERROR)
-    except (ConnectionError, RuntimeError, ValueError) as error:
+        with children_ignore_stop_signals(), _handlers_are_kept():
+            if address:
+                ray.init(address=address, namespace=namespace, logging_level=logging.ERROR)
+            else:
+                ray.init(address="local", namespace=namespace, include_dashboard=False, logging_level=logging.ERROR)
+    except Exception as error:  # Ray raises bare exceptions, too
         where = f"cluster.address={address}" if address else "Ray could not be started on this machine"
-        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}") from error
+        raise UserError(f"{where}: {' '.join(str(error).split())[:300]}{_advice(error)}") from error
+    started = [process for process in psutil.Process().children() if process not in before]
+    return [process for process in started if process.name() in ("gcs_server", "raylet")]
+
+
+async def fail_if_ended(processes: Sequence[psutil.Process]) -> NoReturn:
+    """Wait until one of Ray's processes has ended.
+
+    If the GCS has ended, Ray ends this process after 60 s. Until then, the run can be saved.
+
+    Raises:
+        ProcessError: always; NodeEndedError if it is the raylet.
+    """
+    names = {process: process.name() for process in processes}
+    while True:
+        for process, name in names.items():
+            if not process.is_running() or process.status() == psutil.STATUS_ZOMBIE:
+                kind = NodeEndedError if name == "raylet" else ProcessError
+                raise kind(f"Ray's {name} has ended, without which a run cannot continue")
+        await asyncio.sleep(WATCH_S)
+
+
+def ray_folder() -> Path:
+    """The folder of Ray's logs, sockets and spilled objects on this machine."""
+    return Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+
+
+def _check_ray_folder() -> None:
+    """Raise UserError if :func:`ray_folder` cannot be written or is full: Ray's processes would die one by one."""
+    folder = ray_folder()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        raise UserError(f"Ray's folder {folder} cannot be written ({error}); {OTHER_FOLDER}") from error
+    if not os.access(folder, os.W_OK):
+        raise UserError(f"Ray's folder {folder} cannot be written; {OTHER_FOLDER}")
+    if free < MIN_FREE:
+        raise UserError(
+            f"Ray's folder {folder}: {free / 1e6:.0f} MB are free, but Ray needs at least {MIN_FREE / 1e6:.0f} MB; "
+            f"free some space, or {OTHER_FOLDER}"
+        )
+
+
+def _advice(error: Exception) -> str:
+    """What to do about an error of ``ray.init``."""
+    text = str(error)
+    if "AF_UNIX path length" in text:
+        return f". Ray's folder is {ray_folder()}; {OTHER_FOLDER}"
+    if "Version mismatch" in text:
+        return ". Use the same versions of Ray and Python in the whole cluster"
+    if "timed out during startup" in text:
+        return (
+            f". Ray's logs are in {ray_folder() / 'session_latest' / 'logs'}. Limits of memory, processes or open "
+            "files may be too low; to list them, type ulimit -a"
+        )
+    return ""
+
+
+@contextlib.contextmanager
+def _handlers_are_kept() -> Iterator[None]:
+    """Ray installs a handler of SIGTERM, which would replace that of the command line."""
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is not handler:
+            signal.signal(signal.SIGTERM, handler)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from loguru import logger
 from ray.exceptions import RayError
 
 from priorzero.cluster.actors.collector import CollectorReport
-from priorzero.cluster.calls import result_of
+from priorzero.cluster.calls import NodeEndedError, result_of
 from priorzero.cluster.collectors import CollectorResult, Collectors
 from priorzero.cluster.connection import Share
 from priorzero.cluster.handles import PriorServers, RegistryHandle, WorldModelHandle
@@ -231,6 +231,9 @@ class ClusterRun:
         self._error = error
         if not self.counters.iteration:
             return
+        if isinstance(error, NodeEndedError):
+            logger.error(f"{error}; the parameters are lost with it, and the last checkpoint is {self.saver.last}")
+            return
         logger.warning(f"an error ends the run: {' '.join(str(error).split())[:200]}")
         try:
             await self.save()
@@ -241,9 +244,10 @@ class ClusterRun:
 
     async def close(self) -> None:
         """Kill all processes, close the files, and write the report."""
-        await self.collectors.close()
-        await self.servers.close()
-        await self._engine.kill()
+        if not isinstance(self._error, NodeEndedError):  # otherwise nobody would reply
+            await self.collectors.close()
+            await self.servers.close()
+            await self._engine.kill()
         self.logger.close()
         report_at_end(self.folder, error=self._error)
 

@@ -8,14 +8,18 @@ result of one collector. The world model learns every ``train.update_every`` ite
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
 import ray
 from loguru import logger
 from ray.exceptions import RayError, RayTaskError
 
-from priorzero.cluster.connection import check_settings, connect, plan_resources
+from priorzero.cluster.connection import check_settings, connect, fail_if_ended, plan_resources
 from priorzero.cluster.run import ClusterRun
 from priorzero.envs import resolve_games
 from priorzero.preflight import check_games
@@ -25,35 +29,69 @@ from priorzero.runs.logger import log_start
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
 from priorzero.runtime.activity import announced
+from priorzero.runtime.concurrency import check_no_running_loop, only_run_of_process, run_unless
 from priorzero.settings import Settings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
 
 
-@terminal_output()
 def run_on_cluster(settings: Settings) -> RunSummary:
     """Train on the Ray cluster at ``cluster.address``, or on one that is started here and ends with the run.
 
-    Ctrl-C or SIGTERM stops the run: it finishes its step, saves a checkpoint and returns. A UserError is raised before
-    anything was written if possible.
+    Ctrl-C, SIGTERM and the signals of batch systems stop the run: it finishes its step, saves a checkpoint and returns.
+    Outside the main thread it does not handle signals. A UserError is raised before anything was written if possible.
     """
-    settings = settings.model_copy(deep=True)
-    with announced("preparing the games"):
-        games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
-    check_games(settings, games=games, unseen=unseen)
-    check_settings(settings)
-    folder = new_run_folder(settings, games).absolute()  # other processes may have another working directory
-    settings.run.output_dir = str(folder.parent)
-    with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
-        connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
-    try:
-        with reported_to_user(folder, settings, resumable=False):
-            try:
-                return asyncio.run(_train(settings, games=", ".join(game.name for game in games), folder=folder))
-            except (ProcessError, RayError) as error:
-                cause = error.cause if isinstance(error, RayTaskError) else error
-                raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
-    finally:
-        ray.shutdown()
+    check_no_running_loop("run_on_cluster_async(settings)")
+    with _connected(settings) as prepared:
+        return asyncio.run(_train(prepared))
+
+
+async def run_on_cluster_async(settings: Settings) -> RunSummary:
+    """:func:`run_on_cluster` in the event loop of the caller, for example in a notebook.
+
+    If the task is cancelled, the run saves a checkpoint and raises CancelledError.
+    """
+    with _connected(settings) as prepared:
+        return await _train(prepared)
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A run whose settings were checked.
+
+    Attributes:
+        settings: a copy of all settings.
+        games: the names of the games.
+        folder: the run's, which does not exist yet.
+        ray_processes: those of Ray without which the run cannot continue, if they were started here.
+    """
+
+    settings: Settings
+    games: str
+    folder: Path
+    ray_processes: Sequence[psutil.Process]
+
+
+@contextlib.contextmanager
+def _connected(settings: Settings) -> Iterator[_Prepared]:
+    """Check the settings, and connect to Ray within the block. Errors that the user can correct become UserError."""
+    with only_run_of_process(), terminal_output():
+        settings = settings.model_copy(deep=True)
+        with announced("preparing the games"):
+            games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+        check_games(settings, games=games, unseen=unseen)
+        check_settings(settings)
+        folder = new_run_folder(settings, games).absolute()  # other processes may have another working directory
+        settings.run.output_dir = str(folder.parent)
+        with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
+            ray_processes = connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
+        try:
+            with reported_to_user(folder, settings, resumable=False):
+                yield _Prepared(settings, ", ".join(game.name for game in games), folder, ray_processes)
+        except (ProcessError, RayError) as error:
+            cause = error.cause if isinstance(error, RayTaskError) else error
+            raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
+        finally:
+            ray.shutdown()
 
 
 async def training_loop(run: ClusterRun) -> None:
@@ -82,8 +120,9 @@ async def training_loop(run: ClusterRun) -> None:
     await run.save()
 
 
-async def _train(settings: Settings, *, games: str, folder: Path) -> RunSummary:
+async def _train(prepared: _Prepared) -> RunSummary:
     """Start all processes, run the loop, and end all processes. After an error, what was learned is saved."""
+    settings, games, folder = prepared.settings, prepared.games, prepared.folder
     resources = ray.cluster_resources()
     plan = plan_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
     lock = create_files(settings, folder, resumed=False)
@@ -93,9 +132,10 @@ async def _train(settings: Settings, *, games: str, folder: Path) -> RunSummary:
     try:
         await run.start()
         with run.stop.handle_signals():
-            await training_loop(run)
+            await run_unless(fail_if_ended(prepared.ray_processes), training_loop(run))
     except (asyncio.CancelledError, GameWorkerError, EngineError, ProcessError, RayError, UserError) as error:
-        await run.save_after(error)
+        with run.stop.handle_signals():
+            await run.save_after(error)
         raise
     finally:
         await run.close()

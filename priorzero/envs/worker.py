@@ -7,7 +7,6 @@ import contextlib
 import logging
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import threading
@@ -19,6 +18,8 @@ from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
 from priorzero.envs.child import python_command
 from priorzero.envs.games import GameSpec, make_game
+from priorzero.runtime.signals import children_ignore_stop_signals
+from priorzero.runtime.waiting import wait_at_most
 from priorzero.types import GameArguments, GameState, GameWorkerError, TextGame, UserError
 
 if TYPE_CHECKING:
@@ -81,7 +82,7 @@ class GameWorker:
             return
         pickled = pickle.dumps((self._make, self._arguments))
         self._connection, child_end = Pipe(duplex=True)
-        with child_end:
+        with child_end, children_ignore_stop_signals():
             self._process = subprocess.Popen(  # returns within milliseconds
                 python_command("priorzero.envs.worker:serve", str(child_end.fileno()), str(os.getpid())),
                 pass_fds=[child_end.fileno()],
@@ -89,7 +90,7 @@ class GameWorker:
                 stdout=subprocess.DEVNULL,  # the emulator prints warnings
                 # Games do not profit from the threads of numerical libraries.
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-                start_new_session=True,  # the terminal does not send Ctrl-C to it
+                start_new_session=True,  # it has no terminal, whose end would end a game
             )
         self._is_starting = True
         with contextlib.suppress(OSError):  # the process has died already; `start` reports it
@@ -161,8 +162,7 @@ class GameWorker:
         try:
             if request is not None:
                 self._connection.send(request)
-            async with asyncio.timeout(timeout_s):
-                await _wait_readable(self._connection)
+            await wait_at_most(timeout_s, _wait_readable(self._connection))
             kind, content = self._connection.recv()
             received = True
         except TimeoutError as error:
@@ -221,8 +221,6 @@ def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, f
 
 def serve(descriptor: str, parent: str) -> None:
     """The main function of a worker process: handles requests until the pipe with this file descriptor is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent handles them and closes the pipe
-        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, args=(int(parent),), daemon=True).start()
     # spaCy would import torch, which it does not need here and which takes 3 s and 180 MB per worker.
     sys.modules["torch"] = None  # type: ignore[assignment]

@@ -12,6 +12,7 @@ EPISODES = "episodes.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 LAST_EVALUATION = "last_evaluation.json"
 REPORT = "report.html"
+ERROR = f"{LOGS}/error.txt"  # the error that ended the run
 
 
 def is_locked(folder: Path) -> bool:

@@ -15,7 +15,7 @@ from loguru import logger
 from priorzero.config import dump_settings
 from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import saved_checkpoints
-from priorzero.runs.files import CONFIG, EPISODES, EVALUATIONS, LOCK, LOGS
+from priorzero.runs.files import CONFIG, EPISODES, ERROR, EVALUATIONS, LOCK, LOGS
 from priorzero.runs.progress import open_logs
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -62,6 +62,7 @@ def create_files(settings: Settings, folder: Path, *, resumed: bool) -> TextIO |
     try:
         (folder / LOGS).mkdir(parents=True, exist_ok=resumed)
         (folder / CONFIG).write_text(dump_settings(settings), encoding="utf-8")
+        (folder / ERROR).unlink(missing_ok=True)  # it ended the run before this was resumed
     except OSError as error:
         where = settings.run.output_dir
         raise UserError(f"run.output_dir={where}: cannot be written ({error}); give another folder") from error

@@ -58,7 +58,7 @@ class Display:
             get_renderable=self._line,
             auto_refresh=False,
             transient=True,
-            redirect_stdout=sys.stdout.isatty(),
+            redirect_stdout=sys.stdout is not None and sys.stdout.isatty(),
         )
 
     def start(self) -> None:
@@ -121,7 +121,8 @@ class Display:
 
 def _write_to_stderr(message: str) -> None:
     """Write to what stderr is at this time."""
-    sys.stderr.write(message)
+    if sys.stderr is not None:
+        sys.stderr.write(message)
 
 
 _display: Display | None = None
@@ -135,7 +136,9 @@ def terminal_output(terminal: TextIO | None = None) -> Iterator[None]:
         yield
         return
     activities.reset()
-    _display = display = Display(terminal or sys.stderr)
+    if terminal is None:  # a process may have no stderr
+        terminal = sys.stderr or os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
+    _display = display = Display(terminal)
     display.start()
     try:
         yield

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from loguru import logger
 
 from priorzero.runs.checkpoint import remove_old_checkpoints, save_checkpoint
+from priorzero.runtime.concurrency import run_in_thread
 from priorzero.types import UserError
 
 
@@ -65,8 +65,9 @@ class Saver:
         folder = self._run_folder / "checkpoints" / name
         started = time.perf_counter()
         try:
-            # In a thread, so that a second signal is noticed. The caller does nothing else meanwhile.
-            await asyncio.to_thread(save_checkpoint, folder, write=write, about=about)
+            # In a thread, so that a second signal is noticed. The caller does nothing else meanwhile, also if it is
+            # cancelled: it then saves again.
+            await run_in_thread(lambda: save_checkpoint(folder, write=write, about=about))
         except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
             self.failure = f"{name} could not be written ({' '.join(str(error).split())[:200]})"
             logger.error(f"checkpoint {self.failure}; the last checkpoint is {self.last or 'none'}")

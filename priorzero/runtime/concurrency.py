@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -18,7 +19,9 @@ from typing import Any, NoReturn, ParamSpec, TypeVar
 import psutil
 from loguru import logger
 
+from priorzero.runtime.signals import STOP_SIGNALS
 from priorzero.runtime.timeline import Timeline
+from priorzero.types import UserError
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -87,15 +90,31 @@ class ReadersWriterLock:
             yield
 
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+REPEAT_S = 1.0  # a signal that arrives within this time of the first of its kind was sent together with it
 
 scratch_folders: set[Path] = set()  # temporary folders of this process, which `exit_immediately` deletes
+
+
+def handled_signals() -> list[signal.Signals]:
+    """The stop signals that this thread can handle: none outside the main thread, where Python allows no handlers.
+
+    Signals that are ignored stay ignored: `nohup` does this to SIGHUP, and a shell to the SIGINT of background jobs.
+    A handler that was not installed from Python could not be restored and stays, too.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return []
+    return [number for number in STOP_SIGNALS if signal.getsignal(number) not in (signal.SIG_IGN, None)]
 
 
 def clear_terminal_line() -> None:
     """Remove a line that is rewritten in place from the terminal on stderr, if it is one."""
     if os.isatty(2) and os.environ.get("TERM", "dumb") != "dumb":
-        os.write(2, b"\r\x1b[2K")
+        _write_to_stderr(b"\r\x1b[2K")
+
+
+def _write_to_stderr(message: bytes) -> None:
+    with suppress(OSError):  # after SIGHUP the terminal is gone
+        os.write(2, message)
 
 
 def exit_immediately() -> NoReturn:
@@ -116,19 +135,18 @@ def exit_immediately() -> NoReturn:
 
 @contextmanager
 def exit_immediately_on_signal() -> Iterator[None]:
-    """Within the block, Ctrl-C and SIGTERM exit the process immediately unless another handler is installed.
+    """Within the block, the stop signals exit the process immediately unless another handler is installed.
 
-    Outside the main thread this does nothing, because signal handlers can only be installed there.
+    See :func:`handled_signals` for the exceptions.
     """
 
     def handle(number: int, frame: FrameType | None) -> NoReturn:
         # Not `print`: the signal may have interrupted another print, which is not reentrant.
         clear_terminal_line()
-        os.write(2, f"{signal.Signals(number).name}: exiting immediately; nothing more is saved\n".encode())
+        _write_to_stderr(f"{signal.Signals(number).name}: exiting immediately; nothing more is saved\n".encode())
         exit_immediately()
 
-    in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = {number: signal.signal(number, handle) for number in STOP_SIGNALS} if in_main_thread else {}
+    previous = {number: signal.signal(number, handle) for number in handled_signals()}
     try:
         yield
     finally:
@@ -137,13 +155,17 @@ def exit_immediately_on_signal() -> Iterator[None]:
 
 
 class StopRequest:
-    """A request to stop the run, made by Ctrl-C or SIGTERM.
+    """A request to stop the run, made by one of :data:`~priorzero.runtime.signals.STOP_SIGNALS`.
 
-    The first request is recorded, so that the run can save its state. The second one exits the process immediately.
+    The first signal is recorded, so that the run can save its state. A second Ctrl-C or a second SIGTERM exits the
+    process immediately. Other signals do not, because the run may be saving: batch systems send different signals one
+    after the other, and SIGXCPU every second. The same signal may also arrive twice at once: `timeout` sends it to the
+    command and then to its group, and a closed terminal sends SIGHUP as the kernel and as the shell.
     """
 
     def __init__(self) -> None:
         self._event = asyncio.Event()
+        self._received: dict[signal.Signals, float] = {}  # the time of the first of its kind
 
     @property
     def requested(self) -> bool:
@@ -152,12 +174,11 @@ class StopRequest:
 
     @contextmanager
     def handle_signals(self) -> Iterator[None]:
-        """Within the block, handle the stop signals. Outside the main thread this does nothing."""
+        """Within the block, handle the stop signals; see :func:`handled_signals` for the exceptions."""
         loop = asyncio.get_running_loop()
-        in_main_thread = threading.current_thread() is threading.main_thread()
-        previous = {number: signal.getsignal(number) for number in STOP_SIGNALS} if in_main_thread else {}
+        previous = {number: signal.getsignal(number) for number in handled_signals()}
         for number in previous:
-            loop.add_signal_handler(number, self.request, number.name)
+            loop.add_signal_handler(number, self.receive, number)
         try:
             yield
         finally:
@@ -165,15 +186,23 @@ class StopRequest:
                 loop.remove_signal_handler(number)
                 signal.signal(number, handler)
 
-    def request(self, reason: str) -> None:
-        """Request a stop because of ``reason``, which is logged; the second request exits the process immediately."""
-        if self.requested:
-            logger.warning(f"second {reason}: exiting immediately; nothing more is saved")
+    def receive(self, number: signal.Signals) -> None:
+        """A stop signal has arrived."""
+        now = time.monotonic()
+        since_first = now - self._received.setdefault(number, now)
+        if number in (signal.SIGINT, signal.SIGTERM) and since_first >= REPEAT_S:
+            logger.warning(f"second {number.name}: exiting immediately; nothing more is saved")
             exit_immediately()
+        self.request(number.name)
+
+    def request(self, reason: str) -> None:
+        """Request a stop because of ``reason``, which is logged. Further requests have no effect."""
+        if self.requested:
+            return
         self._event.set()
         logger.warning(
-            f"{reason}: the run will stop when the current step is finished and saved (a second signal exits "
-            "immediately)"
+            f"{reason}: the run will stop when the current step is finished and saved (a second Ctrl-C or SIGTERM "
+            "exits immediately)"
         )
 
     async def run_or_cancel(self, work: Coroutine[Any, Any, T]) -> T | None:
@@ -186,6 +215,53 @@ class StopRequest:
             for each in (task, stop):
                 each.cancel()
             await asyncio.gather(task, stop, return_exceptions=True)
+
+
+def check_no_running_loop(instead: str) -> None:
+    """Raises UserError if an event loop runs in this thread, as in a notebook; then ``instead`` must be awaited."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return
+    raise UserError(f"an event loop is running in this thread, as in a notebook; type: await {instead}")
+
+
+@contextmanager
+def only_run_of_process() -> Iterator[None]:
+    """Raises UserError if another run is within this block: random states and the terminal belong to the process."""
+    if not _run_lock.acquire(blocking=False):
+        raise UserError("a run is in progress in this process; wait for its end, or start a second process")
+    try:
+        yield
+    finally:
+        _run_lock.release()
+
+
+_run_lock = threading.Lock()
+
+
+async def run_in_thread(function: Callable[[], T], *, on_cancel: Callable[[], object] = lambda: None) -> T:
+    """Run a function in a thread. If the caller is cancelled, it waits until the function has returned."""
+    work = asyncio.ensure_future(asyncio.to_thread(function))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        on_cancel()
+        await asyncio.wait([work])
+        work.exception()  # retrieved, so that asyncio does not log it
+        raise
+
+
+async def run_unless(failure: Coroutine[Any, Any, NoReturn], work: Coroutine[Any, Any, T]) -> T:
+    """Run ``work`` to its result. If ``failure`` raises meanwhile, cancel ``work``, await it, and raise the error."""
+    tasks = watching, working = asyncio.ensure_future(failure), asyncio.ensure_future(work)
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return working.result() if working.done() else watching.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def gather_or_cancel(*work: Coroutine[Any, Any, T]) -> list[T]:

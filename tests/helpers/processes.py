@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 
+from priorzero.runtime.signals import STOP_SIGNALS
 from tests.helpers.toy_game import toy_games
 
 FORKSERVER = multiprocessing.get_context("forkserver")
@@ -32,7 +33,10 @@ def _main(arguments: Sequence[str], stderr: str, endless_update: bool) -> None:
         print(ENDLESS_UPDATE, file=sys.stderr)
         time.sleep(600)
 
-    descriptor = os.open(stderr, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in STOP_SIGNALS:  # also if the tests were started with `nohup` or `&`
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    os.setsid()  # the first terminal that is opened for reading becomes the session's
+    descriptor = os.open(stderr, os.O_RDWR | os.O_CREAT | os.O_APPEND)
     os.dup2(descriptor, sys.stderr.fileno())
     if endless_update:
         learning.update_world_model = learn_endlessly
@@ -42,18 +46,28 @@ def _main(arguments: Sequence[str], stderr: str, endless_update: bool) -> None:
     os._exit(code)
 
 
+def send_stop_signals(process: psutil.Process) -> None:
+    """Send all signals that ask a run to stop."""
+    for number in STOP_SIGNALS:
+        process.send_signal(number)
+
+
 class EntryProcess:
-    """The command line with ``arguments`` in a process of its own; games are toy games in worker processes.
+    """The command line with ``arguments`` in a session of its own; games are toy games in worker processes.
 
     Args:
         arguments: of the command line.
         folder: gets the file ``stderr``.
+        terminal: the name of a terminal, which becomes that of the session and gets stderr instead.
         endless_update: the first update of the world model writes :data:`ENDLESS_UPDATE` and does not end.
     """
 
-    def __init__(self, arguments: Sequence[str], *, folder: Path, endless_update: bool = False) -> None:
+    def __init__(
+        self, arguments: Sequence[str], *, folder: Path, terminal: str = "", endless_update: bool = False
+    ) -> None:
         self._stderr = folder / "stderr"
-        self._process = FORKSERVER.Process(target=_main, args=(list(arguments), str(self._stderr), endless_update))
+        stderr = terminal or str(self._stderr)
+        self._process = FORKSERVER.Process(target=_main, args=(list(arguments), stderr, endless_update))
 
     def __enter__(self) -> EntryProcess:
         self._process.start()
@@ -83,6 +97,12 @@ class EntryProcess:
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
         os.kill(self.pid, number)
+
+    def send_to_all(self, number: signal.Signals) -> None:
+        """Send a signal to the process and all its descendants, as a batch system does."""
+        process = psutil.Process(self.pid)
+        for each in [process, *process.children(recursive=True)]:
+            each.send_signal(number)
 
     def wait(self, timeout_s: float) -> int | None:
         """The exit code; None if the process still runs after ``timeout_s``. A signal that ended it is negative."""

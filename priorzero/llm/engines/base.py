@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import TypeVar
 
 import numpy as np
 from loguru import logger
@@ -18,19 +16,6 @@ from priorzero.llm.prompts import PromptStyle, completion_text
 from priorzero.types import ActionPrior, PriorRequest
 
 MAX_CACHED_PRIORS = 4096
-T = TypeVar("T")
-
-
-async def run_in_thread(function: Callable[[], T], *, on_cancel: Callable[[], object] = lambda: None) -> T:
-    """Run a function in a thread. If the caller is cancelled, it waits until the function has returned."""
-    work = asyncio.ensure_future(asyncio.to_thread(function))
-    try:
-        return await asyncio.shield(work)
-    except asyncio.CancelledError:
-        on_cancel()
-        await asyncio.wait([work])
-        work.exception()  # retrieved, so that asyncio does not log it
-        raise
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from priorzero.llm.engines.base import PriorBuilder, PriorCache, run_in_thread
+from priorzero.llm.engines.base import PriorBuilder, PriorCache
 from priorzero.llm.engines.prompt_cache import PromptCache
 from priorzero.llm.packing import PromptRow, split_completions
+from priorzero.runtime.concurrency import run_in_thread
 from priorzero.types import ActionPrior, PriorRequest, PromptTooLongError
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from loguru import logger
 
-from priorzero.llm.engines.base import PriorBuilder, PriorCache, run_in_thread
+from priorzero.llm.engines.base import PriorBuilder, PriorCache
 from priorzero.llm.engines.vllm_process import engine_arguments, first_logged_error, process_environment
 from priorzero.llm.engines.vllm_weights import (
     PARITY_TOLERANCE,
@@ -30,7 +30,7 @@ from priorzero.llm.engines.vllm_weights import (
     parity_row,
 )
 from priorzero.llm.packing import PromptRow
-from priorzero.runtime.concurrency import gather_or_cancel, scratch_folders
+from priorzero.runtime.concurrency import gather_or_cancel, run_in_thread, scratch_folders
 from priorzero.settings import VLLMSettings
 from priorzero.types import ActionPrior, EngineError, PriorRequest, PromptTooLongError
 
@@ -195,7 +195,8 @@ class VLLMEngine:
     async def _shut_down(self) -> None:
         self._running = False
         if self._engine is not None:
-            await asyncio.to_thread(self._engine.shutdown)
+            # They ignore the SIGTERM that asks them to exit, and are killed after this time.
+            await asyncio.to_thread(self._engine.shutdown, timeout=0.1)
             self._engine = None
             gc.collect()  # otherwise its reference cycles are collected at exit, when modules are gone
 

@@ -8,11 +8,13 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import Any
 
 from priorzero.llm.engines.vllm_worker import OWNER_VARIABLE, WorkerExtension
 from priorzero.llm.models import LanguageModel
+from priorzero.runtime.signals import children_ignore_stop_signals
 from priorzero.settings import VLLMSettings
 
 IMPORT_FOLDER = Path(__file__).parents[3]  # contains the package
@@ -103,7 +105,8 @@ def _environment_variables(log_file: Path, scratch: Path) -> dict[str, str]:
 def process_environment(*, log_file: Path, scratch: Path) -> Iterator[None]:
     """Set the environment that vLLM's processes inherit when they are started inside the block.
 
-    They write their log to ``log_file``, and delete the folder ``scratch`` if this process is killed.
+    They write their log to ``log_file``, and delete the folder ``scratch`` if this process is killed. They do not react
+    to stop signals, also not to SIGTERM when they are shut down.
     """
     variables = _environment_variables(log_file, scratch)
     before = {name: os.environ.get(name) for name in variables}
@@ -112,8 +115,11 @@ def process_environment(*, log_file: Path, scratch: Path) -> Iterator[None]:
     # the script. Importing it would also import flask, whose proxy objects break vLLM when it inspects all modules.
     main = sys.modules["__main__"]
     file, main.__spec__, spec = vars(main).pop("__file__", None), None, main.__spec__
+    with children_ignore_stop_signals():
+        resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT and SIGTERM in this thread
     try:
-        yield
+        with children_ignore_stop_signals():
+            yield
     finally:
         main.__spec__ = spec
         if file is not None:

@@ -7,18 +7,18 @@ from pathlib import Path
 
 from loguru import logger
 
-from priorzero.runs.files import REPORT, is_locked
+from priorzero.runs.files import ERROR, REPORT, is_locked
 from priorzero.runs.report.data import read_run
 from priorzero.runs.report.page import render
 
 
-def write_report(folder: Path, *, running: bool | None = None, error: str = "") -> Path:
+def write_report(folder: Path, *, running: bool | None = None, error: str | None = None) -> Path:
     """Write the report of a run.
 
     Args:
         folder: the run's.
         running: whether the run is going on; None: find out.
-        error: the error that ended the run; "" if there was none, or if it is not known.
+        error: the error that ended the run, "" if there was none; None: find out.
 
     Returns:
         The path of the report.
@@ -28,6 +28,8 @@ def write_report(folder: Path, *, running: bool | None = None, error: str = "") 
         OSError: the report cannot be written.
     """
     run = read_run(folder)
+    if error is None:
+        error = (folder / ERROR).read_text(encoding="utf-8") if (folder / ERROR).exists() else ""
     page = render(run, running=is_locked(folder) if running is None else running, error=error)
     path, temporary = folder / REPORT, folder / f"{REPORT}.tmp"
     temporary.write_text(page, encoding="utf-8", errors="replace")
@@ -38,13 +40,16 @@ def write_report(folder: Path, *, running: bool | None = None, error: str = "") 
 def report_at_end(folder: Path, *, error: BaseException | None) -> None:
     """Write the report of a run that ends, and log its path. If that fails, the reason is logged and nothing raised.
 
+    The error is kept in a file, for reports that are written later.
+
     Args:
         folder: the run's.
         error: the error that ends the run.
     """
-    reason = "" if error is None else " ".join(f"{type(error).__name__}: {error}".split())
     try:
-        path = write_report(folder, running=False, error=reason)
+        if error is not None:
+            (folder / ERROR).write_text(" ".join(f"{type(error).__name__}: {error}".split()), encoding="utf-8")
+        path = write_report(folder, running=False)
     except Exception as problem:  # of any kind: what the run has learned is saved, and its result must be returned
         logger.warning(f"the report could not be written ({' '.join(str(problem).split()) or type(problem).__name__})")
     else:
