@@ -251,7 +251,7 @@ from priorzero.llm.models import load_language_model
 cfg = resolve_settings({"llm": {"path": "someone/tiny"}}).llm
 assert check_llm(cfg).num_parameters > 0
 llm = load_language_model(cfg, device=torch.device("cpu"))
-print(llm.model.name_or_path, local_model(cfg.path, setting="llm.path"))
+print(llm.model.name_or_path, local_model(cfg.path))
 """
     where = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     assert run_python(code, cwd=tmp_path, **where).split() == ["someone/tiny", str(folder / "snapshots" / "1234")]

@@ -158,7 +158,7 @@ class PPOLearner:
 
     def _token_ids(self, prompt: str) -> list[int]:
         ids: list[int] = self.llm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return ids or [self.llm.tokenizer.eos_token_id]
+        return ids or self.llm.stop_ids[:1]
 
     def _advantages(
         self, trajectories: Sequence[Trajectory], values: np.ndarray, end_values: np.ndarray
