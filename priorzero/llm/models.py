@@ -258,7 +258,7 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
     """Load the LLM and its tokenizer. Its low-rank adapters are new, or come from ``llm.path``.
 
     The model is in eval mode, also during training, so that training sees the same log-probabilities as the search.
-    If ``llm.path`` is an adapter, it is trained further with ``llm.use_lora``, and otherwise merged into its base model.
+    If ``llm.path`` is an adapter, it is trained further with ``llm.use_lora``, and otherwise merged into its base.
 
     Raises:
         UserError: it cannot be found or loaded, has no chat template, or cannot score packed rows.
@@ -280,8 +280,10 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
     if cfg.trained_layers:
         freeze_first_layers(model, num_trained=cfg.trained_layers)
     reference = None
-    if cfg.kl_weight > 0 and (source.adapter is not None or not cfg.use_lora):
-        reference = _copy_trainable(model).requires_grad_(False)
+    if cfg.kl_weight > 0 and not cfg.use_lora:
+        reference = copy.deepcopy(model).requires_grad_(False)
+    elif cfg.kl_weight > 0 and source.adapter is not None:  # without the adapter it is not the model as it was loaded
+        reference = _copy_adapter(model).requires_grad_(False)
     auto = torch.float32 if device.type == "cpu" else torch.bfloat16
     compute_dtype = {"auto": auto, "float32": torch.float32, "bfloat16": torch.bfloat16}[cfg.dtype]
     is_merged = source.adapter is not None and not cfg.use_lora
@@ -387,8 +389,8 @@ def freeze_first_layers(model: Any, *, num_trained: int) -> None:
     layers[: num_layers - num_trained].requires_grad_(False)
 
 
-def _copy_trainable(model: Any) -> Any:
-    """A copy of a model that shares the model's frozen parameters."""
+def _copy_adapter(model: Any) -> Any:
+    """A copy of a peft model that shares the parameters of the base model, which are frozen."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if not p.requires_grad})
 
 
