@@ -21,15 +21,10 @@ from priorzero.llm.model_files import check_encoder, check_llm, resolve_model
 from priorzero.llm.models import add_lora, load_language_model, load_tokenizer
 from priorzero.preflight import TRAINED, checkpoint_size
 from priorzero.types import UserError
+from tests.helpers.json_files import change_json
 from tests.helpers.models import make_settings
 
 ROOT = Path(__file__).parent.parent
-
-
-def change_json(file: Path, **changes) -> None:
-    """Change entries of a JSON file; None removes one."""
-    content = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def llm_settings(folder):

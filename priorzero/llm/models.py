@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,16 +169,24 @@ def save_parameters(model: Any, folder: Path, **kwargs: Any) -> None:
 
 @contextlib.contextmanager
 def load_errors(what: str, *, advice: str) -> Iterator[None]:
-    """Turn errors of ``from_pretrained`` into a UserError, which begins with ``what``."""
+    """Turn errors of ``from_pretrained`` into a UserError, which begins with ``what``.
+
+    transformers' warnings are suppressed; :func:`check_weights` reports what they are about.
+    """
+    from transformers.utils import logging as transformers_logging
+
     quiet_transformers()
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
     try:
         yield
     except (UserError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # damaged files and a model's own code can cause any error
-        message = str(error).strip().splitlines()
-        reason = f"{type(error).__name__}: {message[0][:300]}" if message else type(error).__name__
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise UserError(f"{what}: cannot be loaded ({reason}); {advice}") from error
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
 def _llm_errors(path: str) -> contextlib.AbstractContextManager[None]:
@@ -311,21 +319,29 @@ def _load_model(name: str, cfg: LLMSettings) -> Any:
 
 
 def _check_tokens(tokenizer: Any, *, num_rows: int, path: str) -> None:
-    """Raise UserError if a token of a text or of the chat template has no row in the model's embedding.
-
-    Other special tokens may have none; their texts are escaped.
-    """
-    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    used = {number for number in tokenizer.get_vocab().values() if number not in special}
+    """Raise UserError if a token of a text or of the chat template has no row in the model's embedding."""
+    used = set(tokenizer(turn_end(tokenizer), add_special_tokens=False)["input_ids"])
     for messages in (PROMPT, [PROMPT[0], *EARLIER_TURN, PROMPT[1]]):
         try:
             used |= set(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
         except Exception as error:  # not all templates render an earlier turn; prompts were checked before
             logger.debug(f"{path}: the chat template does not render {len(messages)} messages ({error})")
-    used |= set(tokenizer(turn_end(tokenizer), add_special_tokens=False)["input_ids"])
-    too_large = sum(number >= num_rows for number in used)
+    check_rows(tokenizer, used, num_rows=num_rows, what=f"llm.path={path}")
+
+
+def check_rows(tokenizer: Any, used: Iterable[int], *, num_rows: int, what: str) -> None:
+    """Check that each token that a text can contain, and the special tokens in ``used``, have a row in the embedding.
+
+    Other special tokens may have none, because their texts are escaped.
+
+    Raises:
+        UserError: a token has no row. The message begins with ``what``.
+    """
+    special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    tokens = {number for number in tokenizer.get_vocab().values() if number not in special} | set(used)
+    too_large = sum(number >= num_rows for number in tokens)
     if too_large:
-        raise too_many_tokens(f"llm.path={path}", num_tokens=too_large, num_rows=num_rows)
+        raise too_many_tokens(what, num_tokens=too_large, num_rows=num_rows)
 
 
 def _log_turn_end(llm: LanguageModel, *, path: str) -> None:
@@ -403,6 +419,7 @@ def _add_trained_adapter(model: Any, adapter: AdapterFiles, cfg: LLMSettings) ->
     with load_errors(adapter.what, advice=advice):
         config = PeftConfig.from_pretrained(str(adapter.folder))
         config.inference_mode = False  # its parameters are trained further
+        config.base_model_name_or_path = model.name_or_path  # where it was found now
         wrapped = get_peft_model(model, config)
         load_adapter_weights(wrapped, adapter.folder)
     if cfg.use_lora:
