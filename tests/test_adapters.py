@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
+from priorzero.llm.engines import TransformersEngine
+from priorzero.llm.engines.make import make_engine
 from priorzero.llm.engines.vllm_weights import export_weights
 from priorzero.llm.fine_tuning import LLMLearner
 from priorzero.llm.model_files import check_encoder, check_llm, find_llm, resolve_model
 from priorzero.llm.models import load_language_model, load_tokenizer
 from priorzero.llm.prompts import prompt_style
 from priorzero.preflight import TRAINED, checkpoint_size
-from priorzero.types import UserError
+from priorzero.types import PriorRequest, UserError
 from tests.helpers.json_files import change_json
-from tests.helpers.models import make_settings
+from tests.helpers.models import make_settings, make_tiny_llm
 
 PROMPT, ACTIONS = "You are in a kitchen. You", ["open the door", "go north"]
 
@@ -36,16 +40,21 @@ def logprobs(llm):
     return llm.token_logprobs([row])[0]
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_llm_folder, tmp_path_factory):
-    """A folder with an adapter, as a checkpoint has it, and the log-probabilities of the LLM that was saved."""
-    llm = load(tiny_llm_folder, use_lora=True)
+def save_random_adapter(base, folder):
+    llm = load(base, use_lora=True)
     torch.manual_seed(1)
     with torch.no_grad():
         for p in llm.trainable_parameters():
             p += 0.1 * torch.randn_like(p)
-    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "iteration_7" / "llm"
     llm.save(folder)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llm_folder, tmp_path_factory):
+    """A folder with an adapter, as a checkpoint has it, and the log-probabilities of the LLM that was saved."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "iteration_7" / "llm"
+    llm = save_random_adapter(tiny_llm_folder, folder)
     assert not (folder / "config.json").exists()
     return folder, logprobs(llm)
 
@@ -165,7 +174,7 @@ def test_check_llm_says_if_the_base_model_is_an_adapter(trained, adapter):
     change_json(adapter / "adapter_config.json", base_model_name_or_path=str(trained[0]))
     with pytest.raises(UserError, match="contains an adapter without its base model"):
         check_llm(llm_settings(adapter))
-    with pytest.raises(UserError, match=r"which only llm\.path and not encoder\.path accepts"):
+    with pytest.raises(UserError, match=r"^encoder\.path=.*give a model, or merge the adapter into it first"):
         check_encoder(str(adapter))
 
 
@@ -261,3 +270,30 @@ def test_check_llm_explains_gguf_folders_and_files(tmp_path, tiny_llm_folder):
         UserError, match=rf"this is a file; give the folder that contains config\.json: {tiny_llm_folder}"
     ):
         check_llm(llm_settings(tiny_llm_folder / "model.safetensors"))
+
+
+# ---- vLLM ----
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Unclosed context <zmq:ResourceWarning")
+async def test_vllm_engine_serves_a_merged_adapter(tmp_path, smollm2):
+    base = make_tiny_llm(smollm2.tokenizer, hidden_size=128, num_attention_heads=2, max_position_embeddings=4096)
+    base.save(tmp_path / "base")
+    save_random_adapter(tmp_path / "base", tmp_path / "adapter")
+    settings = make_settings(
+        {"prior": {"engine": "vllm"}, "vllm": {"cpu_kv_cache_gib": 0.5}, "llm": {"path": str(tmp_path / "adapter")}}
+    )
+    llm = load_language_model(settings.llm, device=torch.device("cpu"))
+    engine = make_engine(settings, llm=llm, vllm_log=tmp_path / "vllm.log")
+    request = PriorRequest("You are in a kitchen. What is the next command?", ("open the door", "go north", "wait"))
+    try:
+        await engine.ready()  # the parity check
+        (served,) = await engine.priors([request])
+    finally:
+        await engine.close()
+    (want,) = await TransformersEngine(engine.builder).priors([request])
+    assert served.logprobs == pytest.approx(want.logprobs, abs=1e-3)
+    (without,) = await TransformersEngine(dataclasses.replace(engine.builder, llm=base)).priors([request])
+    assert np.abs(without.logprobs - want.logprobs).max() > 0.01

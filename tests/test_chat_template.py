@@ -238,7 +238,7 @@ def test_load_language_model_says_how_a_turn_ends(tmp_path, monkeypatch):
         load_language_model(make_settings({"llm": {"path": str(tmp_path / name)}}).llm, device=torch.device("cpu"))
     (first, plain), (second, other) = logged
     assert (first, second) == ("warning", "info")
-    assert "ends no turn with a special token; commands end with the tokenizer's eos_token '</s>'" in plain
+    assert "ends no turn with a special token; a turn ends with the tokenizer's eos_token '</s>'" in plain
     assert "ends with '<|im_end|>' (its eos_token is '<|endoftext|>')" in other
 
 

@@ -291,12 +291,12 @@ def test_load_language_model_refuses_vision_language_models(model):
 # ---- tokenizers ----
 
 
-def save_family(name, folder, *, num_rows=None, tokens=()):
+def save_family(name, folder, *, tokens=()):
     """A tiny model with the tokenizer of a family, to which tokens are added after the model was made."""
     from tokenizers import AddedToken
 
     tokenizer = make_tokenizer(FAMILIES[name])
-    make_tiny_llm(tokenizer, **({} if num_rows is None else {"vocab_size": num_rows})).save(folder)
+    make_tiny_llm(tokenizer).save(folder)
     for token, special in tokens:
         tokenizer.add_tokens([AddedToken(token, special=special)], special_tokens=special)
     tokenizer.save_pretrained(folder)

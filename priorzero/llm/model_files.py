@@ -176,7 +176,7 @@ def _find(path: str, *, setting: str) -> Path | Package | str:
 def _explain(folder: Path, *, setting: str) -> str:
     """What a folder without config.json is, and what to give instead."""
     if (folder / ADAPTER_CONFIG).is_file():
-        return f"the folder contains an adapter without its base model, which only llm.path and not {setting} accepts"
+        return "the folder contains an adapter without its base model; give a model, or merge the adapter into it first"
     checkpoints = sorted(
         (f for f in (folder / "checkpoints").glob("iteration_*") if f.name.removeprefix("iteration_").isdecimal()),
         key=lambda f: int(f.name.removeprefix("iteration_")),

@@ -349,7 +349,7 @@ def _log_turn_end(llm: LanguageModel, *, path: str) -> None:
     end, eos = turn_format(llm.tokenizer).end, llm.tokenizer.eos_token
     if end is None:
         logger.warning(
-            f"llm.path={path}: the chat template ends no turn with a special token; commands end with the tokenizer's "
+            f"llm.path={path}: the chat template ends no turn with a special token; a turn ends with the tokenizer's "
             f"eos_token {eos!r}"
         )
     elif end.strip() != eos:
