@@ -66,6 +66,32 @@ DAMAGES = {
 }
 
 
+MALFORMED = [
+    ("config.json", "architectures", 7),
+    ("config.json", "model_type", ["llama"]),
+    ("config.json", "num_hidden_layers", "two"),
+    ("config.json", "vocab_size", [49_152]),
+    ("config.json", "text_config", "x"),
+    ("tokenizer_config.json", "eos_token", {"a": 1}),
+    ("tokenizer_config.json", "chat_template", [{"name": "default"}]),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), MALFORMED)
+def test_check_llm_refuses_entries_of_the_wrong_form(model, file, key, value):
+    change_json(model / file, **{key: value})
+    if key == "chat_template":
+        (model / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=rf"^llm\.path={model}: .*(has an entry of the wrong form|has the model_type)"):
+        check_llm(llm_settings(model))
+
+
+def test_check_llm_refuses_a_template_that_is_not_text(model):
+    (model / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(UserError, match=r"wrong form \(UnicodeDecodeError"):
+        check_llm(llm_settings(model))
+
+
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
 def test_check_llm_says_what_is_wrong_with_a_folder(model, damage, words):
     assert check_llm(llm_settings(model)) is not None

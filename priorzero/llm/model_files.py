@@ -257,6 +257,11 @@ def check_llm(cfg: LLMSettings) -> ModelFiles | None:
     Raises:
         UserError: it says what is wrong with which file.
     """
+    with _malformed_files(f"llm.path={cfg.path}"):
+        return _check_llm(cfg)
+
+
+def _check_llm(cfg: LLMSettings) -> ModelFiles | None:
     adapter = find_adapter(cfg.path)
     adapter_shapes = check_adapter(adapter, cfg) if adapter is not None else {}
     with contextlib.nullcontext() if adapter is None else _errors_of_base_model(adapter):
@@ -275,6 +280,18 @@ def check_llm(cfg: LLMSettings) -> ModelFiles | None:
     return replace(files, adapter_shapes=adapter_shapes)
 
 
+@contextlib.contextmanager
+def _malformed_files(what: str) -> Iterator[None]:
+    """Turn errors about entries of another type in the model's JSON files into a UserError."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{what}: config.json or another file of the model has an entry of the wrong form ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); copy or download the model again"
+        ) from error
+
+
 def check_trained_layers(cfg: LLMSettings, *, num_layers: int) -> None:
     """Raise UserError if the LLM has fewer layers than ``llm.trained_layers``."""
     if cfg.trained_layers > num_layers:
@@ -289,8 +306,9 @@ def check_encoder(path: str) -> ModelFiles | None:
     if folder is None:
         return None
     what = f"encoder.path={path}"
-    files = _check_files(folder, what=what, trust_remote_code=False)
-    _check_tokenizer(folder, num_rows=files.text_config.get("vocab_size"), what=what)
+    with _malformed_files(what):
+        files = _check_files(folder, what=what, trust_remote_code=False)
+        _check_tokenizer(folder, num_rows=files.text_config.get("vocab_size"), what=what)
     return files
 
 

@@ -23,17 +23,16 @@ def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageM
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
-        **{"max_position_embeddings": 1024, **changes},
-    )
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 1024,
+        "initializer_range": 0.2,
+    }
+    config = LlamaConfig(vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id, **{**sizes, **changes})
     model = LlamaForCausalLM(config)
     model.set_attn_implementation(register_tree_attention())
     return LanguageModel(model.eval(), tokenizer, torch.float32)
