@@ -7,6 +7,7 @@ start while the packages are imported.
 from __future__ import annotations
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -157,6 +158,8 @@ def checkpoint_size(settings: Settings, *, llm: ModelFiles | None, encoder: Mode
     if llm is None:
         return size
     cfg = settings.llm
+    if cfg.use_lora and llm.adapter_shapes:
+        return size + TRAINED * sum(map(math.prod, llm.adapter_shapes.values()))
     if cfg.use_lora:
         matrices = [shape for name, shape in llm.shapes.items() if len(shape) == 2 and not name.startswith("lm_head")]
         vocab_size = llm.text_config.get("vocab_size")

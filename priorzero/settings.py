@@ -215,7 +215,7 @@ class LLMSettings(SettingsGroup):
 
     path: Text = Field(
         "Qwen/Qwen2.5-0.5B-Instruct",
-        description="language model: package:NAME (an installed Python package), a folder or a hub id",
+        description="language model: package:NAME (an installed Python package), a folder (also an adapter), a hub id",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="floating-point type; auto: float32 on a CPU, bfloat16 on a GPU"

@@ -7,6 +7,7 @@ import torch
 from bench_tools import seconds
 
 from priorzero.envs import make_game, resolve_game
+from priorzero.llm.chat_template import render_messages
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.packing import PromptRow
 from priorzero.types import GameState, HistoryStep
@@ -24,7 +25,7 @@ ROOM = (
 def chat_prompt(llm: LanguageModel, text: str) -> str:
     """A chat prompt that asks for the next command after ``text``."""
     messages = [{"role": "user", "content": f"{text}\nWhat is the next command?"}]
-    return llm.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return render_messages(llm.tokenizer, messages)
 
 
 def numbered_prompt(llm: LanguageModel, *, max_tokens: int, number: int) -> str:

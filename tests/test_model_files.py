@@ -21,15 +21,10 @@ from priorzero.llm.model_files import check_encoder, check_llm, resolve_model
 from priorzero.llm.models import add_lora, load_language_model, load_tokenizer
 from priorzero.preflight import TRAINED, checkpoint_size
 from priorzero.types import UserError
+from tests.helpers.json_files import change_json
 from tests.helpers.models import make_settings
 
 ROOT = Path(__file__).parent.parent
-
-
-def change_json(file: Path, **changes) -> None:
-    """Change entries of a JSON file; None removes one."""
-    content = {**json.loads(file.read_text()), **changes}
-    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
 
 
 def llm_settings(folder):
@@ -69,6 +64,32 @@ DAMAGES = {
         "has 152 tokens more than the model's embedding, which has 49000 rows",  # SmolLM2 has 49152 tokens
     ),
 }
+
+
+MALFORMED = [
+    ("config.json", "architectures", 7),
+    ("config.json", "model_type", ["llama"]),
+    ("config.json", "num_hidden_layers", "two"),
+    ("config.json", "vocab_size", [49_152]),
+    ("config.json", "text_config", "x"),
+    ("tokenizer_config.json", "eos_token", {"a": 1}),
+    ("tokenizer_config.json", "chat_template", [{"name": "default"}]),
+]
+
+
+@pytest.mark.parametrize(("file", "key", "value"), MALFORMED)
+def test_check_llm_refuses_entries_of_the_wrong_form(model, file, key, value):
+    change_json(model / file, **{key: value})
+    if key == "chat_template":
+        (model / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match=rf"^llm\.path={model}: .*(has an entry of the wrong form|has the model_type)"):
+        check_llm(llm_settings(model))
+
+
+def test_check_llm_refuses_a_template_that_is_not_text(model):
+    (model / "chat_template.jinja").write_bytes(b"\xff\xfe{{ messages }}")
+    with pytest.raises(UserError, match=r"wrong form \(UnicodeDecodeError"):
+        check_llm(llm_settings(model))
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES.values(), ids=DAMAGES)
@@ -251,7 +272,7 @@ from priorzero.llm.models import load_language_model
 cfg = resolve_settings({"llm": {"path": "someone/tiny"}}).llm
 assert check_llm(cfg).num_parameters > 0
 llm = load_language_model(cfg, device=torch.device("cpu"))
-print(llm.model.name_or_path, local_model(cfg.path, setting="llm.path"))
+print(llm.model.name_or_path, local_model(cfg.path))
 """
     where = {"HF_HUB_CACHE": str(tmp_path / "cache"), "HF_ENDPOINT": "http://127.0.0.1:9"}
     assert run_python(code, cwd=tmp_path, **where).split() == ["someone/tiny", str(folder / "snapshots" / "1234")]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
-from priorzero.llm.model_files import resolve_model
-from priorzero.llm.models import LanguageModel, choose_device, load_language_model, warn_of_long_prompts
+from priorzero.llm.model_files import check_llm, resolve_model
+from priorzero.llm.models import LanguageModel, choose_device, load_language_model, load_tokenizer, warn_of_long_prompts
 from priorzero.llm.packing import PromptRow
 from priorzero.types import PromptTooLongError, UserError
-from tests.helpers.models import make_settings
+from tests.helpers.chat_templates import FAMILIES, make_tokenizer
+from tests.helpers.json_files import change_json
+from tests.helpers.models import make_settings, make_tiny_llm
 
 
 def test_resolve_model_accepts_hub_ids_and_folders(tmp_path):
@@ -175,3 +180,169 @@ def test_load_language_model_trains_only_the_last_layers(tmp_path, tiny_llm):
     assert len(load(0).trainable_parameters()) == len(list(llm.model.parameters()))
     with pytest.raises(UserError, match=r"llm\.trained_layers=3: the LLM has 2 layers"):
         load(3)
+
+
+# ---- damaged models, and models of another kind ----
+
+
+def load(folder, **changes):
+    return load_language_model(make_settings({"llm": {"path": str(folder), **changes}}).llm, device=torch.device("cpu"))
+
+
+@pytest.fixture
+def model(tiny_llm_folder, tmp_path):
+    """A copy of a small language model, to be damaged."""
+    return Path(shutil.copytree(tiny_llm_folder, tmp_path / "model"))
+
+
+def change_weights(folder, change):
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+UP = "model.layers.0.mlp.up_proj.weight"
+WEIGHT_DAMAGES = {
+    "missing": (lambda t: t.pop(UP), rf"1 parameters are missing from its files \({UP}\)"),
+    "shape": (lambda t: t.update({UP: t[UP][:60].clone()}), rf"1 parameters have another shape .* \({UP}\)"),
+    "few rows": (
+        lambda t: t.update({"model.embed_tokens.weight": t["model.embed_tokens.weight"][:49_000].clone()}),
+        r"1 parameters have another shape than config\.json says \(model\.embed_tokens\.weight\)",
+    ),
+    "nan": (lambda t: t[UP][0].fill_(torch.nan), rf"1 parameters contain NaN or infinity \({UP}\)"),
+    "infinity": (
+        lambda t: t["lm_head.weight"][7].fill_(torch.inf),
+        r"1 parameters contain NaN or infinity \(lm_head\.weight\)",
+    ),
+}
+
+
+@pytest.mark.parametrize(("damage", "words"), WEIGHT_DAMAGES.values(), ids=WEIGHT_DAMAGES)
+def test_load_language_model_refuses_incomplete_weights(model, damage, words):
+    """transformers initialises missing parameters randomly, and only writes a warning."""
+    change_weights(model, damage)
+    with pytest.raises(UserError, match=rf"^llm\.path={model}: {words}"):
+        load(model)
+
+
+def test_load_language_model_warns_of_unused_tensors(model, monkeypatch):
+    warnings = []
+    monkeypatch.setattr("priorzero.llm.models.logger.warning", warnings.append)
+    change_json(model / "config.json", num_hidden_layers=1, layer_types=None)
+    load(model)
+    assert len(warnings) == 1 and "9 tensors of its files are not used" in warnings[0] and "layers.1." in warnings[0]
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
+def test_load_language_model_loads_half_precision_weights(model, tiny_llm_folder, name):
+    from safetensors.torch import load_file
+
+    want = load(tiny_llm_folder).model.state_dict()
+    if name == "model.safetensors":
+        change_weights(model, lambda tensors: tensors.update({k: t.half() for k, t in tensors.items()}))
+    else:
+        torch.save({k: t.half() for k, t in load_file(model / "model.safetensors").items()}, model / name)
+        (model / "model.safetensors").unlink()
+    assert check_llm(make_settings({"llm": {"path": str(model)}}).llm) is not None
+    got = load(model).model.state_dict()
+    assert all(t.dtype == torch.float32 and torch.allclose(t, want[k], atol=1e-3) for k, t in got.items())
+
+
+def test_load_language_model_explains_damaged_weights(model):
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(UserError, match=r"cannot be loaded \(UnpicklingError"):
+        load(model)
+
+
+def test_load_checks_the_parameters_of_a_checkpoint(model):
+    llm = load(model)
+    change_weights(model, lambda tensors: tensors.pop(UP))
+    with pytest.raises(UserError, match="1 parameters are missing"):
+        llm.load(model)
+
+
+KINDS = {
+    "encoder-decoder": (
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True},
+        "describes a T5ForConditionalGeneration, which is not a causal language model",
+    ),
+    "masked": ({"model_type": "bert", "architectures": ["BertForMaskedLM"]}, "describes a BertForMaskedLM, which"),
+    "classifier": ({"architectures": ["LlamaForSequenceClassification"]}, "LlamaForSequenceClassification, which"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, r"weights are quantised \(gptq\)"),
+    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, r"weights are quantised \(fp8\).*give the original"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), KINDS.values(), ids=KINDS)
+def test_check_llm_refuses_models_of_another_kind(model, changes, words):
+    change_json(model / "config.json", **changes)
+    with pytest.raises(UserError, match=words):
+        check_llm(make_settings({"llm": {"path": str(model)}}).llm)
+
+
+def test_load_language_model_refuses_vision_language_models(model):
+    change_json(model / "config.json", model_type="qwen2_vl", architectures=["Qwen2VLForConditionalGeneration"])
+    with pytest.raises(UserError, match=r"cannot be loaded \(ValueError: Unrecognized configuration class"):
+        load(model)
+
+
+# ---- tokenizers ----
+
+
+def save_family(name, folder, *, tokens=()):
+    """A tiny model with the tokenizer of a family, to which tokens are added after the model was made."""
+    from tokenizers import AddedToken
+
+    tokenizer = make_tokenizer(FAMILIES[name])
+    make_tiny_llm(tokenizer).save(folder)
+    for token, special in tokens:
+        tokenizer.add_tokens([AddedToken(token, special=special)], special_tokens=special)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def test_load_language_model_refuses_tokens_of_the_template_without_a_row(tmp_path):
+    """Special tokens may have no row, since no text contains them, unless the chat template writes them."""
+    folder = save_family("date", tmp_path / "ok", tokens=[("<image>", True)])
+    assert load(folder).stop_ids
+    template = FAMILIES["date"].template.replace("Today", "<image>Today")
+    (folder / "chat_template.jinja").write_text(template)
+    with pytest.raises(UserError, match=r"the tokenizer has 1 tokens more than the model's embedding"):
+        load(folder)
+    with pytest.raises(UserError, match=r"the tokenizer has 1 tokens more than the model's embedding"):
+        load(save_family("date", tmp_path / "text", tokens=[("lantern", False)]))
+
+
+def test_load_language_model_checks_tokenizers_without_a_tokenizer_json(tmp_path, smollm2):
+    """The files of the older form, vocab.json and merges.txt."""
+    import json
+
+    make_tiny_llm(smollm2.tokenizer).save(tmp_path)
+    content = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
+    (tmp_path / "tokenizer.json").unlink()
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]
+    (tmp_path / "vocab.json").write_text(json.dumps({**content["vocab"], "qqq": 49_152}))
+    (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
+    change_json(tmp_path / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer", backend=None)
+    cfg = make_settings({"llm": {"path": str(tmp_path)}}).llm
+    assert check_llm(cfg) is not None and load_tokenizer(cfg) is not None
+    with pytest.raises(UserError, match="the tokenizer has 1 tokens more"):
+        load(tmp_path)
+
+
+async def test_rank_does_not_use_a_padding_token_without_a_row(tmp_path):
+    from priorzero.llm.engines import PriorBuilder
+    from priorzero.llm.engines.hf import TransformersEngine
+    from priorzero.llm.prompts import prompt_style
+    from priorzero.types import PriorRequest
+
+    folder = save_family("chatml", tmp_path, tokens=[("[PAD]", True)])
+    change_json(folder / "tokenizer_config.json", pad_token="[PAD]")
+    llm = load(folder)
+    assert llm.tokenizer.pad_token_id == len(llm.tokenizer) - 1 == llm.model.config.vocab_size
+    style = prompt_style(make_settings({"prior": {"mode": "rank"}}))
+    engine = TransformersEngine(PriorBuilder(llm, style, generate_max_len=2), rows_per_forward=2)
+    priors = await engine.priors([PriorRequest("You are in a long hall.", ("go",)), PriorRequest("Go", ("go",))])
+    assert len(priors) == 2

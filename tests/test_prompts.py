@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import pytest
 from hypothesis import given
@@ -154,6 +155,8 @@ class TagTokenizer:
     """Marks roles with tags and splits at white space."""
 
     all_special_tokens = ()
+    added_tokens_decoder: ClassVar[dict] = {}
+    chat_template = ""
 
     def apply_chat_template(self, messages, **_):
         return "".join(f"[{m['role']}] {m['content']}\n" for m in messages) + "[assistant] "

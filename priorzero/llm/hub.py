@@ -53,7 +53,10 @@ def check_hub(repo_id: str, *, setting: str) -> None:
             f"auth login, or {local}"
         ) from error
     if isinstance(error, EntryNotFoundError):
-        raise UserError(f"{what}: the model on {constants.ENDPOINT} has no config.json; {local}") from error
+        raise UserError(
+            f"{what}: the model on {constants.ENDPOINT} has no config.json. If it is an adapter, type hf download "
+            f"{repo_id} --local-dir FOLDER and give this folder; otherwise {local}"
+        ) from error
     reason = " ".join(str(error).split())[:200] or type(error).__name__
     raise UserError(
         f"{what}: the model is not in the local hub cache, and {constants.ENDPOINT} cannot be reached ({reason}); "

@@ -5,20 +5,25 @@ The checks run before torch is imported, so that a wrong model is reported withi
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import importlib.util
-import json
 import math
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from loguru import logger
 
+from priorzero.llm.adapter_files import CONFIG as ADAPTER_CONFIG
+from priorzero.llm.adapter_files import AdapterFiles, check_adapter, find_adapter
 from priorzero.llm.chat_template import usable_template
 from priorzero.llm.hub import PACKAGES, check_hub, snapshot_folder
+from priorzero.llm.weight_files import read_json, tensor_shapes
 from priorzero.runtime.activity import announced
 from priorzero.runtime.paths import user_cache_dir
 from priorzero.runtime.quiet import quiet_transformers
@@ -40,10 +45,12 @@ class ModelFiles:
     Attributes:
         config: the contents of config.json.
         shapes: shape of each tensor by name; empty if the weights are not in safetensors format.
+        adapter_shapes: those of the adapter, if ``llm.path`` is an adapter.
     """
 
     config: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
+    adapter_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def text_config(self) -> dict[str, Any]:
@@ -77,14 +84,63 @@ def resolve_model(path: str, *, setting: str) -> str:
     return str(found)
 
 
+@dataclass(frozen=True)
+class LLMSource:
+    """Where the LLM is loaded from.
+
+    Attributes:
+        model: argument of ``from_pretrained``: a folder or a hub id. It is the base model if there is an adapter.
+        tokenizer: likewise.
+        adapter: an adapter to load on top of the model.
+    """
+
+    model: str
+    tokenizer: str
+    adapter: AdapterFiles | None
+
+
+def find_llm(path: str) -> LLMSource:
+    """Find the LLM of ``llm.path``: a model as in :func:`resolve_model`, or a folder with an adapter.
+
+    Raises:
+        UserError: the model, the adapter or its base model is missing.
+    """
+    adapter = find_adapter(path)
+    if adapter is None:
+        model = resolve_model(path, setting="llm.path")
+        return LLMSource(model, model, None)
+    with _errors_of_base_model(adapter):
+        model = resolve_model(_base_model(adapter), setting="llm.path")
+    return LLMSource(model, str(adapter.folder) if _has_tokenizer(adapter.folder) else model, adapter)
+
+
+def _base_model(adapter: AdapterFiles) -> str:
+    """The base model of an adapter. If it is the cache folder of a converted package and is missing, the package."""
+    folder = Path(adapter.base)
+    if folder.parts[-3:-1] == ("priorzero", "models") and not folder.is_dir():
+        return PACKAGE_PREFIX + folder.name.rpartition("-")[0]
+    return adapter.base
+
+
+@contextlib.contextmanager
+def _errors_of_base_model(adapter: AdapterFiles) -> Iterator[None]:
+    """Say in errors that they concern the base model of an adapter, and which file names it."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(
+            f"{adapter.what}: the base model of this adapter cannot be used ({error}). It is named by "
+            f"base_model_name_or_path in {adapter.folder / ADAPTER_CONFIG}"
+        ) from error
+
+
 def loading_arguments(name: str) -> dict[str, bool]:
     """Arguments of ``from_pretrained`` for a result of :func:`resolve_model`: a cached model needs no network."""
     return {"local_files_only": True} if _is_cached(name) else {}
 
 
-def local_model(path: str, *, setting: str) -> str:
-    """As :func:`resolve_model`, but for a model in the hub cache its folder there."""
-    name = resolve_model(path, setting=setting)
+def local_model(name: str) -> str:
+    """The folder in the hub cache, if ``name`` is the hub id of a cached model; otherwise ``name``."""
     return str(snapshot_folder(name)) if _is_cached(name) else name
 
 
@@ -105,16 +161,35 @@ def _find(path: str, *, setting: str) -> Path | Package | str:
     folder = Path(path).expanduser()
     if folder.is_dir():
         if not (folder / "config.json").is_file():
-            raise UserError(
-                f"{setting}={path}: the folder contains no config.json; give a folder made by save_pretrained"
-            )
-        return folder
+            raise UserError(f"{setting}={path}: {_explain(folder, setting=setting)}")
+        return folder.absolute()
+    if folder.exists():
+        raise UserError(f"{setting}={path}: this is a file; give the folder that contains config.json: {folder.parent}")
     if path.startswith((".", "/", "~")) or path.count("/") != 1:  # looks like a path
         raise UserError(
             f"{setting}={path}: no such folder; give a folder made by save_pretrained, a hub id such as "
             f"Qwen/Qwen2.5-0.5B-Instruct, or {PACKAGES[setting]}"
         )
     return path
+
+
+def _explain(folder: Path, *, setting: str) -> str:
+    """What a folder without config.json is, and what to give instead."""
+    if (folder / ADAPTER_CONFIG).is_file():
+        return "the folder contains an adapter without its base model; give a model, or merge the adapter into it first"
+    checkpoints = sorted(
+        (f for f in (folder / "checkpoints").glob("iteration_*") if f.name.removeprefix("iteration_").isdecimal()),
+        key=lambda f: int(f.name.removeprefix("iteration_")),
+    )
+    for checkpoint in (folder, *reversed(checkpoints)):
+        if any((checkpoint / "llm" / name).is_file() for name in ("config.json", ADAPTER_CONFIG)):
+            return f"the folder contains no config.json; its LLM is in a folder of its own: {checkpoint / 'llm'}"
+    if list(folder.glob("*.gguf")):
+        return (
+            "the folder contains a GGUF file and no config.json; give the original model, or convert the file with "
+            "from_pretrained(FOLDER, gguf_file=NAME) and save_pretrained, the tokenizer too"
+        )
+    return "the folder contains no config.json; give a folder made by save_pretrained"
 
 
 def _model_in_package(name: str, *, setting: str) -> Path | Package:
@@ -174,7 +249,7 @@ def _is_cached(name: str) -> bool:
 
 
 def check_llm(cfg: LLMSettings) -> ModelFiles | None:
-    """Check the files of the LLM, also that its chat template renders a system and a user message.
+    """Check the files of the LLM, also that its chat template renders the messages of a prompt.
 
     Returns:
         None if the model must be downloaded, or converted, first.
@@ -182,15 +257,39 @@ def check_llm(cfg: LLMSettings) -> ModelFiles | None:
     Raises:
         UserError: it says what is wrong with which file.
     """
-    folder = _local_folder(cfg.path, setting="llm.path")
-    if folder is None:
-        return None
-    what = f"llm.path={cfg.path}"
-    files = _check_files(folder, what=what, trust_remote_code=cfg.trust_remote_code)
-    if not cfg.trust_remote_code:  # the model's code may find its tokenizer elsewhere
-        _check_chat_template(folder, path=cfg.path)
+    with _malformed_files(f"llm.path={cfg.path}"):
+        return _check_llm(cfg)
+
+
+def _check_llm(cfg: LLMSettings) -> ModelFiles | None:
+    adapter = find_adapter(cfg.path)
+    adapter_shapes = check_adapter(adapter, cfg) if adapter is not None else {}
+    with contextlib.nullcontext() if adapter is None else _errors_of_base_model(adapter):
+        base = cfg.path if adapter is None else _base_model(adapter)
+        folder = _local_folder(base, setting="llm.path")
+        if folder is None:
+            return None
+        files = _check_files(folder, what=f"llm.path={base}", trust_remote_code=cfg.trust_remote_code)
+        _check_causal_lm(files.config, what=f"llm.path={base}")
+        tokenizer = adapter.folder if adapter is not None and _has_tokenizer(adapter.folder) else folder
+        if not cfg.trust_remote_code:  # the model's code may find its tokenizer elsewhere
+            _check_tokenizer(tokenizer, num_rows=files.text_config.get("vocab_size"), what=f"llm.path={base}")
+    if not cfg.trust_remote_code:
+        _check_chat_template(tokenizer, cfg=cfg)
     check_trained_layers(cfg, num_layers=files.text_config.get("num_hidden_layers", cfg.trained_layers))
-    return files
+    return replace(files, adapter_shapes=adapter_shapes)
+
+
+@contextlib.contextmanager
+def _malformed_files(what: str) -> Iterator[None]:
+    """Turn errors about entries of another type in the model's JSON files into a UserError."""
+    try:
+        yield
+    except (TypeError, AttributeError, KeyError, ValueError) as error:
+        raise UserError(
+            f"{what}: config.json or another file of the model has an entry of the wrong form ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}); copy or download the model again"
+        ) from error
 
 
 def check_trained_layers(cfg: LLMSettings, *, num_layers: int) -> None:
@@ -204,7 +303,13 @@ def check_trained_layers(cfg: LLMSettings, *, num_layers: int) -> None:
 def check_encoder(path: str) -> ModelFiles | None:
     """Check the files of the text encoder; see :func:`check_llm`."""
     folder = _local_folder(path, setting="encoder.path")
-    return None if folder is None else _check_files(folder, what=f"encoder.path={path}", trust_remote_code=False)
+    if folder is None:
+        return None
+    what = f"encoder.path={path}"
+    with _malformed_files(what):
+        files = _check_files(folder, what=what, trust_remote_code=False)
+        _check_tokenizer(folder, num_rows=files.text_config.get("vocab_size"), what=what)
+    return files
 
 
 def _local_folder(path: str, *, setting: str) -> Path | None:
@@ -220,19 +325,36 @@ def _local_folder(path: str, *, setting: str) -> Path | None:
 
 
 def _check_files(folder: Path, *, what: str, trust_remote_code: bool) -> ModelFiles:
-    config = _read_json(folder / "config.json", what=what)
+    config = read_json(folder / "config.json", what=what)
     if not (trust_remote_code and "auto_map" in config):
         _check_model_type(config, what=what)
-    shapes = _read_shapes(folder, what=what)
-    files = ModelFiles(config, shapes)
-    if not trust_remote_code:
-        if not _has_tokenizer(folder):
-            raise UserError(
-                f"{what}: the folder {folder} contains no tokenizer ({', '.join(TOKENIZERS[:3])}, ...); save the "
-                "tokenizer into it, too: tokenizer.save_pretrained(FOLDER)"
-            )
-        check_num_tokens(folder, num_rows=files.text_config.get("vocab_size"), what=what)
-    return files
+    return ModelFiles(config, _read_shapes(folder, what=what))
+
+
+def _check_tokenizer(folder: Path, *, num_rows: int | None, what: str) -> None:
+    if not _has_tokenizer(folder):
+        raise UserError(
+            f"{what}: the folder {folder} contains no tokenizer ({', '.join(TOKENIZERS[:3])}, ...); save the "
+            "tokenizer into it, too: tokenizer.save_pretrained(FOLDER)"
+        )
+    check_num_tokens(folder, num_rows=num_rows, what=what)
+
+
+def _check_causal_lm(config: dict[str, Any], *, what: str) -> None:
+    """Raise UserError if the model has an encoder, is trained for another task, or has quantised weights."""
+    names = " or ".join(config.get("architectures") or [])
+    if config.get("is_encoder_decoder") or re.search(r"For(MaskedLM|\w*Classification|QuestionAnswering)", names):
+        raise UserError(
+            f"{what}: config.json describes a {names or config.get('model_type')}, which is not a causal language "
+            "model; give a model that generates text without an encoder, such as Qwen2.5, Llama or SmolLM2"
+        )
+    quantisation = config.get("quantization_config")
+    if quantisation:
+        method = quantisation.get("quant_method") if isinstance(quantisation, dict) else quantisation
+        raise UserError(
+            f"{what}: the weights are quantised ({method}), but the LLM computes and learns in float32 or bfloat16; "
+            "give the original model, which is not quantised"
+        )
 
 
 def _check_model_type(config: dict[str, Any], *, what: str) -> None:
@@ -245,16 +367,6 @@ def _check_model_type(config: dict[str, Any], *, what: str) -> None:
             f"{what}: config.json has the model_type {model_type!r}, which transformers {version} does not know; give "
             "another model" + (", or --set llm.trust_remote_code=true if you trust it" if "auto_map" in config else "")
         )
-
-
-def _read_json(file: Path, *, what: str) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{what}: {file} cannot be read ({error}); copy or download the model again") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{what}: {file} is not a JSON object; copy or download the model again")
-    return content
 
 
 def _missing_weights(folder: Path) -> str | None:
@@ -272,13 +384,11 @@ def _missing_shards(index: Path) -> list[str]:
 
 def _shards(index: Path, *, what: str) -> list[str]:
     """The names of the files that an index lists."""
-    return sorted(set(_read_json(index, what=what).get("weight_map", {}).values()))
+    return sorted(set(read_json(index, what=what).get("weight_map", {}).values()))
 
 
 def _read_shapes(folder: Path, *, what: str) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors, from the headers of the safetensors files."""
-    from safetensors import SafetensorError, safe_open
-
     missing = _missing_weights(folder)
     if missing is not None:
         raise UserError(f"{what}: the folder {folder} does not contain {missing}; copy or download the model again")
@@ -286,17 +396,7 @@ def _read_shapes(folder: Path, *, what: str) -> dict[str, tuple[int, ...]]:
     names = ["model.safetensors"]
     if not (folder / names[0]).is_file():
         names = _shards(index, what=what) if index.is_file() else []
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name in names:
-        try:
-            with safe_open(folder / name, framework="numpy") as file:
-                shapes.update({key: tuple(file.get_slice(key).get_shape()) for key in file.keys()})  # noqa: SIM118
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"{what}: {folder / name} cannot be read ({error}); it is incomplete, or a Git LFS pointer. Copy or "
-                "download the model again"
-            ) from error
-    return shapes
+    return {key: shape for name in names for key, shape in tensor_shapes(folder / name, what=what).items()}
 
 
 def _has_tokenizer(folder: Path) -> bool:
@@ -306,8 +406,8 @@ def _has_tokenizer(folder: Path) -> bool:
 def check_num_tokens(folder: Path, *, num_rows: int | None, what: str) -> None:
     """Check that each token that a text can contain has one of the ``num_rows`` rows of the model's embedding.
 
-    Special tokens do not count, since they are escaped in the texts of games; Gemma 3 has one without a row. Tokenizers
-    without a tokenizer.json are not checked.
+    Special tokens do not count, since they are escaped in the texts of games; Gemma 3 has one without a row. Those of
+    the chat template, and tokenizers without a tokenizer.json, are checked when the model is loaded.
 
     Raises:
         UserError: a token has no row, or the tokenizer cannot be read.
@@ -324,28 +424,37 @@ def check_num_tokens(folder: Path, *, num_rows: int | None, what: str) -> None:
     special = {number for number, token in tokenizer.get_added_tokens_decoder().items() if token.special}
     too_large = [number for number in tokenizer.get_vocab().values() if number >= num_rows and number not in special]
     if too_large:
-        raise UserError(
-            f"{what}: the tokenizer has {len(too_large)} tokens more than the model's embedding, which has {num_rows} "
-            "rows (vocab_size in config.json); give the tokenizer that belongs to the model, or call "
-            "model.resize_token_embeddings(len(tokenizer)) and save the model again"
-        )
+        raise too_many_tokens(what, num_tokens=len(too_large), num_rows=num_rows)
 
 
-def _check_chat_template(folder: Path, *, path: str) -> None:
-    file = folder / "tokenizer_config.json"
-    config = _read_json(file, what=f"llm.path={path}") if file.is_file() else {}
+def too_many_tokens(what: str, *, num_tokens: int, num_rows: int) -> UserError:
+    """The error of a tokenizer with ``num_tokens`` tokens that have none of the embedding's ``num_rows`` rows."""
+    return UserError(
+        f"{what}: the tokenizer has {num_tokens} tokens more than the model's embedding, which has {num_rows} rows; "
+        "give the tokenizer that belongs to the model, or call model.resize_token_embeddings(len(tokenizer)) and save "
+        "the model again"
+    )
+
+
+def _check_chat_template(folder: Path, *, cfg: LLMSettings) -> None:
+    what = f"llm.path={cfg.path}"
+    config: dict[str, Any] = {}
+    for name in ("special_tokens_map.json", "tokenizer_config.json"):  # older tokenizers have both
+        config |= read_json(folder / name, what=what) if (folder / name).is_file() else {}
     template: Any = config.get("chat_template")
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     elif (folder / "additional_chat_templates").is_dir():
         return  # checked when the tokenizer is loaded
     if isinstance(template, list):  # the older form: several templates with names
-        template = next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+        template = {entry["name"]: entry["template"] for entry in template}
+    if isinstance(template, dict):
+        template = template.get("default")
     if not template:
-        raise no_chat_template(path)
+        raise no_chat_template(cfg.path)
     tokens = {key: value for key, value in config.items() if key.endswith("_token") and value is not None}
     texts = {key: value["content"] if isinstance(value, dict) else value for key, value in tokens.items()}
-    usable_template(template, special_tokens=texts, path=path)
+    usable_template(template, special_tokens=texts, path=cfg.path, layout=cfg.prompt_layout)
 
 
 def no_chat_template(path: str) -> UserError:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from priorzero.envs.history import without_loops
+from priorzero.llm.chat_template import control_tokens, render_messages
 from priorzero.llm.packing import escape_special_tokens
 from priorzero.llm.priors import ANSWER_HEADING
 from priorzero.settings import Settings
@@ -108,13 +109,13 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
 
 
 def _render(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> str:
-    special_tokens = tokenizer.all_special_tokens
+    special_tokens = control_tokens(tokenizer)
     # Escaped after the messages are built, because removing the goal from a text can join two halves of a token.
     messages = [
         {**message, "content": escape_special_tokens(message["content"], special_tokens)}
         for message in build_messages(state, history, style=style)
     ]
-    text: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render_messages(tokenizer, messages)
     if style.layout == "walkthrough":
         text += escape_special_tokens("".join(f"{step.action}\n" for step in history), special_tokens)
     return text

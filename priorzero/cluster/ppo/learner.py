@@ -39,7 +39,7 @@ class Critic(nn.Module):
         super().__init__()
         model = llm.model.get_base_model() if hasattr(llm.model, "peft_config") else llm.model
         self.backbone = copy.deepcopy(model.base_model).requires_grad_(True)
-        self.head = nn.Linear(model.config.hidden_size, 1, device=llm.device)
+        self.head = nn.Linear(model.config.get_text_config(decoder=True).hidden_size, 1, device=llm.device)
         nn.init.zeros_(self.head.weight)  # all values are 0 at first
         nn.init.zeros_(self.head.bias)
         self._llm: Any = llm
@@ -158,7 +158,7 @@ class PPOLearner:
 
     def _token_ids(self, prompt: str) -> list[int]:
         ids: list[int] = self.llm.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        return ids or [self.llm.tokenizer.eos_token_id]
+        return ids or self.llm.stop_ids[:1]
 
     def _advantages(
         self, trajectories: Sequence[Trajectory], values: np.ndarray, end_values: np.ndarray

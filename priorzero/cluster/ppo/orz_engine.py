@@ -21,6 +21,7 @@ from loguru import logger
 from priorzero.cluster.connection import Share
 from priorzero.cluster.ppo.engine import PPOResult, SendParameters
 from priorzero.cluster.ppo.trajectories import Trajectory, scaled_rewards
+from priorzero.llm.chat_template import turn_end
 from priorzero.llm.model_files import resolve_model
 from priorzero.llm.models import load_tokenizer
 from priorzero.llm.prompts import completion_text, prompt_style
@@ -115,7 +116,7 @@ class OrzPPOEngine:
                     continue
                 completion = completion_text(record.action_text, style=self._style)
                 if self._style.ends_turn:
-                    completion += self._trainer.tokenizer.eos_token
+                    completion += turn_end(self._trainer.tokenizer)
                 inputs.append((record.prompt, {"completion": completion, "reward": float(value)}))
         return inputs, num_stale
 

@@ -9,10 +9,12 @@ from dataclasses import KW_ONLY, dataclass
 import numpy as np
 from loguru import logger
 
+from priorzero.llm.chat_template import control_tokens
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.packing import PromptRow, escape_special_tokens
 from priorzero.llm.priors import parse_ranking, prior_from_ranking, prior_from_scores, uniform_prior
 from priorzero.llm.prompts import PromptStyle, completion_text
+from priorzero.llm.tokenizing import prompt_token_ids
 from priorzero.types import ActionPrior, PriorRequest
 
 MAX_CACHED_PRIORS = 4096
@@ -33,7 +35,7 @@ class PriorBuilder:
     generate_max_len: int = 128
 
     def row(self, request: PriorRequest) -> PromptRow:
-        """``score``: token ids of the prompt and of each valid action, with the end-of-turn token or newline.
+        """``score``: token ids of the prompt and of each valid action, with the end of the turn or a newline.
 
         Raises PromptTooLongError if the row does not fit into the model.
         """
@@ -47,7 +49,7 @@ class PriorBuilder:
 
         Raises PromptTooLongError if the prompt and ``generate_max_len`` tokens do not fit into the model.
         """
-        ids = self.llm.tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
+        ids = prompt_token_ids(self.llm.tokenizer, request.prompt)
         self.llm.check_length(len(ids) + self.generate_max_len)
         return ids
 
@@ -57,7 +59,7 @@ class PriorBuilder:
         ``score`` gives such an action the probability of the changed text. ``rank`` cannot recognise it in a list.
         """
         tokenizer = self.llm.tokenizer
-        escaped = [escape_special_tokens(action, tokenizer.all_special_tokens) for action in request.valid_actions]
+        escaped = [escape_special_tokens(action, control_tokens(tokenizer)) for action in request.valid_actions]
         ids = tokenizer(escaped, add_special_tokens=False)["input_ids"]
         decoded = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
         return [action for action, a, b in zip(request.valid_actions, escaped, decoded, strict=True) if a != b]

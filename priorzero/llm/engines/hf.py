@@ -143,7 +143,7 @@ class TransformersEngine:
         llm = self.builder.llm
         width = max(map(len, prompts))
         padding = [width - len(prompt) for prompt in prompts]
-        pad_id = llm.tokenizer.pad_token_id if llm.tokenizer.pad_token_id is not None else llm.tokenizer.eos_token_id
+        pad_id = llm.stop_ids[0]  # masked; a tokenizer's own pad_token may have no row in the embedding
         input_ids = [[pad_id] * n + list(prompt) for n, prompt in zip(padding, prompts, strict=True)]
         attention_mask = [[0] * n + [1] * (width - n) for n in padding]
         with llm.autocast():
@@ -153,6 +153,7 @@ class TransformersEngine:
                 max_new_tokens=self.builder.generate_max_len,
                 do_sample=False,
                 repetition_penalty=1.0,  # overrides the default of models that have another
+                eos_token_id=llm.stop_ids,
                 pad_token_id=pad_id,
                 stopping_criteria=[StopWhenCancelled()],
             )

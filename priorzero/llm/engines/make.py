@@ -7,7 +7,7 @@ from pathlib import Path
 from priorzero.llm.engines.base import PriorBuilder
 from priorzero.llm.engines.hf import TransformersEngine
 from priorzero.llm.engines.vllm import VLLMEngine
-from priorzero.llm.model_files import local_model
+from priorzero.llm.model_files import find_llm, local_model
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.prompts import prompt_style
 from priorzero.settings import Settings
@@ -37,7 +37,7 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
             )
     return VLLMEngine(
         builder,
-        model=local_model(settings.llm.path, setting="llm.path"),
+        model=local_model(find_llm(settings.llm.path).model),
         cfg=settings.vllm.model_copy(update={"max_model_len": settings.vllm.max_model_len or max_model_len}),
         log_file=vllm_log,
         trust_remote_code=settings.llm.trust_remote_code,

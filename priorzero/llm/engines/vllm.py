@@ -184,7 +184,7 @@ class VLLMEngine:
         limit = min(CHECK_TIMEOUT_S, self.cfg.sync_timeout_s)
         try:
             async with asyncio.timeout(limit):
-                await self._generate([self.builder.llm.tokenizer.eos_token_id], max_tokens=1)
+                await self._generate(self.builder.llm.stop_ids[:1], max_tokens=1)
         except _EngineDied:
             pass  # already marked as crashed
         except TimeoutError:
@@ -239,11 +239,9 @@ class VLLMEngine:
     async def _ranking_text(self, request: PriorRequest) -> str:
         prompt_ids = self.builder.prompt_ids(request)
         self._check_length(len(prompt_ids) + self.builder.generate_max_len)
-        tokenizer = self.builder.llm.tokenizer
-        output = await self._generate(
-            prompt_ids, max_tokens=self.builder.generate_max_len, stop_token_ids=[tokenizer.eos_token_id]
-        )
-        return tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
+        llm = self.builder.llm
+        output = await self._generate(prompt_ids, max_tokens=self.builder.generate_max_len, stop_token_ids=llm.stop_ids)
+        return llm.tokenizer.decode(output.outputs[0].token_ids, skip_special_tokens=True)
 
     async def _row_logprobs(self, row: PromptRow) -> list[np.ndarray]:
         """Token log-probabilities of each completion of a row, one vLLM request for each."""

