@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from priorzero.envs.frotz import state_digest
+from priorzero.envs.frotz import EmulatorState
 from priorzero.envs.jericho_game import FALLBACK_ACTIONS, JerichoGame
 from priorzero.types import GameState, UserError
 from tests.helpers.game_files import story
@@ -57,7 +57,7 @@ def test_jericho_game_rewards_changes_of_the_score():
 
 def test_jericho_game_is_won_by_the_walkthrough():
     game = open_game("detective.z5", look_and_inventory=False)
-    game._valid_actions = lambda: ("wait",)  # a search would be slow and is not needed here
+    game._valid_actions = lambda state: ("wait",)  # a search would be slow and is not needed here
     state = game.reset()
     total = state.score
     assert total == 10.0  # the game begins with ten points
@@ -73,7 +73,7 @@ def test_jericho_game_is_won_by_the_walkthrough():
 def test_jericho_game_ends_when_the_player_dies():
     game = open_game(look_and_inventory=True, seed=3)
     first = game.reset()
-    game._valid_actions = lambda: ("wait",)  # a search would be slow and is not needed here
+    game._valid_actions = lambda state: ("wait",)  # a search would be slow and is not needed here
     state = first
     for command in [*TO_THE_TROLL, *["wait"] * 20]:  # the troll kills a player who waits
         state, _ = game.step_unchecked(command)
@@ -104,7 +104,7 @@ def random_texts(*, observe: bool, search: bool, seed: int) -> list[str]:
     """
     game = open_game(look_and_inventory=observe, seed=seed)
     if not search:
-        game._valid_actions = lambda: ("wait",)  # type: ignore[method-assign]
+        game._valid_actions = lambda state: ("wait",)  # type: ignore[method-assign]
     texts = [game.reset().feedback]
     for command in TO_THE_TROLL:
         texts.append(game.step_unchecked(command)[0].feedback)
@@ -134,14 +134,15 @@ def test_jericho_game_caches_the_actions_that_a_search_finds():
     game.reset()
     for state in first[:-1]:
         game._known_actions.clear()
-        assert game._valid_actions() == state.valid_actions
+        assert game._valid_actions(game._env.full_state()) == state.valid_actions
         game.step(player.choice(state.valid_actions))
 
 
-def test_state_digest_depends_on_memory_stack_registers_and_random_numbers():
+def test_emulator_state_digest_depends_on_memory_stack_registers_random_numbers_and_keys():
     game = open_game(look_and_inventory=False)
     game.reset()
-    ram, stack, program_counter, stack_pointer, *rest = game._env.get_state()
+    (ram, stack, program_counter, stack_pointer, *rest), unread_keys = game._env.full_state()
+    assert unread_keys == b""
 
     def changed(array, index):
         other = array.copy()
@@ -158,7 +159,8 @@ def test_state_digest_depends_on_memory_stack_registers_and_random_numbers():
         (ram, stack, program_counter + 1, stack_pointer, *rest),
         (ram, stack, program_counter, stack_pointer, *other_numbers),
     ]
-    assert len({state_digest(state) for state in states}) == len(states)
+    digests = {EmulatorState(state, keys).digest() for state in states for keys in (b"", b"y")}
+    assert len(digests) == 2 * len(states)
 
 
 def test_jericho_game_limits_the_cache_in_memory(monkeypatch):

@@ -1,9 +1,13 @@
-"""Command lines that run a function of this package in a new Python process."""
+"""Starting and ending of child processes."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
+
+PARENT_CHECK_S = 0.5
 
 _RUN = (
     "import importlib, json, sys; "
@@ -20,3 +24,10 @@ def python_command(target: str, *arguments: str) -> list[str]:
     main module. That module may import torch, which takes seconds and hundreds of megabytes, or start a training run.
     """
     return [sys.executable, "-c", _RUN, json.dumps(sys.path), target, *arguments]
+
+
+def exit_with_parent(parent: int) -> None:
+    """Exit when the parent process has ended, even while another thread hangs in C code without Python's lock."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
