@@ -6,8 +6,14 @@ import json
 import os
 import sys
 import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import Pipe
+from typing import TypeVar
 
 PARENT_CHECK_S = 0.5
+T = TypeVar("T")
+D = TypeVar("D")
 
 _RUN = (
     "import importlib, json, sys; "
@@ -31,3 +37,25 @@ def exit_with_parent(parent: int) -> None:
     while os.getppid() == parent:
         time.sleep(PARENT_CHECK_S)
     os._exit(1)
+
+
+def run_in_fork(function: Callable[[], T], *, otherwise: D) -> T | D:
+    """The result of ``function`` in a fork of this process, or ``otherwise`` if the fork crashes."""
+    receiver, sender = Pipe(duplex=False)
+    process = os.fork()
+    if process == 0:
+        try:
+            sender.send(function())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    sender.close()
+    try:
+        result: T = receiver.recv()
+        return result
+    except EOFError:
+        return otherwise
+    finally:
+        receiver.close()
+        os.waitpid(process, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import os
@@ -18,6 +19,7 @@ import jericho
 import numpy as np
 
 from priorzero.envs.action_cache import digest
+from priorzero.envs.child import run_in_fork
 from priorzero.types import UserError
 
 # Part of the key of the valid-action cache. Increase it when a change produces other valid actions for the same state.
@@ -87,7 +89,8 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
 
     Attributes:
         on_progress: called from time to time while valid actions are searched.
-        skipped: commands that are not tried, because they crash the emulator.
+        isolated: every command is executed in a process of its own, which takes longer. A command that crashes the
+            emulator then has no effect and prints nothing.
     """
 
     def __init__(self, path: Path, *, seed: int, filter_threads: int | None = None) -> None:
@@ -111,7 +114,7 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         self.frotz_lib.os_read_key.argtypes = [ctypes.c_int, ctypes.c_bool]
         self.frotz_lib.os_read_key.restype = ctypes.c_ubyte
         self.on_progress: Callable[[], None] = lambda: None
-        self.skipped: frozenset[str] = frozenset()
+        self.isolated = False
         self._path = path
         self._filter_threads = filter_threads or min(2, len(os.sched_getaffinity(0)))
         self._second: _SecondEmulator | None = None  # opened at the first use
@@ -125,11 +128,13 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         return text, info
 
     def step(self, action: str) -> tuple[str, int, bool, dict[str, Any]]:
-        """As Jericho's method, but the skipped commands do nothing."""
-        if action in self.skipped:
-            return "", 0, False, {"moves": self.get_moves(), "score": self.get_score()}
-        text, reward, done, info = super().step(action)
-        return text, reward, done, info
+        """As Jericho's method. If ``isolated`` is set, the command changes a copy of this emulator only."""
+        step = functools.partial(super().step, action)
+        if not self.isolated:
+            text, reward, done, info = step()
+            return text, reward, done, info
+        nothing = "", 0, False, {"moves": self.get_moves(), "score": self.get_score()}
+        return run_in_fork(step, otherwise=nothing)
 
     def waits_for_key(self) -> bool:
         """Whether the game waits for a key instead of a line."""
@@ -158,14 +163,21 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         """One key for each effect that pressing a key can have: its text, its random numbers and what happens next."""
         by_effect: dict[Any, str] = {}
         for name, command in KEY_COMMANDS.items():
-            self.restore(state)
-            text = _essential_text(self.step(command)[0], key=command)
-            self.on_progress()
-            if not self._emulator_halted():
-                ends = self.game_over(), self.victory()
-                effect = (text, *self.get_state()[2:8], self.get_score(), ends, self._get_world_diff())
+            press = functools.partial(self._press, command, state)
+            effect = run_in_fork(press, otherwise=None) if self.isolated else press()
+            if effect is not None:
                 by_effect.setdefault(effect, name)
+            self.on_progress()
         return tuple(by_effect.values())
+
+    def _press(self, command: str, state: EmulatorState) -> Any:
+        """The effect of a key in ``state``; None if it halts the emulator."""
+        self.restore(state)
+        text = _essential_text(super().step(command)[0], key=command)
+        if self._emulator_halted():
+            return None
+        saved = self.get_state()
+        return text, *saved[2:8], self.get_score(), self.game_over(), self.victory(), self._get_world_diff()
 
     def _take_unread_keys(self) -> bytes:
         """The keys that the emulator has not read yet. They remain unread."""
@@ -224,12 +236,11 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         """The commands that change the world, grouped by change, in the order of Jericho's own function."""
         if self.game_over() or self.victory() or self._emulator_halted():
             return {}
-        candidate_actions = [command for command in candidate_actions if command not in self.skipped]
         commands = [command for command in ";".join(candidate_actions).encode().split(b";") if command]
         state = self.get_state()
         size = max(1, min(MAX_CHUNK_COMMANDS, len(commands) // NUM_CHUNKS))
         chunks = deque(enumerate(commands[start : start + size] for start in range(0, len(commands), size)))
-        if self._filter_threads == 1 or self._single_thread_searches > 0:
+        if self._filter_threads == 1 or self.isolated or self._single_thread_searches > 0:
             self._single_thread_searches = max(0, self._single_thread_searches - 1)
             results: dict[int, ChunkResult] = {}
             self._try_chunks_in_c(chunks=chunks, results=results)
@@ -265,9 +276,23 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
     def _try_chunks_in_c(self, *, chunks: Chunks, results: dict[int, ChunkResult]) -> None:
         def attempt(commands: list[bytes]) -> ChunkResult:
             self.on_progress()
-            return self._try_in_c(commands)
+            return self._try_isolated(commands) if self.isolated else self._try_in_c(commands)
 
         _try_chunks(attempt, chunks=chunks, results=results)
+
+    def _try_isolated(self, commands: list[bytes]) -> ChunkResult:
+        """As ``_try_in_c``, in another process. If it crashes, each half of the commands is tried alone."""
+        result = run_in_fork(functools.partial(self._try_in_c, commands), otherwise=None)
+        if result is not None:
+            return result
+        if len(commands) == 1:
+            return ChunkResult([], halted=False)
+        middle = len(commands) // 2
+        first = self._try_isolated(commands[:middle])
+        if first.halted:
+            return first
+        second = self._try_isolated(commands[middle:])
+        return ChunkResult(first.effects + second.effects, second.halted)
 
     def _update_backoff(self, cores: float) -> None:
         if cores >= MIN_CORES:

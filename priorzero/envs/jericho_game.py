@@ -6,7 +6,7 @@ from pathlib import Path
 
 from priorzero.envs.action_cache import ActionCache, cache_file, digest
 from priorzero.envs.frotz import KEY_COMMANDS, EmulatorState, ReproducibleFrotzEnv
-from priorzero.envs.probe import OBSERVING_COMMANDS, Probe
+from priorzero.envs.probe import Probe
 from priorzero.envs.validation import check_action, check_arguments
 from priorzero.types import GameState
 
@@ -101,7 +101,7 @@ class JerichoGame:
             if not truncated:
                 actions = self._valid_actions(state)
             if self._look_and_inventory and not self._env.waits_for_key():
-                look, inventory = self._probe.observe(state, OBSERVING_COMMANDS)
+                look, inventory = self._probe.observe(state, ("look", "inventory"))
         is_fallback = not actions and not ended and not truncated
         return GameState(
             feedback=feedback.strip(),
@@ -123,8 +123,6 @@ class JerichoGame:
             actions = self._cache.get(key)
             if actions is None:
                 actions = self._probe.find_actions(state)
-                if actions is None:
-                    return ()
                 self._cache.put(key, actions)
             if len(self._known_actions) >= MAX_KNOWN_STATES:
                 del self._known_actions[next(iter(self._known_actions))]  # the oldest

@@ -12,10 +12,10 @@ import signal
 import threading
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from typing import Any, Literal
+from typing import Any
 
 from priorzero.envs.child import exit_with_parent
 from priorzero.envs.frotz import EmulatorState, ReproducibleFrotzEnv
@@ -23,14 +23,12 @@ from priorzero.envs.progress import report_progress
 
 ACTIVITY = "the search for valid actions"
 PROGRESS_INTERVAL_S = 0.2
-# Jericho uses these commands to find objects.
-OBSERVING_COMMANDS = ("look", "inventory")
 
 logger = logging.getLogger(__name__)
 
 
-class EmulatorCrashError(RuntimeError):
-    """A command crashed the emulator of the other process."""
+class _ChildDied(RuntimeError):
+    """The child process ended during a request. The text is its exit code."""
 
 
 class Probe:
@@ -53,34 +51,13 @@ class Probe:
 
     def observe(self, state: EmulatorState, commands: Sequence[str]) -> tuple[str, ...]:
         """What each command would print; "" if it crashes the emulator."""
-        try:
-            texts: tuple[str, ...] = self._request("observe", state, commands=commands)
-            return texts
-        except EmulatorCrashError as error:
-            self._warn(error)
-            return ("",) if len(commands) == 1 else sum((self.observe(state, [one]) for one in commands), ())
+        texts: tuple[str, ...] = self._request("observe", state, tuple(commands))
+        return texts
 
-    def find_actions(self, state: EmulatorState) -> tuple[str, ...] | None:
-        """The valid actions; see :class:`ReproducibleFrotzEnv`. None if the search crashes the emulator.
-
-        If ``look`` or ``inventory`` crashes it, the search is repeated without them.
-        """
-        skipped: list[str] = []
-        try:
-            return self._find(state, skipped=())
-        except EmulatorCrashError as error:
-            self._warn(error)
-        for command in OBSERVING_COMMANDS:
-            try:
-                self._request("observe", state, commands=[command])
-            except EmulatorCrashError:
-                skipped.append(command)
-        if not skipped:
-            return None
-        try:
-            return self._find(state, skipped=skipped)
-        except EmulatorCrashError:
-            return None
+    def find_actions(self, state: EmulatorState) -> tuple[str, ...]:
+        """The valid actions; see :class:`ReproducibleFrotzEnv`. Commands that crash the emulator are excluded."""
+        actions: tuple[str, ...] = self._request("find_actions", state)
+        return actions
 
     def close(self) -> None:
         """End the child process. It starts again at the next use."""
@@ -91,14 +68,28 @@ class Probe:
             self._process.join()
         self._process = self._connection = None
 
-    def _find(self, state: EmulatorState, *, skipped: Sequence[str]) -> tuple[str, ...]:
-        actions: tuple[str, ...] = self._request("find_actions", state, commands=skipped)
-        return actions
+    def _request(self, task: str, *arguments: Any) -> Any:
+        """Send a request and wait for the reply. After a crash it is repeated, with a process for each command.
 
-    def _request(self, task: Literal["observe", "find_actions"], state: EmulatorState, *, commands: Sequence[str]) -> Any:
+        Raises:
+            RuntimeError: the child process raised an error, or died again.
+        """
+        try:
+            return self._request_once(task, False, *arguments)
+        except _ChildDied as error:
+            if not self._has_warned:
+                self._has_warned = True
+                logger.warning(
+                    "%s: a command that was only tried crashed Jericho's emulator (%s). The command is left out, and "
+                    "the game continues. Later crashes are not logged.",
+                    self._name, error,
+                )  # fmt: skip
+        return self._request_once(task, True, *arguments)
+
+    def _request_once(self, task: str, isolated: bool, *arguments: Any) -> Any:
         connection = self._start()
         try:
-            connection.send((task, state, tuple(commands)))
+            connection.send((task, isolated, arguments))
             while (reply := connection.recv())[0] == "progress":
                 report_progress(ACTIVITY)
         except (EOFError, OSError) as error:
@@ -106,7 +97,7 @@ class Probe:
             self._process.join()
             code = self._process.exitcode
             self.close()
-            raise EmulatorCrashError(f"exit code {code}") from error
+            raise _ChildDied(f"exit code {code}") from error
         except BaseException:  # a late reply would be mistaken for the next one
             self.close()
             raise
@@ -126,15 +117,6 @@ class Probe:
                 self._process.start()
         return self._connection
 
-    def _warn(self, error: EmulatorCrashError) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            logger.warning(
-                "%s: a command that was only tried crashed Jericho's emulator (%s). The game continues. In this state, "
-                "some of the room, the inventory and the valid actions may be missing. Later crashes are not logged.",
-                self._name, error,
-            )  # fmt: skip
-
 
 def _serve(env: ReproducibleFrotzEnv, connection: Connection, parent_end: Connection, parent: int) -> None:
     """The main function of the child process: handles requests until the parent closes the connection or ends."""
@@ -152,27 +134,21 @@ def _serve(env: ReproducibleFrotzEnv, connection: Connection, parent_end: Connec
             last_report = time.monotonic()
             connection.send(("progress", None))
 
+    def observe(state: EmulatorState, commands: Sequence[str]) -> tuple[str, ...]:
+        texts = []
+        for command in commands:
+            env.restore(state)
+            texts.append(env.step(command)[0].strip())
+        return tuple(texts)
+
     env.on_progress = on_progress
+    tasks: dict[str, Callable[..., Any]] = {"observe": observe, "find_actions": env.find_actions}
     with contextlib.suppress(EOFError, OSError):  # the parent closed the connection
         while True:
-            task, state, commands = connection.recv()
+            task, env.isolated, arguments = connection.recv()
             try:
-                reply: tuple[str, Any] = ("ok", _perform(env, task, state, commands))
+                reply: tuple[str, Any] = ("ok", tasks[task](*arguments))
             except Exception as error:  # the parent raises it
                 reply = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
             connection.send(reply)
     os._exit(0)
-
-
-def _perform(
-    env: ReproducibleFrotzEnv, task: str, state: EmulatorState, commands: tuple[str, ...]
-) -> tuple[str, ...]:
-    if task == "find_actions":
-        env.skipped = frozenset(commands)
-        return env.find_actions(state)
-    env.skipped = frozenset()
-    texts = []
-    for command in commands:
-        env.restore(state)
-        texts.append(env.step(command)[0].strip())
-    return tuple(texts)
