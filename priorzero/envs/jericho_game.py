@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from priorzero.envs.action_cache import ActionCache, cache_file, digest
-from priorzero.envs.frotz import ReproducibleFrotzEnv, state_digest
+from priorzero.envs.frotz import KEY_COMMANDS, EmulatorState, ReproducibleFrotzEnv
+from priorzero.envs.probe import Probe
 from priorzero.envs.validation import check_action, check_arguments
 from priorzero.types import GameState
 
@@ -17,10 +18,17 @@ MAX_KNOWN_STATES = 20_000
 class JerichoGame:
     """A Jericho game.
 
+    The emulator of the game gets only the commands of the episode, so the game is the same as in Jericho. Everything
+    else is tried on a copy of the game; see :class:`~priorzero.envs.probe.Probe`.
+
     The valid actions are the commands that change the world. Jericho finds them by trying every command template with
     every visible object from a saved state, which takes 0.1 to 0.3 s. They are cached in memory and in a file that all
     processes share. The key is the exact state of the emulator, including its random numbers, so episodes with the same
     seed that begin with the same commands share entries.
+
+    Some games wait for a single key in places: "Press any key to continue", "Press Y or N". There the valid actions are
+    names of keys, such as ``press space``: one for each effect that a key can have. Room and inventory are not observed
+    there, since the game would read "look" as four keys.
     """
 
     def __init__(
@@ -49,6 +57,7 @@ class JerichoGame:
         self._env = ReproducibleFrotzEnv(Path(path), seed=seed, filter_threads=filter_threads)
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory
+        self._probe = Probe(self._env, name=Path(path).name)
         self._max_score = float(self._env.get_max_score())
         self._fingerprint = self._env.fingerprint()
         self._known_actions: dict[bytes, tuple[str, ...]] = {}
@@ -62,7 +71,7 @@ class JerichoGame:
 
     def step(self, action: str) -> tuple[GameState, float]:
         check_action(self._state, action)
-        return self.step_unchecked(action)
+        return self.step_unchecked(KEY_COMMANDS.get(action, action) if self._env.waits_for_key() else action)
 
     def step_unchecked(self, command: str) -> tuple[GameState, float]:
         """Like :meth:`step`, for any command, such as those of the walkthrough."""
@@ -72,6 +81,7 @@ class JerichoGame:
         return self._state, self._state.score - before.score
 
     def close(self) -> None:
+        self._probe.close()
         self._env.close_emulators()
         self._cache.close()
         self._state = None
@@ -81,12 +91,17 @@ class JerichoGame:
         return list(self._env.get_walkthrough())
 
     def _observe(self, feedback: str, *, score: int, moves: int) -> GameState:
-        # This must come first, because Jericho detects the end of a game in the last text that the game printed.
         won = self._env.victory()
         ended = won or self._env.game_over() or self._env._emulator_halted()
         truncated = not ended and moves >= self._max_episode_steps
-        actions = () if ended or truncated else self._valid_actions()
-        look, inventory = self._peek("look", "inventory") if self._look_and_inventory and not ended else ("", "")
+        actions: tuple[str, ...] = ()
+        look = inventory = ""
+        if not ended:
+            state = self._env.full_state()
+            if not truncated:
+                actions = self._valid_actions(state)
+            if self._look_and_inventory and not self._env.waits_for_key():
+                look, inventory = self._probe.observe(state, ("look", "inventory"))
         is_fallback = not actions and not ended and not truncated
         return GameState(
             feedback=feedback.strip(),
@@ -102,28 +117,14 @@ class JerichoGame:
             actions_are_fallback=is_fallback,
         )
 
-    def _peek(self, *commands: str) -> tuple[str, ...]:
-        """What each command would print now. The state of the game is restored after each."""
-        saved = self._env.get_state()
-        texts = []
-        for command in commands:
-            texts.append(self._env.step(command)[0].strip())
-            self._env.set_state(saved)
-        return tuple(texts)
-
-    def _valid_actions(self) -> tuple[str, ...]:
-        key = digest(self._fingerprint, state_digest(self._env.get_state()))
+    def _valid_actions(self, state: EmulatorState) -> tuple[str, ...]:
+        key = digest(self._fingerprint, state.digest())
         if key not in self._known_actions:
             actions = self._cache.get(key)
             if actions is None:
-                actions = self._find_valid_actions()
+                actions = self._probe.find_actions(state)
                 self._cache.put(key, actions)
             if len(self._known_actions) >= MAX_KNOWN_STATES:
                 del self._known_actions[next(iter(self._known_actions))]  # the oldest
             self._known_actions[key] = actions
         return self._known_actions[key]
-
-    def _find_valid_actions(self) -> tuple[str, ...]:
-        # use_parallel would fork this process, which is unsafe because it may have threads.
-        found = self._env.get_valid_actions(use_object_tree=True, use_ctypes=True, use_parallel=False)
-        return tuple(sorted(set(found)))

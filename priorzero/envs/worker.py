@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -16,8 +16,11 @@ from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
-from priorzero.envs.child import python_command
+from loguru import logger
+
+from priorzero.envs.child import exit_with_parent, python_command
 from priorzero.envs.games import GameSpec, make_game
+from priorzero.envs.progress import set_progress_listener
 from priorzero.runtime.signals import children_ignore_stop_signals
 from priorzero.runtime.waiting import wait_at_most
 from priorzero.types import GameArguments, GameState, GameWorkerError, TextGame, UserError
@@ -27,10 +30,11 @@ if TYPE_CHECKING:
 
 START_TIMEOUT_S = 180.0  # loading spaCy takes 3 s on an idle core, but many workers may start at once on few cores
 CLOSE_TIMEOUT_S = 2.0
-PARENT_CHECK_S = 0.5
+PROGRESS_INTERVAL_S = 0.2
+SLOW_S = 5.0  # a request that takes longer, although the game does not hang, is logged
 
 T = TypeVar("T")
-logger = logging.getLogger(__name__)
+_logged_as_slow: set[str] = set()  # names of games; each is logged once
 
 
 class GameWorker:
@@ -54,7 +58,8 @@ class GameWorker:
         Args:
             make: creates the game inside the process; a function or class that can be imported there.
             arguments: keyword arguments of ``make``, which must be picklable.
-            timeout_s: time limit of a ``reset`` or ``step``, in seconds.
+            timeout_s: time limit of a ``reset`` or ``step``, in seconds. It counts from the last sign of life; see
+                :func:`~priorzero.envs.progress.report_progress`.
             start_timeout_s: time limit of starting the process and creating the game, in seconds.
             name: the game's name, for messages.
         """
@@ -141,7 +146,7 @@ class GameWorker:
         try:
             await asyncio.to_thread(process.wait, CLOSE_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            logger.info("%s: killing the worker process %d, which did not exit in time", self._name, process.pid)
+            logger.info(f"{self._name}: killing the worker process {process.pid}, which did not exit in time")
         finally:
             self.kill()
 
@@ -162,8 +167,9 @@ class GameWorker:
         try:
             if request is not None:
                 self._connection.send(request)
-            await wait_at_most(timeout_s, _wait_readable(self._connection))
-            kind, content = self._connection.recv()
+            activity = None
+            while (message := await _receive(self._connection, timeout_s=timeout_s))[0] == "progress":
+                activity = message[1]
             received = True
         except TimeoutError as error:
             raise GameWorkerError(
@@ -178,6 +184,9 @@ class GameWorker:
             self._busy = False
             if not received:  # also after a cancellation: a late reply would be mistaken for the next one
                 self.kill()
+        if activity is not None:
+            _log_if_slow(self._name, activity, seconds=time.monotonic() - start)
+        kind, content = message
         if kind == "user error":
             raise UserError(content)
         if kind == "error":
@@ -189,7 +198,8 @@ class GameWorker:
         if self._connection is not None:
             self._connection.close()
         if self._process is not None:
-            self._process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)  # and its child process, which tries commands
             self._process.wait()  # takes milliseconds after SIGKILL, and avoids a zombie process
         self._process = self._connection = None
         self._is_starting = False
@@ -221,10 +231,11 @@ def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, f
 
 def serve(descriptor: str, parent: str) -> None:
     """The main function of a worker process: handles requests until the pipe with this file descriptor is closed."""
-    threading.Thread(target=_exit_with_parent, args=(int(parent),), daemon=True).start()
+    threading.Thread(target=exit_with_parent, args=(int(parent),), daemon=True).start()
     # spaCy would import torch, which it does not need here and which takes 3 s and 180 MB per worker.
     sys.modules["torch"] = None  # type: ignore[assignment]
     connection = Connection(int(descriptor))
+    set_progress_listener(_progress_sender(connection))
     game: TextGame | None = None
     while True:
         try:
@@ -252,11 +263,27 @@ def serve(descriptor: str, parent: str) -> None:
         game.close()
 
 
-def _exit_with_parent(parent: int) -> None:
-    """Exit when the parent process has ended, even while the game hangs in C code that has released Python's lock."""
-    while os.getppid() == parent:
-        time.sleep(PARENT_CHECK_S)
-    os._exit(1)
+def _progress_sender(connection: Connection) -> Callable[[str], None]:
+    last = 0.0
+
+    def send(activity: str) -> None:
+        nonlocal last
+        if time.monotonic() - last > PROGRESS_INTERVAL_S:  # the parent may read nothing for a while
+            last = time.monotonic()
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `serve` notices it, too
+                connection.send(("progress", activity))
+
+    return send
+
+
+def _log_if_slow(name: str, activity: str, *, seconds: float) -> None:
+    if seconds > SLOW_S and name not in _logged_as_slow:
+        _logged_as_slow.add(name)
+        logger.warning(
+            f"{name}: {activity} took {seconds:.0f} s in one state. This is no error: a step may take longer than "
+            "env.step_timeout_s as long as the search makes progress. The results are cached, so the same state takes "
+            "no time later. Further slow steps of this game are not logged."
+        )
 
 
 async def gather_replies(requests: Iterable[Awaitable[T]]) -> list[T | GameWorkerError]:
@@ -268,6 +295,18 @@ async def gather_replies(requests: Iterable[Awaitable[T]]) -> list[T | GameWorke
             raise reply
         results.append(reply)
     return results
+
+
+async def _receive(connection: Connection, *, timeout_s: float) -> tuple[str, Any]:
+    """The next message. Raises a TimeoutError if none arrives in time, and an EOFError if the other end is closed."""
+    try:
+        await wait_at_most(timeout_s, _wait_readable(connection))
+    except TimeoutError:
+        # After something has blocked the event loop, the time may be over although a message is waiting.
+        if not connection.poll():
+            raise
+    message: tuple[str, Any] = connection.recv()
+    return message
 
 
 async def _wait_readable(connection: Connection) -> None:

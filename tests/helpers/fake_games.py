@@ -8,9 +8,10 @@ import signal
 import sys
 import time
 
+from priorzero.envs.progress import report_progress
 from priorzero.types import GameState, UserError
 
-ACTIONS = ("go", "hang", "hang in C", "crash", "raise", "user error", "print", "big", "modules", "pause")
+ACTIONS = ("go", "hang", "hang in C", "crash", "raise", "user error", "print", "big", "modules", "pause", "long", "stuck")
 
 
 class FakeGame:
@@ -57,6 +58,13 @@ class FakeGame:
             return " ".join(name if module else f"no-{name}" for name, module in sys.modules.items())
         elif action == "pause":
             time.sleep(0.5)
+        elif action == "long":
+            for _ in range(8):
+                report_progress("a long calculation")
+                time.sleep(0.25)
+        elif action == "stuck":
+            report_progress("a long calculation")
+            ctypes.CDLL(None).sleep(1000)
         return ""
 
 
