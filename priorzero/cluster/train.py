@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import ray
@@ -17,7 +18,7 @@ from ray.exceptions import RayError, RayTaskError
 
 from priorzero.cluster.connection import check_settings, connect, plan_resources
 from priorzero.cluster.run import ClusterRun
-from priorzero.envs import resolve_games
+from priorzero.envs import GameSpec, resolve_games
 from priorzero.preflight import check_games
 from priorzero.runs.errors import reported_to_user
 from priorzero.runs.folder import create_files, new_run_folder
@@ -41,7 +42,12 @@ def run_on_cluster(settings: Settings) -> RunSummary:
         games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
     check_games(settings, games=games, unseen=unseen)
     check_settings(settings)
-    folder = new_run_folder(settings, games).absolute()  # other processes may have another working directory
+    with new_run_folder(settings, games) as folder:
+        return _run_in(folder.absolute(), settings, games=games)  # other processes may have another working directory
+
+
+def _run_in(folder: Path, settings: Settings, *, games: Sequence[GameSpec]) -> RunSummary:
+    """Start or connect to the Ray cluster, and train."""
     settings.run.output_dir = str(folder.parent)
     with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
         connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
@@ -86,7 +92,7 @@ async def _train(settings: Settings, *, games: str, folder: Path) -> RunSummary:
     """Start all processes, run the loop, and end all processes. After an error, what was learned is saved."""
     resources = ray.cluster_resources()
     plan = plan_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
-    lock = create_files(settings, folder, resumed=False)
+    create_files(settings, folder)
     log_start(settings, games=games, where="a Ray cluster", folder=folder)
     logger.info("; ".join(f"{role}: {share.num_cpus:g} CPU, {share.num_gpus:g} GPU" for role, share in plan.items()))
     run = ClusterRun(settings, games=games, plan=plan, folder=folder)
@@ -99,6 +105,4 @@ async def _train(settings: Settings, *, games: str, folder: Path) -> RunSummary:
         raise
     finally:
         await run.close()
-        if lock is not None:
-            lock.close()
     return run.summary()

@@ -20,7 +20,7 @@ from loguru import logger
 from priorzero.llm.chat_template import usable_template
 from priorzero.llm.hub import PACKAGES, check_hub, snapshot_folder
 from priorzero.runtime.activity import announced
-from priorzero.runtime.paths import user_cache_dir
+from priorzero.runtime.paths import user_cache_dir, user_path
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.settings import LLMSettings
 from priorzero.types import UserError
@@ -102,14 +102,14 @@ def _find(path: str, *, setting: str) -> Path | Package | str:
         raise UserError(f"{setting} is empty; give a folder, a hub id, or package:NAME")
     if path.startswith(PACKAGE_PREFIX):
         return _model_in_package(path.removeprefix(PACKAGE_PREFIX), setting=setting)
-    folder = Path(path).expanduser()
+    folder = user_path(path, what=f"{setting}=")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(
                 f"{setting}={path}: the folder contains no config.json; give a folder made by save_pretrained"
             )
         return folder
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:  # looks like a path
+    if path.startswith((".", "/", "~", "$")) or path.count("/") != 1:  # looks like a path
         raise UserError(
             f"{setting}={path}: no such folder; give a folder made by save_pretrained, a hub id such as "
             f"Qwen/Qwen2.5-0.5B-Instruct, or {PACKAGES[setting]}"

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
+from loguru import logger
+
 from priorzero.config import read_config_file
 from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import (
@@ -16,7 +18,8 @@ from priorzero.runs.checkpoint import (
     remove_leftovers,
     saved_checkpoints,
 )
-from priorzero.runs.folder import RUN_NAME, lock_folder
+from priorzero.runs.folder import given_folder, is_run_name, lock_folder
+from priorzero.runtime.paths import user_path
 from priorzero.settings import Settings, VLLMSettings
 from priorzero.types import UserError
 
@@ -41,7 +44,11 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
     Raises:
         UserError: there is none.
     """
-    found, notes, reason = saved_checkpoints(run_folder), [], ""
+    try:
+        found = saved_checkpoints(run_folder)
+    except OSError as error:
+        raise UserError(f"--resume {run_folder}: its checkpoints cannot be read ({error})") from error
+    notes, reason = list[str](), ""
     for folder in reversed(found):
         try:
             checkpoint = read_checkpoint(folder)
@@ -74,18 +81,23 @@ def find_checkpoint(where: str, *, output_dir: str, exp_name: str, wanted: Mappi
     """
     if where != "auto":
         return _named_checkpoint(where)
-    if exp_name and not RUN_NAME.fullmatch(exp_name):
+    if exp_name and not is_run_name(exp_name):
         return None
-    saved_at = {}
-    for run_folder in [Path(output_dir, exp_name)] if exp_name else Path(output_dir).glob("*"):
-        saved = saved_checkpoints(run_folder)
-        if saved and all(_saved_setting(saved, key) == value for key, value in wanted.items()):
-            saved_at[run_folder] = (saved[-1] / MANIFEST).stat().st_mtime
+    root, saved_at = user_path(output_dir, what="run.output_dir="), {}
+    for run_folder in [root / exp_name] if exp_name else root.glob("*"):
+        try:
+            saved = saved_checkpoints(run_folder)
+            if saved and all(_saved_setting(saved, key) == value for key, value in wanted.items()):
+                saved_at[run_folder] = (saved[-1] / MANIFEST).stat().st_mtime
+        except OSError as error:
+            logger.warning(f"--resume auto leaves {run_folder} out, since it cannot be read ({error.strerror})")
     return newest_checkpoint(max(saved_at, key=saved_at.__getitem__)) if saved_at else None
 
 
 def _named_checkpoint(where: str) -> Checkpoint:
-    folder = Path(where)
+    folder = given_folder(where, what="--resume ")
+    if folder.name == "checkpoints" and saved_checkpoints(folder.parent):
+        folder = folder.parent
     if folder.parent.name == "checkpoints" and (folder / MANIFEST).is_file():
         run_folder = folder.parent.parent
         saved = saved_checkpoints(run_folder)
@@ -96,7 +108,8 @@ def _named_checkpoint(where: str) -> Checkpoint:
             )
         folder = run_folder
     if not folder.is_dir():
-        raise UserError(f"--resume {where}: there is no such folder; name a run's folder, or auto")
+        problem = "this is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"--resume {where}: {problem}; name a run's folder, or auto")
     return newest_checkpoint(folder)
 
 

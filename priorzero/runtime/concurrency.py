@@ -90,6 +90,7 @@ class ReadersWriterLock:
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 scratch_folders: set[Path] = set()  # temporary folders of this process, which `exit_immediately` deletes
+exit_callbacks: list[Callable[[], None]] = []  # short functions that `exit_immediately` calls
 
 
 def clear_terminal_line() -> None:
@@ -99,7 +100,7 @@ def clear_terminal_line() -> None:
 
 
 def exit_immediately() -> NoReturn:
-    """Kill all child processes, delete the scratch folders and exit with code 130, without any other cleanup.
+    """Kill all child processes, delete the scratch folders, call the callbacks and exit with code 130.
 
     It does not wait for threads or tasks, so a hanging one cannot delay the exit.
     """
@@ -110,6 +111,8 @@ def exit_immediately() -> NoReturn:
                 process.kill()
     for folder in scratch_folders:
         shutil.rmtree(folder, ignore_errors=True)
+    for callback in exit_callbacks:
+        callback()
     clear_terminal_line()
     os._exit(130)
 
