@@ -219,17 +219,22 @@ class TrainingRun:
             await self.agent.engine.clear_cache()
         self.counters.llm_version = self.agent.policy.llm_version
         name = f"iteration_{self.counters.iteration}" + (f"+{begun}" if begun else "")
-        loop: Plain = {
+        with announced("saving"):
+            await self.saver.save(
+                name,
+                write=lambda folder: self._state.write(folder, loop=self._loop_state()),
+                about=self._about(self.evaluation_due),
+            )
+
+    def _loop_state(self) -> Plain:
+        """The state of the training loop. Raises OSError if the log files cannot be written to the disk."""
+        return {
             "counters": self.counters.as_dict(),
             "evaluation_due": self.evaluation_due,
             "nonfinite": self.nonfinite.state_dict(),
             "initial_fingerprints": self._initial_fingerprints,
             "logger": self.logger.state_dict(),
         }
-        with announced("saving"):
-            await self.saver.save(
-                name, write=lambda folder: self._state.write(folder, loop=loop), about=self._about(self.evaluation_due)
-            )
 
     def _about(self, evaluation_due: bool) -> dict[str, Any]:
         """The run's entries in a checkpoint's manifest."""
@@ -264,7 +269,10 @@ class TrainingRun:
             await self.agent.engine.close()
         if self._logger is not None:
             self._logger.close()
-        self.agent.timeline.write_trace(self.folder / "trace.json")
+        try:
+            self.agent.timeline.write_trace(self.folder / "trace.json")
+        except OSError as error:
+            logger.warning(f"trace.json could not be written ({error})")
         if self._logger is not None:
             report_at_end(self.folder, error=self._error)
 

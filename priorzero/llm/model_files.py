@@ -72,7 +72,13 @@ def resolve_model(path: str, *, setting: str) -> str:
     if isinstance(found, Package):
         if not (found.folder / "config.json").is_file():
             with announced("converting the LLM, which is done once"):
-                _convert_gguf(found.gguf, found.folder)
+                try:
+                    _convert_gguf(found.gguf, found.folder)
+                except OSError as error:
+                    raise UserError(
+                        f"{setting}={path}: the converted model cannot be written to {found.folder} ({error}); set "
+                        "XDG_CACHE_HOME to a writable folder on a disk with free space"
+                    ) from error
         return str(found.folder)
     return str(found)
 
@@ -138,6 +144,7 @@ def _model_in_package(name: str, *, setting: str) -> Path | Package:
 def _convert_gguf(source: Path, folder: Path) -> None:
     """Convert a quantised GGUF file to a float32 model folder. A rename at the end makes it appear as a whole."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet_transformers()
@@ -151,7 +158,10 @@ def _convert_gguf(source: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # a subclass of Exception only
+            raise OSError(str(error)) from error
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
         try:
             temporary.rename(folder)

@@ -1,7 +1,8 @@
-"""Paths that a user gives, and the user's cache folder."""
+"""Paths that a user gives, files that are written as a whole, and the user's cache folder."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import stat
@@ -65,6 +66,22 @@ def user_cache_dir() -> Path:
             "there is no folder for cached files: HOME is not set, and this user has no home folder; set "
             "XDG_CACHE_HOME to a writable folder, for example: export XDG_CACHE_HOME=/tmp/cache"
         ) from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file as a whole: other processes see the old or the new content. Surrogates are replaced by ``?``.
+
+    Raises:
+        OSError: it cannot be written. The old file is unchanged, and nothing else remains.
+    """
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
 
 
 def shown(text: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from loguru import logger
@@ -10,6 +9,7 @@ from loguru import logger
 from priorzero.runs.files import REPORT, is_locked
 from priorzero.runs.report.data import read_run
 from priorzero.runs.report.page import render
+from priorzero.runtime.paths import replace_text
 
 
 def write_report(folder: Path, *, running: bool | None = None, error: str = "") -> Path:
@@ -29,9 +29,8 @@ def write_report(folder: Path, *, running: bool | None = None, error: str = "") 
     """
     run = read_run(folder)
     page = render(run, running=is_locked(folder) if running is None else running, error=error)
-    path, temporary = folder / REPORT, folder / f"{REPORT}.tmp"
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    path = folder / REPORT
+    replace_text(path, page)
     return path
 
 
