@@ -20,7 +20,7 @@ from priorzero.runs.folder import check_run_folder, new_run_folder
 from priorzero.runs.resume import prepare_resume
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
-from priorzero.runtime.paths import user_path
+from priorzero.runtime.paths import user_cache_dir, user_path
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -145,7 +145,9 @@ def check_models(settings: Settings) -> None:
     llm = None
     if settings.prior.enabled:
         if device != "auto" or settings.prior.engine != "auto":  # otherwise torch must first look for a GPU
-            choose_engine(settings, device="cpu" if device == "cpu" else "cuda")
+            engine = choose_engine(settings, device="cpu" if device == "cpu" else "cuda")
+            if engine == "vllm":
+                user_cache_dir()  # vLLM has a cache, too, and would otherwise write into a folder called "~"
         llm = check_llm(settings.llm)
     encoder = check_encoder(settings.encoder.path)
     if settings.run.max_env_step > 0:

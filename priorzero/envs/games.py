@@ -139,7 +139,7 @@ def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
 
 def _find_story(name: str) -> Path:
     check_path_text(name, prefix=f"The story file {shown(name)}")
-    folders, notes = [Path.cwd()], []
+    folders, notes = [user_path(".", what="The working folder ").absolute()], []
     if os.environ.get(GAMES_VARIABLE):
         folders.append(user_path(os.environ[GAMES_VARIABLE], what=f"{GAMES_VARIABLE}="))
     else:

@@ -181,6 +181,8 @@ def generate(request_json: str, output: str) -> None:
     import textworld.challenges
     import textworld.generator
 
+    # Inform writes a folder of its own into the home folder, or into the working folder if there is none.
+    os.environ["HOME"] = str(Path(output).parent.parent)
     request = json.loads(request_json)
     settings = {**request["settings"], "seed": request["seed"]}
     if settings.get("split") == "all":

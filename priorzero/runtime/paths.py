@@ -40,6 +40,14 @@ def user_path(text: str | Path, *, what: str) -> Path:
     expanded = _with_variables(_with_home(given, prefix=prefix), prefix=prefix)
     check_path_text(expanded, prefix=prefix)
     try:
+        if not os.path.isabs(expanded):
+            os.getcwd()
+    except OSError as error:
+        raise UserError(
+            f"{prefix}: the working folder does not exist any more, or cannot be read ({error.strerror}); change to "
+            "another one, or give an absolute path"
+        ) from error
+    try:
         if stat.S_ISDIR(os.stat(expanded).st_mode):
             os.stat(os.path.join(expanded, "."))  # its files can be looked up
     except (FileNotFoundError, NotADirectoryError):
