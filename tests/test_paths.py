@@ -21,6 +21,11 @@ ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
+def zork1() -> bytes:
+    return story("zork1.z5").read_bytes()
+
+
+@pytest.fixture
 def no_home(monkeypatch):
     """A user without a home folder, such as a container's, whose number is not in /etc/passwd."""
     monkeypatch.setattr(os.path, "expanduser", lambda path: path)
@@ -92,9 +97,9 @@ def test_shown_is_short_and_printable():
     assert len(shown("x" * 10_000)) < 250 and "(10000 characters)" in shown("x" * 10_000)
 
 
-def test_resolve_game_expands_the_home_folder(tmp_path, monkeypatch):
+def test_resolve_game_expands_the_home_folder(zork1, tmp_path, monkeypatch):
     (tmp_path / "my, games").mkdir()
-    (tmp_path / "my, games" / "zork1.z5").write_bytes(story("zork1.z5").read_bytes())
+    (tmp_path / "my, games" / "zork1.z5").write_bytes(zork1)
     monkeypatch.setenv("HOME", str(tmp_path))
     for given in ("~/my, games/zork1.z5", "$HOME/my, games/zork1.z5"):
         assert [game.name for game in resolve_games(given)] == ["zork1"]
@@ -107,7 +112,7 @@ def test_resolve_game_expands_the_home_folder(tmp_path, monkeypatch):
 
 
 def test_user_cache_dir_without_a_home_folder(no_home, monkeypatch, tmp_path):
-    with pytest.raises(UserError, match="HOME is not set.*export XDG_CACHE_HOME="):
+    with pytest.raises(UserError, match=r"HOME is not set.*export XDG_CACHE_HOME="):
         user_cache_dir()
     with pytest.raises(UserError, match="~ is not known, since HOME is not set"):
         user_path("~/data", what="--resume ")
@@ -115,7 +120,7 @@ def test_user_cache_dir_without_a_home_folder(no_home, monkeypatch, tmp_path):
     assert user_cache_dir() == tmp_path / "priorzero"
 
 
-def test_resolve_game_without_a_home_folder(no_home, monkeypatch, tmp_path):
+def test_resolve_game_without_a_home_folder(zork1, no_home, monkeypatch, tmp_path):
     """The cache is needed only if the story is in no other folder."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PRIORZERO_GAMES", raising=False)
@@ -123,8 +128,7 @@ def test_resolve_game_without_a_home_folder(no_home, monkeypatch, tmp_path):
         resolve_game("zork1.z5")
     with pytest.raises(UserError, match="XDG_CACHE_HOME"):
         resolve_game("textworld:simple?seed=7")
-    content = story("zork1.z5").read_bytes()
-    (tmp_path / "zork1.z5").write_bytes(content)
+    (tmp_path / "zork1.z5").write_bytes(zork1)
     assert resolve_game("zork1.z5").name == "zork1"
 
 

@@ -115,7 +115,7 @@ def _split(env_ids: str) -> list[str]:
     """
     if not env_ids.strip():
         return []
-    if os.path.isfile(os.path.expanduser(env_ids)):  # a path may contain a comma
+    if os.path.isfile(os.path.expandvars(os.path.expanduser(env_ids))):  # a path may contain a comma
         return [env_ids]
     names = [name.strip() for name in env_ids.split(",")]
     if "" in names:
