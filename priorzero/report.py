@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("run", help="the run's folder, such as data_priorzero/NAME")
     arguments = parser.parse_args(argv)
     try:
-        print(write_report(given_folder(arguments.run, what="")))
+        print(write_report(given_folder(arguments.run, what="report ")))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True
         advice = disk_advice(error, folder=folder)
         if advice is None:
             raise
-        then = f"type --resume {folder}" if resumable else "start a new run"
+        then = f"type --resume {shlex.quote(str(folder))}" if resumable else "start a new run"
         raise UserError(f"{folder}: cannot write ({error}); {advice}, then {then}") from error
 
 

@@ -7,6 +7,7 @@ import fcntl
 import itertools
 import os
 import re
+import shlex
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +28,7 @@ from priorzero.types import UserError
 
 RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")
 MAX_NAME_BYTES = 200  # the file system allows 255, and names of temporary folders are longer
-MAX_ATTEMPTS = 10
+MAX_ATTEMPTS = 100
 
 
 def check_run_folder(settings: Settings) -> None:
@@ -113,7 +114,10 @@ def _create(root: Path, name: str, *, games: Sequence[GameSpec], seed: int) -> P
                     path.mkdir()
                     return path
             raise _exists(root / name)
-        except FileNotFoundError as error:  # another run has removed `root`, which it had created but not used
+        except (
+            FileNotFoundError,
+            FileExistsError,
+        ) as error:  # another run has just removed `root`, which it had created
             if attempt == MAX_ATTEMPTS:
                 raise _not_writable(root, error, where=root) from error
         except OSError as error:
@@ -134,7 +138,7 @@ def _names(games: Sequence[GameSpec], *, seed: int) -> Iterator[str]:
 def _exists(folder: Path) -> UserError:
     return UserError(
         f"run.exp_name={folder.name}: {folder} exists already; give another name, or none to get a new one, or type "
-        f"--resume {folder} to continue this run"
+        f"--resume {shlex.quote(str(folder))} to continue this run"
     )
 
 
@@ -155,8 +159,10 @@ def create_files(settings: Settings, folder: Path) -> None:
         (folder / LOGS).mkdir(exist_ok=True)
         (folder / CONFIG).write_text(dump_settings(settings), encoding="utf-8")
     except OSError as error:
-        where = settings.run.output_dir
-        raise UserError(f"run.output_dir={where}: cannot be written ({error}); give another folder") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error}); make it writable, or start a new run in another folder: --set "
+            "run.output_dir=FOLDER"
+        ) from error
     open_logs(folder / LOGS)
 
 
