@@ -1,16 +1,20 @@
 """Configuration: merges the layers of settings and checks them.
 
 Later layers win: defaults, a preset (``--preset``, ``--quick_test``), a file (``--config``), flags (``--set
-group.key=value``). All problems are reported in one :class:`~priorzero.types.UserError`. The settings themselves are
-in :mod:`priorzero.settings`.
+group.key=value``). A file cannot give a setting twice; on the command line, the last value wins. All problems are
+reported in one :class:`~priorzero.types.UserError`. The settings themselves are in :mod:`priorzero.settings`.
 
 The five ``get_*`` functions return the settings of the presets in DI-engine's form, ``(main_config, create_config)``.
 """
 
 from __future__ import annotations
 
+import codecs
 import copy
 import difflib
+import math
+import re
+import reprlib
 import sys
 import typing
 from collections.abc import Iterable, Mapping
@@ -19,15 +23,19 @@ from typing import Any, Literal
 
 import yaml
 from easydict import EasyDict
+from loguru import logger
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from priorzero.runtime.paths import shown, user_path
 from priorzero.settings import MODES_WITHOUT_LLM, Settings, SettingsGroup, whole_number
 from priorzero.types import UserError
 
 Layer = Mapping[str, Mapping[str, Any]]
 
 MICRO_BATCH_NAMES = {"micro_batch_size", "gradient_accumulation_steps"}
+
+MAX_CONFIG_BYTES = 1_000_000
 
 QUICK_TEST_GAME = "textworld:simple?seed=7"
 
@@ -154,7 +162,17 @@ def _describe_error(error: Any) -> str:
     key, fields = rest[0], group_type(group).model_fields
     if key not in fields:
         return f"unknown setting '{group}.{key}'; {_nearest_setting(group, key)}"
-    return f"{group}.{key}={str(error['input'])[:100]} must be {allowed(fields[key])}"
+    reason = f" ({error['ctx']['error']})" if error["type"] == "value_error" else ""
+    return f"{group}.{key}={_shown_input(error['input'])} must be {allowed(fields[key])}{reason}"
+
+
+def _shown_input(value: Any) -> str:
+    """A wrong value for a message. A list with anchors can stand for very many elements."""
+    if isinstance(value, str):
+        return shown(value) if value.strip() else repr(value)
+    short = reprlib.Repr()
+    short.maxlevel = 2
+    return short.repr(value)
 
 
 def group_type(group: str) -> type[SettingsGroup]:
@@ -294,13 +312,20 @@ def _nearest_setting(group: str, key: str) -> str:
 # ---- text: flags, files, documentation ----
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses a mapping in which a key occurs twice; plain YAML would silently use the last one."""
+class _SettingsLoader(yaml.SafeLoader):
+    """Reads every plain value as the text that was written, since the setting's type decides what it means.
+
+    YAML 1.1 itself reads 2024_01_05, 12:30 and 010 as the numbers 20240105, 750 and 8, and on as true. A mapping in
+    which a key occurs twice is refused; YAML would silently use the last one.
+    """
+
+    # "<<: *anchor" is the only plain text with a meaning of its own.
+    yaml_implicit_resolvers = {"<": [("tag:yaml.org,2002:merge", re.compile("<<"))]}  # noqa: RUF012
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys: list[Any] = []
         for key_node, _ in node.value:
-            if key_node.tag == "tag:yaml.org,2002:merge":  # "<<: *anchor" may be overridden by the keys beside it
+            if key_node.tag == "tag:yaml.org,2002:merge":  # it may be overridden by the keys beside it
                 continue
             key = self.construct_object(key_node, deep=True)
             if key in keys:
@@ -310,7 +335,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def parse_assignments(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """``["llm.batch_size=8", ...]`` as a layer. Values are read as YAML.
+    """``["llm.batch_size=8", ...]`` as a layer.
+
+    Text settings get their text as it is, numbers and ``true`` or ``false`` are converted, and lists are separated by
+    commas. If a setting is given twice, the last value wins, and a warning is logged.
 
     Raises:
         UserError: an assignment is not of the form ``group.key=value``.
@@ -318,35 +346,94 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
     layer: dict[str, dict[str, Any]] = {}
     for text in assignments:
         name, equals, value = text.partition("=")
-        group, dot, key = name.strip().partition(".")
+        group, dot, key = (part.strip() for part in name.partition("."))
         if not (equals and dot and group and key):
-            raise UserError(f"--set {text!r} is not of the form group.key=value; for example --set llm.batch_size=8")
-        try:
-            layer.setdefault(group, {})[key] = yaml.load(value, Loader=_UniqueKeyLoader)
-        except (yaml.YAMLError, ValueError):  # ValueError: an invalid date
-            layer.setdefault(group, {})[key] = value
+            raise UserError(
+                f"--set {shown(text)!r} is not of the form group.key=value; for example --set llm.batch_size=8"
+            )
+        typed = _typed(value, _annotation(group, key))
+        own = layer.setdefault(group, {})
+        if own.get(key, typed) != typed:
+            logger.warning(f"--set {group}.{key} is given twice; {typed!r} replaces {own[key]!r}")
+        own[key] = typed
     return layer
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """A YAML file as a layer.
+    """A YAML file as a layer. Text settings get the text that was written, as with :func:`parse_assignments`.
 
     Raises:
         UserError: the file cannot be read, is not valid YAML, names a key twice, or does not consist of groups.
     """
+    what = f"--config {shown(str(path))}"
+    text = _read_text(user_path(path, what="--config "), what=what)
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error}); examples are in configs/") from error
-    try:
-        layer = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, ValueError) as error:  # ValueError: an invalid date
-        raise UserError(f"--config {path}: is not valid YAML: {' '.join(str(error).split())}") from error
+        layer = yaml.load(text, Loader=_SettingsLoader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{what}: is not valid YAML: {' '.join(str(error).split())}") from error
     if layer is None:
         return {}
     if not isinstance(layer, dict):
-        raise UserError(f"--config {path}: must consist of groups of settings, such as 'llm: {{batch_size: 8}}'")
-    return layer
+        raise UserError(f"{what}: must consist of groups of settings, such as 'llm: {{batch_size: 8}}'")
+    return {
+        str(group): {str(key): _typed(value, _annotation(str(group), str(key))) for key, value in values.items()}
+        if isinstance(values, dict)
+        else values
+        for group, values in layer.items()
+    }
+
+
+def _read_text(path: Path, *, what: str) -> str:
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_CONFIG_BYTES + 1)
+        if len(data) > MAX_CONFIG_BYTES:
+            raise UserError(f"{what}: has more than {MAX_CONFIG_BYTES} bytes, so it is not a configuration")
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        return data.decode("utf-16" if is_utf16 else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{what}: cannot be read, since it is not UTF-8 text ({error}); save it as UTF-8") from error
+    except OSError as error:
+        raise UserError(f"{what}: cannot be read ({error.strerror}); examples are in configs/") from error
+
+
+def _annotation(group: str, key: str) -> Any:
+    """The type of a setting; None if there is no such setting."""
+    if group not in Settings.model_fields:
+        return None
+    field = group_type(group).model_fields.get("micro_batch_size" if key in MICRO_BATCH_NAMES else key)
+    return None if field is None else field.annotation
+
+
+def _typed(value: Any, annotation: Any) -> Any:
+    """Convert a text to the type of its setting. A text of another form is returned as it is, and refused later."""
+    if not isinstance(value, str):
+        return value
+    text = value.strip()
+    if annotation is bool:
+        return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
+            text.lower(), value
+        )
+    if annotation is int or annotation is float:
+        return _as_number(text, is_whole=annotation is int)
+    if typing.get_origin(annotation) is list and text.startswith("["):
+        try:
+            return yaml.load(text, Loader=_SettingsLoader)
+        except yaml.YAMLError:
+            return value
+    return value
+
+
+def _as_number(text: str, *, is_whole: bool) -> Any:
+    """010 is ten, 1_000 a thousand, and 1e6 a whole number."""
+    for convert in (int, float) if is_whole else (float,):
+        try:
+            number = convert(text)
+        except ValueError:
+            continue
+        if math.isfinite(number):
+            return whole_number(number) if is_whole else number
+    return text
 
 
 def differences(settings: Settings) -> dict[str, dict[str, Any]]:
@@ -363,7 +450,17 @@ def dump_settings(settings: Settings) -> str:
     """The settings as YAML that ``--config`` reads. ``run.exp_name`` is left empty, since it names one run."""
     plain = settings.model_dump()
     plain["run"]["exp_name"] = ""
-    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True)
+    return yaml.dump(plain, Dumper=_SettingsDumper, sort_keys=False, allow_unicode=True)
+
+
+class _SettingsDumper(yaml.SafeDumper):
+    """Escapes unprintable characters, some of which YAML would read as line ends."""
+
+    def represent_text(self, text: str) -> yaml.Node:
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=None if text.isprintable() else '"')
+
+
+_SettingsDumper.add_representer(str, _SettingsDumper.represent_text)
 
 
 def describe_settings() -> str:

@@ -6,8 +6,7 @@ import argparse
 import gc
 import resource
 import sys
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger
@@ -22,6 +21,7 @@ from priorzero.config import (
 from priorzero.runs.progress import terminal_output
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import exit_immediately_on_signal
+from priorzero.runtime.paths import shown, user_path
 from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -44,6 +44,32 @@ textworld:cooking, each with parameters such as ?seed=7&level=5
 MIN_ADDRESS_SPACE = 2_000_000 * 1024  # bytes, without a GPU and an LLM
 
 Layers = list[dict[str, dict[str, Any]]]
+
+# Flags that set one setting: the name of the argument to group and key.
+FLAGS = {
+    "env_id": ("run", "env_id"),
+    "seed": ("run", "seed"),
+    "max_iter": ("run", "max_iter"),
+    "exp_name": ("run", "exp_name"),
+    "engine": ("prior", "engine"),
+}
+
+
+class LastValue(argparse.Action):
+    """Stores a value, as argparse does by default. If it replaces another one, a warning is shown.
+
+    A second ``--config`` is refused, since the first file would be ignored as a whole.
+    """
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, flag: str | None = None
+    ) -> None:
+        before = getattr(namespace, self.dest)
+        if before not in (None, value):
+            if self.dest == "config":
+                raise argparse.ArgumentError(self, f"{before} and {value} are given; put all settings into one file")
+            print(f"warning: {flag} is given twice; {value} replaces {before}", file=sys.stderr)
+        setattr(namespace, self.dest, value)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -68,7 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
 
 def add_common_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of all training command lines; :func:`layers_from` reads them."""
-    parser.add_argument("--env_id", help="the game")
+    parser.register("action", None, LastValue)  # for arguments without an action
+    parser.add_argument("--env_id", help="the game, or several, separated by commas")
     preset = parser.add_mutually_exclusive_group()
     preset.add_argument("--preset", choices=tuple(PRESETS), help="settings to start from (default: standard)")
     preset.add_argument(
@@ -93,26 +120,39 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         dest="assignments",
         metavar="GROUP.KEY=VALUE",
-        help="change a setting; may be given several times and wins over --config",
+        help="change a setting; may be given several times and wins over --config. Text is used as it is typed",
     )
     parser.add_argument("--help_config", action="store_true", help="list all settings with defaults and meanings")
 
 
-def layers_from(arguments: argparse.Namespace) -> tuple[Layers, Layers]:
-    """The layers of settings: preset and file, and the flags, which win over them.
+def layers_from(
+    arguments: argparse.Namespace, *, flags: Mapping[str, tuple[str, str]] = FLAGS
+) -> tuple[Layers, Layers]:
+    """The layers of settings: preset and file, and those of the command line, which win over them.
+
+    Args:
+        arguments: of a parser with :func:`add_common_arguments`.
+        flags: as :data:`FLAGS`.
 
     Raises:
-        UserError: the file cannot be read, or a flag is malformed.
+        UserError: the file cannot be read, a flag is malformed, or the command line gives a setting two values.
     """
-    names = ("env_id", "seed", "max_iter", "exp_name")
-    flags = {name: value for name in names if (value := getattr(arguments, name)) is not None}
-    if flags.get("exp_name") == "":
-        raise UserError("--exp_name '' is empty; leave the flag out to get a new name")
     base = [PRESETS[arguments.preset or "standard"]]
     if arguments.config is not None:
         base.append(read_config_file(arguments.config))
-    engine = {"prior": {"engine": arguments.engine}} if arguments.engine is not None else {}
-    return base, [parse_assignments(arguments.assignments), {"run": flags}, engine]
+    assigned = parse_assignments(arguments.assignments)
+    given: dict[str, dict[str, Any]] = {}
+    for name, (group, key) in flags.items():
+        value = getattr(arguments, name)
+        if value is None:
+            continue
+        if value == "":
+            raise UserError(f"--{name} '' is empty; leave the flag out, or give a value")
+        other = assigned.get(group, {}).get(key, value)
+        if other != value:
+            raise UserError(f"--{name} {value} and --set {group}.{key}={other} contradict each other; leave one out")
+        given.setdefault(group, {})[key] = value
+    return base, [assigned, given]
 
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
@@ -145,12 +185,12 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
     wanted = {key: getattr(run, key) for key in ("env_id", "seed") if gives_all_settings or key in given}
     checkpoint = find_checkpoint(arguments.resume, output_dir=run.output_dir, exp_name=run.exp_name, wanted=wanted)
     if checkpoint is None:
-        where = run.output_dir
+        where = user_path(run.output_dir, what="run.output_dir=")
         if "env_id" not in wanted:
             raise UserError(f"--resume auto: no run is saved under {where}; name a run's folder, or an --env_id")
         settings = settings_from(arguments)
         print(f"--resume auto: no run is saved under {where}; a new run starts", file=sys.stderr)
-        renamed = rename_unsaved(Path(where), run.exp_name)
+        renamed = rename_unsaved(where, run.exp_name)
         if renamed is not None:
             print(f"an unsaved run of this name was renamed to {renamed}", file=sys.stderr)
         return settings, None
@@ -214,9 +254,9 @@ def _check_interpreter() -> None:
 def _train(arguments: argparse.Namespace) -> None:
     if arguments.resume is None:
         settings, checkpoint = settings_from(arguments), None
-        logger.info(f"starting: {settings.run.env_id}, seed {settings.run.seed}")
+        logger.info(f"starting: {shown(settings.run.env_id)}, seed {settings.run.seed}")
     else:
-        logger.info(f"starting: --resume {arguments.resume}")
+        logger.info(f"starting: --resume {shown(arguments.resume)}")
         settings, checkpoint = resume_from(arguments)
     from priorzero.preflight import prepare  # late, since --help does not need it
 

@@ -12,16 +12,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
 
 from priorzero.envs import GameSpec, GameWorker, check_names, make_workers, resolve_games
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
-from priorzero.runs.folder import new_run_folder
+from priorzero.runs.folder import check_run_folder, new_run_folder
 from priorzero.runs.resume import prepare_resume
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
+from priorzero.runtime.paths import user_cache_dir, user_path
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -38,7 +38,7 @@ class Preparation:
         settings: a copy of all settings.
         games: games of ``run.env_id``.
         unseen: games of ``eval.unseen``.
-        folder: the run's, which a new run has not created yet.
+        folder: the run's, which exists and is locked.
         checkpoint: the run is resumed from it; None for a new run.
         workers: the games that are played for collection. Their processes are starting.
     """
@@ -55,29 +55,39 @@ class Preparation:
 def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iterator[Preparation]:
     """Check everything that can be checked before the models are loaded, and launch the games.
 
-    A run that is resumed is locked until the end of the block. At the end, the games are ended if they still run.
+    The run's folder is locked until the end of the block. At the end, the games are ended if they still run, and the
+    folder of a new run is removed if nothing was written into it.
 
     Raises:
-        UserError: an error that the user can correct; nothing was written.
+        UserError: an error that the user can correct; no file is left behind.
     """
     settings = settings.model_copy(deep=True)
     if checkpoint is not None:
         settings.run.output_dir = str(checkpoint.run_folder.parent)
+    else:
+        check_run_folder(settings)
     games, unseen = check_inputs(settings)
-    folder = new_run_folder(settings, games) if checkpoint is None else checkpoint.run_folder
-    lock: TextIO | None = None
-    if checkpoint is not None:
-        lock = prepare_resume(checkpoint, settings, games=games)
-    workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
-    try:
-        for worker in workers:
-            worker.launch()
-        yield Preparation(settings, games, unseen, folder, checkpoint, workers)
-    finally:
-        for worker in workers:
-            worker.kill()
-        if lock is not None:
-            lock.close()
+    with _run_folder(settings, games, checkpoint) as folder:
+        workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
+        try:
+            for worker in workers:
+                worker.launch()
+            yield Preparation(settings, games, unseen, folder, checkpoint, workers)
+        finally:
+            for worker in workers:
+                worker.kill()
+
+
+@contextlib.contextmanager
+def _run_folder(settings: Settings, games: Sequence[GameSpec], checkpoint: Checkpoint | None) -> Iterator[Path]:
+    """Within the block, the run's folder is locked: a new one, or that of the checkpoint."""
+    if checkpoint is None:
+        with new_run_folder(settings, games) as folder:
+            settings.run.output_dir = str(folder.parent)
+            yield folder
+    else:
+        with prepare_resume(checkpoint, settings, games=games):
+            yield checkpoint.run_folder
 
 
 def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[GameSpec], list[GameSpec]]:
@@ -136,11 +146,16 @@ def check_models(settings: Settings) -> None:
     llm = None
     if settings.prior.enabled:
         if device != "auto" or settings.prior.engine != "auto":  # otherwise torch must first look for a GPU
-            choose_engine(settings, device="cpu" if device == "cpu" else "cuda")
+            engine = choose_engine(settings, device="cpu" if device == "cpu" else "cuda")
+            if engine == "vllm":
+                user_cache_dir()  # vLLM has a cache, too, and would otherwise write into a folder called "~"
         llm = check_llm(settings.llm)
     encoder = check_encoder(settings.encoder.path)
     if settings.run.max_env_step > 0:
-        _check_disk(Path(settings.run.output_dir), size=checkpoint_size(settings, llm=llm, encoder=encoder))
+        _check_disk(
+            user_path(settings.run.output_dir, what="run.output_dir="),
+            size=checkpoint_size(settings, llm=llm, encoder=encoder),
+        )
 
 
 # ---- disk ----
@@ -181,9 +196,9 @@ def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -
 def _check_disk(output_dir: Path, *, size: int) -> None:
     """Raise UserError if ``size`` bytes are not free on the disk of ``output_dir``."""
     existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
-    if free < size:
+    disk = shutil.disk_usage(existing)
+    if disk.total and disk.free < size:  # a network file system may not know its size
         raise UserError(
-            f"run.output_dir={output_dir}: {free / 1e9:.1f} GB are free, but a checkpoint needs about "
+            f"run.output_dir={output_dir}: {disk.free / 1e9:.1f} GB are free, but a checkpoint needs about "
             f"{size / 1e9:.1f} GB; free some space, or give a folder on another disk: --set run.output_dir=FOLDER"
         )

@@ -12,10 +12,11 @@ from typing import Any
 from loguru import logger
 
 from priorzero.config import resolve_settings
-from priorzero.entry import add_common_arguments, layers_from, run_command_line
+from priorzero.entry import FLAGS, add_common_arguments, layers_from, run_command_line
 from priorzero.preflight import check_inputs
-from priorzero.runs.folder import new_run_folder
+from priorzero.runs.folder import check_run_folder
 from priorzero.runtime.activity import announced
+from priorzero.runtime.paths import shown
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -31,6 +32,13 @@ DEBUG_SETTINGS: dict[str, dict[str, Any]] = {
     "cluster": {"num_collectors": 1, "num_servers": 1, "num_learners": 1},
     "llm": {"update_every": 5},
     "ppo": {"critic_warmup_steps": 1},
+}
+
+OWN_FLAGS = {
+    "ppo_engine": ("ppo", "engine"),
+    "num_collectors": ("cluster", "num_collectors"),
+    "wm_update_every": ("train", "update_every"),
+    "llm_update_every": ("llm", "update_every"),
 }
 
 
@@ -63,19 +71,13 @@ def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str])
         raise UserError(f"DEBUG_MODE={mode}: use True or False")
     debug = mode.lower() in ("1", "true")
     if debug:
+        if arguments.preset not in (None, "quick_test"):
+            raise UserError(
+                f"DEBUG_MODE={mode} is the preset quick_test, and --preset {arguments.preset} was given; leave one out"
+            )
         arguments.preset = "quick_test"
-    base, flags = layers_from(arguments)
-    given = {
-        ("ppo", "engine"): arguments.ppo_engine,
-        ("cluster", "num_collectors"): arguments.num_collectors,
-        ("train", "update_every"): arguments.wm_update_every,
-        ("llm", "update_every"): arguments.llm_update_every,
-    }
-    own: dict[str, dict[str, Any]] = {}
-    for (group, key), value in given.items():
-        if value is not None:
-            own.setdefault(group, {})[key] = value
-    return resolve_settings(*base[:1], *([DEBUG_SETTINGS] if debug else []), *base[1:], *flags, own)
+    base, flags = layers_from(arguments, flags={**FLAGS, **OWN_FLAGS})
+    return resolve_settings(*base[:1], *([DEBUG_SETTINGS] if debug else []), *base[1:], *flags)
 
 
 def _check(settings: Settings) -> None:
@@ -84,8 +86,8 @@ def _check(settings: Settings) -> None:
     Raises:
         UserError: the first problem.
     """
-    games, _ = check_inputs(settings, with_models=not settings.cluster.address)
-    new_run_folder(settings, games)
+    check_run_folder(settings)
+    check_inputs(settings, with_models=not settings.cluster.address)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,7 +103,7 @@ def _train(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, os.environ)
     if importlib.util.find_spec("ray") is None:
         raise UserError("Ray is not installed; type pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
-    logger.info(f"starting: {settings.run.env_id}, seed {settings.run.seed}")
+    logger.info(f"starting: {shown(settings.run.env_id)}, seed {settings.run.seed}")
     _check(settings)
     with announced("loading the libraries"):
         from priorzero.cluster.train import run_on_cluster  # late: imports torch, LightZero and Ray

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
+from priorzero.runs.folder import given_folder
 from priorzero.runs.report import write_report
 from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.types import UserError
@@ -23,11 +23,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Write report.html into a run's folder: results, learning curve, losses, and the last evaluation "
         "step by step. Every run writes it at its end; this command writes it again, or while the run is going on.",
     )
-    parser.add_argument("run", type=Path, help="the run's folder, such as data_priorzero/NAME")
+    parser.add_argument("run", help="the run's folder, such as data_priorzero/NAME")
     with standard_streams():
         arguments = parser.parse_args(argv)
         try:
-            print_output(str(write_report(arguments.run)))
+            print_output(str(write_report(given_folder(arguments.run, what="report "))))
         except UserError as error:
             print_error(str(error))
             return 2

@@ -6,9 +6,12 @@ generated from this file.
 
 from __future__ import annotations
 
+import contextlib
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from priorzero.runtime.paths import text_problem
 
 EvalMode = Literal["world_model", "world_model_with_prior", "prior", "prior_sampled", "random"]
 EVAL_MODES: tuple[EvalMode, ...] = ("world_model", "world_model_with_prior", "prior", "prior_sampled", "random")
@@ -27,17 +30,27 @@ def whole_number(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def _whole(value: Any) -> Any:
+    number = whole_number(value)
+    if isinstance(number, int) and abs(number) >= 2**63:  # numpy, torch and the games take 64 bits
+        raise ValueError("it needs more than 64 bits")
+    return number
+
+
 def _number(value: Any) -> Any:
-    if isinstance(value, str):  # YAML reads 1e-6 as text
-        return float(value)
+    if isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            return float(value)
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) > 1e300:
-        raise ValueError("too large")
+        raise ValueError("it is too large")
     return value
 
 
 def _text(value: Any) -> Any:
     if value is None:
         return ""
+    if isinstance(value, str) and (problem := text_problem(value)):
+        raise ValueError(problem)
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
@@ -45,7 +58,10 @@ def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
-Whole = Annotated[int, BeforeValidator(whole_number)]
+# The seeds of the games are somewhat larger, and Jericho takes 32 bits.
+MAX_SEED = 2_000_000_000
+
+Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
 Text = Annotated[str, BeforeValidator(_text)]
 
@@ -63,11 +79,15 @@ class RunSettings(SettingsGroup):
         "zork1.z5",
         description="the game: a Jericho story file or textworld:CHALLENGE?seed=N; separate several games by commas",
     )
-    seed: Whole = Field(0, ge=0, description="seed of all random numbers of the run")
+    seed: Whole = Field(0, ge=0, le=MAX_SEED, description="seed of all random numbers of the run")
     exp_name: Text = Field(
         "", description="name of the run's folder in output_dir; empty: generated from game, seed and time"
     )
-    output_dir: Text = Field("./data_priorzero", description="folder of all runs; the log directory for TensorBoard")
+    output_dir: Text = Field(
+        "./data_priorzero",
+        description="folder of all runs; the log directory for TensorBoard. In paths, ~ and environment variables such "
+        "as $HOME are replaced",
+    )
     max_iter: Whole = Field(100_000, ge=1, description="the run ends after this many iterations (collect, then learn)")
     max_env_step: Whole = Field(
         1_000_000, ge=0, description="the run ends after this many environment steps; 0: evaluate, do not train"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from loguru import logger
 
@@ -79,7 +79,6 @@ class TrainingRun:
         self._checkpoint = checkpoint
         self._initial_fingerprints = trained_fingerprints(agent)
         self._start_up_s = 0.0
-        self._lock: TextIO | None = None
         self._logger: RunLogger | None = None
         self._error: BaseException | None = None  # it ends the run
         self._evaluations: dict[str, Evaluation] = {}
@@ -117,7 +116,7 @@ class TrainingRun:
             EngineError: the engine cannot be started.
         """
         settings, agent = self.settings, self.agent
-        self._lock = create_files(settings, self.folder, resumed=self._checkpoint is not None)
+        create_files(settings, self.folder)
         log_start(settings, games=self.games_text, where=str(agent.device), folder=self.folder)
         if agent.llm is not None:
             warn_of_long_prompts(agent.llm, settings.llm)
@@ -220,17 +219,22 @@ class TrainingRun:
             await self.agent.engine.clear_cache()
         self.counters.llm_version = self.agent.policy.llm_version
         name = f"iteration_{self.counters.iteration}" + (f"+{begun}" if begun else "")
-        loop: Plain = {
+        with announced("saving"):
+            await self.saver.save(
+                name,
+                write=lambda folder: self._state.write(folder, loop=self._loop_state()),
+                about=self._about(self.evaluation_due),
+            )
+
+    def _loop_state(self) -> Plain:
+        """The state of the training loop. Raises OSError if the log files cannot be written to the disk."""
+        return {
             "counters": self.counters.as_dict(),
             "evaluation_due": self.evaluation_due,
             "nonfinite": self.nonfinite.state_dict(),
             "initial_fingerprints": self._initial_fingerprints,
             "logger": self.logger.state_dict(),
         }
-        with announced("saving"):
-            await self.saver.save(
-                name, write=lambda folder: self._state.write(folder, loop=loop), about=self._about(self.evaluation_due)
-            )
 
     def _about(self, evaluation_due: bool) -> dict[str, Any]:
         """The run's entries in a checkpoint's manifest."""
@@ -265,9 +269,10 @@ class TrainingRun:
             await self.agent.engine.close()
         if self._logger is not None:
             self._logger.close()
-        if self._lock is not None:
-            self._lock.close()
-        self.agent.timeline.write_trace(self.folder / "trace.json")
+        try:
+            self.agent.timeline.write_trace(self.folder / "trace.json")
+        except OSError as error:
+            logger.warning(f"trace.json could not be written ({error})")
         if self._logger is not None:
             report_at_end(self.folder, error=self._error)
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need
 from priorzero.envs.action_cache import cache_dir
 from priorzero.envs.games import supported_games
 from priorzero.envs.textworld_files import did_you_mean
+from priorzero.runtime.paths import user_path
 from priorzero.types import UserError
 
 BASE_URL = "https://raw.githubusercontent.com/BYU-PCCL/z-machine-games/master/jericho-game-suite/"
@@ -33,6 +34,11 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return the exit code."""
     options = _parse(arguments)
     supported = supported_games()
+    try:
+        folder = user_path(options.to, what="--to ") if options.to is not None else cache_dir()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if options.list:
         print("\n".join(sorted(supported)))
         return 0
@@ -40,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     failures = 0
     for name in names:
         try:
-            print(fetch(name, options.to, base_url=options.base_url, timeout_s=options.timeout, tries=options.tries))
+            print(fetch(name, folder, base_url=options.base_url, timeout_s=options.timeout, tries=options.tries))
         except UserError as error:
             failures += 1
             print(f"error: {error}", file=sys.stderr)
@@ -93,7 +99,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--all", action="store_true", help="all supported games")
     parser.add_argument("--list", action="store_true", help="print the supported names and exit")
     parser.add_argument(
-        "--to", type=Path, default=cache_dir(), metavar="DIR", help="target folder (default: %(default)s)"
+        "--to", metavar="DIR", help="target folder (default: priorzero/games in $XDG_CACHE_HOME or ~/.cache)"
     )
     parser.add_argument("--base-url", default=BASE_URL, metavar="URL", help="source (default: %(default)s)")
     parser.add_argument(

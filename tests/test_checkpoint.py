@@ -267,6 +267,67 @@ def test_check_compatible_reports_changed_games_and_packages(tmp_path):
         check_compatible(checkpoint, checkpoint.settings, games=games)
 
 
+def test_check_compatible_refuses_a_checkpoint_of_another_run(tmp_path):
+    folder = write_checkpoint(tmp_path / "a" / "checkpoints" / "iteration_1", games={"zork1": "abc"})
+    games, config = [GameSpec("zork1.z5", "jericho", tmp_path, "abc", "zork1")], tmp_path / "a" / "config.yaml"
+    checkpoint = read_checkpoint(folder)
+    config.write_text("run: {env_id: zork1.z5, seed: 4, max_iter: 7}")
+    with pytest.raises(UserError, match=r"its settings are not those of .*config.yaml \(run.seed: 4 and 3\)"):
+        check_compatible(checkpoint, checkpoint.settings, games=games)
+    config.write_text("run: {env_id: zork1.z5, seed: 3, max_iter: 7}")
+    check_compatible(checkpoint, checkpoint.settings, games=games)
+    assert checkpoint.notes == []
+    config.write_text("run: {no_such_setting: 3}")
+    check_compatible(checkpoint, checkpoint.settings, games=games)
+    assert "config.yaml cannot be used and is replaced" in checkpoint.notes[0]
+    del checkpoint.manifest["games"], checkpoint.manifest["versions"]
+    with pytest.raises(UserError, match=r"the game files are .*, the checkpoint has \{\}"):
+        check_compatible(checkpoint, checkpoint.settings, games=games)
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["run/", "run/checkpoints", "run/checkpoints/", "run/checkpoints/iteration_1/", "run/../run", "~/run", "$HOME/run"],
+)
+def test_find_checkpoint_accepts_all_paths_of_a_run(tmp_path, monkeypatch, given):
+    folder = write_checkpoint(tmp_path / "run" / "checkpoints" / "iteration_1")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    found = find_checkpoint(given, output_dir="nowhere", exp_name="", wanted={})
+    assert found.folder.resolve() == folder and found.run_folder.name == "run"
+    monkeypatch.chdir(folder)
+    for inside in (".", "..", "../.."):
+        found = find_checkpoint(inside, output_dir="nowhere", exp_name="", wanted={})
+        assert found.folder == folder and found.run_folder == tmp_path / "run"
+
+
+def test_find_checkpoint_names_the_newest_run_of_a_folder_of_runs(tmp_path):
+    for n, name in enumerate(("first run", "second run")):
+        folder = write_checkpoint(tmp_path / name / "checkpoints" / "iteration_1")
+        os.utime(folder / "manifest.json", (n, n))
+    with pytest.raises(UserError, match=r"contains 2 run\(s\), but is none; name one of them, such as '.*/second run'"):
+        find_checkpoint(str(tmp_path), output_dir="", exp_name="", wanted={})
+    with pytest.raises(UserError, match="this is a file"):
+        find_checkpoint(str(folder / "manifest.json"), output_dir="", exp_name="", wanted={})
+
+
+def test_find_checkpoint_leaves_runs_out_that_cannot_be_read(tmp_path, monkeypatch):
+    for name in ("mine", "other"):
+        write_checkpoint(tmp_path / name / "checkpoints" / "iteration_1")
+    is_file = Path.is_file
+
+    def denied(path):
+        if "other" in path.parts:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", denied)
+    found = find_checkpoint("auto", output_dir=str(tmp_path), exp_name="", wanted={})
+    assert found.run_folder == tmp_path / "mine"
+    with pytest.raises(UserError, match="its checkpoints cannot be read"):
+        find_checkpoint(str(tmp_path / "other"), output_dir="", exp_name="", wanted={})
+
+
 # ---- removing ----
 
 

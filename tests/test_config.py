@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import settings as settings_of_hypothesis
+from hypothesis import strategies as st
+from loguru import logger
 
 from priorzero import config
 from priorzero.config import (
@@ -21,10 +25,20 @@ from priorzero.config import (
     settings_page,
     to_ding_config,
 )
+from priorzero.runtime.paths import shown
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
 CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+@pytest.fixture
+def caplog_of_loguru():
+    """The messages that are logged."""
+    messages = []
+    number = logger.add(lambda message: messages.append(message.record["message"]))
+    yield messages
+    logger.remove(number)
 
 
 def message(*layers) -> str:
@@ -128,7 +142,14 @@ def test_parse_assignments_refuses_another_form(text):
         parse_assignments([text])
 
 
-def test_parse_assignments_reads_values_as_yaml():
+def test_parse_assignments_uses_the_last_value_and_says_so(caplog_of_loguru):
+    assert parse_assignments(["run.seed=1", "llm.lora_r=3", "run.seed=2"]) == {"run": {"seed": 2}, "llm": {"lora_r": 3}}
+    assert caplog_of_loguru == ["--set run.seed is given twice; 2 replaces 1"]
+    assert parse_assignments(["run.seed=1", "run.seed=01"]) == {"run": {"seed": 1}}
+    assert len(caplog_of_loguru) == 1
+
+
+def test_parse_assignments_reads_values():
     layer = parse_assignments(
         ["llm.learning_rate=1e-6", "prior.enabled=true", "eval.modes=[prior]", "run.exp_name=a=b"]
     )
@@ -136,7 +157,6 @@ def test_parse_assignments_reads_values_as_yaml():
     settings = resolve_settings(layer)
     assert settings.llm.learning_rate == 1e-6 and settings.eval.modes == ["prior"]
     assert resolve_settings(parse_assignments(["eval.modes=prior,world_model"])).eval.modes == ["prior", "world_model"]
-    assert parse_assignments(["run.exp_name=2024-13-45"]) == {"run": {"exp_name": "2024-13-45"}}  # not a date
 
 
 # ---- files ----
@@ -146,7 +166,21 @@ CODE = "llm: !!python/object/apply:os.system ['touch pwned']\n"
 
 
 @pytest.mark.parametrize(
-    "content", ["llm: [1, 2", "- a\n- b\n", "just text", "a: b: c", "run: {exp_name: 2024-13-45}", CODE]
+    "content",
+    [
+        *(
+            "llm: [1, 2",
+            "- a\n- b\n",
+            "just text",
+            "a: b: c",
+            "llm:\n\tpath: x",
+            "[" * 5000,
+            "? [a]\n: 1",
+            "null",
+            CODE,
+        ),
+        "run: {seed: 1}\n---\nrun: {seed: 2}",
+    ],
 )
 def test_read_config_file_refuses_what_is_not_a_configuration(tmp_path, content):
     path = tmp_path / "x.yaml"
@@ -160,8 +194,10 @@ def test_read_config_file_refuses_what_it_cannot_read(tmp_path):
         with pytest.raises(UserError, match="cannot be read"):
             read_config_file(path)
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="it is not UTF-8 text"):
         read_config_file(tmp_path / "binary.yaml")
+    with pytest.raises(UserError, match="has more than 1000000 bytes"):
+        read_config_file("/dev/zero")
     (tmp_path / "empty.yaml").write_text("# nothing\n")
     assert read_config_file(tmp_path / "empty.yaml") == {}
     (tmp_path / "group.yaml").write_text("llm: 3\n")
@@ -175,6 +211,8 @@ def test_read_config_file_refuses_what_it_cannot_read(tmp_path):
     [
         ("run: {seed: 1}\nllm: {batch_size: 8}\nrun: {seed: 2}\n", "run"),
         ("run:\n  seed: 1\n  max_iter: 3\n  seed: 1\n", "seed"),
+        ("run: {'seed': 1, seed: 2}\n", "seed"),
+        ("run: {seed: {a: 1, a: 2}}\n", "a"),
     ],
 )
 def test_read_config_file_refuses_duplicate_keys(tmp_path, content, twice):
@@ -184,8 +222,121 @@ def test_read_config_file_refuses_duplicate_keys(tmp_path, content, twice):
 
 
 def test_read_config_file_accepts_anchors(tmp_path):
-    (tmp_path / "x.yaml").write_text("run: &base {seed: 1, max_iter: 3}\nenv: {<<: *base, seed: 2}\n")
-    assert read_config_file(tmp_path / "x.yaml")["env"] == {"seed": 2, "max_iter": 3}
+    (tmp_path / "x.yaml").write_text(
+        "llm: &base {learning_rate: 1e-4, grad_clip: 3}\ntrain: {<<: *base, grad_clip: 2}\n"
+    )
+    assert read_config_file(tmp_path / "x.yaml")["train"] == {"learning_rate": 1e-4, "grad_clip": 2.0}
+
+
+def test_read_config_file_accepts_what_editors_write(tmp_path):
+    text = "run:\n  exp_name: 'Zürich'\n  seed: 3\n"
+    path = tmp_path / "a 'quoted' name.yaml"
+    for content in (text.encode("utf-8-sig"), text.encode("utf-16"), text.replace("\n", "\r\n").encode()):
+        path.write_bytes(content)
+        assert read_config_file(path) == {"run": {"exp_name": "Zürich", "seed": 3}}
+
+
+def test_read_config_file_expands_the_home_folder(tmp_path, monkeypatch):
+    (tmp_path / "x.yaml").write_text("run: {seed: 3}")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert read_config_file("~/x.yaml") == read_config_file("$HOME/x.yaml") == {"run": {"seed": 3}}
+
+
+# As they are typed, and the values of the three settings: YAML 1.1 guesses other ones.
+AWKWARD_TEXTS = [
+    "2024_01_05", "2024-01-05", "2024-13-45", "12:30", "on", "no", "1e3", "0x10", "null", "~", "010", "1_000", "true",
+    ".inf", "a=b", "'quoted'", '"double"', "[1]", "{a}", "- a", "*a", "&a", "!x", "a: b", "a #b", "# a", " a ", "%",
+    "<<", "=", "",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", AWKWARD_TEXTS)
+def test_parse_assignments_leaves_text_as_it_is_typed(text):
+    layer = parse_assignments([f"run.exp_name={text}", f"llm.path={text}", f"eval.unseen={text}"])
+    settings = resolve_settings(layer)
+    assert (settings.run.exp_name, settings.llm.path, settings.eval.unseen) == (text, text, text)
+
+
+@pytest.mark.parametrize(
+    "text", ["2024_01_05", "2024-13-45", "12:30", "on", "1e3", "0x10", "null", "~", "010", "=", "''"]
+)
+def test_read_config_file_leaves_plain_text_as_it_is_written(tmp_path, text):
+    (tmp_path / "x.yaml").write_text(f"run:\n  exp_name: {text}\nllm: {{path: {text}}}\n")
+    settings = resolve_settings(read_config_file(tmp_path / "x.yaml"))
+    assert settings.run.exp_name == settings.llm.path == text.strip("'")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "value"),
+    [
+        ("run.seed", "1_000", 1000),
+        ("run.seed", "010", 10),
+        ("run.seed", "0x10", None),
+        ("run.seed", "12:30", None),
+        ("run.seed", "99999999999999999999", None),
+        ("run.max_iter", "1e3", 1000),
+        ("run.max_iter", "8.0", 8),
+        ("run.max_iter", "1e400", None),
+        ("run.max_iter", "99999999999999999999", None),
+        ("run.max_iter", "1" * 5000, None),
+        ("run.max_iter", "null", None),
+        ("llm.learning_rate", "1e-4", 1e-4),
+        ("llm.learning_rate", "5", 5.0),
+        ("llm.learning_rate", "1:30", None),
+        ("llm.learning_rate", ".inf", None),
+        ("llm.learning_rate", "nan", None),
+        ("llm.rft_clip", "-0.0", 0.0),
+        ("llm.use_lora", "yes", True),
+        ("llm.use_lora", "OFF", False),
+        ("llm.use_lora", "y", None),
+        ("train.overlap", "no", None),
+        ("eval.modes", "[prior, 'random']", ["prior", "random"]),
+        ("eval.modes", "prior, random", ["prior", "random"]),
+        ("eval.modes", "[prior", None),
+    ],
+)
+def test_values_are_read_by_the_type_of_their_setting(tmp_path, name, text, value):
+    """The same in a flag and in a file, with and without quotes."""
+    group, key = name.split(".")
+    for n, written in enumerate((text, f'"{text}"')):
+        (tmp_path / f"{n}.yaml").write_text(f"{group}:\n  {key}: {written}\n")
+    readers = [lambda: parse_assignments([f"{name}={text}"]), lambda: read_config_file(tmp_path / "1.yaml")]
+    if text != "[prior":  # plain, this is not YAML
+        readers.append(lambda: read_config_file(tmp_path / "0.yaml"))
+    for read in readers:
+        if value is None:
+            assert f"{name}={shown(text)} must be " in message(read())
+        else:
+            assert getattr(getattr(resolve_settings(read()), group), key) == value
+
+
+def test_read_config_file_shows_little_of_a_list_that_stands_for_many(tmp_path):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x]"]
+    lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 8)}]" for n in range(1, 30)]
+    (tmp_path / "x.yaml").write_text("llm:\n" + "".join(f"  {line}\n" for line in lines) + "  path: *a29\n")
+    assert len(message(read_config_file(tmp_path / "x.yaml"))) < 20_000
+
+
+@settings_of_hypothesis(max_examples=200, deadline=None)
+@given(st.lists(st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=3, max_size=3))
+def test_dump_settings_is_read_back_whatever_the_texts_are(tmp_path_factory, texts):
+    layer = {"run": {"output_dir": texts[0]}, "llm": {"path": texts[1]}, "eval": {"unseen": texts[2]}}
+    settings = resolve_settings(layer, {"llm": {"learning_rate": 1e-300}, "train": {"grad_clip": 1 / 3}})
+    path = tmp_path_factory.getbasetemp() / "texts.yaml"
+    path.write_text(dump_settings(settings), encoding="utf-8")
+    assert resolve_settings(read_config_file(path)) == settings
+
+
+@pytest.mark.parametrize("text", AWKWARD_TEXTS)
+def test_dump_settings_is_read_back_with_awkward_texts(tmp_path, text):
+    settings = resolve_settings({"run": {"output_dir": text}, "llm": {"path": text}})
+    (tmp_path / "config.yaml").write_text(dump_settings(settings))
+    assert resolve_settings(read_config_file(tmp_path / "config.yaml")) == settings
+
+
+def test_text_settings_refuse_characters_that_no_file_can_contain():
+    assert "run.exp_name='a\\x00b' must be text (it contains a NUL character)" in message({"run": {"exp_name": "a\0b"}})
+    assert "llm.path='a\\udcff' must be text (it is not UTF-8 text)" in message({"llm": {"path": "a\udcff"}})
 
 
 @pytest.mark.parametrize("preset", PRESETS)

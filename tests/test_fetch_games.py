@@ -198,6 +198,15 @@ def test_fetch_games_refuses_bad_command_lines(arguments, capsys):
     assert "usage" in capsys.readouterr().err
 
 
-def test_fetch_games_default_folder_is_the_cache_folder(monkeypatch, tmp_path):
+def test_fetch_games_default_folder_is_the_cache_folder(server, monkeypatch, tmp_path, capsys):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert fetch_games._parse(["zork1.z5"]).to == tmp_path / "priorzero" / "games"
+    assert fetch_games.main(["good.z5", "--base-url", server.url]) == 0
+    assert (tmp_path / "priorzero" / "games" / "good.z5").is_file()
+    monkeypatch.setenv("XDG_CACHE_HOME", "x" * 300)
+    assert fetch_games.main(["good.z5", "--base-url", server.url]) == 2
+    assert "error: XDG_CACHE_HOME=xxx" in capsys.readouterr().err
+
+
+def test_fetch_games_expands_the_home_folder(server, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert run(server, "~/games", "good.z5") == 0 and (tmp_path / "games" / "good.z5").is_file()

@@ -7,6 +7,7 @@ import runpy
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_entry_makes_all_checks_without_torch(tmp_path, tiny_llm_folder):
     code = (
         "import shutil, sys, types\n"
         "from priorzero import entry\n"
-        "shutil.disk_usage = lambda path: types.SimpleNamespace(free=10**6)\n"
+        "shutil.disk_usage = lambda path: types.SimpleNamespace(total=10**9, free=10**6)\n"
         f"code = entry.main({arguments})\n"
         "print(code, {'torch', 'lzero', 'ding', 'scipy'} & set(sys.modules))"
     )
@@ -44,7 +45,7 @@ def test_entry_makes_all_checks_without_torch(tmp_path, tiny_llm_folder):
 def test_entry_looks_for_a_run_to_resume_without_torch(tmp_path):
     code = "import sys; from priorzero import entry\nprint(entry.main(['--resume', '.']), 'torch' in sys.modules)"
     done = run_python(code, cwd=tmp_path)
-    assert done.stdout == "2 False\n" and "--resume .: it has no checkpoint" in done.stderr
+    assert done.stdout == "2 False\n" and f"--resume {tmp_path}: it has no checkpoint" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,11 @@ def test_check_models_needs_no_disk_for_an_evaluation(monkeypatch, tiny_llm_fold
     evaluation["run"]["max_env_step"] = 1
     with pytest.raises(UserError, match="needs about 1000000000"):
         check_models(make_settings(evaluation))
+
+
+def test_check_models_ignores_the_space_of_a_disk_that_does_not_know_its_size(monkeypatch, tiny_llm_folder):
+    monkeypatch.setattr("priorzero.preflight.shutil.disk_usage", lambda _: SimpleNamespace(total=0, free=0))
+    check_models(make_settings({"llm": {"path": str(tiny_llm_folder)}}))
 
 
 @pytest.mark.parametrize(
@@ -104,7 +110,8 @@ def test_prepare_starts_the_games_and_ends_them(tmp_path, tiny_llm_folder):
         with prepare(make_settings(layer)) as prepared:
             processes = [worker.pid for worker in prepared.workers]
             assert len(processes) == 2 and all(Path(f"/proc/{pid}").exists() for pid in processes)
-            assert not prepared.folder.exists()
+            assert [path.name for path in prepared.folder.iterdir()] == [".lock"]
+        assert list(tmp_path.iterdir()) == []  # nothing was written into the run's folder
         assert not any(Path(f"/proc/{pid}").exists() for pid in processes)
 
 

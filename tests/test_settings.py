@@ -19,16 +19,17 @@ ROOT = Path(__file__).parent.parent
     [
         ("run.max_iter=-1", "run.max_iter=-1 must be a whole number, at least 1"),
         ("run.max_iter=many", "run.max_iter=many must be a whole number, at least 1"),
-        ("run.max_iter=true", "run.max_iter=True must be a whole number, at least 1"),
+        ("run.max_iter=true", "run.max_iter=true must be a whole number, at least 1"),
         ("run.max_iter=2.5", "run.max_iter=2.5 must be a whole number"),
-        ("run.max_iter=", "run.max_iter=None must be a whole number"),
-        ("llm.learning_rate=.nan", "llm.learning_rate=nan must be a finite number greater than 0"),
+        ("run.max_iter=", "run.max_iter='' must be a whole number"),
+        ("llm.learning_rate=.nan", "llm.learning_rate=.nan must be a finite number greater than 0"),
         ("llm.learning_rate=.inf", "must be a finite number"),
         ("llm.learning_rate=fast", "llm.learning_rate=fast must be a finite number greater than 0"),
-        ("llm.learning_rate=true", "llm.learning_rate=True must be a finite number"),
+        ("llm.learning_rate=true", "llm.learning_rate=true must be a finite number"),
         ("llm.learning_rate=1" + "0" * 400, "must be a finite number"),
         ("llm.use_lora=1", "llm.use_lora=1 must be true or false"),
-        ("llm.path=[1]", "llm.path=[1] must be text"),
+        ("run.seed=2000000001", "must be a whole number between 0 and 2000000000"),
+        ("run.max_iter=9223372036854775808", "must be a whole number, at least 1 (it needs more than 64 bits)"),
         ("prior.combine=add", "prior.combine=add must be one of mix, replace"),
         ("world_model.embed_dim=1000000", "must be a whole number between 8 and 16384"),
         ("world_model.num_unroll_steps=2", "must be a whole number, at least 4"),
@@ -57,6 +58,12 @@ def test_settings_that_are_wrong_are_refused_with_what_is_allowed(assignments, m
     with pytest.raises(UserError) as caught:
         resolve_settings(parse_assignments(assignments.split(" ")))
     assert message in str(caught.value)
+
+
+def test_settings_that_are_not_text_are_refused():
+    for value in ([1], {"a": 1}, True):
+        with pytest.raises(UserError, match="must be text"):
+            resolve_settings({"llm": {"path": value}})
 
 
 @pytest.mark.parametrize("assignments", ["vllm.sync_every=3 vllm.max_staleness=2", "train.overlap=always"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,9 @@ def test_summary_text_of_a_stopped_run_says_how_to_continue(tmp_path):
     assert text.endswith(f"\n  to continue  python -m priorzero.entry --resume {tmp_path}")
     assert "--resume" not in text_of(tmp_path, stopped=True, checkpoint=None)
     assert "--resume" not in text_of(tmp_path, stopped=True, resumable=False)
+
+
+def test_summary_text_quotes_paths_for_the_shell(tmp_path):
+    text = text_of(tmp_path / "it's", stopped=True)
+    command = text.splitlines()[-1].split("  ")[-1]
+    assert shlex.split(command)[-1] == str(tmp_path / "it's")

@@ -61,7 +61,7 @@ class _Prepared:
     Attributes:
         settings: a copy of all settings.
         games: the names of the games.
-        folder: the run's, which does not exist yet.
+        folder: the run's, which exists and is locked.
         ray_processes: those of Ray without which the run cannot continue, if they were started here.
     """
 
@@ -80,18 +80,19 @@ def _connected(settings: Settings) -> Iterator[_Prepared]:
             games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
         check_games(settings, games=games, unseen=unseen)
         check_settings(settings)
-        folder = new_run_folder(settings, games).absolute()  # other processes may have another working directory
-        settings.run.output_dir = str(folder.parent)
-        with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
-            ray_processes = connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
-        try:
-            with reported_to_user(folder, settings, resumable=False):
-                yield _Prepared(settings, ", ".join(game.name for game in games), folder, ray_processes)
-        except (ProcessError, RayError) as error:
-            cause = error.cause if isinstance(error, RayTaskError) else error
-            raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
-        finally:
-            ray.shutdown()
+        with new_run_folder(settings, games) as new_folder:
+            folder = new_folder.absolute()  # other processes may have another working directory
+            settings.run.output_dir = str(folder.parent)
+            with announced("connecting to the Ray cluster" if settings.cluster.address else "starting Ray"):
+                ray_processes = connect(settings, namespace=f"priorzero-{folder.name}-{os.getpid()}")
+            try:
+                with reported_to_user(folder, settings, resumable=False):
+                    yield _Prepared(settings, ", ".join(game.name for game in games), folder, ray_processes)
+            except (ProcessError, RayError) as error:
+                cause = error.cause if isinstance(error, RayTaskError) else error
+                raise UserError(f"{' '.join(str(cause).split())[-500:]}; the run's files are in {folder}") from error
+            finally:
+                ray.shutdown()
 
 
 async def training_loop(run: ClusterRun) -> None:
@@ -125,7 +126,7 @@ async def _train(prepared: _Prepared) -> RunSummary:
     settings, games, folder = prepared.settings, prepared.games, prepared.folder
     resources = ray.cluster_resources()
     plan = plan_resources(settings, cpus=resources.get("CPU", 0.0), gpus=resources.get("GPU", 0.0))
-    lock = create_files(settings, folder, resumed=False)
+    create_files(settings, folder)
     log_start(settings, games=games, where="a Ray cluster", folder=folder)
     logger.info("; ".join(f"{role}: {share.num_cpus:g} CPU, {share.num_gpus:g} GPU" for role, share in plan.items()))
     run = ClusterRun(settings, games=games, plan=plan, folder=folder)
@@ -139,6 +140,4 @@ async def _train(prepared: _Prepared) -> RunSummary:
         raise
     finally:
         await run.close()
-        if lock is not None:
-            lock.close()
     return run.summary()

@@ -10,7 +10,8 @@ import sqlite3
 import time
 from pathlib import Path
 
-from priorzero.runtime.paths import user_cache_dir
+from priorzero.runtime.paths import user_cache_dir, user_path
+from priorzero.types import UserError
 
 CACHE_VARIABLE = "PRIORZERO_ACTION_CACHE"
 MAX_ROWS = 200_000  # a row takes about 0.7 kB
@@ -37,15 +38,15 @@ def digest(*fields: bytes) -> bytes:
 def cache_file() -> Path | None:
     """The value of ``$PRIORZERO_ACTION_CACHE``, or ``valid_actions.sqlite3`` in the folder of downloaded games.
 
-    None if the value is ``off``, or, with a warning, if the user has no home folder.
+    None if the value is ``off``, or, with a warning, if it is no usable path or the user has no home folder.
     """
     value = os.environ.get(CACHE_VARIABLE)
     if value == "off":
         return None
     try:
-        return Path(value).expanduser() if value else cache_dir() / "valid_actions.sqlite3"
-    except RuntimeError as error:
-        logger.warning("The cache of valid actions is disabled: %s Set %s=FILE to enable it.", error, CACHE_VARIABLE)
+        return user_path(value, what=f"{CACHE_VARIABLE}=") if value else cache_dir() / "valid_actions.sqlite3"
+    except UserError as error:
+        logger.warning("The cache of valid actions is disabled: %s. %s=FILE enables it.", error, CACHE_VARIABLE)
         return None
 
 

@@ -12,6 +12,7 @@ from typing import Literal, Unpack
 from priorzero.envs import textworld_files
 from priorzero.envs.action_cache import cache_dir
 from priorzero.envs.textworld_files import did_you_mean
+from priorzero.runtime.paths import check_path_text, shown, user_path
 from priorzero.types import GameArguments, TextGame, UserError
 
 GAMES_VARIABLE = "PRIORZERO_GAMES"
@@ -60,18 +61,19 @@ def resolve_game(env_id: str) -> GameSpec:
         request = textworld_files.parse_request(env_id)
         path = textworld_files.get_or_make(request, cache_dir() / "textworld")
         return GameSpec(env_id, "textworld", path, _md5(path), request.name)
-    if "/" in env_id or os.sep in env_id:
-        path = Path(env_id).expanduser()
+    if "/" in env_id:
+        path = user_path(env_id, what="The story file ")
         if not path.exists():
             raise UserError(
-                f"There is no story file {env_id!r} ({path.absolute()} does not exist).\n{_download_hint(path.name)}"
+                f"There is no story file {shown(env_id)!r} ({shown(str(path.absolute()))} does not exist).\n"
+                f"{_download_hint(path.name)}"
             )
     elif re.fullmatch(r".+\.z[1-8]", env_id, re.IGNORECASE):
         path = _find_story(env_id)
     else:
         known = [*supported_games(), *(TEXTWORLD_PREFIX + challenge for challenge in textworld_files.CHALLENGES)]
         raise UserError(
-            f"Unknown game {env_id!r}.{did_you_mean(env_id, known)}\n"
+            f"Unknown game {shown(env_id)!r}.{did_you_mean(env_id, known)}\n"
             "Allowed are: the name of a story file that Jericho supports, such as zork1.z5 (python "
             "scripts/fetch_games.py --list prints all names); a path to such a file; or a TextWorld game, such as "
             "'textworld:simple?seed=7'."
@@ -85,12 +87,10 @@ def resolve_games(env_ids: str) -> list[GameSpec]:
     Raises:
         UserError: a game cannot be resolved, or occurs twice.
     """
-    if Path(env_ids).is_file():  # a path may contain a comma
-        return [resolve_game(env_ids)]
-    games = [resolve_game(env_id.strip()) for env_id in env_ids.split(",")] if env_ids.strip() else []
+    games = [resolve_game(env_id) for env_id in _split(env_ids)]
     for n, game in enumerate(games):
         if game.md5 in {other.md5 for other in games[:n]}:
-            raise UserError(f"The game {game.env_id!r} occurs twice in {env_ids!r}. Name each game once.")
+            raise UserError(f"The game {game.env_id!r} occurs twice in {shown(env_ids)!r}. Name each game once.")
     return games
 
 
@@ -100,13 +100,27 @@ def check_names(env_ids: str) -> None:
     Raises:
         UserError: a game is unknown, or its story file is missing or cannot be used.
     """
-    if Path(env_ids).is_file():
-        return
-    for env_id in [name.strip() for name in env_ids.split(",") if name.strip()]:
+    for env_id in _split(env_ids):
         if env_id.startswith(TEXTWORLD_PREFIX):
             textworld_files.parse_request(env_id)
         else:
             resolve_game(env_id)
+
+
+def _split(env_ids: str) -> list[str]:
+    """The names in a comma-separated list.
+
+    Raises:
+        UserError: a name is empty.
+    """
+    if not env_ids.strip():
+        return []
+    if os.path.isfile(os.path.expandvars(os.path.expanduser(env_ids))):  # a path may contain a comma
+        return [env_ids]
+    names = [name.strip() for name in env_ids.split(",")]
+    if "" in names:
+        raise UserError(f"The list of games {shown(env_ids)!r} contains an empty name. Remove the superfluous comma.")
+    return names
 
 
 def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
@@ -124,16 +138,22 @@ def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
 
 
 def _find_story(name: str) -> Path:
-    folders = [Path.cwd()]
+    check_path_text(name, prefix=f"The story file {shown(name)}")
+    folders, notes = [user_path(".", what="The working folder ").absolute()], []
     if os.environ.get(GAMES_VARIABLE):
-        folders.append(Path(os.environ[GAMES_VARIABLE]).expanduser())
-    folders.append(cache_dir())
+        folders.append(user_path(os.environ[GAMES_VARIABLE], what=f"{GAMES_VARIABLE}="))
+    else:
+        notes.append(f"${GAMES_VARIABLE} is not set")
+    try:
+        folders.append(cache_dir())
+    except UserError as error:  # the story may be in another folder
+        notes.append(str(error))
     for folder in folders:
-        if (folder / name).exists():
+        if os.path.exists(folder / name):
             return folder / name
     places = "\n".join(f"  {folder / name}" for folder in folders)
-    unset = "" if os.environ.get(GAMES_VARIABLE) else f" (${GAMES_VARIABLE} is not set)"
-    raise UserError(f"There is no story file {name!r}. Searched{unset}:\n{places}\n{_download_hint(name)}")
+    unsearched = f" ({'; '.join(notes)})" if notes else ""
+    raise UserError(f"There is no story file {name!r}. Searched{unsearched}:\n{places}\n{_download_hint(name)}")
 
 
 def _download_hint(name: str) -> str:

@@ -7,6 +7,7 @@ A game is a folder with ``<name>.z8`` (the story), ``<name>.json`` (TextWorld's 
 from __future__ import annotations
 
 import difflib
+import errno
 import importlib.metadata
 import json
 import os
@@ -22,6 +23,7 @@ from priorzero.envs.child import python_command
 from priorzero.types import UserError
 
 MAKE_TIMEOUT_S = 600.0
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)  # of the generator
 Value = int | str | bool
 
 
@@ -145,16 +147,21 @@ def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
     # Another version of the generator may generate another game.
     home = folder / importlib.metadata.version("textworld") / request.name
     story = home / f"{request.name}.z8"
-    if _is_complete(story):
-        return story
     try:
-        home.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{request.name}-", dir=home.parent))
+        if not _is_complete(story):
+            _make(request, home, story)
     except OSError as error:
         raise UserError(
             f"Cannot generate the game in {str(home.parent)!r}: {error.strerror}. "
-            "Set XDG_CACHE_HOME to a writable folder."
+            "Set XDG_CACHE_HOME to a writable folder on a disk with free space."
         ) from error
+    return story
+
+
+def _make(request: TextWorldRequest, home: Path, story: Path) -> None:
+    """Generate ``story`` in the folder ``home``."""
+    home.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{request.name}-", dir=home.parent))
     try:
         _run_generator(request, scratch / "new" / story.name)
         if home.exists() and not _is_complete(story):
@@ -166,7 +173,6 @@ def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    return story
 
 
 def generate(request_json: str, output: str) -> None:
@@ -175,6 +181,8 @@ def generate(request_json: str, output: str) -> None:
     import textworld.challenges
     import textworld.generator
 
+    # Inform writes a folder of its own into the home folder, or into the working folder if there is none.
+    os.environ["HOME"] = str(Path(output).parent.parent)
     request = json.loads(request_json)
     settings = {**request["settings"], "seed": request["seed"]}
     if settings.get("split") == "all":
@@ -208,6 +216,9 @@ def _run_generator(request: TextWorldRequest, output: Path) -> None:
             f"TextWorld did not generate {request.name} within {MAKE_TIMEOUT_S:.0f} s. Choose a smaller game."
         ) from error
     if done.returncode != 0 or not _is_complete(output):
+        for number in DISK_ERRORS:
+            if f"[Errno {number}]" in done.stdout:
+                raise OSError(number, os.strerror(number))
         raise UserError(
             f"TextWorld failed to generate {request.name} (exit code {done.returncode}). Change its parameters "
             f"({request_json}). The output of TextWorld:\n{done.stdout.strip()[-2000:]}"

@@ -25,7 +25,7 @@ from priorzero.llm.chat_template import usable_template
 from priorzero.llm.hub import PACKAGES, check_hub, snapshot_folder
 from priorzero.llm.weight_files import read_json, tensor_shapes
 from priorzero.runtime.activity import announced
-from priorzero.runtime.paths import user_cache_dir
+from priorzero.runtime.paths import user_cache_dir, user_path
 from priorzero.runtime.quiet import quiet_transformers
 from priorzero.settings import LLMSettings
 from priorzero.types import UserError
@@ -79,7 +79,13 @@ def resolve_model(path: str, *, setting: str) -> str:
     if isinstance(found, Package):
         if not (found.folder / "config.json").is_file():
             with announced("converting the LLM, which is done once"):
-                _convert_gguf(found.gguf, found.folder)
+                try:
+                    _convert_gguf(found.gguf, found.folder)
+                except OSError as error:
+                    raise UserError(
+                        f"{setting}={path}: the converted model cannot be written to {found.folder} ({error}); set "
+                        "XDG_CACHE_HOME to a writable folder on a disk with free space"
+                    ) from error
         return str(found.folder)
     return str(found)
 
@@ -158,14 +164,14 @@ def _find(path: str, *, setting: str) -> Path | Package | str:
         raise UserError(f"{setting} is empty; give a folder, a hub id, or package:NAME")
     if path.startswith(PACKAGE_PREFIX):
         return _model_in_package(path.removeprefix(PACKAGE_PREFIX), setting=setting)
-    folder = Path(path).expanduser()
+    folder = user_path(path, what=f"{setting}=")
     if folder.is_dir():
         if not (folder / "config.json").is_file():
             raise UserError(f"{setting}={path}: {_explain(folder, setting=setting)}")
         return folder.absolute()
     if folder.exists():
         raise UserError(f"{setting}={path}: this is a file; give the folder that contains config.json: {folder.parent}")
-    if path.startswith((".", "/", "~")) or path.count("/") != 1:  # looks like a path
+    if path.startswith((".", "/", "~", "$")) or path.count("/") != 1:  # looks like a path
         raise UserError(
             f"{setting}={path}: no such folder; give a folder made by save_pretrained, a hub id such as "
             f"Qwen/Qwen2.5-0.5B-Instruct, or {PACKAGES[setting]}"
@@ -213,6 +219,7 @@ def _model_in_package(name: str, *, setting: str) -> Path | Package:
 def _convert_gguf(source: Path, folder: Path) -> None:
     """Convert a quantised GGUF file to a float32 model folder. A rename at the end makes it appear as a whole."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet_transformers()
@@ -226,7 +233,10 @@ def _convert_gguf(source: Path, folder: Path) -> None:
             quantization_config=GgufConfig(dequantize=True),
             dtype=torch.float32,
         )
-        model.save_pretrained(temporary)
+        try:
+            model.save_pretrained(temporary)
+        except SafetensorError as error:  # a subclass of Exception only
+            raise OSError(str(error)) from error
         AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(temporary)
         try:
             temporary.rename(folder)

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
+from priorzero.runtime.paths import replace_text
 from priorzero.types import GameState
 
 if TYPE_CHECKING:
@@ -133,9 +133,7 @@ def write_transcripts(path: Path, episodes: Iterable[EvaluationTranscript], *, e
         OSError: the file cannot be written. The previous one is unchanged.
     """
     content = {"format": FORMAT, "env_step": env_step, "episodes": list(episodes)}
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_text(json.dumps(content, ensure_ascii=False, allow_nan=False), encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    replace_text(path, json.dumps(content, ensure_ascii=False, allow_nan=False))
 
 
 def read_transcripts(path: Path) -> tuple[int, list[EvaluationTranscript]]:

@@ -23,6 +23,7 @@ from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
 
 FORMAT = 7  # raise it when a change makes older checkpoints unreadable
+CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training.pt"
 REQUIRED_FILES = (TRAINING_STATE, "world_model.pt", "actions.json", "config.yaml")
@@ -160,7 +161,7 @@ def _sync(path: Path) -> None:
 def saved_checkpoints(run_folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     found = []
-    for path in (run_folder / "checkpoints").glob("iteration_*"):
+    for path in (run_folder / CHECKPOINTS).glob("iteration_*"):
         match = CHECKPOINT_NAME.fullmatch(path.name)
         if match and (path / MANIFEST).is_file():
             found.append((int(match[1]), int(match[2] or 0), not match[3], path))
@@ -234,8 +235,8 @@ def remove_old_checkpoints(run_folder: Path, *, keep: int) -> None:
 
 def remove_leftovers(run_folder: Path) -> None:
     """Remove what a process that was killed while saving left behind. The run must be locked."""
-    for path in (run_folder / "checkpoints").glob(".iteration_*"):
+    for path in (run_folder / CHECKPOINTS).glob(".iteration_*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in (run_folder / "checkpoints").glob("iteration_*~"):
+    for path in (run_folder / CHECKPOINTS).glob("iteration_*~"):
         if path.with_name(path.name.removesuffix("~")).exists():
             shutil.rmtree(path, ignore_errors=True)

@@ -4,13 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 from priorzero.settings import Settings
 from priorzero.types import EngineError, GameWorkerError, UserError
 
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+_SPACE = "free some space, or ask for a larger quota"
+_WRITABLE = "make it writable"
+_DISK = "check the disk, or the network file system"
+_FILES = "raise the limit of open files (ulimit -n)"
+# What to do about errors that always come from a file system.
+DISK_ERRORS = {
+    errno.ENOSPC: _SPACE,
+    errno.EDQUOT: _SPACE,
+    errno.EFBIG: "the file is larger than the file system or ulimit -f allows: raise the limit",
+    errno.EROFS: _WRITABLE,
+    errno.EIO: _DISK,
+    errno.ESTALE: _DISK,
+    errno.EMFILE: _FILES,
+    errno.ENFILE: _FILES,
+}
+# The same for errors that can also have other causes. They count if they name a file of the run.
+FILE_ERRORS = {
+    errno.EACCES: _WRITABLE,
+    errno.EPERM: _WRITABLE,
+    errno.ENOENT: "if the run's folder was moved, move it back",
+    errno.ENOTDIR: "if the run's folder was moved, move it back",
+    errno.EISDIR: "remove this folder",
+    errno.ELOOP: _DISK,
+    errno.ENOTCONN: _DISK,
+    errno.ENODEV: _DISK,
+    errno.ENXIO: _DISK,
+    errno.ETIMEDOUT: _DISK,
+    errno.ENAMETOOLONG: "give run.output_dir a shorter name",
+}
 
 
 @contextlib.contextmanager
@@ -26,9 +55,23 @@ def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True
     except EngineError as error:
         raise UserError(f"the LLM engine failed: {error}. The run's files are in {folder}") from error
     except OSError as error:
-        if error.errno not in DISK_ERRORS:
+        advice = disk_advice(error, folder=folder)
+        if advice is None:
             raise
-        how = (
-            f"make it writable, then type --resume {folder}" if resumable else "make it writable, then start a new run"
-        )
-        raise UserError(f"{folder}: cannot write ({error}); {how}") from error
+        then = f"type --resume {shlex.quote(str(folder))}" if resumable else "start a new run"
+        raise UserError(f"{folder}: cannot write ({error}); {advice}, then {then}") from error
+
+
+def disk_advice(error: OSError, *, folder: Path) -> str | None:
+    """What the user can do about an error of the file system; None if it is another error.
+
+    Args:
+        error: the error.
+        folder: the run's.
+    """
+    if error.errno in DISK_ERRORS:
+        return DISK_ERRORS[error.errno]
+    names = [Path(name) for name in (error.filename, error.filename2) if isinstance(name, (str, Path))]
+    if any(name.absolute().is_relative_to(folder.absolute()) for name in names):
+        return FILE_ERRORS.get(error.errno or 0)
+    return None

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import itertools
 import os
 import re
+import shlex
+import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -17,57 +21,150 @@ from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import saved_checkpoints
 from priorzero.runs.files import CONFIG, EPISODES, ERROR, EVALUATIONS, LOCK, LOGS
 from priorzero.runs.progress import open_logs
+from priorzero.runtime.concurrency import exit_callbacks
+from priorzero.runtime.paths import shown, user_path
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
 RUN_NAME = re.compile(r"[\w][\w.+-]{0,99}")
+MAX_NAME_BYTES = 200  # the file system allows 255, and names of temporary folders are longer
+MAX_ATTEMPTS = 100
 
 
-def new_run_folder(settings: Settings, games: Sequence[GameSpec]) -> Path:
-    """The path of a new run's folder, which is not created yet.
+def check_run_folder(settings: Settings) -> None:
+    """Check that a new run's folder can be created. Nothing remains of the attempt.
+
+    Raises:
+        UserError: the name is invalid or exists, or ``run.output_dir`` cannot be written.
+    """
+    root, name = user_path(settings.run.output_dir, what="run.output_dir="), settings.run.exp_name
+    if name and not is_run_name(name):
+        raise UserError(
+            f"run.exp_name={shown(name)!r}: use at most 100 letters, digits and . _ + - ({MAX_NAME_BYTES} bytes), for "
+            "example zork1_try2"
+        )
+    if name and os.path.lexists(root / name):
+        raise _exists(root / name)
+    _try_to_write(root)
+
+
+def _try_to_write(root: Path) -> None:
+    """Raise UserError if no folder can be created in the nearest existing folder, which may be a pseudo file system."""
+    while True:
+        existing = next(p for p in (root, *root.absolute().parents) if p.exists())
+        try:
+            os.rmdir(tempfile.mkdtemp(prefix=".priorzero-", dir=existing))
+            return
+        except OSError as error:
+            if existing.exists():  # otherwise another run has removed it, which it had created but not used
+                raise _not_writable(root, error, where=existing) from error
+
+
+def is_run_name(name: str) -> bool:
+    """Whether a run can have this name."""
+    return RUN_NAME.fullmatch(name) is not None and len(name.encode()) <= MAX_NAME_BYTES
+
+
+def given_folder(text: str | Path, *, what: str) -> Path:
+    """The path of a run's folder that a user gave, as :func:`user_path`. It has a name, also if ``.`` was given."""
+    folder = user_path(text, what=what)
+    return folder if folder.name and ".." not in folder.parts else folder.resolve()
+
+
+@contextlib.contextmanager
+def new_run_folder(settings: Settings, games: Sequence[GameSpec]) -> Iterator[Path]:
+    """Create the folder of a new run and lock it until the end of the block.
+
+    Without ``run.exp_name``, the folder gets a name that no other run has, also if several start at the same time. If
+    nothing is written into it, it is removed at the end, also if a signal ends the process.
 
     Raises:
         UserError: the name is invalid or exists, or the folder cannot be created.
     """
-    root, name = Path(settings.run.output_dir), settings.run.exp_name
-    if name:
-        if not RUN_NAME.fullmatch(name):
-            raise UserError(
-                f"run.exp_name={name!r}: use at most 100 letters, digits and . _ + -, for example zork1_try2"
-            )
-        if (root / name).exists():
-            raise UserError(
-                f"run.exp_name={name}: {root / name} exists already; give another name, or none to get a new one"
-            )
-    else:
-        others = f"_and_{len(games) - 1}_more" if len(games) > 1 else ""
-        stem = f"{games[0].name}{others}_seed{settings.run.seed}_{time.strftime('%Y%m%d-%H%M%S')}"
-        names = [stem, *(f"{stem}_{n}" for n in range(2, 100))]
-        name = next(n for n in names if not (root / n).exists())
-    existing = next(p for p in (root, *root.absolute().parents) if p.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise UserError(f"run.output_dir={root}: {existing} is not a writable folder; give another one")
-    return root / name
+    check_run_folder(settings)
+    root = user_path(settings.run.output_dir, what="run.output_dir=")
+    new_parents = [path for path in (root, *root.absolute().parents) if not path.exists()]
+    folder = _create(root, settings.run.exp_name, games=games, seed=settings.run.seed)
+
+    def remove_if_unused() -> None:
+        with contextlib.suppress(OSError):  # another process has put something into one of these folders
+            if os.listdir(folder) == [LOCK]:
+                (folder / LOCK).unlink()
+            for path in (folder, *new_parents):
+                path.rmdir()
+
+    lock = None
+    exit_callbacks.append(remove_if_unused)
+    try:
+        lock = lock_folder(folder)
+        yield folder
+    finally:
+        exit_callbacks.remove(remove_if_unused)
+        remove_if_unused()
+        if lock is not None:
+            lock.close()
 
 
-def create_files(settings: Settings, folder: Path, *, resumed: bool) -> TextIO | None:
-    """Create a run's folder, write its settings and open its logs.
+def _create(root: Path, name: str, *, games: Sequence[GameSpec], seed: int) -> Path:
+    for attempt in itertools.count(1):
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            for path in [root / name] if name else (root / generated for generated in _names(games, seed=seed)):
+                with contextlib.suppress(FileExistsError):
+                    path.mkdir()
+                    return path
+            raise _exists(root / name)
+        except (
+            FileNotFoundError,
+            FileExistsError,
+        ) as error:  # another run has just removed `root`, which it had created
+            if attempt == MAX_ATTEMPTS:
+                raise _not_writable(root, error, where=root) from error
+        except OSError as error:
+            raise _not_writable(root, error, where=root) from error
+    raise AssertionError
 
-    Returns:
-        The lock of a new run; None for a resumed one, which is locked already.
+
+def _names(games: Sequence[GameSpec], *, seed: int) -> Iterator[str]:
+    """Names made of the games, the seed and the time, which can also be given as ``run.exp_name``."""
+    others = f"_and_{len(games) - 1}_more" if len(games) > 1 else ""
+    rest = f"{others}_seed{seed}_{time.strftime('%Y%m%d-%H%M%S')}"
+    stem = games[0].name[: 90 - len(rest)] + rest
+    yield stem
+    for number in itertools.count(2):
+        yield f"{stem}_{number}"
+
+
+def _exists(folder: Path) -> UserError:
+    return UserError(
+        f"run.exp_name={folder.name}: {folder} exists already; give another name, or none to get a new one, or type "
+        f"--resume {shlex.quote(str(folder))} to continue this run"
+    )
+
+
+def _not_writable(root: Path, error: OSError, *, where: Path) -> UserError:
+    return UserError(
+        f"run.output_dir={root}: {where} is not a writable folder ({error.strerror}); give another one: --set "
+        "run.output_dir=FOLDER"
+    )
+
+
+def create_files(settings: Settings, folder: Path) -> None:
+    """Write a run's settings into its folder, which exists, and open its logs.
 
     Raises:
         UserError: the folder cannot be written.
     """
     try:
-        (folder / LOGS).mkdir(parents=True, exist_ok=resumed)
+        (folder / LOGS).mkdir(exist_ok=True)
         (folder / CONFIG).write_text(dump_settings(settings), encoding="utf-8")
         (folder / ERROR).unlink(missing_ok=True)  # it ended the run before this was resumed
     except OSError as error:
-        where = settings.run.output_dir
-        raise UserError(f"run.output_dir={where}: cannot be written ({error}); give another folder") from error
+        raise UserError(
+            f"{folder}: cannot be written ({error}); make it writable, or start a new run in another folder: --set "
+            "run.output_dir=FOLDER"
+        ) from error
     open_logs(folder / LOGS)
-    return None if resumed else lock_folder(folder)
 
 
 def lock_folder(folder: Path) -> TextIO:
@@ -124,7 +221,7 @@ def rename_unsaved(output_dir: Path, name: str) -> Path | None:
         UserError: the run is still running.
     """
     folder = output_dir / name
-    if not RUN_NAME.fullmatch(name) or not folder.is_dir() or saved_checkpoints(folder):
+    if not is_run_name(name) or not folder.is_dir() or saved_checkpoints(folder):
         return None
     lock_folder(folder).close()
     names = (folder.with_name(f"{folder.name}.unsaved{n}") for n in range(1, 1000))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -78,8 +79,11 @@ class MetricsWriter:
         return sorted(folder.glob("events.out.tfevents.*"))
 
     def close(self) -> None:
-        """Close the event file."""
-        self._writer.close()
+        """Close the event file. What :meth:`write` could not write, which has raised an error, may be lost."""
+        try:
+            self._writer.close()
+        except OSError as error:
+            logger.warning(f"the metrics file was not closed properly ({error})")
 
 
 class RunLogger:
@@ -165,15 +169,12 @@ class RunLogger:
         Returns:
             The evaluations by mode, over all games; ``unseen_MODE`` for games that are not trained on.
         """
-        evaluations, scalars = {}, {}
+        evaluations, scalars, lines = {}, {}, []
         for (mode, unseen), of_games in results.items():
-            self._append(
-                EVALUATIONS,
-                [
-                    {"env_step": env_step, "game": game, "unseen": unseen, **evaluation.results()}
-                    for game, evaluation in of_games.items()
-                ],
-            )
+            lines += [
+                {"env_step": env_step, "game": game, "unseen": unseen, **evaluation.results()}
+                for game, evaluation in of_games.items()
+            ]
             name = f"unseen_{mode}" if unseen else mode
             evaluations[name] = evaluation = merge(list(of_games.values()))
             logger.info(
@@ -188,6 +189,7 @@ class RunLogger:
             scalars["evaluator_step/prior_fallbacks"] = prior_fallbacks
         self.writer.write(scalars, step=env_step)
         write_transcripts(self.folder / LAST_EVALUATION, _first_episodes(results), env_step=env_step)
+        self._append(EVALUATIONS, lines)  # last: if anything fails, the evaluation is repeated
         return evaluations
 
     def close(self) -> None:
@@ -195,9 +197,16 @@ class RunLogger:
         self.writer.close()
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
-        seconds = round(self.seconds, 1)
-        with (self.folder / name).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
+        """Append all lines, or none if this raises OSError."""
+        seconds, path = round(self.seconds, 1), self.folder / name
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.truncate(path, size)
+            raise
 
 
 def _first_episodes(results: Evaluations) -> list[EvaluationTranscript]:

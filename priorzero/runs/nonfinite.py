@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -71,5 +72,10 @@ class NonFiniteUpdates:
         for record in records:
             table.number(record)
         self._folder.mkdir(exist_ok=True)
-        torch.save({"error": str(error), "records": table.state_dict(), "arrays": arrays}, file)
+        try:
+            torch.save({"error": str(error), "records": table.state_dict(), "arrays": arrays}, file)
+        except (OSError, RuntimeError):
+            with contextlib.suppress(OSError):
+                file.unlink()  # a part of a batch is of no use
+            raise
         return f"; the batch was saved to {file}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import os
 import sys
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 REFRESH_S = 0.5  # seconds between refreshes of the live line
 MAX_MARKS = 20  # speed and time left are measured over this many iterations
+MAX_LOG_BYTES = 50_000_000
 FILE_FORMAT = "{time:YYYY-MM-DD HH:mm:ss.SSS} {level: <7} {message}"
 
 
@@ -150,17 +152,63 @@ def terminal_output(terminal: TextIO | None = None) -> Iterator[None]:
 # ---- the log files ----
 
 
+class LogFile:
+    """A log file, for loguru. When it is full, it is renamed ``NAME.1.log``, ``NAME.2.log``, ..., and a new one begins.
+
+    A file that cannot be written does not end the run. The first time, stderr says so. Each later message is tried
+    again, and a line in the file says how many are missing.
+    """
+
+    def __init__(self, path: Path, *, max_bytes: int = MAX_LOG_BYTES) -> None:
+        self._path = path
+        self._max_bytes = max_bytes
+        self._file: TextIO | None = None
+        self._num_missing = 0
+        self._was_reported = False
+        self.write("")
+
+    def write(self, message: str) -> None:
+        """Write a message, which ends with a newline."""
+        try:
+            self._write(
+                f"({self._num_missing} messages could not be written)\n{message}" if self._num_missing else message
+            )
+            self._num_missing = 0
+        except OSError as error:
+            self.stop()  # after some errors, a file must be opened again
+            self._num_missing += 1
+            if not self._was_reported:
+                self._was_reported = True
+                print(f"warning: {self._path} cannot be written ({error}); the run continues", file=sys.stderr)
+
+    def _write(self, text: str) -> None:
+        if self._file is None:
+            self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        elif self._file.tell() > self._max_bytes:
+            self._file.close()
+            names = (self._path.with_name(f"{self._path.stem}.{n}.log") for n in itertools.count(1))
+            self._path.rename(next(name for name in names if not name.exists()))
+            self._file = self._path.open("a", encoding="utf-8", errors="backslashreplace", buffering=1)
+        self._file.write(text)
+
+    def stop(self) -> None:
+        """Close the file. The next message opens it again."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what is still to be written was counted as missing
+                self._file.close()
+            self._file = None
+
+
 def open_logs(folder: Path) -> None:
     """Also send the log to ``folder/run.log``, from level DEBUG on, until the block of :func:`terminal_output` ends.
 
     Messages that are bound to ``topic="prior"`` or ``topic="segments"`` also go to a file of their own.
     """
-    logger.add(folder / "run.log", level="DEBUG", rotation="50 MB", format=FILE_FORMAT)
+    logger.add(LogFile(folder / "run.log"), level="DEBUG", format=FILE_FORMAT)
     for topic, name in (("prior", "llm_prior.log"), ("segments", "segments.log")):
         logger.add(
-            folder / name,
+            LogFile(folder / name),
             level="DEBUG",
-            rotation="50 MB",
             format="{time:YYYY-MM-DD HH:mm:ss.SSS} {message}",
             filter=functools.partial(_has_topic, topic),
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from priorzero.config import read_config_file
+from loguru import logger
+
+from priorzero.config import read_config_file, resolve_settings
 from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import (
+    CHECKPOINTS,
     MANIFEST,
     Checkpoint,
     package_versions,
@@ -16,7 +20,9 @@ from priorzero.runs.checkpoint import (
     remove_leftovers,
     saved_checkpoints,
 )
-from priorzero.runs.folder import RUN_NAME, lock_folder
+from priorzero.runs.files import CONFIG
+from priorzero.runs.folder import given_folder, is_run_name, lock_folder
+from priorzero.runtime.paths import user_path
 from priorzero.settings import Settings, VLLMSettings
 from priorzero.types import UserError
 
@@ -41,7 +47,11 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
     Raises:
         UserError: there is none.
     """
-    found, notes, reason = saved_checkpoints(run_folder), [], ""
+    try:
+        found = saved_checkpoints(run_folder)
+    except OSError as error:
+        raise UserError(f"--resume {run_folder}: its checkpoints cannot be read ({error})") from error
+    notes, reason = list[str](), ""
     for folder in reversed(found):
         try:
             checkpoint = read_checkpoint(folder)
@@ -74,29 +84,50 @@ def find_checkpoint(where: str, *, output_dir: str, exp_name: str, wanted: Mappi
     """
     if where != "auto":
         return _named_checkpoint(where)
-    if exp_name and not RUN_NAME.fullmatch(exp_name):
+    if exp_name and not is_run_name(exp_name):
         return None
-    saved_at = {}
-    for run_folder in [Path(output_dir, exp_name)] if exp_name else Path(output_dir).glob("*"):
-        saved = saved_checkpoints(run_folder)
-        if saved and all(_saved_setting(saved, key) == value for key, value in wanted.items()):
-            saved_at[run_folder] = (saved[-1] / MANIFEST).stat().st_mtime
+    root = user_path(output_dir, what="run.output_dir=")
+    saved_at = {
+        run_folder: saved_at
+        for run_folder, saved, saved_at in _saved_runs([root / exp_name] if exp_name else root.glob("*"))
+        if all(_saved_setting(saved, key) == value for key, value in wanted.items())
+    }
     return newest_checkpoint(max(saved_at, key=saved_at.__getitem__)) if saved_at else None
 
 
+def _saved_runs(folders: Iterable[Path]) -> Iterator[tuple[Path, list[Path], float]]:
+    """The folders that have checkpoints, their checkpoints, and when the newest was written."""
+    for folder in folders:
+        try:
+            saved = saved_checkpoints(folder)
+            if saved:
+                yield folder, saved, (saved[-1] / MANIFEST).stat().st_mtime
+        except OSError as error:
+            logger.warning(f"--resume leaves {folder} out, since it cannot be read ({error.strerror})")
+
+
 def _named_checkpoint(where: str) -> Checkpoint:
-    folder = Path(where)
-    if folder.parent.name == "checkpoints" and (folder / MANIFEST).is_file():
+    folder = given_folder(where, what="--resume ")
+    if folder.name == CHECKPOINTS and folder.is_dir():
+        folder = folder.parent
+    if folder.parent.name == CHECKPOINTS and (folder / MANIFEST).is_file():
         run_folder = folder.parent.parent
         saved = saved_checkpoints(run_folder)
         if saved and saved[-1].resolve() != folder.resolve():
             raise UserError(
                 f"--resume {where}: the run has a later checkpoint, {saved[-1].name}, which would be overwritten; type "
-                f"--resume {run_folder}, or copy the run's folder without the later checkpoints"
+                f"--resume {shlex.quote(str(run_folder))}, or copy the run's folder without the later checkpoints"
             )
         folder = run_folder
+    elif not (folder / CHECKPOINTS).exists() and (runs := list(_saved_runs(folder.glob("*")))):
+        newest, *_ = max(runs, key=lambda run: run[2])
+        raise UserError(
+            f"--resume {where}: this folder contains {len(runs)} run(s), but is none; name one of them, such as "
+            f"{shlex.quote(str(newest))}"
+        )
     if not folder.is_dir():
-        raise UserError(f"--resume {where}: there is no such folder; name a run's folder, or auto")
+        problem = "this is a file" if folder.exists() else "there is no such folder"
+        raise UserError(f"--resume {where}: {problem}; name a run's folder, or auto")
     return newest_checkpoint(folder)
 
 
@@ -118,14 +149,12 @@ def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Seque
     """
     if settings.run.max_env_step == 0:
         raise UserError("run.max_env_step=0 only evaluates, and --resume continues training; leave one of them out")
-    now, before = settings.model_dump(), checkpoint.settings.model_dump()
+    _check_origin(checkpoint)
     different = [
-        f"{group}.{key} is {now[group][key]!r}, the checkpoint has {value!r}"
-        for group, values in before.items()
-        for key, value in values.items()
-        if now[group][key] != value and key not in MAY_DIFFER.get(group, ())
+        f"{name} is {now!r}, the checkpoint has {before!r}"
+        for name, now, before in _differences(settings, checkpoint.settings)
     ]
-    saved_games, own_games = checkpoint.manifest["games"], {game.name: game.md5 for game in games}
+    saved_games, own_games = checkpoint.manifest.get("games", {}), {game.name: game.md5 for game in games}
     if not different and saved_games != own_games:
         different.append(f"the game files are {own_games}, the checkpoint has {saved_games}")
     if different:
@@ -134,7 +163,7 @@ def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Seque
             + "\n".join(f"  - {difference}" for difference in different)
             + "\nleave these settings out, or start a new run without --resume"
         )
-    saved_versions = checkpoint.manifest["versions"]
+    saved_versions = checkpoint.manifest.get("versions", {})
     changed = [
         f"{name} {saved_versions.get(name)} to {version}"
         for name, version in package_versions().items()
@@ -143,6 +172,35 @@ def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Seque
     if changed:
         checkpoint.notes.append(
             f"packages have changed since the checkpoint was written: {', '.join(changed)}; results may differ slightly"
+        )
+
+
+def _differences(settings: Settings, saved: Settings) -> list[tuple[str, Any, Any]]:
+    """The settings that may not differ but do: name, present value, value in the checkpoint."""
+    now, before = settings.model_dump(), saved.model_dump()
+    return [
+        (f"{group}.{key}", now[group][key], value)
+        for group, values in before.items()
+        for key, value in values.items()
+        if now[group][key] != value and key not in MAY_DIFFER.get(group, ())
+    ]
+
+
+def _check_origin(checkpoint: Checkpoint) -> None:
+    """Raise UserError if ``config.yaml`` in the run's folder says that the checkpoint is from another run."""
+    file = checkpoint.run_folder / CONFIG
+    if not file.exists():
+        return
+    try:
+        settings = resolve_settings(read_config_file(file))
+    except UserError as error:  # the run does not need this file
+        checkpoint.notes.append(f"{file} cannot be used and is replaced ({error})")
+        return
+    different = [f"{name}: {now!r} and {before!r}" for name, now, before in _differences(settings, checkpoint.settings)]
+    if different:
+        raise UserError(
+            f"{checkpoint.folder}: its settings are not those of {file} ({'; '.join(different[:5])}). If the "
+            f"checkpoint is from another run, move it back. If {CONFIG} was edited, that has no effect: remove the file"
         )
 
 

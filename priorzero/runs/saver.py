@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -39,7 +40,7 @@ class Saver:
     def is_saved(self, name: str, *, about: Mapping[str, Any]) -> bool:
         """Whether the last checkpoint has this name and these entries of the manifest, and still exists."""
         folder = self._run_folder / "checkpoints" / name
-        return folder.exists() and (folder, about) == (self.last, self._last_about)
+        return os.path.exists(folder) and (folder, about) == (self.last, self._last_about)
 
     def check(self) -> None:
         """Raises UserError if the last checkpoint of a run that has ended could not be written."""
@@ -73,6 +74,10 @@ class Saver:
             logger.error(f"checkpoint {self.failure}; the last checkpoint is {self.last or 'none'}")
             return
         self.last, self._last_about, self.failure = folder, about, ""
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-        logger.debug(f"checkpoint {name}: {size / 1e6:.0f} MB in {time.perf_counter() - started:.1f} s")
-        remove_old_checkpoints(self._run_folder, keep=self._keep)
+        duration = time.perf_counter() - started
+        try:
+            size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+            logger.debug(f"checkpoint {name}: {size / 1e6:.0f} MB in {duration:.1f} s")
+            remove_old_checkpoints(self._run_folder, keep=self._keep)
+        except OSError as error:  # the checkpoint itself was written
+            logger.warning(f"the checkpoints before {name} could not be removed ({error})")

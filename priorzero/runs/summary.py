@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import shlex
 import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -63,7 +64,7 @@ def summary_rows(
         **{f"evaluation, {mode}": describe_evaluation(e) for mode, e in evaluations.items()},
         **resources,
         "checkpoint": checkpoint or "none (nothing was trained)",
-        "charts": f"tensorboard --logdir {settings.run.output_dir}",
+        "charts": f"tensorboard --logdir {shlex.quote(settings.run.output_dir)}",
     }
 
 
@@ -99,9 +100,9 @@ def summary_text(
     if (report := folder / "report.html").exists():
         rows["report"] = str(report)
     rows["checkpoint"] = str(checkpoint or "none (nothing was trained)")
-    rows["charts"] = f"tensorboard --logdir {settings.run.output_dir}"
+    rows["charts"] = f"tensorboard --logdir {shlex.quote(settings.run.output_dir)}"
     if stopped and resumable and checkpoint is not None:
-        rows["to continue"] = f"python -m priorzero.entry --resume {folder}"
+        rows["to continue"] = f"python -m priorzero.entry --resume {shlex.quote(str(folder))}"
     return (
         f"{'stopped' if stopped else 'done'}: {games}, {counters.env_step} env steps in {counters.iteration} "
         f"iterations, {num_episodes} training episodes\nwhat was learned\n"

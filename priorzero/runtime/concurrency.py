@@ -93,6 +93,7 @@ class ReadersWriterLock:
 REPEAT_S = 1.0  # a signal that arrives within this time of the first of its kind was sent together with it
 
 scratch_folders: set[Path] = set()  # temporary folders of this process, which `exit_immediately` deletes
+exit_callbacks: list[Callable[[], None]] = []  # short functions that `exit_immediately` calls
 
 
 def handled_signals() -> list[signal.Signals]:
@@ -118,7 +119,7 @@ def _write_to_stderr(message: bytes) -> None:
 
 
 def exit_immediately() -> NoReturn:
-    """Kill all child processes, delete the scratch folders and exit with code 130, without any other cleanup.
+    """Kill all child processes, delete the scratch folders, call the callbacks and exit with code 130.
 
     It does not wait for threads or tasks, so a hanging one cannot delay the exit.
     """
@@ -129,6 +130,8 @@ def exit_immediately() -> NoReturn:
                 process.kill()
     for folder in scratch_folders:
         shutil.rmtree(folder, ignore_errors=True)
+    for callback in exit_callbacks:
+        callback()
     clear_terminal_line()
     os._exit(130)
 

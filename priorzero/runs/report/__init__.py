@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from loguru import logger
@@ -10,6 +9,7 @@ from loguru import logger
 from priorzero.runs.files import ERROR, REPORT, is_locked
 from priorzero.runs.report.data import read_run
 from priorzero.runs.report.page import render
+from priorzero.runtime.paths import replace_text
 
 
 def write_report(folder: Path, *, running: bool | None = None, error: str | None = None) -> Path:
@@ -31,9 +31,8 @@ def write_report(folder: Path, *, running: bool | None = None, error: str | None
     if error is None:
         error = (folder / ERROR).read_text(encoding="utf-8") if (folder / ERROR).exists() else ""
     page = render(run, running=is_locked(folder) if running is None else running, error=error)
-    path, temporary = folder / REPORT, folder / f"{REPORT}.tmp"
-    temporary.write_text(page, encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    path = folder / REPORT
+    replace_text(path, page)
     return path
 
 

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 from dataclasses import dataclass
 from typing import Any
-
-import yaml
 
 from priorzero.config import PRESETS, parse_assignments, resolve_settings
 from priorzero.runs.files import CONFIG
@@ -102,14 +99,4 @@ def _typed(value: Any) -> str:
     """A value as it is typed after ``--set group.key=``."""
     if isinstance(value, list):
         return ",".join(map(str, value))
-    if isinstance(value, str):
-        return value if _is_plain(value) else json.dumps(value)
     return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _is_plain(text: str) -> bool:
-    """Whether YAML reads the text as it is."""
-    try:
-        return bool(yaml.safe_load(text) == text)
-    except (yaml.YAMLError, ValueError):
-        return False
