@@ -303,7 +303,9 @@ def _nearest_setting(group: str, key: str) -> str:
     """The same key of another group, a name that is spelled similarly, or all settings of the group."""
     known = [f"{g}.{k}" for g in Settings.model_fields for k in group_type(g).model_fields]
     close = [name for name in known if name.endswith(f".{key}")]
-    close = close or difflib.get_close_matches(f"{group}.{key}", known, n=1, cutoff=0.75)
+    # The key alone is compared, because a long name of the group would make any two names similar.
+    keys = difflib.get_close_matches(key, group_type(group).model_fields, n=1, cutoff=0.75)
+    close = close or [f"{group}.{name}" for name in keys]
     if close:
         return f"did you mean '{close[0]}'?"
     return f"the settings of '{group}' are {', '.join(group_type(group).model_fields)}"

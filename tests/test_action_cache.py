@@ -15,8 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from priorzero.envs import action_cache, jericho_game, make_worker, resolve_game
+from priorzero.envs import action_cache, make_worker, resolve_game
 from priorzero.envs.action_cache import ActionCache, cache_file, digest
+from priorzero.envs.frotz import EmulatorState
 from priorzero.envs.jericho_game import JerichoGame
 from priorzero.types import GameWorkerError
 from tests.helpers.game_files import story
@@ -331,15 +332,15 @@ def open_game(path, monkeypatch):
 
 
 def count_searches(game: JerichoGame) -> list[None]:
-    """A list that grows by one element whenever Jericho searches valid actions."""
+    """A list that grows by one element whenever valid actions are searched."""
     calls = []
-    find = game._env.get_valid_actions
+    find = game._probe.find_actions
 
-    def counted(**arguments):
+    def counted(state):
         calls.append(None)
-        return find(**arguments)
+        return find(state)
 
-    game._env.get_valid_actions = counted
+    game._probe.find_actions = counted
     return calls
 
 
@@ -362,7 +363,7 @@ def test_jericho_game_uses_actions_that_another_object_found(open_game, path):
 
 
 def test_cache_key_depends_on_the_story(open_game, monkeypatch):
-    monkeypatch.setattr(jericho_game, "state_digest", lambda state: b"the same state")
+    monkeypatch.setattr(EmulatorState, "digest", lambda state: b"the same state")
     zork1 = open_game().reset().valid_actions
     game = open_game("detective.z5")
     calls = count_searches(game)

@@ -82,7 +82,49 @@ def test_resolve_game_refuses_another_release(empty_folders):
 def test_resolve_game_refuses_a_file_that_jericho_does_not_support():
     message = error_of(str(story("zork1.z3")))
     assert "it has no score and no valid actions" in message
-    assert "Did you mean 'zork1.z5'?" in message
+    assert "Of this game, it supports zork1.z5. To list all supported games, type: python scripts/" in message
+
+
+@pytest.mark.parametrize("suffix", ["z3", "gblorb", "ulx", "zblorb", "z6"])
+def test_resolve_game_suggests_no_other_game_for_a_file_that_exists(tmp_path, suffix):
+    file = tmp_path / f"lgop.{suffix}"
+    file.write_bytes(b"another release")
+    message = error_of(str(file))
+    assert "does not support the story file" in message
+    assert "--list" in message
+    assert "lurking" not in message and "Did you mean" not in message
+
+
+@pytest.mark.parametrize("name", ["lgop.z3", "zzz.z5", "hitchhiker.z3"])
+def test_resolve_game_suggests_only_names_that_are_spelled_similarly(empty_folders, name):
+    message = error_of(name)
+    assert "is not a story file that Jericho supports. To list all supported games" in message
+
+
+def test_resolve_game_refuses_a_name_without_extension(tmp_path, zork1):
+    (tmp_path / "zork1").write_bytes(zork1)  # Jericho's emulator would crash
+    assert "has no extension. Rename it to zork1.z5" in error_of(str(tmp_path / "zork1"))
+
+
+ARGUMENTS = {"seed": 0, "max_episode_steps": 9, "look_and_inventory": False, "drop_inert_commands": True}
+
+
+@pytest.mark.parametrize("change", ["replaced", "deleted"])
+def test_make_game_refuses_a_story_file_that_was_changed(tmp_path, zork1, change):
+    file = tmp_path / "zork1.z5"
+    file.write_bytes(zork1)
+    spec = resolve_game(str(file))
+    game = make_game(spec, **ARGUMENTS)
+    game._valid_actions = lambda state: ("wait",)
+    game.reset()
+    file.touch()  # the contents are the same
+    game.step("wait")
+    file.unlink()
+    if change == "replaced":
+        file.write_bytes(story("zork2.z5").read_bytes())
+    for use in (lambda: game.step("wait"), game.reset, lambda: make_game(spec, **ARGUMENTS)):
+        with pytest.raises(UserError, match="was changed or deleted during the run"):
+            use()
 
 
 @pytest.mark.parametrize(
@@ -297,4 +339,4 @@ def test_resolve_games_accepts_a_list_without_duplicates(tmp_path, monkeypatch):
 def test_make_game_refuses_an_unknown_kind():
     spec = GameSpec("maze", "minigrid", Path("maze"), "0" * 32, "maze")
     with pytest.raises(ValueError, match="unknown kind 'minigrid'"):
-        make_game(spec, seed=0, max_episode_steps=9, look_and_inventory=False, drop_inert_commands=True)
+        make_game(spec, **ARGUMENTS)

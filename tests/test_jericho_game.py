@@ -216,7 +216,7 @@ def test_jericho_game_refuses_an_unsupported_story():
         open_game("zork1.z3")
 
 
-SEARCHES_PER_GAME = 8
+SEARCHES_PER_GAME = 2
 CANDIDATES = 40  # commands that a search tries; a complete search tries thousands
 
 

@@ -114,7 +114,7 @@ async def test_worker_kills_a_game_that_hangs_after_it_reported_progress(make_wo
     worker = make_worker(timeout_s=0.6)
     await worker.reset()
     began = time.monotonic()
-    with pytest.raises(GameWorkerError, match="took longer than 0.6 s"):
+    with pytest.raises(GameWorkerError, match=r"took longer than 0\.6 s"):
         await worker.step("stuck")
     assert 0.6 <= time.monotonic() - began < 4.0
     assert warnings == []
@@ -143,7 +143,7 @@ async def test_worker_waits_for_a_long_search_and_kills_a_search_that_hangs(warn
         (warning,) = warnings
         assert warning.startswith("detective: the search for valid actions took ")
         children = psutil.Process(hanging.pid).children
-        with pytest.raises(GameWorkerError, match="'reset' took longer than 1.5 s"):
+        with pytest.raises(GameWorkerError, match=r"'reset' took longer than 1\.5 s"):
             await asyncio.gather(hanging.reset(), wait_for_child(children, processes := []))
         psutil.wait_procs(processes, timeout=5)
         assert not any(is_running(process.pid) for process in processes)

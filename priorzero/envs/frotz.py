@@ -115,7 +115,11 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         self.frotz_lib.os_read_key.restype = ctypes.c_ubyte
         self.on_progress: Callable[[], None] = lambda: None
         self.isolated = False
+        # Jericho reads it in each search, which takes milliseconds; in sherlock.z5, the second time does not end.
+        self._dictionary: list[Any] = super().get_dictionary()
         self._path = path
+        self._story = path.read_bytes()
+        self._story_stat = _identity(path)
         self._filter_threads = filter_threads or min(2, len(os.sched_getaffinity(0)))
         self._second: _SecondEmulator | None = None  # opened at the first use
         self._single_thread_searches = 0  # number of following searches that use one thread
@@ -135,6 +139,10 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
             return text, reward, done, info
         nothing = "", 0, False, {"moves": self.get_moves(), "score": self.get_score()}
         return run_in_fork(step, otherwise=nothing)
+
+    def get_dictionary(self) -> list[Any]:
+        """The words that the game knows."""
+        return self._dictionary
 
     def waits_for_key(self) -> bool:
         """Whether the game waits for a key instead of a line."""
@@ -211,7 +219,17 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
             self._seed,  # a game may reset its random numbers to it
         ]
         emulator = Path(importlib.import_module("jericho.jericho").FROTZ_LIB_PATH)
-        return digest(self._path.read_bytes(), emulator.read_bytes(), json.dumps(names).encode())
+        return digest(self._story, emulator.read_bytes(), json.dumps(names).encode())
+
+    def check_story(self) -> None:
+        """Raise a UserError if the story file was changed or deleted. Jericho reads it in each ``reset``."""
+        if _identity(self._path) != self._story_stat:
+            if not self._path.is_file() or self._path.read_bytes() != self._story:
+                raise UserError(
+                    f"The story file {str(self._path)!r} was changed or deleted during the run. Restore it, then resume "
+                    "the run."
+                )
+            self._story_stat = _identity(self._path)
 
     def close_emulators(self) -> None:
         """Free the memory of both emulators. The object cannot be used afterwards.
@@ -391,6 +409,15 @@ def _try_chunks(
 def _essential_text(text: str, *, key: str) -> str:
     """The text without repeated whitespace and without the key, if the game prints it before its reply."""
     return " ".join(re.sub(rf"\A\s*>?\s*{re.escape(key)}\s*(\n|\Z)", "", text, count=1).split())
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Differs if the file was replaced or written to; empty if there is no file."""
+    try:
+        stat = path.stat()
+    except FileNotFoundError:
+        return ()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _load_spacy() -> Any:

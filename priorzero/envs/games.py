@@ -11,11 +11,12 @@ from typing import Literal, Unpack
 
 from priorzero.envs import textworld_files
 from priorzero.envs.action_cache import cache_dir
-from priorzero.envs.textworld_files import did_you_mean
+from priorzero.envs.textworld_files import did_you_mean, without_extension
 from priorzero.runtime.paths import check_path_text, shown, user_path
 from priorzero.types import GameArguments, TextGame, UserError
 
 GAMES_VARIABLE = "PRIORZERO_GAMES"
+_LIST_HINT = "To list all supported games, type: python scripts/fetch_games.py --list"
 TEXTWORLD_PREFIX = "textworld:"
 
 
@@ -124,17 +125,26 @@ def _split(env_ids: str) -> list[str]:
 
 
 def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
-    """Open a game in this process. A game that hangs would block the process, so training uses ``make_worker``."""
+    """Open a game in this process. A game that hangs would block the process, so training uses ``make_worker``.
+
+    Raises:
+        UserError: the story file was changed or deleted after its name was resolved.
+    """
+    if spec.kind not in ("jericho", "textworld"):
+        raise ValueError(f"{spec.env_id!r} is a game of the unknown kind {spec.kind!r}; add it to make_game")
+    if not spec.path.is_file() or _md5(spec.path) != spec.md5:
+        raise UserError(
+            f"The story file {str(spec.path)!r} was changed or deleted during the run. Restore it (MD5 {spec.md5}), then "
+            "resume the run."
+        )
     # Imported here, because a run may not need both libraries.
     if spec.kind == "jericho":
         from priorzero.envs.jericho_game import JerichoGame
 
         return JerichoGame(spec.path, **arguments)
-    if spec.kind == "textworld":
-        from priorzero.envs.textworld_game import TextWorldGame
+    from priorzero.envs.textworld_game import TextWorldGame
 
-        return TextWorldGame(spec.path, **arguments)
-    raise ValueError(f"{spec.env_id!r} is a game of the unknown kind {spec.kind!r}; add it to make_game")
+    return TextWorldGame(spec.path, **arguments)
 
 
 def _find_story(name: str) -> Path:
@@ -159,7 +169,7 @@ def _find_story(name: str) -> Path:
 def _download_hint(name: str) -> str:
     supported = supported_games()
     if name not in supported:
-        return f"{name!r} is not a story file that Jericho supports.{did_you_mean(name, supported)}"
+        return f"{name!r} is not a story file that Jericho supports.{did_you_mean(name, supported)} {_LIST_HINT}"
     return f"To download {name} (MD5 {supported[name]}), type: python scripts/fetch_games.py {name}"
 
 
@@ -178,6 +188,8 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
     supported = supported_games()
     roms = {known_md5: rom for rom, known_md5 in supported.items()}
     if md5 in roms:  # identified by its contents, not by its name
+        if not path.suffix:  # Jericho's emulator would crash
+            raise UserError(f"The name of the story file {str(path)!r} has no extension. Rename it to {roms[md5]}.")
         return GameSpec(env_id, "jericho", path.absolute(), md5, Path(roms[md5]).stem)
     if path.name in supported:
         raise UserError(
@@ -185,9 +197,11 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
             "file may be another release of the game. Move it away, then type: "
             f"python scripts/fetch_games.py {path.name}"
         )
+    others = [rom for rom in supported if without_extension(rom) == without_extension(path.name.lower())]
+    other = f"Of this game, it supports {others[0]}. " if others else ""
     raise UserError(
-        f"Jericho does not support the story file {str(path)!r} (MD5 {md5}), so it has no score and no valid actions."
-        f"{did_you_mean(path.name, supported)} To list all supported games, type: python scripts/fetch_games.py --list"
+        f"Jericho does not support the story file {str(path)!r} (MD5 {md5}), so it has no score and no valid actions. "
+        f"{other}{_LIST_HINT}"
     )
 
 

@@ -65,6 +65,7 @@ class JerichoGame:
         self._state: GameState | None = None
 
     def reset(self) -> GameState:
+        self._env.check_story()
         feedback, info = self._env.reset()
         self._state = self._observe(feedback, score=info["score"], moves=0)
         return self._state
@@ -76,6 +77,7 @@ class JerichoGame:
     def step_unchecked(self, command: str) -> tuple[GameState, float]:
         """Like :meth:`step`, for any command, such as those of the walkthrough."""
         assert self._state is not None
+        self._env.check_story()
         feedback, _, _, info = self._env.step(command)
         before, self._state = self._state, self._observe(feedback, score=info["score"], moves=self._state.moves + 1)
         return self._state, self._state.score - before.score

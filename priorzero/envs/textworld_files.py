@@ -11,6 +11,7 @@ import errno
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 import subprocess
 import tempfile
@@ -24,6 +25,7 @@ from priorzero.types import UserError
 
 MAKE_TIMEOUT_S = 600.0
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)  # of the generator
+SIMILAR = 0.75  # ratio of equal letters from which a name is suggested; names of other games have less
 Value = int | str | bool
 
 
@@ -237,6 +239,15 @@ def _is_complete(story: Path) -> bool:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the most similar known name; "" if none is similar."""
-    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.5)
-    return f" Did you mean {matches[0]!r}?" if matches else ""
+    """A sentence that suggests the known name that is spelled nearly as ``name``; "" if there is none.
+
+    Extensions of story files are ignored.
+    """
+    by_stem = {without_extension(other): other for other in reversed(list(known))}
+    matches = difflib.get_close_matches(without_extension(name.lower()), by_stem, n=1, cutoff=SIMILAR)
+    return f" Did you mean {by_stem[matches[0]]!r}?" if matches else ""
+
+
+def without_extension(name: str) -> str:
+    """``zork1`` for ``zork1.z5``."""
+    return re.sub(r"\.z\d\Z", "", name)

@@ -11,7 +11,20 @@ import time
 from priorzero.envs.progress import report_progress
 from priorzero.types import GameState, UserError
 
-ACTIONS = ("go", "hang", "hang in C", "crash", "raise", "user error", "print", "big", "modules", "pause", "long", "stuck")
+ACTIONS = (
+    "go",
+    "hang",
+    "hang in C",
+    "crash",
+    "raise",
+    "user error",
+    "print",
+    "big",
+    "modules",
+    "pause",
+    "long",
+    "stuck",
+)
 
 
 class FakeGame:
