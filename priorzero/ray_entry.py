@@ -71,10 +71,6 @@ def settings_from(arguments: argparse.Namespace, environment: Mapping[str, str])
         raise UserError(f"DEBUG_MODE={mode}: use True or False")
     debug = mode.lower() in ("1", "true")
     if debug:
-        if arguments.preset not in (None, "quick_test"):
-            raise UserError(
-                f"DEBUG_MODE={mode} is the preset quick_test, and --preset {arguments.preset} was given; leave one out"
-            )
         arguments.preset = "quick_test"
     base, flags = layers_from(arguments, flags={**FLAGS, **OWN_FLAGS})
     return resolve_settings(*base[:1], *([DEBUG_SETTINGS] if debug else []), *base[1:], *flags)

@@ -176,14 +176,12 @@ def test_entry_refuses_a_flag_and_an_assignment_that_differ():
     assert settings("--seed", "1", "--seed", "1", "--set", "run.seed=1").run.seed == 1
 
 
-def test_ray_entry_refuses_settings_that_are_given_twice():
+def test_ray_entry_refuses_a_flag_and_an_assignment_that_differ():
     def ray_settings(*words, **environment):
         return ray_entry.settings_from(ray_entry.build_parser().parse_args(words), environment)
 
     with pytest.raises(UserError, match=r"--num_collectors 3 and --set cluster\.num_collectors=4 contradict"):
         ray_settings("--num_collectors", "3", "--set", "cluster.num_collectors=4")
-    with pytest.raises(UserError, match="--preset lora was given; leave one out"):
-        ray_settings("--preset", "lora", DEBUG_MODE="1")
     assert ray_settings("--num_collectors", "3", DEBUG_MODE="1").cluster.num_collectors == 3
 
 

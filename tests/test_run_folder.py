@@ -75,7 +75,7 @@ def test_new_run_folder_accepts_names(tmp_path, name):
 def test_new_run_folder_is_created_for_one_run_alone(tmp_path, monkeypatch):
     """The runs of one second have the same name, except for a number."""
     monkeypatch.setattr(time, "strftime", lambda _: "20240105-123000")
-    start, done = threading.Barrier(20), threading.Barrier(20)
+    start, done = threading.Barrier(20, timeout=30), threading.Barrier(20, timeout=30)
 
     def claim(_):
         start.wait()
@@ -93,7 +93,7 @@ def test_new_run_folder_is_created_for_one_run_alone(tmp_path, monkeypatch):
 
 
 def test_new_run_folder_with_a_name_is_given_to_one_of_many(tmp_path):
-    start, done = threading.Barrier(20), threading.Barrier(20)
+    start, done = threading.Barrier(20, timeout=30), threading.Barrier(20, timeout=30)
 
     def claim(_):
         start.wait()
