@@ -17,7 +17,8 @@ from priorzero.types import UserError
 
 with standard_streams():
     try:
-        print_output("output")
+        if sys.argv[1:] != ["no output"]:
+            print_output("output")
     except UserError as error:
         print_error(str(error))
         sys.exit(2)
@@ -48,6 +49,7 @@ def run_in_shell(redirections):
         (">&-", ("", "error: True\n", 7)),  # a file that is opened does not get the descriptor 1
         ("2>&-", ("output\nmore\n", "", 7)),
         ("2>/dev/full", ("output\nmore\n", "", 7)),
+        ("'no output' >/dev/full", ("", "error: True\n", 7)),
         (">/dev/full", ("", "error: the output cannot be written ([Errno 28] No space left on device)\n", 2)),
     ],
 )
