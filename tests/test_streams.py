@@ -33,7 +33,7 @@ def run_in_shell(redirections):
     """Run the program with redirections of a shell; returns stdout, stderr and the exit code."""
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" {redirections}', sys.executable, PROGRAM],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         check=False,
