@@ -17,7 +17,8 @@ from priorzero.types import UserError
 
 with standard_streams():
     try:
-        print_output("output")
+        if sys.argv[1:] != ["no output"]:
+            print_output("output")
     except UserError as error:
         print_error(str(error))
         sys.exit(2)
@@ -32,7 +33,7 @@ def run_in_shell(redirections):
     """Run the program with redirections of a shell; returns stdout, stderr and the exit code."""
     done = subprocess.run(
         ["bash", "-o", "pipefail", "-c", f'"$0" -c "$1" {redirections}', sys.executable, PROGRAM],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": ""},
         capture_output=True,
         text=True,
         check=False,
@@ -48,6 +49,7 @@ def run_in_shell(redirections):
         (">&-", ("", "error: True\n", 7)),  # a file that is opened does not get the descriptor 1
         ("2>&-", ("output\nmore\n", "", 7)),
         ("2>/dev/full", ("output\nmore\n", "", 7)),
+        ("'no output' >/dev/full", ("", "error: True\n", 7)),
         (">/dev/full", ("", "error: the output cannot be written ([Errno 28] No space left on device)\n", 2)),
     ],
 )

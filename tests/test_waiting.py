@@ -42,7 +42,12 @@ async def test_wait_at_most_cancels_the_work_after_the_limit_and_when_it_is_canc
 
 
 async def test_wait_at_most_does_not_count_the_time_of_a_suspension():
-    waiting = asyncio.create_task(wait_at_most(0.3, asyncio.sleep(0.1, "result")))
+    async def work():
+        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.05)  # the process that it waits for was suspended, too
+        return "result"
+
+    waiting = asyncio.create_task(wait_at_most(0.5, work()))
     await asyncio.sleep(0.01)
-    time.sleep(1.0)  # the process does not run, as after SIGSTOP
+    time.sleep(1.0)  # this process does not run, as after SIGSTOP
     assert await waiting == "result"
