@@ -63,7 +63,7 @@ def resolve_game(env_id: str) -> GameSpec:
         return GameSpec(env_id, "textworld", path, _md5(path), request.name)
     if "/" in env_id or os.sep in env_id:
         path = Path(env_id).expanduser()
-        if not path.exists():
+        if not os.path.exists(path):  # in contrast to Path.exists, it accepts names that are too long
             raise UserError(
                 f"There is no story file {env_id!r} ({path.absolute()} does not exist).\n{_download_hint(path.name)}"
             )
@@ -86,9 +86,7 @@ def resolve_games(env_ids: str) -> list[GameSpec]:
     Raises:
         UserError: a game cannot be resolved, or occurs twice.
     """
-    if Path(env_ids).is_file():  # a path may contain a comma
-        return [resolve_game(env_ids)]
-    games = [resolve_game(env_id.strip()) for env_id in env_ids.split(",")] if env_ids.strip() else []
+    games = [resolve_game(env_id) for env_id in _split(env_ids)]
     for n, game in enumerate(games):
         if game.md5 in {other.md5 for other in games[:n]}:
             raise UserError(f"The game {game.env_id!r} occurs twice in {env_ids!r}. Name each game once.")
@@ -101,9 +99,7 @@ def check_names(env_ids: str) -> None:
     Raises:
         UserError: a game is unknown, or its story file is missing or cannot be used.
     """
-    if Path(env_ids).is_file():
-        return
-    for env_id in [name.strip() for name in env_ids.split(",") if name.strip()]:
+    for env_id in _split(env_ids):
         if env_id.startswith(TEXTWORLD_PREFIX):
             textworld_files.parse_request(env_id)
         else:
@@ -120,8 +116,8 @@ def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
         raise ValueError(f"{spec.env_id!r} is a game of the unknown kind {spec.kind!r}; add it to make_game")
     if not spec.path.is_file() or _md5(spec.path) != spec.md5:
         raise UserError(
-            f"The story file {str(spec.path)!r} was changed or deleted during the run. Restore it (MD5 {spec.md5}), then "
-            "resume the run."
+            f"The story file {str(spec.path)!r} was changed or deleted during the run. Restore it (MD5 {spec.md5}), "
+            "then resume the run."
         )
     # Imported here, because a run may not need both libraries.
     if spec.kind == "jericho":
@@ -133,13 +129,23 @@ def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
     return TextWorldGame(spec.path, **arguments)
 
 
+def _split(env_ids: str) -> list[str]:
+    # os.path.isfile accepts lists that are too long for a path, in contrast to Path.is_file.
+    if os.path.isfile(env_ids):  # a path may contain a comma
+        return [env_ids]
+    names = [name.strip() for name in env_ids.split(",")] if env_ids.strip() else []
+    if "" in names:
+        raise UserError(f"A name is missing in the list of games {env_ids!r}. Separate the games by single commas.")
+    return names
+
+
 def _find_story(name: str) -> Path:
     folders = [Path.cwd()]
     if os.environ.get(GAMES_VARIABLE):
         folders.append(Path(os.environ[GAMES_VARIABLE]).expanduser())
     folders.append(cache_dir())
     for folder in folders:
-        if (folder / name).exists():
+        if os.path.exists(folder / name):
             return folder / name
     places = "\n".join(f"  {folder / name}" for folder in folders)
     unset = "" if os.environ.get(GAMES_VARIABLE) else f" (${GAMES_VARIABLE} is not set)"
@@ -155,7 +161,8 @@ def _download_hint(name: str) -> str:
 
 def _jericho_spec(env_id: str, path: Path) -> GameSpec:
     if not path.is_file():
-        raise UserError(f"{str(path)!r} is not a file. Give the path of a story file, such as {path / 'zork1.z5'}.")
+        example = path / "zork1.z5" if path.is_dir() else "./zork1.z5"
+        raise UserError(f"{str(path)!r} is not a file. Give the path of a story file, such as {example}.")
     try:
         md5 = _md5(path)
         is_empty = path.stat().st_size == 0
@@ -168,8 +175,14 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
     supported = supported_games()
     roms = {known_md5: rom for rom, known_md5 in supported.items()}
     if md5 in roms:  # identified by its contents, not by its name
-        if not path.suffix:  # Jericho's emulator would crash
+        if "." not in path.name:  # Jericho's emulator would crash
             raise UserError(f"The name of the story file {str(path)!r} has no extension. Rename it to {roms[md5]}.")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"The path of the story file {str(path)!r} is not valid UTF-8, which Jericho needs. Rename it."
+            ) from error
         return GameSpec(env_id, "jericho", path.absolute(), md5, Path(roms[md5]).stem)
     if path.name in supported:
         raise UserError(
