@@ -70,8 +70,8 @@ def test_probe_starts_a_new_process_after_a_crash(env, probe, caplog):
     env.act_gen.generate_actions = lambda objects: ["west", "wait", "take paper", "read paper", "yell"]
     for _ in range(2):
         assert probe.find_actions(take_state()) == ("take paper", "west")
-    (record,) = caplog.records  # once
-    assert "detective.z5: a command that was only tried crashed Jericho's emulator (exit code -11)" in record.getMessage()
+    (message,) = caplog.messages  # once
+    assert "detective.z5: a command that was only tried crashed Jericho's emulator (exit code -11)" in message
 
 
 def test_probe_survives_the_death_of_its_process_between_two_requests(env, probe):
