@@ -114,7 +114,7 @@ class EnvSettings(SettingsGroup):
         description="TextWorld: remove examine, look and inventory from the valid actions, since they change nothing",
     )
     step_timeout_s: Number = Field(
-        60.0, gt=0, description="seconds after which a game is killed if a step has not finished"
+        60.0, gt=0, description="seconds after which a game is killed if a step has not finished and makes no progress"
     )
     action_space_size: Whole = Field(256, ge=2, le=100_000, description="size A of the action vocabulary")
 

@@ -1,6 +1,7 @@
 """Tests of finding story files and generating TextWorld games by name."""
 
 import hashlib
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from priorzero.envs import textworld_files
-from priorzero.envs.games import GameSpec, make_game, resolve_game, resolve_games
+from priorzero.envs.games import GameSpec, check_names, make_game, resolve_game, resolve_games
 from priorzero.envs.textworld_files import CHALLENGES, get_or_make, parse_request
 from priorzero.types import UserError
 from tests.helpers.game_files import session_cache, story
@@ -99,6 +100,32 @@ def test_resolve_game_suggests_no_other_game_for_a_file_that_exists(tmp_path, su
 def test_resolve_game_suggests_only_names_that_are_spelled_similarly(empty_folders, name):
     message = error_of(name)
     assert "is not a story file that Jericho supports. To list all supported games" in message
+
+
+@pytest.mark.parametrize("env_id", ["x" * 300 + ".z5", "./" + "x" * 5000, "./\0"])
+def test_resolve_game_refuses_names_that_no_file_can_have(empty_folders, env_id):
+    assert "There is no story file" in error_of(env_id)
+
+
+def test_resolve_game_refuses_a_path_that_is_not_utf8(tmp_path, zork1):
+    file = Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.z5"))
+    file.write_bytes(zork1)
+    assert "is not valid UTF-8" in error_of(str(file))
+
+
+def test_check_names_and_resolve_games_accept_lists_that_are_too_long_for_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(textworld_files, "_run_generator", fake_generator())
+    names = [f"textworld:simple?seed={seed}" for seed in range(300)]
+    check_names(",".join(names))
+    assert [game.env_id for game in resolve_games(",".join(names[:20]))] == names[:20]
+
+
+@pytest.mark.parametrize("env_ids", [",", "textworld:simple,", "textworld:simple,,textworld:simple?seed=1"])
+def test_check_names_and_resolve_games_refuse_a_list_with_a_missing_name(env_ids):
+    for check in (check_names, resolve_games):
+        with pytest.raises(UserError, match="A name is missing"):
+            check(env_ids)
 
 
 def test_resolve_game_refuses_a_name_without_extension(tmp_path, zork1):
@@ -269,7 +296,7 @@ def test_get_or_make_generates_equal_files_when_called_twice_at_once(tmp_path, t
     assert stories[0] == stories[1]
     (home,) = tmp_path.glob("*/*")  # one game and no temporary files
     files = {file.name: file.read_bytes() for file in home.iterdir()}
-    assert sorted(files) == [f"textworld-simple-seed7{suffix}" for suffix in (".json", ".ni", ".z8")]
+    assert sorted(files) == ["md5sums.txt", *(f"textworld-simple-seed7{suffix}" for suffix in (".json", ".ni", ".z8"))]
     # The files are the same as in another folder, generated at another time with another hash seed.
     monkeypatch.setenv("PYTHONHASHSEED", "2")
     monkeypatch.setenv("XDG_CACHE_HOME", str(session_cache(tmp_path_factory)))
@@ -298,6 +325,16 @@ def test_get_or_make_replaces_an_incomplete_game(tmp_path, monkeypatch):
     assert get_or_make(request, tmp_path) == story_file
     assert story_file.read_bytes() == b"second"
     assert [path.name for path in story_file.parent.parent.iterdir()] == [request.name]
+
+
+@pytest.mark.parametrize("suffix", [".z8", ".json"])
+def test_get_or_make_replaces_a_damaged_game(tmp_path, monkeypatch, suffix):
+    request = parse_request("textworld:simple")
+    monkeypatch.setattr(textworld_files, "_run_generator", fake_generator(b"a game"))
+    story_file = get_or_make(request, tmp_path)
+    story_file.with_suffix(suffix).write_bytes(b"a ga")
+    assert get_or_make(request, tmp_path) == story_file
+    assert story_file.with_suffix(suffix).read_bytes() == b"a game"
 
 
 def test_get_or_make_uses_the_game_of_a_faster_process(tmp_path, monkeypatch):

@@ -275,7 +275,6 @@ def test_jericho_game_walkthrough_equals_jericho_with_observations_and_searches(
         state, _ = game.step_unchecked(command)
     assert done
     assert len(found) >= SEARCHES_PER_GAME
-    assert sum(found) > 0
     game.close()
 
 
@@ -316,14 +315,14 @@ def test_jericho_game_offers_one_key_while_the_rest_of_a_command_is_read():
 
 
 def test_jericho_game_reset_discards_unread_keys():
-    game = open_game("partyfoul.z8", look_and_inventory=False)
+    game = open_game("tryst205.z5", look_and_inventory=False)
     game._valid_actions = lambda state: ("wait",)
-    game.reset()
-    first = game._env.full_state()
-    game._env._set_unread_keys(b"zz")
-    assert game._env.full_state().digest() != first.digest()
-    game.reset()
-    assert game._env.full_state().digest() == first.digest()
+    first, digest = game.reset(), game._env.full_state().digest()
+    for command in [*game.walkthrough()[:88], "wait"]:
+        game.step_unchecked(command)
+    assert game._env.full_state().unread_keys == b"ait"
+    assert game.reset() == first  # in Jericho, the first screen of the next episode reads "a"
+    assert game._env.full_state().digest() == digest
 
 
 @pytest.mark.parametrize("keys", [b"", b"y", b"n\\\\o", b"\xe9 \r"])

@@ -226,8 +226,8 @@ class ReproducibleFrotzEnv(jericho.FrotzEnv):
         if _identity(self._path) != self._story_stat:
             if not self._path.is_file() or self._path.read_bytes() != self._story:
                 raise UserError(
-                    f"The story file {str(self._path)!r} was changed or deleted during the run. Restore it, then resume "
-                    "the run."
+                    f"The story file {str(self._path)!r} was changed or deleted during the run. Restore it, then "
+                    "resume the run."
                 )
             self._story_stat = _identity(self._path)
 

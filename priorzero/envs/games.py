@@ -134,8 +134,8 @@ def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
         raise ValueError(f"{spec.env_id!r} is a game of the unknown kind {spec.kind!r}; add it to make_game")
     if not spec.path.is_file() or _md5(spec.path) != spec.md5:
         raise UserError(
-            f"The story file {str(spec.path)!r} was changed or deleted during the run. Restore it (MD5 {spec.md5}), then "
-            "resume the run."
+            f"The story file {str(spec.path)!r} was changed or deleted during the run. Restore it (MD5 {spec.md5}), "
+            "then resume the run."
         )
     # Imported here, because a run may not need both libraries.
     if spec.kind == "jericho":
@@ -175,7 +175,8 @@ def _download_hint(name: str) -> str:
 
 def _jericho_spec(env_id: str, path: Path) -> GameSpec:
     if not path.is_file():
-        raise UserError(f"{str(path)!r} is not a file. Give the path of a story file, such as {path / 'zork1.z5'}.")
+        example = path / "zork1.z5" if path.is_dir() else "./zork1.z5"
+        raise UserError(f"{str(path)!r} is not a file. Give the path of a story file, such as {example}.")
     try:
         md5 = _md5(path)
         is_empty = path.stat().st_size == 0
@@ -188,8 +189,14 @@ def _jericho_spec(env_id: str, path: Path) -> GameSpec:
     supported = supported_games()
     roms = {known_md5: rom for rom, known_md5 in supported.items()}
     if md5 in roms:  # identified by its contents, not by its name
-        if not path.suffix:  # Jericho's emulator would crash
+        if "." not in path.name:  # Jericho's emulator would crash
             raise UserError(f"The name of the story file {str(path)!r} has no extension. Rename it to {roms[md5]}.")
+        try:
+            str(path).encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"The path of the story file {str(path)!r} is not valid UTF-8, which Jericho needs. Rename it."
+            ) from error
         return GameSpec(env_id, "jericho", path.absolute(), md5, Path(roms[md5]).stem)
     if path.name in supported:
         raise UserError(

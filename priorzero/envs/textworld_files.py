@@ -1,13 +1,14 @@
 """Generates TextWorld games by name, ``textworld:<challenge>?<parameters>``, and caches their files.
 
-A game is a folder with ``<name>.z8`` (the story), ``<name>.json`` (TextWorld's data about the game) and ``<name>.ni``
-(the source code). The folder is created by a single rename, so that no process sees an incomplete game.
+A game is a folder with ``<name>.z8`` (the story), ``<name>.json`` (TextWorld's data about the game), ``<name>.ni`` (the
+source code) and ``md5sums.txt``. The folder is created by a single rename, so that no process sees an incomplete game.
 """
 
 from __future__ import annotations
 
 import difflib
 import errno
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -25,6 +26,7 @@ from priorzero.types import UserError
 
 MAKE_TIMEOUT_S = 600.0
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)  # of the generator
+CHECKSUMS = "md5sums.txt"
 SIMILAR = 0.75  # ratio of equal letters from which a name is suggested; names of other games have less
 Value = int | str | bool
 
@@ -165,9 +167,11 @@ def _make(request: TextWorldRequest, home: Path, story: Path) -> None:
     home.parent.mkdir(parents=True, exist_ok=True)
     scratch = Path(tempfile.mkdtemp(prefix=f".{request.name}-", dir=home.parent))
     try:
-        _run_generator(request, scratch / "new" / story.name)
+        new = scratch / "new" / story.name
+        _run_generator(request, new)
+        (new.parent / CHECKSUMS).write_text(_checksums(new))
         if home.exists() and not _is_complete(story):
-            home.rename(scratch / "broken")  # somebody deleted files of the game
+            home.rename(scratch / "broken")  # files of the game were deleted or damaged
         try:
             (scratch / "new").rename(home)
         except OSError:
@@ -235,7 +239,20 @@ def _erase_date(story: Path) -> None:
 
 
 def _is_complete(story: Path) -> bool:
-    return all(file.is_file() and file.stat().st_size > 0 for file in (story, story.with_suffix(".json")))
+    """Whether the files of a game exist and have the checksums that were stored when it was generated."""
+    files = (story, story.with_suffix(".json"))
+    if not all(file.is_file() and file.stat().st_size > 0 for file in files):
+        return False
+    stored = story.parent / CHECKSUMS
+    return not stored.is_file() or stored.read_text() == _checksums(story)
+
+
+def _checksums(story: Path) -> str:
+    """The MD5 of the files that are needed to play, in the format of ``md5sum``."""
+    files = (story, story.with_suffix(".json"))
+    return "".join(
+        f"{hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()}  {file.name}\n" for file in files
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
