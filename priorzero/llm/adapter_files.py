@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from priorzero.llm.weight_files import read_json, tensor_shapes
+from priorzero.runtime.paths import user_path
 from priorzero.settings import LLMSettings
 from priorzero.types import UserError
 
@@ -45,7 +46,7 @@ def find_adapter(path: str) -> AdapterFiles | None:
     Raises:
         UserError: the adapter is not a LoRA adapter, or does not name its base model.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path, what="llm.path=")
     if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
         return None
     config = read_json(folder / CONFIG, what=f"llm.path={path}")
