@@ -309,7 +309,7 @@ def test_cache_file_is_disabled_without_a_home_folder(monkeypatch, warnings):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", fail)
     assert cache_file() is None
-    assert len(warnings()) == 1 and "HOME is not set" in warnings()[0]
+    assert len(warnings()) == 1 and "there is no folder for cached files" in warnings()[0]
 
 
 # Real games ----------------------------------------------------------------------------------------------------------
