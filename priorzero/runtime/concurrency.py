@@ -253,6 +253,10 @@ async def run_in_thread(function: Callable[[], T], *, on_cancel: Callable[[], ob
         await asyncio.wait([work])
         work.exception()  # retrieved, so that asyncio does not log it
         raise
+    finally:
+        # Otherwise an exception and this frame would refer to each other. Files that the function left open would stay
+        # open until the garbage is collected, and deleted files would still take space on the disk.
+        del work
 
 
 async def run_unless(failure: Coroutine[Any, Any, NoReturn], work: Coroutine[Any, Any, T]) -> T:
