@@ -55,6 +55,12 @@ def test_readme_settings_exist():
     assert len(named) > 15 and named - known == set()
 
 
+def test_readme_tests_exist():
+    named = set(re.findall(r"`(test_\w+)`", PAGES))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert len(named) > 50 and named - set(re.findall(r"def (test_\w+)\(", sources)) == set()
+
+
 def test_readme_modules_exist():
     """Those that a command or the text runs with ``python -m``."""
     named = set(re.findall(r"python -m (priorzero[\w.]*)", PAGES))
