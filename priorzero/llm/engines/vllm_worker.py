@@ -69,6 +69,20 @@ def watch_owner(pid: int, folder: str) -> None:
     threading.Thread(target=end_with_owner, args=(owner, engine, folder), daemon=True).start()
 
 
+def exit_at_sigterm_of(sender: int) -> None:
+    """Wait for a SIGTERM of the process ``sender``, then end this process.
+
+    The stop signals are blocked in vLLM's processes, so that those of a batch system do not end them
+    (:func:`priorzero.runtime.signals.children_ignore_stop_signals`). But the engine ends its workers with SIGTERM if it
+    cannot start, and waits until they have ended.
+    """
+    while signal.sigwaitinfo([signal.SIGTERM]).si_pid != sender:
+        pass
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 if OWNER_VARIABLE in os.environ:
     _pid, _, _folder = os.environ[OWNER_VARIABLE].partition(" ")
     watch_owner(int(_pid), _folder)
+    if signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, []):
+        threading.Thread(target=exit_at_sigterm_of, args=(os.getppid(),), daemon=True).start()
