@@ -75,8 +75,9 @@ def test_probe_starts_a_new_process_after_a_crash(env, probe, caplog):
 
 
 def test_probe_survives_the_death_of_its_process_between_two_requests(env, probe):
+    others = psutil.Process().children()
     (look,) = probe.observe(env.full_state(), ["look"])
-    (child,) = psutil.Process().children()
+    (child,) = [process for process in psutil.Process().children() if process not in others]
     child.kill()
     child.wait()
     assert probe.observe(env.full_state(), ["look"]) == (look,)
@@ -93,8 +94,9 @@ def test_probe_raises_errors_of_the_child_process(env, probe):
 
 
 def test_probe_close_ends_the_process(env, probe):
+    others = psutil.Process().children()
     probe.observe(env.full_state(), ["look"])
-    (child,) = psutil.Process().children()
+    (child,) = [process for process in psutil.Process().children() if process not in others]
     probe.close()
     assert not child.is_running()
     probe.close()
