@@ -31,7 +31,7 @@ class VLLMDouble:
     async def abort(self, request_id):
         self.num_aborted += 1
 
-    def shutdown(self):
+    def shutdown(self, *, timeout):
         self.is_shut_down = True
         self.calls.append(("shutdown",))
 
