@@ -9,6 +9,7 @@ The five ``get_*`` functions return the settings of the presets in DI-engine's f
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import copy
 import difflib
@@ -17,7 +18,7 @@ import re
 import reprlib
 import sys
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +29,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from priorzero.runtime.paths import shown, user_path
+from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.settings import MODES_WITHOUT_LLM, Settings, SettingsGroup, whole_number
 from priorzero.types import UserError
 
@@ -123,7 +125,7 @@ def _merge(merged: dict[str, dict[str, Any]], layer: Layer, errors: list[str]) -
         raise UserError(f"a configuration must consist of groups such as 'llm: {{batch_size: 8}}', not {layer!r}")
     for group, values in layer.items():
         if group not in Settings.model_fields:
-            errors.append(f"unknown group '{group}'; {_nearest_group(str(group))}")
+            errors.append(f"unknown group '{group}'; {_nearest_group(str(group), value=values)}")
         elif not isinstance(values, Mapping):
             example = next(iter(group_type(group).model_fields))
             errors.append(f"group '{group}' must contain settings, such as '{group}: {{{example}: ...}}'")
@@ -294,7 +296,10 @@ def _batch_conflicts(s: Settings) -> list[str]:
     return errors
 
 
-def _nearest_group(group: str) -> str:
+def _nearest_group(group: str, *, value: Any) -> str:
+    name, _, key = group.partition(".")
+    if name in Settings.model_fields and key:
+        return f"write {name}: {{{key}: {value}}}"
     close = difflib.get_close_matches(group, Settings.model_fields, n=1)
     return f"did you mean '{close[0]}'?" if close else f"the groups are {', '.join(Settings.model_fields)}"
 
@@ -356,7 +361,7 @@ def parse_assignments(assignments: Iterable[str]) -> dict[str, dict[str, Any]]:
         typed = _typed(value, _annotation(group, key))
         own = layer.setdefault(group, {})
         if own.get(key, typed) != typed:
-            logger.warning(f"--set {group}.{key} is given twice; {typed!r} replaces {own[key]!r}")
+            logger.warning(f"--set {group}.{key} is given twice; {shown(str(typed))} replaces {shown(str(own[key]))}")
         own[key] = typed
     return layer
 
@@ -372,7 +377,8 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     try:
         layer = yaml.load(text, Loader=_SettingsLoader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{what}: is not valid YAML: {' '.join(str(error).split())}") from error
+        reason = " ".join(str(error).replace(' in "<unicode string>",', " in").split())
+        raise UserError(f"{what}: is not valid YAML: {reason}") from error
     if layer is None:
         return {}
     if not isinstance(layer, dict):
@@ -588,10 +594,25 @@ def get_config_with_lora(env_id: str = "zork1.z5", seed: int = 0, **overrides: A
     return _from_preset("lora", env_id, seed, overrides)
 
 
+def main(argv: Sequence[str] | None = None) -> int:
+    """List all settings.
+
+    Returns:
+        The exit code: 0, or 2 if the output cannot be written.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m priorzero.config", description="List all settings with their defaults and meanings."
+    )
+    parser.add_argument("--markdown", action="store_true", help="write docs/settings.md to stdout")
+    with standard_streams():
+        arguments = parser.parse_args(argv)
+        try:
+            print_output(settings_page().rstrip("\n") if arguments.markdown else describe_settings())
+        except UserError as error:
+            print_error(str(error))
+            return 2
+    return 0
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--markdown"]:
-        print(settings_page(), end="")
-    elif sys.argv[1:]:
-        sys.exit("usage: python -m priorzero.config [--markdown]")
-    else:
-        print(describe_settings())
+    sys.exit(main())

@@ -7,6 +7,7 @@ import gc
 import resource
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from loguru import logger
@@ -23,7 +24,7 @@ from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import exit_immediately_on_signal
 from priorzero.runtime.paths import shown, user_path
 from priorzero.runtime.streams import print_error, print_output, standard_streams
-from priorzero.settings import Settings
+from priorzero.settings import RunSettings, Settings
 from priorzero.types import UserError
 
 if TYPE_CHECKING:
@@ -65,10 +66,10 @@ class LastValue(argparse.Action):
         self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, value: Any, flag: str | None = None
     ) -> None:
         before = getattr(namespace, self.dest)
-        if before not in (None, value):
+        if before not in (None, value) and self.dest != "preset":
             if self.dest == "config":
                 raise argparse.ArgumentError(self, f"{before} and {value} are given; put all settings into one file")
-            print(f"warning: {flag} is given twice; {value} replaces {before}", file=sys.stderr)
+            print(f"warning: {flag} is given twice; {shown(str(value))} replaces {shown(str(before))}", file=sys.stderr)
         setattr(namespace, self.dest, value)
 
 
@@ -194,6 +195,8 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
         if renamed is not None:
             print(f"an unsaved run of this name was renamed to {renamed}", file=sys.stderr)
         return settings, None
+    if arguments.resume != "auto":
+        _check_same_folder(checkpoint.run_folder, run, given=given)
     if gives_all_settings:
         return settings_from(arguments), checkpoint
     llm = checkpoint.settings.llm
@@ -204,6 +207,19 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
             "it, type --set llm.trust_remote_code=true"
         )
     return resolve_settings(checkpoint.settings, *flags), checkpoint
+
+
+def _check_same_folder(folder: Path, run: RunSettings, *, given: set[str]) -> None:
+    """Raise UserError if the command line names another folder than that of the resumed run."""
+    names = {"exp_name": run.exp_name == folder.name}
+    if "output_dir" in given:
+        names["output_dir"] = user_path(run.output_dir, what="run.output_dir=").resolve() == folder.parent.resolve()
+    wrong = [name for name, is_same in names.items() if name in given and not is_same]
+    if wrong:
+        raise UserError(
+            f"--resume {folder} continues the run in this folder, but run.{wrong[0]}={getattr(run, wrong[0])} names "
+            "another one; leave it out, or copy the run's folder and resume the copy"
+        )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -61,6 +61,10 @@ def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iter
     Raises:
         UserError: an error that the user can correct; no file is left behind.
     """
+    if not isinstance(settings, Settings):
+        raise TypeError(
+            f"settings is a {type(settings).__name__}; make settings with priorzero.config.resolve_settings"
+        )
     settings = settings.model_copy(deep=True)
     if checkpoint is not None:
         settings.run.output_dir = str(checkpoint.run_folder.parent)
@@ -199,6 +203,6 @@ def _check_disk(output_dir: Path, *, size: int) -> None:
     disk = shutil.disk_usage(existing)
     if disk.total and disk.free < size:  # a network file system may not know its size
         raise UserError(
-            f"run.output_dir={output_dir}: {disk.free / 1e9:.1f} GB are free, but a checkpoint needs about "
-            f"{size / 1e9:.1f} GB; free some space, or give a folder on another disk: --set run.output_dir=FOLDER"
+            f"run.output_dir={output_dir}: {disk.free / 1e6:.0f} MB are free, but a checkpoint needs about "
+            f"{size / 1e6:.0f} MB; free some space, or give a folder on another disk: --set run.output_dir=FOLDER"
         )

@@ -111,7 +111,7 @@ def test_checkpoint_writers_raise_os_errors_on_a_full_disk(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, limits[1]))
         with pytest.raises(OSError, match=r"(?i)too large|serializing"):
             llm.save(tmp_path / "llm")
-        with pytest.raises(OSError, match=r"tensors\.pt"):
+        with pytest.raises(OSError, match=r"File too large: .*tensors\.pt"):
             save_tensors(torch.zeros(1_000_000), tmp_path / "tensors.pt")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -249,6 +249,32 @@ def test_resume_from_lets_flags_win_over_the_settings_of_the_run(tmp_path):
     assert resumed("--set", "llm.gradient_accumulation_steps=8").llm.micro_batch_size == 2
     # A preset or a file gives all settings.
     assert resumed("--preset", "standard").llm.batch_size == 32 and resumed("--quick_test").llm.batch_size == 8
+
+
+@pytest.mark.parametrize("flags", [["--exp_name", "b"], ["--set", "run.output_dir=elsewhere"]])
+def test_resume_from_refuses_another_folder_than_that_of_the_run(tmp_path, flags):
+    write_checkpoint(tmp_path / "a" / "checkpoints" / "iteration_1")
+
+    def resume(*arguments):
+        return resume_from(build_parser().parse_args(["--resume", str(tmp_path / "a"), *arguments]))[1]
+
+    same = resume("--exp_name", "a", "--set", f"run.output_dir={tmp_path}")
+    assert same.run_folder == tmp_path / "a"
+    with pytest.raises(
+        UserError, match=r"continues the run in this folder, but run\.(exp_name=b|output_dir=elsewhere)"
+    ):
+        resume(*flags)
+
+
+def test_newest_checkpoint_explains_a_run_on_a_cluster(tmp_path):
+    def write(folder):
+        (folder / "llm").mkdir()
+        (folder / "llm" / "config.json").write_text("{}")
+        (folder / "world_model.pt").write_text("x")
+
+    folder = save_checkpoint(tmp_path / "run" / "checkpoints" / "iteration_1", write=write, about={})
+    with pytest.raises(UserError, match=rf"a Ray cluster, which cannot be resumed; .* --set llm\.path={folder}/llm"):
+        newest_checkpoint(tmp_path / "run")
 
 
 def test_check_compatible_reports_changed_games_and_packages(tmp_path):

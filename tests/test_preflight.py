@@ -38,7 +38,7 @@ def test_entry_makes_all_checks_without_torch(tmp_path, tiny_llm_folder):
     )
     done = run_python(code, cwd=tmp_path)
     assert done.stdout == "2 set()\n"
-    assert "\nerror: run.output_dir=data_priorzero: 0.0 GB are free, but a checkpoint needs about" in done.stderr
+    assert "\nerror: run.output_dir=data_priorzero: 1 MB are free, but a checkpoint needs about" in done.stderr
     assert "--set run.output_dir=FOLDER" in done.stderr and list(tmp_path.iterdir()) == []
 
 

@@ -60,7 +60,7 @@ class ClusterRun:
         self.settings, self.games, self.folder = settings, games, folder
         self.counters = ClusterCounters()
         self.stop = StopRequest()
-        self.saver = Saver(folder, keep=settings.run.keep_checkpoints)
+        self.saver = Saver(folder, keep=settings.run.keep_checkpoints, resumable=False)
         self.nonfinite = NonFiniteUpdates(folder / "not_finite", limit=settings.train.max_nonfinite_updates)
         self.logger = RunLogger(folder, settings.run)
         self.registry = RegistryHandle(settings)

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +31,12 @@ from priorzero.runs.logger import log_start
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
 from priorzero.runtime.activity import announced
-from priorzero.runtime.concurrency import check_no_running_loop, only_run_of_process, run_unless
+from priorzero.runtime.concurrency import (
+    called_at_exit,
+    check_no_running_loop,
+    only_run_of_process,
+    run_unless,
+)
 from priorzero.settings import Settings
 from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
 
@@ -131,7 +138,9 @@ async def _train(prepared: _Prepared) -> RunSummary:
     logger.info("; ".join(f"{role}: {share.num_cpus:g} CPU, {share.num_gpus:g} GPU" for role, share in plan.items()))
     run = ClusterRun(settings, games=games, plan=plan, folder=folder)
     try:
-        await run.start()
+        # A stop signal ends the process at once while it starts. Nothing in the folder is worth keeping then.
+        with called_at_exit(functools.partial(shutil.rmtree, folder, ignore_errors=True)):
+            await run.start()
         with run.stop.handle_signals():
             await run_unless(fail_if_ended(prepared.ray_processes), training_loop(run))
     except (asyncio.CancelledError, GameWorkerError, EngineError, ProcessError, RayError, UserError) as error:

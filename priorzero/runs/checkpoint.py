@@ -108,9 +108,15 @@ def save_tensors(state: Any, path: Path) -> None:
     import torch  # late, since checkpoints are looked for before torch is needed
 
     try:
-        torch.save(state, path)
-    except RuntimeError as error:  # torch raises it if the disk is full
-        raise OSError(f"{path.name}: {error}") from error
+        with path.open("wb") as file:
+            torch.save(state, file)
+    except RuntimeError as error:  # torch raises it in place of the error of `file`, which is in the chain
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, OSError):
+            cause = cause.__context__
+        if cause is None:
+            raise OSError(f"{path.name}: {error}") from error
+        raise OSError(cause.errno, cause.strerror, str(path)) from error
 
 
 def write_world_model(folder: Path, *, parameters: Plain, actions: Plain, settings: Settings) -> None:
@@ -176,6 +182,11 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     """
     try:
         manifest = _verified_manifest(folder)
+        if TRAINING_STATE not in manifest["files"] and any(name.startswith("llm/") for name in manifest["files"]):
+            raise ValueError(
+                "it is of a run on a Ray cluster, which cannot be resumed; a new run can start from its LLM: "
+                f"--set llm.path={folder / 'llm'}"
+            )
         for name in REQUIRED_FILES:
             if name not in manifest["files"]:
                 raise ValueError(f"{name} is missing")

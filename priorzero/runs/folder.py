@@ -21,7 +21,7 @@ from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import saved_checkpoints
 from priorzero.runs.files import CONFIG, EPISODES, ERROR, EVALUATIONS, LOCK, LOGS
 from priorzero.runs.progress import open_logs
-from priorzero.runtime.concurrency import exit_callbacks
+from priorzero.runtime.concurrency import called_at_exit
 from priorzero.runtime.paths import shown, user_path
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -94,12 +94,11 @@ def new_run_folder(settings: Settings, games: Sequence[GameSpec]) -> Iterator[Pa
                 path.rmdir()
 
     lock = None
-    exit_callbacks.append(remove_if_unused)
     try:
-        lock = lock_folder(folder)
-        yield folder
+        with called_at_exit(remove_if_unused):
+            lock = lock_folder(folder)
+            yield folder
     finally:
-        exit_callbacks.remove(remove_if_unused)
         remove_if_unused()
         if lock is not None:
             lock.close()
@@ -136,9 +135,9 @@ def _names(games: Sequence[GameSpec], *, seed: int) -> Iterator[str]:
 
 
 def _exists(folder: Path) -> UserError:
+    resume = f", or type --resume {shlex.quote(str(folder))} to continue this run" if saved_checkpoints(folder) else ""
     return UserError(
-        f"run.exp_name={folder.name}: {folder} exists already; give another name, or none to get a new one, or type "
-        f"--resume {shlex.quote(str(folder))} to continue this run"
+        f"run.exp_name={folder.name}: {folder} exists already; give another name, or none to get a new one{resume}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from loguru import logger
 
 from priorzero.runs.checkpoint import remove_old_checkpoints, save_checkpoint
+from priorzero.runs.errors import disk_advice
 from priorzero.runtime.concurrency import run_in_thread
 from priorzero.types import UserError
 
@@ -20,15 +22,18 @@ class Saver:
 
     Args:
         keep: number of checkpoints to keep; 0 keeps all.
+        resumable: whether ``--resume`` continues the run.
 
     Attributes:
         last: the last checkpoint that was written or resumed from; None if there is none.
         failure: why the last attempt to write one failed; "" if it did not.
     """
 
-    def __init__(self, run_folder: Path, *, keep: int) -> None:
+    def __init__(self, run_folder: Path, *, keep: int, resumable: bool = True) -> None:
         self.last: Path | None = None
         self.failure = ""
+        self._advice: str | None = None  # what to do about the failure
+        self._resumable = resumable
         self._run_folder = run_folder
         self._keep = keep
         self._last_about: Mapping[str, Any] = {}
@@ -45,7 +50,13 @@ class Saver:
     def check(self) -> None:
         """Raises UserError if the last checkpoint of a run that has ended could not be written."""
         if self.failure:
-            raise UserError(f"the run has ended, but {self.failure}; the last checkpoint is {self.last or 'none'}")
+            steps = [] if self._advice is None else [self._advice]
+            if self._resumable and self.last is not None:
+                steps.append(f"type --resume {shlex.quote(str(self._run_folder))}")
+            what_to_do = f"; {', then '.join(steps)}" if steps else ""
+            raise UserError(
+                f"the run has ended, but {self.failure}; the last checkpoint is {self.last or 'none'}{what_to_do}"
+            )
 
     def log_last(self) -> None:
         """Log where an interrupted run was saved, if it was."""
@@ -69,8 +80,9 @@ class Saver:
             # In a thread, so that a second signal is noticed. The caller does nothing else meanwhile, also if it is
             # cancelled: it then saves again.
             await run_in_thread(lambda: save_checkpoint(folder, write=write, about=about))
-        except (OSError, RuntimeError) as error:  # torch raises RuntimeError if the disk is full
+        except (OSError, RuntimeError) as error:  # safetensors and torch raise RuntimeError, too
             self.failure = f"{name} could not be written ({' '.join(str(error).split())[:200]})"
+            self._advice = disk_advice(error, folder=self._run_folder) if isinstance(error, OSError) else None
             logger.error(f"checkpoint {self.failure}; the last checkpoint is {self.last or 'none'}")
             return
         self.last, self._last_about, self.failure = folder, about, ""

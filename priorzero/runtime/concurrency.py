@@ -93,7 +93,7 @@ class ReadersWriterLock:
 REPEAT_S = 1.0  # a signal that arrives within this time of the first of its kind was sent together with it
 
 scratch_folders: set[Path] = set()  # temporary folders of this process, which `exit_immediately` deletes
-exit_callbacks: list[Callable[[], None]] = []  # short functions that `exit_immediately` calls
+_exit_callbacks: list[Callable[[], None]] = []  # `exit_immediately` calls them
 
 
 def handled_signals() -> list[signal.Signals]:
@@ -118,6 +118,16 @@ def _write_to_stderr(message: bytes) -> None:
         os.write(2, message)
 
 
+@contextmanager
+def called_at_exit(callback: Callable[[], None]) -> Iterator[None]:
+    """Within the block, :func:`exit_immediately` calls ``callback``, which must not take long."""
+    _exit_callbacks.append(callback)
+    try:
+        yield
+    finally:
+        _exit_callbacks.remove(callback)
+
+
 def exit_immediately() -> NoReturn:
     """Kill all child processes, delete the scratch folders, call the callbacks and exit with code 130.
 
@@ -130,7 +140,7 @@ def exit_immediately() -> NoReturn:
                 process.kill()
     for folder in scratch_folders:
         shutil.rmtree(folder, ignore_errors=True)
-    for callback in exit_callbacks:
+    for callback in _exit_callbacks:
         callback()
     clear_terminal_line()
     os._exit(130)
