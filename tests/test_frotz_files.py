@@ -109,3 +109,16 @@ def test_fileless_frotz_env_refuses_an_emulator_with_other_settings(monkeypatch)
     monkeypatch.setattr(jericho.FrotzEnv, "load", load_other)
     with pytest.raises(RuntimeError, match="has other settings than Jericho"):
         FilelessFrotzEnv(str(story("zork1.z5")), seed=0)
+
+
+@pytest.mark.parametrize("length", [20, 71, 80, 150])
+def test_jericho_game_survives_a_long_command_that_opens_a_file(tmp_path, monkeypatch, length):
+    """Jericho takes the command as the name of the file, and copies it into a buffer of 13 bytes."""
+    monkeypatch.chdir(tmp_path)
+    env = FilelessFrotzEnv(str(story("detective.z5")), seed=0)
+    env.reset()
+    text = env.step(("script" + ". look" * 40)[:length])[0]
+    assert "Attempt to begin transcript failed." in text
+    assert "Chief's office" in env.step("look")[0]
+    env.reset()
+    assert not os.listdir()
