@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,8 +107,7 @@ def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[
     Raises:
         UserError: the first problem.
     """
-    for names in (settings.run.env_id, settings.eval.unseen):
-        check_names(names)
+    check_game_names(settings)
     if with_models:
         check_models(settings)
     with announced("preparing the games"):
@@ -117,12 +116,28 @@ def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[
     return games, unseen
 
 
+def check_game_names(settings: Settings) -> None:
+    """Check the games of a run as far as this is possible before TextWorld games are generated.
+
+    Raises:
+        UserError: as :func:`check_names` and :func:`check_games`.
+    """
+    games, unseen = check_names(settings.run.env_id), check_names(settings.eval.unseen)
+    _check_selection(settings, games=games, unseen=unseen)
+
+
 def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
     """Check the games of a run.
 
     Raises:
         UserError: there is none, their number does not divide the environments, or an unseen game is trained on.
     """
+    names, unseen_names = ({game.md5: game.env_id for game in group} for group in (games, unseen))
+    _check_selection(settings, games=names, unseen=unseen_names)
+
+
+def _check_selection(settings: Settings, *, games: Mapping[str, str], unseen: Mapping[str, str]) -> None:
+    """As :func:`check_games`, for the names of the games by identifiers: equal games have equal ones."""
     if not games:
         raise UserError("run.env_id is empty; name a game, such as zork1.z5 or textworld:simple?seed=7")
     if settings.env.collector_env_num % len(games):
@@ -130,10 +145,9 @@ def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequen
             f"env.collector_env_num={settings.env.collector_env_num} must be a multiple of the {len(games)} games of "
             f"run.env_id; type --set env.collector_env_num={len(games)}"
         )
-    both = {game.md5 for game in games} & {game.md5 for game in unseen}
+    both = [name for game, name in unseen.items() if game in games]
     if both:
-        names = ", ".join(game.env_id for game in unseen if game.md5 in both)
-        raise UserError(f"eval.unseen contains games of run.env_id: {names}; give other games")
+        raise UserError(f"eval.unseen contains games of run.env_id: {', '.join(both)}; give other games")
 
 
 def check_models(settings: Settings) -> None:

@@ -166,6 +166,14 @@ def test_make_game_refuses_a_story_file_that_was_changed(tmp_path, zork1, change
     [
         ("zork1", "Did you mean 'zork1.z5'?"),
         ("Zork1.z6", "Did you mean 'zork1.z5'?"),
+        ("zork", "Did you mean 'zork1.z5'?"),  # not zork3.z5, which is as similar
+        ("zork.z5", "Did you mean 'zork1.z5'?"),
+        ("zork3x.z5", "Did you mean 'zork3.z5'?"),
+        ("zork2", "named with its extension. Did you mean 'zork2.z5'?"),
+        ("./zork2", "named with its extension. Did you mean 'zork2.z5'?"),
+        ("https://x.y/zork1.z5", "is a URL, which is not read"),
+        ("https://x.y/zork1.z5", "type: python scripts/fetch_games.py zork1.z5"),
+        ("FILE:///tmp/unknown.z5?raw=1", "give its path"),
         ("textworld-simple", "Did you mean 'textworld:simple'?"),
         ("", "textworld:simple?seed=7"),
         ("./nowhere/zork1.z5", "does not exist"),
@@ -175,6 +183,39 @@ def test_make_game_refuses_a_story_file_that_was_changed(tmp_path, zork1, change
 )
 def test_resolve_game_explains_bad_names(empty_folders, env_id, hint):
     assert hint in error_of(env_id)
+
+
+def test_resolve_game_suggests_the_extension_of_a_file_that_exists(empty_folders):
+    for folder in empty_folders:
+        (folder / "lgop.z3").write_bytes(b"not supported")
+        for env_id in ("lgop", str(folder / "lgop")):
+            assert "A story file is named with its extension. Did you mean 'lgop.z3'?" in error_of(env_id)
+        (folder / "lgop.z3").unlink()
+    assert "Did you mean" not in error_of("lgop")
+
+
+def test_resolve_game_and_lists_accept_a_path_object(tmp_path, zork1):
+    file = tmp_path / "zork1.z5"
+    file.write_bytes(zork1)
+    assert resolve_game(file) == resolve_game(str(file))
+    assert resolve_games(file) == [resolve_game(file)]
+
+
+@pytest.mark.parametrize("env_id", [None, 3, b"zork1.z5", ["zork1.z5"]])
+def test_resolve_game_and_lists_refuse_other_types(env_id):
+    for function in (resolve_game, resolve_games, check_names):
+        with pytest.raises(ValueError, match="is no name of a game; give a text"):
+            function(env_id)
+
+
+def test_check_names_refuses_a_game_that_occurs_twice_before_it_is_generated(monkeypatch):
+    monkeypatch.setattr(textworld_files, "_run_generator", lambda *_: pytest.fail("generated"))
+    with pytest.raises(UserError, match="occurs twice"):
+        check_names("textworld:simple,textworld:simple?seed=0&goal=detailed")
+    assert list(check_names("textworld:simple, textworld:simple?seed=1").values()) == [
+        "textworld:simple",
+        "textworld:simple?seed=1",
+    ]
 
 
 def test_resolve_game_refuses_a_folder_and_an_empty_file(empty_folders):

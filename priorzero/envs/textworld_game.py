@@ -35,9 +35,14 @@ class TextWorldGame:
 
         Raises:
             UserError: a file is missing.
-            ValueError: ``seed`` or ``max_episode_steps`` is too small.
+            ValueError: an argument has another type or is too small.
         """
-        check_arguments(seed=seed, max_episode_steps=max_episode_steps)
+        check_arguments(
+            seed=seed,
+            max_episode_steps=max_episode_steps,
+            look_and_inventory=look_and_inventory,
+            drop_inert_commands=drop_inert_commands,
+        )
         for file in (Path(path), Path(path).with_suffix(".json")):
             if not file.is_file():
                 raise UserError(

@@ -5,8 +5,14 @@ from __future__ import annotations
 from priorzero.types import GameState
 
 
-def check_arguments(*, seed: int, max_episode_steps: int) -> None:
+def check_arguments(*, seed: int, max_episode_steps: int, look_and_inventory: bool, drop_inert_commands: bool) -> None:
     """Raise a ValueError unless these arguments of a game are allowed."""
+    for name, number in {"seed": seed, "max_episode_steps": max_episode_steps}.items():
+        if not isinstance(number, int) or isinstance(number, bool):
+            raise ValueError(f"{name}={number!r} must be an int, such as 1")
+    for name, flag in {"look_and_inventory": look_and_inventory, "drop_inert_commands": drop_inert_commands}.items():
+        if not isinstance(flag, bool):  # "false" would be true
+            raise ValueError(f"{name}={flag!r} must be True or False")
     if seed < 0 or max_episode_steps < 1:
         raise ValueError(f"seed={seed} must be at least 0, and max_episode_steps={max_episode_steps} at least 1")
 

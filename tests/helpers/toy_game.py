@@ -116,6 +116,6 @@ def toy_games(*, in_process: bool = True) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("priorzero.envs.worker.make_worker", make)
-        patch.setattr("priorzero.preflight.check_names", lambda names: None)
+        patch.setattr("priorzero.preflight.check_names", lambda names: {n: n for n in names.split(",") if n})
         patch.setattr("priorzero.preflight.resolve_games", lambda names: [toy_spec(n) for n in names.split(",") if n])
         yield
