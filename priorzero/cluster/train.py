@@ -24,7 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from priorzero.cluster.connection import check_settings, connect, fail_if_ended, plan_resources
 from priorzero.cluster.run import ClusterRun
 from priorzero.envs import resolve_games
-from priorzero.preflight import check_games
+from priorzero.preflight import check_game_names, check_games
 from priorzero.runs.errors import reported_to_user
 from priorzero.runs.folder import create_files, new_run_folder
 from priorzero.runs.logger import log_start
@@ -83,6 +83,7 @@ def _connected(settings: Settings) -> Iterator[_Prepared]:
     """Check the settings, and connect to Ray within the block. Errors that the user can correct become UserError."""
     with only_run_of_process(), terminal_output():
         settings = settings.model_copy(deep=True)
+        check_game_names(settings)
         with announced("preparing the games"):
             games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
         check_games(settings, games=games, unseen=unseen)
