@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -200,6 +201,24 @@ def test_check_llm_refuses_other_adapters(adapter, changes, settings, words):
     assert str(caught.value).startswith(f"llm.path={adapter}: ")
 
 
+@pytest.mark.parametrize(
+    ("name", "value", "allowed"),
+    [
+        ("r", "4", "a whole number"),
+        ("r", True, "a whole number"),
+        ("lora_alpha", [8], "a number"),
+        ("base_model_name_or_path", 5, "a text"),
+        ("rank_pattern", [4], "an object"),
+        ("use_dora", "no", "true or false"),
+    ],
+)
+def test_check_llm_names_an_entry_of_another_type(adapter, name, value, allowed):
+    change_json(adapter / "adapter_config.json", **{name: value})
+    with pytest.raises(UserError, match=r"adapter_config\.json has ") as caught:
+        check_llm(llm_settings(adapter, use_lora=True))
+    assert f"has {name}={value!r}, but {name} must be {allowed};" in str(caught.value)
+
+
 def test_check_llm_refuses_damaged_adapters(adapter):
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:5000])
@@ -249,6 +268,90 @@ def test_add_lora_stores_where_the_base_model_is(trained, tiny_llm_folder):
     assert Path(content["base_model_name_or_path"]).is_absolute()
 
 
+# ---- merging ----
+
+
+def make_adapter(folder, tokenizer, *, tied, **changes):
+    """Save a small model and a random adapter of it that peft makes; returns the adapter's folder."""
+    from peft import LoraConfig, get_peft_model
+
+    base = make_tiny_llm(tokenizer, tie_word_embeddings=tied)
+    base.save(folder / "base")
+    base.model.name_or_path = str(folder / "base")
+    config = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "down_proj"], "task_type": "CAUSAL_LM"}
+    wrapped = get_peft_model(base.model, LoraConfig(**{**config, **changes}))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for p in wrapped.parameters():
+            if p.requires_grad:
+                p += 0.1 * torch.randn(p.shape, generator=generator)
+    wrapped.save_pretrained(folder / "adapter")
+    return folder / "adapter"
+
+
+NOT_MERGED = {
+    "tied output layer": (True, {"target_modules": ["lm_head", "q_proj"]}, r"would change by up to [\d.]+"),
+    "tied embedding": (True, {"target_modules": ["embed_tokens", "q_proj"]}, r"would change by up to [\d.]+"),
+    "replicated layers": (False, {"layer_replication": [[0, 2], [1, 2]]}, r"would change by up to [\d.]+"),
+    "bias": (False, {"lora_bias": True}, "RuntimeError: Impossible to merge"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers|lora_bias|LoRA tensor)")
+@pytest.mark.parametrize(("tied", "changes", "words"), NOT_MERGED.values(), ids=NOT_MERGED)
+def test_load_language_model_refuses_adapters_that_peft_merges_wrongly(tmp_path, smollm2, tied, changes, words):
+    folder = make_adapter(tmp_path, smollm2.tokenizer, tied=tied, **changes)
+    with pytest.raises(UserError, match=rf"^llm\.path={folder}: this adapter cannot be merged.*{words}") as caught:
+        load(folder)
+    assert "type --set llm.use_lora=true --set llm.lora_r=4 --set llm.lora_alpha=8 to continue" in str(caught.value)
+    continued = load(folder, use_lora=True)
+    continued.save(tmp_path / "checkpoint")
+    want = logprobs(continued)
+    with torch.no_grad():
+        for p in continued.trainable_parameters():
+            p += 1
+    continued.load(tmp_path / "checkpoint")
+    assert torch.equal(logprobs(continued), want)
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
+def test_load_language_model_gives_no_advice_that_is_refused(tmp_path, smollm2):
+    """DoRA adapters can be merged only, and this one cannot be."""
+    folder = make_adapter(tmp_path, smollm2.tokenizer, tied=True, target_modules=["lm_head"], use_dora=True)
+    with pytest.raises(UserError, match=r"cannot be merged.*; give another adapter, or a whole model$"):
+        load(folder)
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
+@pytest.mark.parametrize(
+    ("tied", "changes"),
+    [
+        (False, {"target_modules": ["lm_head", "embed_tokens"]}),
+        (True, {"modules_to_save": ["lm_head"]}),
+        (True, {"trainable_token_indices": [0, 5]}),
+    ],
+)
+def test_load_language_model_merges_adapters_of_the_embedding(tmp_path, smollm2, tied, changes):
+    from peft import PeftModel
+
+    folder = make_adapter(tmp_path, smollm2.tokenizer, tied=tied, **changes)
+    base = load(tmp_path / "base")
+    want = logprobs(dataclasses.replace(base, model=PeftModel.from_pretrained(base.model, str(folder)).eval()))
+    assert logprobs(load(folder)) == pytest.approx(want, abs=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
+def test_load_language_model_logs_warnings_of_peft_as_lines(tmp_path, smollm2, monkeypatch):
+    folder = make_adapter(tmp_path, smollm2.tokenizer, tied=True, modules_to_save=["lm_head"])
+    lines = []
+    monkeypatch.setattr("priorzero.runtime.quiet.logger.warning", lines.append)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        load(folder)
+    (line,) = lines
+    assert line.startswith(f"llm.path={folder}: Input and output embeddings are no longer tied after merging")
+
+
 # ---- folders that contain the folder of the LLM ----
 
 
@@ -273,6 +376,27 @@ def test_check_llm_explains_gguf_folders_and_files(tmp_path, tiny_llm_folder):
 
 
 # ---- vLLM ----
+
+
+@pytest.mark.filterwarnings("ignore:.*(tie_word_embeddings|save_embedding_layers)")
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"target_modules": ["lm_head", "q_proj"]}, "an adapter with lm_head;"),
+        ({"target_modules": ["embed_tokens", "q_proj"]}, r"an adapter with model\.embed_tokens;"),
+        ({"layer_replication": [[0, 2], [1, 2]]}, "an adapter with layer_replication;"),
+        ({"trainable_token_indices": [3]}, "an adapter with trainable_token_indices;"),
+    ],
+)
+def test_make_engine_refuses_adapters_that_vllm_cannot_serve(tmp_path, smollm2, changes, words):
+    folder = make_adapter(tmp_path, smollm2.tokenizer, tied=False, **changes)
+    settings = make_settings(
+        {"prior": {"engine": "vllm"}, "llm": {"path": str(folder), "use_lora": True, "lora_r": 4, "lora_alpha": 8}}
+    )
+    llm = load_language_model(settings.llm, device=torch.device("cpu"))
+    with pytest.raises(UserError, match=f"vLLM cannot serve {words}") as caught:
+        make_engine(settings, llm=llm, vllm_log=tmp_path / "vllm.log")
+    assert "type --engine transformers, or --set llm.use_lora=false" in str(caught.value)
 
 
 @pytest.mark.vllm

@@ -15,6 +15,7 @@ from priorzero.llm.chat_template import PROMPT, control_tokens, render_messages,
 from priorzero.llm.engines import PriorBuilder
 from priorzero.llm.engines.hf import TransformersEngine
 from priorzero.llm.fine_tuning import LLMLearner
+from priorzero.llm.model_files import check_llm
 from priorzero.llm.models import load_language_model
 from priorzero.llm.packing import escape_special_tokens
 from priorzero.llm.prompts import build_messages, prompt_style, render_prompt
@@ -146,7 +147,80 @@ def test_usable_template_does_not_depend_on_the_day(monkeypatch):
     tokenizer = tokenizer_of("date")
     monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", None, raising=False)
     assert "Today: 01 Jan 2025\n" in render_messages(tokenizer, PROMPT)
-    assert usable_template(WITH_DATE, special_tokens={"bos_token": "<s>"}, path="x") != WITH_DATE
+    once = usable_template(WITH_DATE, special_tokens={"bos_token": "<s>"}, path="x")
+    assert once != WITH_DATE
+    assert usable_template(once, special_tokens={"bos_token": "<s>"}, path="x") == once  # that of a checkpoint
+
+
+@pytest.mark.parametrize(
+    ("call", "want"),
+    [
+        ("{% set f = '%d %b %Y' %}{{ strftime_now(f) }}", "01 Jan 2025"),
+        ("{% set now = strftime_now %}{{ now(format='%A, %-d %B') | upper }}", "WEDNESDAY, 1 JANUARY"),
+        (
+            "{% macro today() %}{{ strftime_now('%Y-%m-%d %H:%M:%S') }}{% endmacro %}{{ today() }}",
+            "2025-01-01 00:00:00",
+        ),
+        ("{{ strftime_now('%Y') | int + 1 }}", "2026"),
+        ("{{ strftime_now('100%% on %%d, %d') }}", "100% on %d, 01"),
+        ("\n  {% if strftime_now is defined %}\n  {{ strftime_now('%j') }}{% endif %}", "\n  001"),
+    ],
+)
+def test_usable_template_fixes_the_date_however_it_is_computed(call, want):
+    tokenizer = make_tokenizer(FAMILIES["chatml"])
+    tokenizer.chat_template = usable_template(call + CHATML, special_tokens={}, path="x")
+    assert render_messages(tokenizer, PROMPT).partition("<|im_start|>")[0] == want
+
+
+def test_load_language_model_names_the_templates_if_none_is_the_default(tmp_path):
+    tokenizer = make_tokenizer(FAMILIES["chatml"])
+    llm = make_tiny_llm(tokenizer)
+    tokenizer.chat_template = {"rag": CHATML, "tool_use": CHATML}
+    llm.save(tmp_path)
+    cfg = make_settings({"llm": {"path": str(tmp_path)}}).llm
+    words = r"has the chat templates rag, tool_use, but none with the name default; write .* to chat_template\.jinja"
+    for check in (check_llm, lambda cfg: load_language_model(cfg, device=torch.device("cpu"))):
+        with pytest.raises(UserError, match=words):
+            check(cfg)
+
+
+# ---- tokenizers without bytes ----
+
+
+def make_word_tokenizer(words):
+    """A tokenizer that leaves out the words that it does not know, and all white space."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens = ["<s>", "</s>", *words]
+    tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = "{% for m in messages %}<s>{{ m['content'] }}</s>{% endfor %}<s>"
+    return fast
+
+
+def test_load_language_model_refuses_a_tokenizer_that_drops_english_letters(tmp_path):
+    make_tiny_llm(make_word_tokenizer("abc")).save(tmp_path)
+    with pytest.raises(UserError, match="cannot represent English commands: 'go north' becomes ''"):
+        load_language_model(make_settings({"llm": {"path": str(tmp_path)}}).llm, device=torch.device("cpu"))
+
+
+@pytest.mark.parametrize("end_of_turn", [True, False])
+async def test_prior_of_an_action_without_tokens_is_that_of_the_end_of_the_turn(end_of_turn, monkeypatch):
+    """Such an action does not break the batch, and it is counted."""
+    llm = make_tiny_llm(make_word_tokenizer("abcdefghijklmnopqrstuvwxyz"))
+    style = style_of("transcript" if end_of_turn else "walkthrough")
+    assert style.ends_turn == end_of_turn
+    engine = TransformersEngine(PriorBuilder(llm, style))
+    (prior,) = await engine.priors([PriorRequest("<s>hall</s><s>", ("go", "\u5317"))])
+    row = engine.builder.row(PriorRequest("<s>hall</s><s>", ("\u5317", "go")))
+    assert row.completions[0] == [llm.tokenizer.eos_token_id]
+    token_logprobs, _ = llm.token_logprobs([row])
+    want = torch.stack([token_logprobs[1].sum() / len(row.completions[1]), token_logprobs[0, 0]]).log_softmax(0)
+    assert prior.logprobs == pytest.approx(want.detach().numpy(), abs=1e-5)
+    assert engine.take_statistics()["prior/lossy_actions"] == 1
 
 
 def test_usable_template_takes_the_default_of_several(tmp_path):

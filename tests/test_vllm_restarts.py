@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import multiprocessing
+import os
+import shutil
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from priorzero.llm.engines import PriorBuilder, RetryingPrior, VLLMEngine
+from priorzero.llm.engines.vllm_process import process_environment
 from priorzero.llm.prompts import prompt_style
 from priorzero.settings import PriorSettings
 from priorzero.types import EngineError
@@ -156,3 +164,25 @@ async def test_vllm_engine_restarts_with_the_new_weights_if_it_hangs_during_a_sy
     assert first.is_shut_down and not second.is_shut_down and engine.restarts == 1
     assert engine.version == 1 and engine.loaded == ["base", str(engine._scratch / "version-1")]
     await engine.close()
+
+
+# ---- vLLM's processes ----
+
+
+def test_process_environment_keeps_files_and_messages_of_vllm_out_of_the_way(tmp_path, capfd):
+    """Spawned processes log to the file from their first line on, and their temporary files are deleted with ours."""
+    scratch = Path(tempfile.mkdtemp(prefix="scratch-"))
+    context = multiprocessing.get_context("spawn")
+    environment = process_environment(log_file=tmp_path / "vllm.log", scratch=scratch)
+    with environment, ProcessPoolExecutor(1, mp_context=context) as pool:
+        temporary = pool.submit(tempfile.gettempdir).result(timeout=60)
+        pool.submit(logging.getLogger("vllm.triton_utils").warning, "Triton is installed").result(timeout=60)
+    assert temporary == str(scratch) != tempfile.gettempdir()
+    assert os.environ.get("TMPDIR") != str(scratch)
+    assert "Triton is installed" in (tmp_path / "vllm.log").read_text()
+    assert "Triton" not in "".join(capfd.readouterr())
+    shutil.rmtree(scratch)
+    logger = logging.getLogger("vllm")
+    for handler in [*logger.handlers]:
+        logger.removeHandler(handler)
+        handler.close()

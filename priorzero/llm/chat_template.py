@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,8 +19,22 @@ FOLD_SYSTEM = (
     "{%- set messages = [{'role': 'user', 'content': folded}] + messages[2:] -%}"
     "{%- endif -%}"
 )
-# Some templates write the current date. A prompt must not depend on the day on which it is rendered.
-DATE = datetime.date(2025, 1, 1)
+
+
+def _fixed_date() -> str:
+    """A Jinja macro in place of transformers' ``strftime_now``, which writes 1 January 2025, 0:00.
+
+    Some templates write the current date, but a prompt must not depend on the day on which it is rendered. The line
+    break at the end is not rendered, and the template still begins at the start of a line, which matters to Jinja.
+    """
+    codes = [f"%{flag}{letter}" for letter in "aAbBcdDeFGhHIjklmMpPrRSTuUVwWxXyYzZf" for flag in ("", "-")]
+    date = datetime.datetime(2025, 1, 1, tzinfo=datetime.UTC)
+    values = {"%%": "\x00", **{code: date.strftime(code) for code in codes}, "%s": "1735689600", "\x00": "%"}
+    replace = "".join(f" | replace({json.dumps(code)}, {json.dumps(value)})" for code, value in values.items())
+    return "{%- macro strftime_now(format) -%}{{ format" + replace + " }}{%- endmacro %}\n"
+
+
+FIXED_DATE = _fixed_date()
 
 SYSTEM, USER, COMPLETION = "You play text games.", "You are in a kitchen.", "open the fridge"
 EARLIER_USER, EARLIER_COMPLETION = "You are in a hall.", "go north"
@@ -31,7 +46,7 @@ EARLIER_TURN = [
 
 
 def usable_template(template: str, *, special_tokens: Mapping[str, Any], path: str, layout: str = "transcript") -> str:
-    """The chat template without the current date and, if it does not render a system message, with :data:`FOLD_SYSTEM`.
+    """The chat template with a fixed date and, if it does not render a system message, with :data:`FOLD_SYSTEM`.
 
     Args:
         template: Jinja text.
@@ -42,7 +57,8 @@ def usable_template(template: str, *, special_tokens: Mapping[str, Any], path: s
     Raises:
         UserError: neither form renders all messages of a prompt.
     """
-    template = _without_date(template)
+    if "strftime_now" in template and FIXED_DATE not in template:
+        template = FIXED_DATE + template
     messages = [PROMPT[0], *EARLIER_TURN, PROMPT[1]] if layout == "walkthrough" else PROMPT
     completion = {"role": "assistant", "content": COMPLETION}
     candidates = (template, FOLD_SYSTEM + template)
@@ -63,12 +79,6 @@ def usable_template(template: str, *, special_tokens: Mapping[str, Any], path: s
         f"llm.path={path}: the chat template cannot render a system and a user message ({reasons[0]}), nor a user "
         f"message alone ({reasons[1]}); give an instruction-tuned model with a working chat template"
     )
-
-
-def _without_date(template: str) -> str:
-    """The template with :data:`DATE` for each date that it would compute from the clock."""
-    call = re.compile(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)")
-    return call.sub(lambda match: f"'{DATE.strftime(match[2])}'", template)
 
 
 def _failure(template: str, messages: Sequence[Mapping[str, str]], *, special_tokens: Mapping[str, Any]) -> str | None:

@@ -6,13 +6,14 @@ The checks run before torch is imported, so that a wrong model is reported withi
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import importlib.metadata
 import importlib.util
 import math
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from priorzero.llm.hub import PACKAGES, check_hub, snapshot_folder
 from priorzero.llm.weight_files import read_json, tensor_shapes
 from priorzero.runtime.activity import announced
 from priorzero.runtime.paths import user_cache_dir, user_path
-from priorzero.runtime.quiet import quiet_transformers
+from priorzero.runtime.quiet import quiet_gguf, quiet_transformers
 from priorzero.settings import LLMSettings
 from priorzero.types import UserError
 
@@ -80,7 +81,9 @@ def resolve_model(path: str, *, setting: str) -> str:
         if not (found.folder / "config.json").is_file():
             with announced("converting the LLM, which is done once"):
                 try:
-                    _convert_gguf(found.gguf, found.folder)
+                    with _conversion_lock(found.folder):
+                        if not (found.folder / "config.json").is_file():  # another process has not converted it
+                            _convert_gguf(found.gguf, found.folder)
                 except OSError as error:
                     raise UserError(
                         f"{setting}={path}: the converted model cannot be written to {found.folder} ({error}); set "
@@ -216,6 +219,25 @@ def _model_in_package(name: str, *, setting: str) -> Path | Package:
     return Package(ggufs[0], user_cache_dir() / "models" / f"{name}-{importlib.metadata.version(name)}")
 
 
+@contextlib.contextmanager
+def _conversion_lock(folder: Path) -> Iterator[None]:
+    """Let one process at a time convert a model to ``folder``; the others wait.
+
+    Raises:
+        OSError: the parent folder cannot be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with (folder.parent / f"{folder.name}.lock").open("w", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.info(f"waiting for another process, which converts the model to {folder}")
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            logger.warning(f"{folder.parent} cannot be locked ({error}); other processes may convert the model, too")
+        yield
+
+
 def _convert_gguf(source: Path, folder: Path) -> None:
     """Convert a quantised GGUF file to a float32 model folder. A rename at the end makes it appear as a whole."""
     import torch
@@ -223,8 +245,8 @@ def _convert_gguf(source: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     quiet_transformers()
+    quiet_gguf()
     logger.info(f"converting {source.name} to {folder} (once, takes about half a minute)")
-    folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f"{folder.name}-"))
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -455,10 +477,15 @@ def _check_chat_template(folder: Path, *, cfg: LLMSettings) -> None:
     if (folder / "chat_template.jinja").is_file():
         template = (folder / "chat_template.jinja").read_text(encoding="utf-8")
     elif (folder / "additional_chat_templates").is_dir():
+        names = sorted(file.stem for file in (folder / "additional_chat_templates").glob("*.jinja"))
+        if not template and "default" not in names:
+            raise no_default_template(cfg.path, names=names)
         return  # checked when the tokenizer is loaded
     if isinstance(template, list):  # the older form: several templates with names
         template = {entry["name"]: entry["template"] for entry in template}
     if isinstance(template, dict):
+        if template and "default" not in template:
+            raise no_default_template(cfg.path, names=template)
         template = template.get("default")
     if not template:
         raise no_chat_template(cfg.path)
@@ -470,3 +497,12 @@ def _check_chat_template(folder: Path, *, cfg: LLMSettings) -> None:
 def no_chat_template(path: str) -> UserError:
     """The error of a tokenizer without a chat template."""
     return UserError(f"llm.path={path}: the tokenizer has no chat template; give an instruction-tuned model")
+
+
+def no_default_template(path: str, *, names: Iterable[str]) -> UserError:
+    """The error of a tokenizer that has several chat templates with names, and none is the default."""
+    return UserError(
+        f"llm.path={path}: the tokenizer has the chat templates {', '.join(sorted(names))}, but none with the name "
+        "default; write the template that the model uses for a conversation to chat_template.jinja in the model's "
+        "folder"
+    )

@@ -15,12 +15,14 @@ from loguru import logger
 
 from priorzero.llm.adapter_files import AdapterFiles, check_adapter
 from priorzero.llm.chat_template import EARLIER_TURN, PROMPT, control_tokens, turn_end, turn_format, usable_template
+from priorzero.llm.merging import merge_adapter
 from priorzero.llm.model_files import (
     check_llm,
     check_trained_layers,
     find_llm,
     loading_arguments,
     no_chat_template,
+    no_default_template,
     too_many_tokens,
 )
 from priorzero.llm.packing import (
@@ -32,9 +34,11 @@ from priorzero.llm.packing import (
 )
 from priorzero.llm.tokenizing import tokenize_row
 from priorzero.runtime.gpu import no_gpu_error
-from priorzero.runtime.quiet import quiet_transformers
+from priorzero.runtime.quiet import quiet_peft, quiet_transformers, warnings_in_log
 from priorzero.settings import LLMSettings
 from priorzero.types import PromptTooLongError, UserError
+
+COMMANDS = ("go north", "take the lamp", "look")  # every tokenizer must represent them
 
 
 def choose_device(device: str) -> torch.device:
@@ -73,14 +77,18 @@ class LanguageModel:
         """Tokenize a rendered prompt and its possible completions; ``end_of_turn`` appends the end of the turn to each.
 
         Special tokens in the completions, which are text of the game, are escaped. The context is not changed, because
-        :func:`priorzero.llm.prompts.render_prompt` has escaped the game's text in it. Raises PromptTooLongError if the
-        row does not fit into the model.
+        :func:`priorzero.llm.prompts.render_prompt` has escaped the game's text in it. A completion without tokens, of
+        whose characters the tokenizer knows none, becomes the end of the turn: the LLM then says nothing. Raises
+        PromptTooLongError if the row does not fit into the model.
         """
         end = turn_end(self.tokenizer) if end_of_turn else ""
         special = control_tokens(self.tokenizer)
         row = tokenize_row(
             self.tokenizer, context, [escape_special_tokens(text, special) + end for text in completions]
         )
+        if not all(row.completions):
+            end_ids = self.tokenizer(turn_end(self.tokenizer), add_special_tokens=False)["input_ids"]
+            row = PromptRow(row.prompt_ids, [completion or end_ids for completion in row.completions])
         self.check_length(len(row.prompt_ids) + max(map(len, row.completions)))
         return row
 
@@ -143,7 +151,8 @@ class LanguageModel:
         """Load the parameters that :meth:`save` wrote; ``reference`` does not change."""
         try:
             if hasattr(self.model, "peft_config"):
-                load_adapter_weights(self.model, folder)
+                with warnings_in_log(str(folder)):
+                    load_adapter_weights(self.model, folder)
             else:
                 other, info = type(self.model).from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
                 check_weights(other, info, what=str(folder))
@@ -161,6 +170,8 @@ def save_parameters(model: Any, folder: Path, **kwargs: Any) -> None:
     """``model.save_pretrained(folder, **kwargs)``, where every failure to write, such as a full disk, is an OSError."""
     from safetensors import SafetensorError
 
+    if hasattr(model, "peft_config"):  # by default peft also saves an embedding with adapters, with a warning each time
+        kwargs["save_embedding_layers"] = False
     try:
         model.save_pretrained(folder, **kwargs)
     except SafetensorError as error:  # a subclass of Exception only
@@ -249,6 +260,8 @@ def _load_tokenizer(name: str, cfg: LLMSettings) -> Any:
         )
     if tokenizer.chat_template is None:
         raise no_chat_template(cfg.path)
+    if isinstance(tokenizer.chat_template, dict) and "default" not in tokenizer.chat_template:
+        raise no_default_template(cfg.path, names=tokenizer.chat_template)
     with _llm_errors(cfg.path):
         template = tokenizer.get_chat_template()
     tokenizer.chat_template = usable_template(
@@ -259,7 +272,20 @@ def _load_tokenizer(name: str, cfg: LLMSettings) -> Any:
             f"llm.path={cfg.path}: neither the chat template nor eos_token in tokenizer_config.json tells which token "
             "ends a turn; give an instruction-tuned model"
         )
+    _check_commands(tokenizer, path=cfg.path)
     return tokenizer
+
+
+def _check_commands(tokenizer: Any, *, path: str) -> None:
+    """Raise UserError if the tokenizer changes one of :data:`COMMANDS` by more than spaces and upper case."""
+    for command in COMMANDS:
+        ids = tokenizer(command, add_special_tokens=False)["input_ids"]
+        text = tokenizer.decode(ids, skip_special_tokens=True)
+        if "".join(text.split()).casefold() != "".join(command.split()):
+            raise UserError(
+                f"llm.path={path}: the tokenizer cannot represent English commands: {command!r} becomes {text!r}. Give "
+                "the tokenizer that belongs to the model, or another model"
+            )
 
 
 def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageModel:
@@ -283,6 +309,12 @@ def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageMo
     _check_tokens(tokenizer, num_rows=model.get_input_embeddings().weight.shape[0], path=cfg.path)
     if source.adapter is not None:
         model = _add_trained_adapter(model, source.adapter, cfg)
+        if not cfg.use_lora:
+            text = "".join(message["content"] for message in PROMPT)
+            with warnings_in_log(source.adapter.what):
+                model = merge_adapter(
+                    model, source.adapter, token_ids=tokenizer(text, add_special_tokens=False)["input_ids"]
+                )
     elif cfg.use_lora:
         model = add_lora(model, r=cfg.lora_r, alpha=cfg.lora_alpha)
     if cfg.trained_layers:
@@ -411,12 +443,13 @@ def _copy_adapter(model: Any) -> Any:
 
 
 def _add_trained_adapter(model: Any, adapter: AdapterFiles, cfg: LLMSettings) -> Any:
-    """Wrap a base model with an adapter from files, or merge the adapter into it if ``llm.use_lora`` is not set."""
+    """Wrap a base model with an adapter from files."""
     from peft import PeftConfig, get_peft_model
 
     check_adapter(adapter, cfg)
+    quiet_peft()
     advice = "give the adapter together with the base model that it was trained on"
-    with load_errors(adapter.what, advice=advice):
+    with load_errors(adapter.what, advice=advice), warnings_in_log(adapter.what):
         config = PeftConfig.from_pretrained(str(adapter.folder))
         config.inference_mode = False  # its parameters are trained further
         config.base_model_name_or_path = model.name_or_path  # where it was found now
@@ -424,10 +457,7 @@ def _add_trained_adapter(model: Any, adapter: AdapterFiles, cfg: LLMSettings) ->
         load_adapter_weights(wrapped, adapter.folder)
     if cfg.use_lora:
         logger.info(f"continuing the adapter {adapter.path} of {adapter.base}")
-        return wrapped.eval()
-    logger.info(f"merged the adapter {adapter.path} into {adapter.base}; llm.use_lora=false")
-    merged = wrapped.merge_and_unload().eval()
-    return merged.requires_grad_(True)
+    return wrapped.eval()
 
 
 def load_adapter_weights(model: Any, folder: Path) -> None:

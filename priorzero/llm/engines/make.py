@@ -7,6 +7,7 @@ from pathlib import Path
 from priorzero.llm.engines.base import PriorBuilder
 from priorzero.llm.engines.hf import TransformersEngine
 from priorzero.llm.engines.vllm import VLLMEngine
+from priorzero.llm.engines.vllm_process import unsupported_adapter_parts
 from priorzero.llm.model_files import find_llm, local_model
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.prompts import prompt_style
@@ -15,7 +16,11 @@ from priorzero.types import PriorEngine, UserError
 
 
 def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> PriorEngine:
-    """The prior engine that ``prior.engine`` names (not ``auto``). It is not started."""
+    """The prior engine that ``prior.engine`` names (not ``auto``). It is not started.
+
+    Raises:
+        UserError: vLLM cannot serve the LLM's adapter, or ``vllm.max_model_len`` exceeds the LLM's context.
+    """
     builder = PriorBuilder(
         llm,
         prompt_style(settings),
@@ -27,6 +32,12 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
             cached_tokens = settings.prior.prompt_cache_tokens
             return TransformersEngine(builder, rows_per_forward=1, prompt_cache_tokens=cached_tokens)
         return TransformersEngine(builder, rows_per_forward=16)
+    unsupported = unsupported_adapter_parts(llm.model) if hasattr(llm.model, "peft_config") else []
+    if unsupported:
+        raise UserError(
+            f"llm.path={settings.llm.path}: vLLM cannot serve an adapter with {', '.join(unsupported)}; type --engine "
+            "transformers, or --set llm.use_lora=false to merge the adapter into its base model"
+        )
     max_model_len = max(4096, 2 * (settings.llm.prompt_max_len + settings.llm.generate_max_len))
     if llm.max_length is not None:
         max_model_len = min(max_model_len, llm.max_length)

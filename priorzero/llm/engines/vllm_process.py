@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -14,6 +16,7 @@ from typing import Any
 
 from priorzero.llm.engines.vllm_worker import OWNER_VARIABLE, WorkerExtension
 from priorzero.llm.models import LanguageModel
+from priorzero.runtime import file_logging
 from priorzero.runtime.signals import children_ignore_stop_signals
 from priorzero.settings import VLLMSettings
 
@@ -73,6 +76,19 @@ def adapted_layer_names(model: Any) -> list[str]:
     return sorted({name.rpartition(".")[2] for name in model.targeted_module_names})
 
 
+def unsupported_adapter_parts(model: Any) -> list[str]:
+    """What a peft model has that vLLM (0.32.0) cannot serve, or ignores silently; empty if it can serve the adapter.
+
+    These are adapters on the input embedding and the output layer, and parts that change more than linear layers.
+    """
+    config = next(iter(model.peft_config.values()))
+    base = model.get_base_model()
+    ends = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    layers = [name for name in model.targeted_module_names if any(base.get_submodule(name) is end for end in ends)]
+    names = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices")
+    return [*layers, *(name for name in names if getattr(config, name, None))]
+
+
 def _logging_config(log_file: Path) -> dict[str, Any]:
     return {
         "version": 1,
@@ -92,12 +108,19 @@ def _environment_variables(log_file: Path, scratch: Path) -> dict[str, str]:
         "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a fork of a process with threads can hang
         "VLLM_CPU_NUM_OF_RESERVED_CPU": str(cores_for_training()),
         "PYTHONWARNINGS": "ignore",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         OWNER_VARIABLE: f"{os.getpid()} {scratch}",
         # vLLM's workers import WorkerExtension, also if this package is not installed.
         "PYTHONPATH": os.pathsep.join(filter(None, [str(IMPORT_FOLDER), os.environ.get("PYTHONPATH")])),
     }
     if len(str(scratch)) < 60:  # the path of a socket has at most 107 characters
-        variables["VLLM_RPC_BASE_PATH"] = str(scratch)
+        # Each start of vLLM leaves a file in the folder for temporary files. torch's compiled code is worth keeping.
+        compiled = Path(tempfile.gettempdir()) / f"torchinductor_uid_{os.getuid()}"
+        variables |= {
+            "VLLM_RPC_BASE_PATH": str(scratch),
+            "TMPDIR": str(scratch),
+            "TORCHINDUCTOR_CACHE_DIR": os.environ.get("TORCHINDUCTOR_CACHE_DIR", str(compiled)),
+        }
     return variables
 
 
@@ -111,10 +134,13 @@ def process_environment(*, log_file: Path, scratch: Path) -> Iterator[None]:
     variables = _environment_variables(log_file, scratch)
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
-    # A spawned process imports the main script again unless the main module has no file and no spec. It does not need
-    # the script. Importing it would also import flask, whose proxy objects break vLLM when it inspects all modules.
+    # A spawned process imports the main script again, by its spec or its file. It does not need the script, and
+    # importing it would also import flask, whose proxy objects break vLLM when it inspects all modules. It runs the
+    # module that configures logging instead.
     main = sys.modules["__main__"]
-    file, main.__spec__, spec = vars(main).pop("__file__", None), None, main.__spec__
+    file, spec = vars(main).pop("__file__", None), main.__spec__
+    main.__spec__ = importlib.util.find_spec(file_logging.__name__)
+    file_logging.configure(variables["VLLM_LOGGING_CONFIG_PATH"])
     with children_ignore_stop_signals():
         resource_tracker.ensure_running()  # when it starts, it unblocks SIGINT and SIGTERM in this thread
     try:
