@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
+import re
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -174,8 +176,11 @@ def save_parameters(model: Any, folder: Path, **kwargs: Any) -> None:
         kwargs["save_embedding_layers"] = False
     try:
         model.save_pretrained(folder, **kwargs)
-    except SafetensorError as error:  # a subclass of Exception only
-        raise OSError(str(error)) from error
+    except SafetensorError as error:  # a subclass of Exception only, whose text ends with "(os error 28)"
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise OSError(str(error)) from error
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(folder)) from error
 
 
 @contextlib.contextmanager
