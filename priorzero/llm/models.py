@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import math
 import os
 import re
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
