@@ -323,7 +323,7 @@ def test_vllm_engine_explains_a_failed_start(runner, llm, tmp_path):
     with pytest.raises(EngineError, match=message):
         runner.run(engine.ready())
     runner.run(engine.close())
-    assert {p.pid for p in vllm_processes()} == before
+    assert {p.pid for p in vllm_processes()} <= before
     assert "VLLM_LOGGING_CONFIG_PATH" not in environment.keys() | os.environ.keys()
     assert "Available memory" in log_file.read_text()
 
@@ -484,7 +484,7 @@ def test_run_training_with_vllm_resumes_with_adapters_and_survives_a_killed_work
     assert change is not None and float(change[1]) > 0
     assert (summary.folder / "log" / "vllm.log").stat().st_size > 1000
     assert (summary.folder / "trace.json").stat().st_size > 1000
-    assert {p.pid for p in vllm_processes()} == before
+    assert {p.pid for p in vllm_processes()} <= before
 
 
 def test_run_training_reports_that_vllm_cannot_start(tmp_path, monkeypatch):
