@@ -43,17 +43,19 @@ class WorkerExtension:
 
 
 def end_with_owner(owner: int | None, engine: int | None, folder: str) -> None:
-    """Wait until the owner has ended, then end vLLM and delete the owner's temporary folder.
+    """Wait until the owner or vLLM's engine has ended, then end this process.
 
-    Without this, vLLM's processes would survive a killed owner and keep their GPU memory. ``owner`` and ``engine`` are
-    pidfds. ``owner`` is None if it has ended already, ``engine`` is None if it is this process.
+    If it is the owner, end the engine as well and delete the owner's temporary folder. Without this, vLLM's processes
+    would survive a killed owner or a killed engine and keep their GPU memory. ``owner`` and ``engine`` are pidfds.
+    ``owner`` is None if it has ended already, ``engine`` is None if it is this process.
     """
     if owner is not None:
-        select.select([owner], [], [])
-    shutil.rmtree(folder, ignore_errors=True)
-    if engine is not None:
-        with contextlib.suppress(ProcessLookupError):
-            signal.pidfd_send_signal(engine, signal.SIGKILL)
+        ended, _, _ = select.select([fd for fd in (owner, engine) if fd is not None], [], [])
+    if owner is None or owner in ended:
+        shutil.rmtree(folder, ignore_errors=True)
+        if engine is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(engine, signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
