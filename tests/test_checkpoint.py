@@ -331,7 +331,9 @@ def test_find_checkpoint_names_the_newest_run_of_a_folder_of_runs(tmp_path):
     for n, name in enumerate(("first run", "second run")):
         folder = write_checkpoint(tmp_path / name / "checkpoints" / "iteration_1")
         os.utime(folder / "manifest.json", (n, n))
-    with pytest.raises(UserError, match=r"contains 2 run\(s\), but is none; name one of them, such as '.*/second run'"):
+    with pytest.raises(
+        UserError, match=r"is not a run's folder, but it contains 2 of them; .* such as '.*/second run'"
+    ):
         find_checkpoint(str(tmp_path), output_dir="", exp_name="", wanted={})
     with pytest.raises(UserError, match="this is a file"):
         find_checkpoint(str(folder / "manifest.json"), output_dir="", exp_name="", wanted={})

@@ -12,6 +12,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from loguru import logger
 from tensorboardX.event_file_writer import EventsWriter
 
 from priorzero.envs import textworld_files
@@ -189,7 +190,13 @@ def test_metrics_writer_is_closed_on_a_full_disk(tmp_path, monkeypatch):
     def no_space(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(EventsWriter, "close", no_space)
+    messages: list[str] = []
+    sink = logger.add(messages.append, format="{message}")
+    with monkeypatch.context() as patch:
+        patch.setattr(EventsWriter, "close", no_space)
+        writer.close()
+    logger.remove(sink)
+    assert messages == ["the metrics file was not closed properly ([Errno 28] No space left on device)\n"]
     writer.close()
 
 

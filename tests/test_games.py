@@ -204,7 +204,7 @@ def test_resolve_game_and_lists_accept_a_path_object(tmp_path, zork1):
 @pytest.mark.parametrize("env_id", [None, 3, b"zork1.z5", ["zork1.z5"]])
 def test_resolve_game_and_lists_refuse_other_types(env_id):
     for function in (resolve_game, resolve_games, check_names):
-        with pytest.raises(ValueError, match="is no name of a game; give a text"):
+        with pytest.raises(ValueError, match="is not the name of a game; give a text"):
             function(env_id)
 
 

@@ -220,7 +220,7 @@ def test_report_command_line(tmp_path, capsys):
         (tmp_path / "missing", "there is no such folder; give a run's folder, such as data_priorzero/NAME"),
         (tmp_path / "empty", "is not a run's folder: it has no config.yaml"),
         (folder / "config.yaml", "is a file; give a run"),
-        (tmp_path, f"contains 4 run(s), but is none; give one of them, such as {tmp_path}/"),
+        (tmp_path, f"is not a run's folder, but it contains 4 of them; name one, such as {tmp_path}/"),
         (checkpoint, f"is a checkpoint; give its run's folder, {folder}"),
         (old, "another version of PriorZero. the configuration is invalid"),
         (damaged, "episodes.jsonl, line 2: is not valid JSON"),

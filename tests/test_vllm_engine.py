@@ -323,7 +323,7 @@ def test_vllm_engine_explains_a_failed_start(runner, llm, tmp_path):
     with pytest.raises(EngineError, match=message):
         runner.run(engine.ready())
     runner.run(engine.close())
-    assert {p.pid for p in vllm_processes()} <= before
+    assert {p.pid for p in vllm_processes()} == before
     assert "VLLM_LOGGING_CONFIG_PATH" not in environment.keys() | os.environ.keys()
     assert "Available memory" in log_file.read_text()
 
@@ -404,6 +404,7 @@ def test_end_with_owner_does_not_kill_the_workers_next_parent():
 
 def test_vllm_engine_serves_the_adapters_of_all_layers(runner, llm, tmp_path):
     """A model with few layers, whose adapters change the log-probabilities by a whole nat."""
+    before = vllm_processes()
     tiny = make_tiny_llm(llm.tokenizer, hidden_size=128, num_attention_heads=2, max_position_embeddings=8192)
     tiny.save(tmp_path / "model")
     settings = make_settings(SETTINGS, {"llm": {"path": str(tmp_path / "model"), "use_lora": True}})
@@ -424,7 +425,10 @@ def test_vllm_engine_serves_the_adapters_of_all_layers(runner, llm, tmp_path):
         runner.run(engine.sync_weights(version))
     metrics = engine.take_statistics()
     assert metrics["prior/parity"] < 2e-5 and metrics["prior/parity_moved"] > 0.5
+    started = [process for process in vllm_processes() if process not in before]
     runner.run(engine.close())
+    _, alive = psutil.wait_procs(started, timeout=2)  # the workers end with their engine, which was killed
+    assert len(started) == 2 and not alive
 
 
 # ---- runs ----
@@ -484,7 +488,7 @@ def test_run_training_with_vllm_resumes_with_adapters_and_survives_a_killed_work
     assert change is not None and float(change[1]) > 0
     assert (summary.folder / "log" / "vllm.log").stat().st_size > 1000
     assert (summary.folder / "trace.json").stat().st_size > 1000
-    assert {p.pid for p in vllm_processes()} <= before
+    assert {p.pid for p in vllm_processes()} == before
 
 
 def test_run_training_reports_that_vllm_cannot_start(tmp_path, monkeypatch):

@@ -107,7 +107,7 @@ async def test_worker_may_take_longer_than_its_limit_while_the_game_reports_prog
     assert time.monotonic() - began > 3.9
     (warning,) = warnings  # once
     assert "fake: a long calculation took 2 s in one state" in warning
-    assert "This is no error" in warning
+    assert "This is not an error" in warning
 
 
 async def test_worker_kills_a_game_that_hangs_after_it_reported_progress(make_worker, warnings):

@@ -38,7 +38,7 @@ def digest(*fields: bytes) -> bytes:
 def cache_file() -> Path | None:
     """The value of ``$PRIORZERO_ACTION_CACHE``, or ``valid_actions.sqlite3`` in the folder of downloaded games.
 
-    None if the value is ``off``, or, with a warning, if it is no usable path or the user has no home folder.
+    None if the value is ``off``, or, with a warning, if it is not a usable path or the user has no home folder.
     """
     value = os.environ.get(CACHE_VARIABLE)
     if value == "off":

@@ -9,7 +9,7 @@ from typing import Any
 import jericho
 
 _SAVED_GAME = b"/dev/null"  # saving succeeds and leaves nothing; restoring finds an empty file and fails
-_FOLDER = b"/dev/null"  # of all other files. It is no folder, so that they cannot be opened.
+_FOLDER = b"/dev/null"  # of all other files. It is not a folder, so they cannot be opened.
 _NAME_SIZE = 512  # bytes; the emulator copies names of up to 80 bytes, preceded by the folder, into a buffer
 
 # The pointers are passed on as they are, because the emulator frees them.

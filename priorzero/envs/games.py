@@ -135,7 +135,7 @@ def _text(env_id: str | Path) -> str:
     """
     if not isinstance(env_id, str | Path):
         raise ValueError(
-            f"{env_id!r} is no name of a game; give a text, such as 'zork1.z5', or the path of a story file"
+            f"{env_id!r} is not the name of a game; give a text, such as 'zork1.z5', or the path of a story file"
         )
     return str(env_id)
 
@@ -145,7 +145,7 @@ def _split(env_ids: str) -> list[str]:
 
     Raises:
         UserError: a name is empty.
-        ValueError: ``env_ids`` is no text.
+        ValueError: ``env_ids`` is not a text.
     """
     env_ids = _text(env_ids)
     if not env_ids.strip():

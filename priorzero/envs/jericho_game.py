@@ -22,9 +22,9 @@ class JerichoGame:
     else is tried on a copy of the game; see :class:`~priorzero.envs.probe.Probe`.
 
     The valid actions are the commands that change the world. Jericho finds them by trying every command template with
-    every visible object from a saved state, which takes 0.1 to 0.3 s. They are cached in memory and in a file that all
-    processes share. The key is the exact state of the emulator, including its random numbers, so episodes with the same
-    seed that begin with the same commands share entries.
+    every visible object from a saved state, which takes 0.05 s to 40 s, depending on the game. They are cached in
+    memory and in a file that all processes share. The key is the exact state of the emulator, including its random
+    numbers, so episodes with the same seed that begin with the same commands share entries.
 
     Some games wait for a single key in places: "Press any key to continue", "Press Y or N". There the valid actions are
     names of keys, such as ``press space``: one for each effect that a key can have. Room and inventory are not observed

@@ -280,7 +280,7 @@ def _log_if_slow(name: str, activity: str, *, seconds: float) -> None:
     if seconds > SLOW_S and name not in _logged_as_slow:
         _logged_as_slow.add(name)
         logger.warning(
-            f"{name}: {activity} took {seconds:.0f} s in one state. This is no error: a step may take longer than "
+            f"{name}: {activity} took {seconds:.0f} s in one state. This is not an error: a step may take longer than "
             "env.step_timeout_s as long as the search makes progress. The results are cached, so the same state takes "
             "no time later. Further slow steps of this game are not logged."
         )

@@ -184,7 +184,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         manifest = _verified_manifest(folder)
         if TRAINING_STATE not in manifest["files"] and any(name.startswith("llm/") for name in manifest["files"]):
             raise ValueError(
-                "it is of a run on a Ray cluster, which cannot be resumed; a new run can start from its LLM: "
+                "it belongs to a run on a Ray cluster, which cannot be resumed; a new run can start from its LLM: "
                 f"--set llm.path={folder / 'llm'}"
             )
         for name in REQUIRED_FILES:

@@ -76,6 +76,6 @@ class NonFiniteUpdates:
             torch.save({"error": str(error), "records": table.state_dict(), "arrays": arrays}, file)
         except (OSError, RuntimeError):
             with contextlib.suppress(OSError):
-                file.unlink()  # a part of a batch is of no use
+                file.unlink()  # an incomplete batch cannot be read
             raise
         return f"; the batch was saved to {file}"

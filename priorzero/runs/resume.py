@@ -122,7 +122,7 @@ def _named_checkpoint(where: str) -> Checkpoint:
     elif not (folder / CHECKPOINTS).exists() and (runs := list(_saved_runs(folder.glob("*")))):
         newest, *_ = max(runs, key=lambda run: run[2])
         raise UserError(
-            f"--resume {where}: this folder contains {len(runs)} run(s), but is none; name one of them, such as "
+            f"--resume {where}: this is not a run's folder, but it contains {len(runs)} of them; name one, such as "
             f"{shlex.quote(str(newest))}"
         )
     if not folder.is_dir():

@@ -131,7 +131,9 @@ def _read_settings(folder: Path) -> Settings:
         runs = sorted(path.parent for path in folder.glob(f"*/{CONFIG}") if (path.parent / LOGS).is_dir())
         if runs:
             newest = max(runs, key=lambda run: (run / CONFIG).stat().st_mtime)
-            raise UserError(f"{folder} contains {len(runs)} run(s), but is none; give one of them, such as {newest}")
+            raise UserError(
+                f"{folder} is not a run's folder, but it contains {len(runs)} of them; name one, such as {newest}"
+            )
         raise UserError(f"{folder} is not a run's folder: it has no {CONFIG} with {LOGS}/ beside it; {example}")
     try:
         return resolve_settings(read_config_file(folder / CONFIG))
