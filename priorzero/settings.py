@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from priorzero.runtime.paths import text_problem
+from priorzero.types import ValidActionsMode
 
 EvalMode = Literal["world_model", "world_model_with_prior", "prior", "prior_sampled", "random"]
 EVAL_MODES: tuple[EvalMode, ...] = ("world_model", "world_model_with_prior", "prior", "prior_sampled", "random")
@@ -112,6 +113,11 @@ class EnvSettings(SettingsGroup):
     drop_inert_commands: bool = Field(
         True,
         description="TextWorld: remove examine, look and inventory from the valid actions, since they change nothing",
+    )
+    valid_actions: ValidActionsMode = Field(
+        "fast",
+        description="Jericho: how valid actions are found. exact: Jericho's own set; fast: commands that were refused "
+        "under the same conditions before are not tried again, which finds about 99.9% of the same set",
     )
     step_timeout_s: Number = Field(
         60.0, gt=0, description="seconds after which a game is killed if a step has not finished and makes no progress"

@@ -7,13 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol, TypedDict
+from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
 
 # Plain data: tensors, numbers, texts, lists and dicts. Checkpoints contain nothing else, so that
 # ``torch.load(weights_only=True)`` reads them and no code in a file is ever run.
 Plain = dict[str, Any]
+
+# How the valid actions of Jericho games are found; see GameArguments.
+ValidActionsMode = Literal["exact", "fast"]
 
 
 class UserError(Exception):
@@ -108,12 +111,15 @@ class GameArguments(TypedDict):
         max_episode_steps: number of commands after which an episode is truncated, at least 1.
         look_and_inventory: observe :attr:`GameState.look` and :attr:`GameState.inventory`.
         drop_inert_commands: exclude commands that cannot change the world from the valid actions.
+        valid_actions: how the valid actions of Jericho games are found. ``exact``: Jericho's own set; ``fast``:
+            commands that were refused under the same conditions before are not tried again.
     """
 
     seed: int
     max_episode_steps: int
     look_and_inventory: bool
     drop_inert_commands: bool
+    valid_actions: ValidActionsMode
 
 
 class TextGame(Protocol):

@@ -105,6 +105,7 @@ class ReferenceWorker:
             max_episode_steps=env.max_episode_steps,
             look_and_inventory=env.look_and_inventory,
             drop_inert_commands=env.drop_inert_commands,
+            valid_actions="exact",
         )
 
     def _clear_cache(self) -> None:

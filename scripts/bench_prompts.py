@@ -51,6 +51,7 @@ def play_at_random(*, steps: int, seed: int, drop_inert_commands: bool) -> tuple
         max_episode_steps=steps + 1,
         look_and_inventory=True,
         drop_inert_commands=drop_inert_commands,
+        valid_actions="exact",
     )
     rng = np.random.default_rng(seed)
     state, states, decisions = game.reset(), list[GameState](), list[HistoryStep]()

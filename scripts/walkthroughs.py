@@ -52,6 +52,7 @@ def walkthrough_states(game: str, *, style: PromptStyle, tokenizer: Any) -> list
         max_episode_steps=len(commands) + 1,
         look_and_inventory=True,
         drop_inert_commands=True,
+        valid_actions="exact",
     )
     state, history, states = played.reset(), list[HistoryStep](), []
     for command in commands:

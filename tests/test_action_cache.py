@@ -323,7 +323,7 @@ def open_game(path, monkeypatch):
 
     def make(name: str = "zork1.z5", **changes) -> JerichoGame:
         arguments = {"seed": 0, "max_episode_steps": 100, "look_and_inventory": False, "drop_inert_commands": True}
-        games.append(JerichoGame(story(name), **{**arguments, **changes}))
+        games.append(JerichoGame(story(name), **{**arguments, "valid_actions": "exact", **changes}))
         return games[-1]
 
     yield make
@@ -403,7 +403,7 @@ async def test_worker_processes_play_a_jericho_game_and_share_the_cache(open_gam
     searches = count_searches(game)
     arguments = {"seed": 0, "max_episode_steps": 9, "look_and_inventory": False, "drop_inert_commands": True}
     spec = resolve_game(str(story("zork1.z5")))
-    one, other = (make_worker(spec, **arguments, timeout_s=60) for _ in range(2))
+    one, other = (make_worker(spec, **arguments, valid_actions="exact", timeout_s=60) for _ in range(2))
     try:
         await asyncio.gather(one.start(), other.start())
         found = (await one.reset()).valid_actions

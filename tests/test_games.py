@@ -140,7 +140,13 @@ def test_resolve_game_refuses_a_name_without_extension(tmp_path, zork1):
     assert "has no extension. Rename it to zork1.z5" in error_of(str(tmp_path / "zork1"))
 
 
-ARGUMENTS = {"seed": 0, "max_episode_steps": 9, "look_and_inventory": False, "drop_inert_commands": True}
+ARGUMENTS = {
+    "seed": 0,
+    "max_episode_steps": 9,
+    "look_and_inventory": False,
+    "drop_inert_commands": True,
+    "valid_actions": "exact",
+}
 
 
 @pytest.mark.parametrize("change", ["replaced", "deleted"])

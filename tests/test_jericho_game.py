@@ -20,7 +20,13 @@ TO_THE_TROLL = [*TO_THE_HOUSE, "move rug", "open trapdoor", "turn on lamp", "d",
 
 
 def open_game(name: str = "zork1.z5", **changes) -> JerichoGame:
-    arguments = {"seed": 0, "max_episode_steps": 1000, "look_and_inventory": True, "drop_inert_commands": True}
+    arguments = {
+        "seed": 0,
+        "max_episode_steps": 1000,
+        "look_and_inventory": True,
+        "drop_inert_commands": True,
+        "valid_actions": "exact",
+    }
     return JerichoGame(story(name), **{**arguments, **changes})
 
 
@@ -200,6 +206,7 @@ def test_jericho_game_refuses_wrong_use():
         "max_episode_steps": (1.5, "9", None),
         "look_and_inventory": ("false", 1, None),
         "drop_inert_commands": ("no", 0),
+        "valid_actions": ("quick", True, None),
     }.items():
         for value in values:
             with pytest.raises(ValueError, match=f"{name}={value!r} must be "):

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parent.parent
         ("run.seed=2000000001", "must be a whole number between 0 and 2000000000"),
         ("run.max_iter=9223372036854775808", "must be a whole number, at least 1 (it needs more than 64 bits)"),
         ("prior.combine=add", "prior.combine=add must be one of mix, replace"),
+        ("env.valid_actions=quick", "env.valid_actions=quick must be one of exact, fast"),
         ("world_model.embed_dim=1000000", "must be a whole number between 8 and 16384"),
         ("world_model.num_unroll_steps=2", "must be a whole number, at least 4"),
         ("env.max_episode_steps=1", "must be a whole number, at least 2"),

@@ -33,7 +33,13 @@ def open_game(games_folder, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(games_folder))
 
     def make(env_id: str = SIMPLE, **changes):
-        arguments = {"seed": 0, "max_episode_steps": 100, "look_and_inventory": True, "drop_inert_commands": False}
+        arguments = {
+            "seed": 0,
+            "max_episode_steps": 100,
+            "look_and_inventory": True,
+            "drop_inert_commands": False,
+            "valid_actions": "exact",
+        }
         return make_game(resolve_game(env_id), **{**arguments, **changes})
 
     return make
@@ -157,6 +163,12 @@ def test_textworld_game_offers_fallback_actions(open_game):
     assert state.actions_are_fallback
     assert state.valid_actions == FALLBACK_ACTIONS
     assert "Bedroom" in game.step("look")[0].feedback
+
+
+def test_textworld_game_checks_valid_actions_and_ignores_it(open_game):
+    assert open_game(valid_actions="fast").reset() == open_game(valid_actions="exact").reset()
+    with pytest.raises(ValueError, match="valid_actions='quick' must be one of exact, fast"):
+        open_game(valid_actions="quick")
 
 
 def test_textworld_game_reports_missing_files(tmp_path):

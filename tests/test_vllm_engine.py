@@ -102,6 +102,7 @@ def requests(llm):
         max_episode_steps=100,
         look_and_inventory=True,
         drop_inert_commands=True,
+        valid_actions="exact",
     )
     rng, history, requests = np.random.default_rng(0), [], []
     state = game.reset()

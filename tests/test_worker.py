@@ -7,13 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import psutil
 import pytest
 from loguru import logger
 
 from priorzero import envs
-from priorzero.envs import GameWorker
+from priorzero.config import resolve_settings
+from priorzero.envs import GameSpec, GameWorker
 from priorzero.envs.worker import gather_replies
 from priorzero.types import GameWorkerError, UserError
 from tests.helpers.fake_games import ACTIONS, FakeGame, NotAGame
@@ -297,7 +299,8 @@ import asyncio, os, sys
 from tests.helpers.game_files import story
 from tests.helpers.fake_games import FakeGame
 from priorzero import envs
-from priorzero.envs import GameWorker
+from priorzero.config import resolve_settings
+from priorzero.envs import GameSpec, GameWorker
 async def main():
     worker = GameWorker(FakeGame, {}, timeout_s=100.0)
     await worker.reset()
@@ -338,10 +341,22 @@ async def test_gather_replies_returns_worker_errors_and_raises_all_others():
         await gather_replies(map(reply, (error, UserError("wrong"), 2)))
 
 
+def test_make_workers_passes_the_settings_of_the_games():
+    env = {"collector_env_num": 2, "max_episode_steps": 7, "look_and_inventory": False, "drop_inert_commands": False}
+    settings = resolve_settings({"env": {**env, "valid_actions": "exact"}})
+    specs = [GameSpec(name, "jericho", Path(name), "", name) for name in ("a.z5", "b.z5")]
+    workers = envs.make_workers(settings, specs, count=3, first_seed=5)
+    assert [worker._arguments.pop("spec") for worker in workers] == [specs[0], specs[1], specs[0]]
+    expected = {"max_episode_steps": 7, "look_and_inventory": False, "drop_inert_commands": False}
+    expected["valid_actions"] = "exact"
+    assert [worker._arguments for worker in workers] == [{"seed": seed, **expected} for seed in (5, 6, 7)]
+
+
 @pytest.mark.slow
 async def test_worker_kills_and_restarts_a_jericho_game():
     arguments = {"seed": 0, "max_episode_steps": 50, "look_and_inventory": True, "drop_inert_commands": True}
-    worker = envs.make_worker(envs.resolve_game(str(story("zork1.z5"))), **arguments, timeout_s=20.0)
+    spec = envs.resolve_game(str(story("zork1.z5")))
+    worker = envs.make_worker(spec, **arguments, valid_actions="exact", timeout_s=20.0)
     try:
         first = await worker.reset()
         assert "open mailbox" in first.valid_actions

@@ -8,7 +8,7 @@ from priorzero.envs.action_cache import ActionCache, cache_file, digest
 from priorzero.envs.frotz import KEY_COMMANDS, EmulatorState, ReproducibleFrotzEnv
 from priorzero.envs.probe import Probe
 from priorzero.envs.validation import check_action, check_arguments
-from priorzero.types import GameState
+from priorzero.types import GameState, ValidActionsMode
 
 # Nearly every parser understands these. "wait" lets time pass where nothing else is possible.
 FALLBACK_ACTIONS = ("look", "wait", "inventory")
@@ -39,6 +39,7 @@ class JerichoGame:
         max_episode_steps: int,
         look_and_inventory: bool,
         drop_inert_commands: bool = True,
+        valid_actions: ValidActionsMode = "exact",
         filter_threads: int | None = None,
     ) -> None:
         """Open a story file that Jericho supports; see :class:`GameArguments`.
@@ -58,10 +59,12 @@ class JerichoGame:
             max_episode_steps=max_episode_steps,
             look_and_inventory=look_and_inventory,
             drop_inert_commands=drop_inert_commands,
+            valid_actions=valid_actions,
         )
         self._env = ReproducibleFrotzEnv(Path(path), seed=seed, filter_threads=filter_threads)
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory
+        self._mode = valid_actions
         self._probe = Probe(self._env, name=Path(path).name)
         self._max_score = float(self._env.get_max_score())
         self._fingerprint = self._env.fingerprint()

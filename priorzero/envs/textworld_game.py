@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from priorzero.envs.validation import check_action, check_arguments
-from priorzero.types import GameState, UserError
+from priorzero.types import GameState, UserError, ValidActionsMode
 
 FALLBACK_ACTIONS = ("look", "inventory")
 _PROMPT = re.compile(r"\n>[^\n]*\Z")  # the prompt and the status line after it ("> ... -= Kitchen =-5/6")
@@ -27,11 +27,13 @@ class TextWorldGame:
         max_episode_steps: int,
         look_and_inventory: bool,
         drop_inert_commands: bool,
+        valid_actions: ValidActionsMode = "exact",
     ) -> None:
         """Open a ``.z8`` file, which has TextWorld's ``.json`` file next to it; see :class:`GameArguments`.
 
         The inert commands are ``examine ...``, ``look`` and ``inventory``. Games in which something must be read, such
-        as the cookbook of the cooking games, need them.
+        as the cookbook of the cooking games, need them. ``valid_actions`` has no effect, because TextWorld lists the
+        valid actions itself.
 
         Raises:
             UserError: a file is missing.
@@ -42,6 +44,7 @@ class TextWorldGame:
             max_episode_steps=max_episode_steps,
             look_and_inventory=look_and_inventory,
             drop_inert_commands=drop_inert_commands,
+            valid_actions=valid_actions,
         )
         for file in (Path(path), Path(path).with_suffix(".json")):
             if not file.is_file():

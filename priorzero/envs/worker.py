@@ -223,6 +223,7 @@ def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, f
             max_episode_steps=env.max_episode_steps,
             look_and_inventory=env.look_and_inventory,
             drop_inert_commands=env.drop_inert_commands,
+            valid_actions=env.valid_actions,
             timeout_s=env.step_timeout_s,
         )
         for e in range(count)
