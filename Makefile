@@ -38,8 +38,8 @@ learn-check:  ## check that search, prior, SFT and RFT each improve the agent (l
 # One after the other, since they need an idle machine. All are run, even if the results of one differ.
 bench:  ## measure the figures of docs/performance.md (up to 30 minutes); fails if results differ
 	@scripts/set_up.sh test
-	@failed=0; for name in env search world_model llm prior loop; do \
-		echo "== bench_$$name"; $(PYTHON) scripts/bench_$$name.py; status=$$?; \
+	@failed=0; for bench in "env --quick" search world_model llm prior loop; do set -- $$bench; \
+		echo "== bench_$$bench"; $(PYTHON) scripts/bench_$$1.py "$${@:2}"; status=$$?; \
 		case $$status in 0) ;; 2) echo "skipped (see above)" ;; *) failed=1 ;; esac; \
 	done; echo "bench: the results are in bench_results/"; exit $$failed
 

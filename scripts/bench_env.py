@@ -418,6 +418,7 @@ def measure_game(path: Path, *, options: argparse.Namespace) -> GameFigures:
             rng = np.random.default_rng([options.seed, number])
             searches = play(game, steps=options.steps, rng=rng, walkthrough=walkthrough)
             measure_play(kind, searches, figures=figures, references=references, options=options)
+            print(f"{path.name}: measured {kind} play", file=sys.stderr, flush=True)
         measure_gold(games["random"], figures=figures, references=references, num_states=options.gold_states)
         for game in games.values():
             game.close()
@@ -448,8 +449,12 @@ def measure_games(paths: Mapping[str, Path], *, options: argparse.Namespace) -> 
 
 def details(game: GameFigures) -> dict[str, Any]:
     """The figures of a game for the JSON file."""
-    gold = {"lost gold commands": game.gold_lost, "threads": game.threads}
-    return {**game.times(), **accuracy([game]), **game.sizes(), **gold}
+    plays = {
+        kind: {"exact": play.exact_per_step, "fast": play.fast_per_step, "exact, sampled": play.exact_s}
+        for kind, play in game.plays.items()
+    }
+    others = {"lost gold commands": game.gold_lost, "threads": game.threads, "plays": plays}
+    return {**game.times(), **accuracy([game]), **game.sizes(), **others}
 
 
 def geometric_means(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:

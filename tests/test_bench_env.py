@@ -169,6 +169,9 @@ def test_bench_env_compares_a_game(results, capsys):
     assert (game["gold states"], game["gold found"], game["gold lost"]) == (4, 4, 0)
     assert min(game["fast"], game["exact"], game["Jericho's own"]) > 0 and game["threads"] == 1
     assert 1 <= game["mean K"] <= game["max K"] <= game["action texts"]
+    plays = game["plays"].values()
+    assert np.mean([play["fast"] for play in plays]) == game["fast"]
+    assert [len(play["exact, sampled"]) for play in plays] == [2, 2]
 
 
 @pytest.mark.slow
