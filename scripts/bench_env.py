@@ -298,7 +298,8 @@ class References:
         self.walkthrough = self._exact.walkthrough()
 
     def exact(self, state: EmulatorState) -> Search:
-        """The exact search."""
+        """The exact search of a state, even if it was searched before."""
+        self._exact._known_actions.clear()
         self._exact._valid_actions(state)
         return self._exact.last_search
 

@@ -199,6 +199,18 @@ def test_bench_env_returns_1_if_a_gold_command_is_lost(results, monkeypatch, cap
     assert game["recall, effect"] == game["recall, text"] < 1 == game["precision, effect"]
 
 
+def test_references_exact_searches_a_state_again():
+    references = bench_env.References(story("zork1.z5"), threads=1)
+    game = bench_env.open_game(story("zork1.z5"), mode="exact", cache="off", threads=1)
+    game.reset()
+    searches = [references.exact(game.last_search.state) for _ in range(3)]
+    assert {search.actions for search in searches} == {game.last_search.actions}
+    game._valid_actions(game.last_search.state)  # from memory
+    assert min(search.seconds for search in searches) > 5 * game.last_search.seconds
+    references.close()
+    game.close()
+
+
 def test_references_effects_are_the_same_for_two_names_of_a_command():
     references = bench_env.References(story("zork1.z5"), threads=1)
     game = bench_env.open_game(story("zork1.z5"), mode="exact", cache="off", threads=1)
