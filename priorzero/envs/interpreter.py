@@ -1,0 +1,1108 @@
+"""A compiled Z-machine that runs many commands from one state, several times as fast as Jericho's emulator.
+
+It executes the same instructions as Jericho's emulator, but it draws no screen, and it stops a command as soon as the
+game waits for input again. What it does not know, such as saving a game, it leaves to Jericho's emulator: the command
+gets the status :data:`UNKNOWN`.
+
+Source of the instructions, the text encoding and the memory layout: The Z-Machine Standards Document, version 1.1.
+Where the standard leaves the behaviour open, this module follows Frotz 2.44, on which Jericho's emulator is based: the
+layout of stack frames, the random numbers and the results of undefined operations.
+
+Numba compiles the functions at their first use, which takes a minute, and keeps the result in a cache on disk.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+STACK_WORDS = 1024
+STACK_MASK = 2 * STACK_WORDS - 1
+ADDRESS_MASK = (1 << 20) - 1  # a story has at most 512 KiB
+MEMORY_SIZE = ADDRESS_MASK + 2
+MAX_INSTRUCTIONS = 20_000_000  # a command that runs longer has probably hung
+MAX_EVENTS = 16  # of each kind; Jericho ignores later ones
+MAX_TEXT = 16_384  # bytes of text of a command
+DIFF_WORDS = 128
+READ_LINE, READ_KEY = 228, 246  # opcodes at which a command ends
+
+# Status of a command.
+UNCHANGED, CHANGED, UNKNOWN = 0, 1, 2
+
+# Indices of the output state `io`.
+_LENGTH, _DEPTH, _SCREEN, _FAILED = 0, 1, 2, 3
+# Indices of the counters `count`.
+_MOVED, _SET, _CLEARED = 0, 1, 2
+# What follows an instruction.
+_STORE, _BRANCH, _CALL, _RETURN = 1, 2, 4, 8
+# Indices of the state of the random numbers.
+_NUMBER, _INTERVAL, _COUNTER = 0, 1, 2
+
+
+class Story(NamedTuple):
+    """Constants of a story. All addresses are byte addresses."""
+
+    version: int
+    size: int
+    dynamic_size: int
+    global_table: int
+    object_table: int
+    dictionary: int
+    abbreviations: int
+
+
+class Registers(NamedTuple):
+    """The registers of the Z-machine while it waits for input, as ``FrotzEnv.get_state`` gives them.
+
+    ``stack_pointer`` and ``frame_pointer`` are indices of the stack, which grows downwards. ``random`` is the state of
+    the random numbers, ``interval`` and ``counter`` those of the predictable mode.
+    """
+
+    counter: int
+    stack_pointer: int
+    frame_pointer: int
+    frame_count: int
+    random: int
+    random_interval: int
+    random_counter: int
+
+
+class Watch(NamedTuple):
+    """What is a change of the world.
+
+    Attributes:
+        ignored_set: whether setting an attribute of an object is ignored, ``[objects, 48]`` bool.
+        ignored_cleared: the same for clearing.
+        addresses: bytes whose changes are reported, ``[n]``.
+        score_addresses: the bytes of the score, ``[m]``.
+    """
+
+    ignored_set: Any
+    ignored_cleared: Any
+    addresses: Any
+    score_addresses: Any
+
+
+class Results(NamedTuple):
+    """The results of ``N`` commands.
+
+    Attributes:
+        status: ``[N]`` uint8.
+        scored: the score has changed, ``[N]`` bool.
+        taken: the text contains "(Taken)", ``[N]`` bool.
+        changes: objects that moved (all), attributes that were set and cleared (without ignored ones) and watched bytes,
+            in the format of Jericho's ``get_cleaned_world_diff``, ``[N, 128]`` uint16.
+        text: the texts of all commands, one after the other, uint8.
+        text_ends: ``[N]`` int64.
+        text_hashes: ``[N]`` int64.
+    """
+
+    status: Any
+    scored: Any
+    taken: Any
+    changes: Any
+    text: Any
+    text_ends: Any
+    text_hashes: Any
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _byte(mem, address):
+    return np.int64(mem[address & ADDRESS_MASK])
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _word(mem, address):
+    address &= ADDRESS_MASK
+    return (np.int64(mem[address]) << 8) | np.int64(mem[address + 1])
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _set_word(mem, address, value):
+    address &= ADDRESS_MASK
+    mem[address] = (value >> 8) & 0xFF
+    mem[address + 1] = value & 0xFF
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _signed(value):
+    return ((value & 0xFFFF) ^ 0x8000) - 0x8000
+
+
+# ---- variables and control flow ----
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _get_variable(mem, stack, story, variable, sp, fp):
+    """Value of a variable, and the new stack pointer. Variable 0 is popped."""
+    if variable == 0:
+        return np.int64(stack[(sp) & STACK_MASK]), sp + 1
+    if variable < 16:
+        return np.int64(stack[(fp - variable) & STACK_MASK]), sp
+    return _word(mem, story.global_table + 2 * (variable - 16)), sp
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _peek_variable(mem, stack, story, variable, sp, fp):
+    """Value of a variable that an instruction names indirectly. Variable 0 is not popped."""
+    if variable == 0:
+        return np.int64(stack[(sp) & STACK_MASK])
+    if variable < 16:
+        return np.int64(stack[(fp - variable) & STACK_MASK])
+    return _word(mem, story.global_table + 2 * (variable - 16))
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _poke_variable(mem, stack, story, variable, value, sp, fp):
+    """Set a variable that an instruction names indirectly. Variable 0 is not pushed."""
+    if variable == 0:
+        stack[(sp) & STACK_MASK] = value & 0xFFFF
+    elif variable < 16:
+        stack[(fp - variable) & STACK_MASK] = value & 0xFFFF
+    else:
+        _set_word(mem, story.global_table + 2 * (variable - 16), value)
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _operand(mem, stack, story, kind, pc, sp, fp):
+    """Value of an operand, the new program counter and the new stack pointer."""
+    if kind == 1:
+        return _byte(mem, pc), pc + 1, sp
+    if kind == 2:
+        value, sp = _get_variable(mem, stack, story, _byte(mem, pc), sp, fp)
+        return value, pc + 1, sp
+    return _word(mem, pc), pc + 2, sp
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _store(mem, stack, story, value, pc, sp, fp):
+    """Store a result in the variable at ``pc``; return the new program counter and stack pointer."""
+    variable = _byte(mem, pc)
+    if variable == 0:
+        sp -= 1
+        stack[(sp) & STACK_MASK] = value & 0xFFFF
+    elif variable < 16:
+        stack[(fp - variable) & STACK_MASK] = value & 0xFFFF
+    else:
+        _set_word(mem, story.global_table + 2 * (variable - 16), value)
+    return pc + 1, sp
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _return(mem, stack, story, value, fp, frames):
+    """Return from a routine; the new program counter, stack pointer, frame pointer and frame count."""
+    kind = np.int64(stack[(fp) & STACK_MASK]) >> 12
+    new_fp = (np.int64(stack[(fp + 1) & STACK_MASK]) + 1) & 0xFFFF
+    pc = np.int64(stack[(fp + 2) & STACK_MASK]) | (np.int64(stack[(fp + 3) & STACK_MASK]) << 9)
+    sp = fp + 4
+    if kind == 0:
+        pc, sp = _store(mem, stack, story, value, pc, sp, new_fp)
+    return pc, sp, new_fp, frames - 1
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _branch(mem, pc, holds):
+    """The program counter behind the branch at ``pc``, its offset, and whether it is taken."""
+    first = _byte(mem, pc)
+    pc += 1
+    offset = first & 0x3F
+    if not first & 0x40:
+        offset = (offset << 8) | _byte(mem, pc)
+        pc += 1
+        offset = (offset ^ 0x2000) - 0x2000
+    return pc, offset, holds == ((first & 0x80) != 0)
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _unpack(story, address):
+    """Byte address of a packed address."""
+    if story.version <= 3:
+        return address << 1
+    if story.version <= 5:
+        return address << 2
+    return address << 3
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames):
+    """Call the routine ``args[0]``. Kind 0 will store the result, 1 will discard it. As ``_return``; and the success."""
+    target = _unpack(story, args[0])
+    if target >= story.size or sp < 24:
+        return pc, sp, fp, frames, False
+    num_locals = _byte(mem, target)
+    if num_locals > 15:
+        return pc, sp, fp, frames, False
+    sp -= 4
+    stack[(sp + 3) & STACK_MASK] = pc >> 9
+    stack[(sp + 2) & STACK_MASK] = pc & 0x1FF
+    stack[(sp + 1) & STACK_MASK] = (fp - 1) & 0xFFFF
+    stack[(sp) & STACK_MASK] = (num_args - 1) | (kind << 12) | (num_locals << 8)
+    fp = sp
+    pc = target + 1
+    for n in range(1, num_locals + 1):
+        value = np.int64(0)
+        if story.version <= 4:
+            value = _word(mem, pc)
+            pc += 2
+        if n < num_args:
+            value = args[n]
+        sp -= 1
+        stack[(sp) & STACK_MASK] = value & 0xFFFF
+    return pc, sp, fp, frames + 1, True
+
+
+# ---- text ----
+
+
+@njit(cache=True, nogil=True)
+def _put(mem, story, out, io, tables, character):
+    """Print a ZSCII character to the table of output stream 3, or else to the text of the command."""
+    if character == 0:
+        return
+    if io[_DEPTH] >= 0:
+        table = tables[io[_DEPTH]]
+        size = _word(mem, table)
+        if character >= 0x9B or table + 2 + size >= story.dynamic_size:
+            io[_FAILED] = 1
+            return
+        mem[table + 2 + size] = character
+        _set_word(mem, table, size + 1)
+    elif io[_SCREEN] and io[_LENGTH] < out.size:
+        out[io[_LENGTH]] = 10 if character == 13 else character
+        io[_LENGTH] += 1
+
+
+@njit(cache=True, nogil=True)
+def _put_number(mem, story, out, io, tables, value):
+    value = _signed(value)
+    if value < 0:
+        _put(mem, story, out, io, tables, 45)
+        value = -value
+    divisor = 10_000
+    while divisor > 1 and value < divisor:
+        divisor //= 10
+    while divisor > 0:
+        _put(mem, story, out, io, tables, 48 + (value // divisor) % 10)
+        divisor //= 10
+
+
+@njit(cache=True, nogil=True)
+def _put_string(mem, story, alphabet, out, io, tables, address):
+    """Print an encoded text (section 3 of the standard); return the address behind it."""
+    shift, state, high = 0, 0, 0  # state 1: abbreviation, 2 and 3: halves of a ZSCII code
+    outer_address, outer_word, outer_position = np.int64(-1), np.int64(0), 0
+    word, position = np.int64(0), -1
+    while True:
+        if position < 0:
+            if word & 0x8000:
+                if outer_address < 0:
+                    return address
+                address, word, position = outer_address, outer_word, outer_position
+                outer_address, shift, state = np.int64(-1), 0, 0
+                continue
+            if address + 1 >= story.size:
+                io[_FAILED] = 1
+                return address
+            word, position = _word(mem, address), 10
+            address += 2
+        c = (word >> position) & 0x1F
+        position -= 5
+        if state == 1:
+            if outer_address >= 0:
+                io[_FAILED] = 1  # an abbreviation inside an abbreviation
+                return address
+            outer_address, outer_word, outer_position = address, word, position
+            address = _word(mem, story.abbreviations + 64 * (high - 1) + 2 * c) << 1
+            word, position, state = np.int64(0), -1, 0
+        elif state == 2:
+            high, state = c, 3
+        elif state == 3:
+            _put(mem, story, out, io, tables, (high << 5) | c)
+            state = 0
+        elif c >= 6:
+            if shift == 2 and c == 6:
+                state = 2
+            elif shift == 2 and c == 7:
+                _put(mem, story, out, io, tables, 13)
+            else:
+                _put(mem, story, out, io, tables, np.int64(alphabet[26 * shift + c - 6]))
+            shift = 0
+        elif c == 0:
+            _put(mem, story, out, io, tables, 32)
+            shift = 0
+        elif c <= 3:
+            high, state, shift = c, 1, 0
+        else:
+            shift = c - 3
+
+
+@njit(cache=True, nogil=True)
+def _encode(mem, alphabet, address, length, num_chars, codes):
+    """Encode a word for the dictionary into ``codes`` (16-bit words, ``num_chars // 3`` of them)."""
+    chars = np.empty(16, np.int64)
+    n = 0
+    for i in range(num_chars + 1):
+        if n >= num_chars:
+            break
+        if i >= length:
+            chars[n] = 5
+            n += 1
+            continue
+        c = mem[address + i]
+        found = -1
+        for k in range(78):
+            if alphabet[k] == c:
+                found = k
+                break
+        if found < 0:
+            chars[n], chars[n + 1], chars[n + 2], chars[n + 3] = 5, 6, c >> 5, c & 0x1F
+            n += 4
+            continue
+        if found >= 26:
+            chars[n] = 3 + found // 26
+            n += 1
+        chars[n] = found % 26 + 6
+        n += 1
+    for k in range(num_chars // 3):
+        codes[k] = (chars[3 * k] << 10) | (chars[3 * k + 1] << 5) | chars[3 * k + 2]
+    codes[num_chars // 3 - 1] |= 0x8000
+
+
+@njit(cache=True, nogil=True)
+def _look_up(mem, story, alphabet, address, length, dictionary):
+    """Address of a word in the dictionary; 0 if it is not there."""
+    num_chars = 6 if story.version <= 3 else 9
+    codes = np.empty(3, np.int64)
+    _encode(mem, alphabet, address, length, num_chars, codes)
+    start = dictionary + 1 + _byte(mem, dictionary)
+    entry_size, num_entries = _byte(mem, start), _signed(_word(mem, start + 1))
+    is_sorted = num_entries >= 0
+    lower, upper = np.int64(0), abs(num_entries) - 1
+    while lower <= upper:
+        middle = (lower + upper) // 2 if is_sorted else lower
+        entry = start + 3 + middle * entry_size
+        order = np.int64(0)
+        for k in range(num_chars // 3):
+            order = codes[k] - _word(mem, entry + 2 * k)
+            if order != 0:
+                break
+        if order == 0:
+            return entry
+        if order > 0 or not is_sorted:
+            lower = middle + 1
+        else:
+            upper = middle - 1
+    return np.int64(0)
+
+
+@njit(cache=True, nogil=True)
+def _add_token(mem, story, alphabet, text, start, length, parse, dictionary, skip_unknown):
+    num_tokens = _byte(mem, parse + 1)
+    if num_tokens >= mem[parse]:
+        return
+    mem[parse + 1] = num_tokens + 1
+    entry = _look_up(mem, story, alphabet, text + start, length, dictionary)
+    if entry != 0 or not skip_unknown:
+        token = parse + 2 + 4 * num_tokens
+        _set_word(mem, token, entry)
+        mem[token + 2] = length & 0xFF
+        mem[token + 3] = start & 0xFF
+
+
+@njit(cache=True, nogil=True)
+def _tokenise(mem, story, alphabet, text, parse, dictionary, skip_unknown):
+    """Split the input at ``text`` into words (section 13.6 of the standard)."""
+    if dictionary == 0:
+        dictionary = story.dictionary
+    mem[parse + 1] = 0
+    first = 2 if story.version >= 5 else 1
+    end = first + _byte(mem, text + 1) if story.version >= 5 else np.int64(-1)
+    position, word_start = np.int64(first), np.int64(0)
+    while True:
+        c = np.int64(0) if position == end else _byte(mem, text + position)
+        is_separator = False
+        if c != 0:
+            for k in range(_byte(mem, dictionary)):
+                if mem[dictionary + 1 + k] == c:
+                    is_separator = True
+        if is_separator or c == 32 or c == 0:
+            if word_start:
+                length = position - word_start
+                _add_token(mem, story, alphabet, text, word_start, length, parse, dictionary, skip_unknown)
+                word_start = np.int64(0)
+            if is_separator:
+                _add_token(mem, story, alphabet, text, position, np.int64(1), parse, dictionary, skip_unknown)
+        elif word_start == 0:
+            word_start = position
+        if c == 0:
+            return
+        position += 1
+
+
+@njit(cache=True, nogil=True)
+def _read_line(mem, story, alphabet, text, parse, line):
+    """Enter a line (section 15, ``read``). Returns False if the line is too long, or if part of it was entered."""
+    size = _byte(mem, text)
+    if story.version <= 4:
+        size -= 1
+    start = text + (1 if story.version <= 4 else 2)
+    if line.size > min(size, 199) or (story.version >= 5 and mem[text + 1] != 0):
+        return False
+    for n in range(line.size):
+        mem[start + n] = line[n]
+    if story.version <= 4:
+        mem[start + line.size] = 0
+    else:
+        mem[text + 1] = line.size
+    if parse != 0:
+        _tokenise(mem, story, alphabet, text, parse, np.int64(0), False)
+    return True
+
+
+# ---- objects ----
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _object(story, number):
+    """Address of an object's entry in the object table."""
+    if story.version <= 3:
+        return story.object_table + 62 + 9 * (number - 1)
+    return story.object_table + 126 + 14 * (number - 1)
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _relative(mem, story, number, which):
+    """The parent (0), sibling (1) or child (2) of an object; 0 for object 0."""
+    if number == 0:
+        return np.int64(0)
+    if story.version <= 3:
+        return _byte(mem, _object(story, number) + 4 + which)
+    return _word(mem, _object(story, number) + 6 + 2 * which)
+
+
+@njit(cache=True, nogil=True)
+def _set_relative(mem, story, number, which, value):
+    if story.version <= 3:
+        mem[_object(story, number) + 4 + which] = value & 0xFF
+    else:
+        _set_word(mem, _object(story, number) + 6 + 2 * which, value)
+
+
+@njit(cache=True, nogil=True)
+def _unlink(mem, story, number):
+    """Remove an object from its parent. Returns False if the object tree is damaged."""
+    parent = _relative(mem, story, number, 0)
+    if parent == 0:
+        return True
+    sibling, child = _relative(mem, story, number, 1), _relative(mem, story, parent, 2)
+    _set_relative(mem, story, number, 0, 0)
+    _set_relative(mem, story, number, 1, 0)
+    if child == number:
+        _set_relative(mem, story, parent, 2, sibling)
+        return True
+    for _ in range(2001):
+        following = _relative(mem, story, child, 1)
+        if following == number:
+            _set_relative(mem, story, child, 1, sibling)
+            return True
+        if following == 0:
+            return False
+        child = following
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _insert(mem, story, number, parent):
+    """Make an object the first child of ``parent``."""
+    if not _unlink(mem, story, number):
+        return False
+    _set_relative(mem, story, number, 0, parent)
+    _set_relative(mem, story, number, 1, _relative(mem, story, parent, 2))
+    _set_relative(mem, story, parent, 2, number)
+    return True
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _name_address(mem, story, number):
+    return _word(mem, _object(story, number) + (7 if story.version <= 3 else 12))
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _first_property(mem, story, number):
+    name = _name_address(mem, story, number)
+    return (name + 1 + 2 * _byte(mem, name)) & 0xFFFF
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _next_property(mem, story, address):
+    size = _byte(mem, address)
+    if story.version <= 3:
+        return (address + 2 + (size >> 5)) & 0xFFFF
+    if not size & 0x80:
+        return (address + 2 + (size >> 6)) & 0xFFFF
+    size = _byte(mem, address + 1) & 0x3F
+    return (address + 2 + (size if size else 64)) & 0xFFFF
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _find_property(mem, story, number, prop):
+    """Address of a property's size byte; 0 if the object does not have it."""
+    mask = 0x1F if story.version <= 3 else 0x3F
+    address = _first_property(mem, story, number)
+    while (_byte(mem, address) & mask) > prop:
+        address = _next_property(mem, story, address)
+    return address if (_byte(mem, address) & mask) == prop else np.int64(0)
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _property_data(mem, story, address):
+    """Address and size of the data of the property whose size byte is at ``address``."""
+    first = _byte(mem, address)
+    if story.version <= 3:
+        return address + 1, (first >> 5) + 1
+    if not first & 0x80:
+        return address + 1, (first >> 6) + 1
+    size = _byte(mem, address + 1) & 0x3F
+    return address + 2, size if size else np.int64(64)
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _get_property(mem, story, number, prop):
+    if number == 0:
+        return np.int64(0)
+    address = _find_property(mem, story, number, prop)
+    if address == 0:
+        return _word(mem, story.object_table + 2 * (prop - 1))
+    first = _byte(mem, address)
+    if (story.version <= 3 and first < 0x20) or (story.version > 3 and first < 0x40):
+        return _byte(mem, address + 1)
+    return _word(mem, address + 1)
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _property_address(mem, story, number, prop):
+    if number == 0:
+        return np.int64(0)
+    address = _find_property(mem, story, number, prop)
+    return address if address == 0 else _property_data(mem, story, address)[0]
+
+
+@njit(cache=True, nogil=True)
+def _property_length(mem, story, data):
+    size = _byte(mem, (data - 1) & 0xFFFF)
+    if story.version <= 3:
+        return (size >> 5) + 1
+    if not size & 0x80:
+        return (size >> 6) + 1
+    size &= 0x3F
+    return size if size else np.int64(64)
+
+
+@njit(cache=True, nogil=True)
+def _next_property_number(mem, story, number, prop):
+    """The number of the property after ``prop``, or of the first one if it is 0; -1 after an error."""
+    if number == 0:
+        return np.int64(0)
+    mask = 0x1F if story.version <= 3 else 0x3F
+    address = _first_property(mem, story, number)
+    if prop != 0:
+        address = _find_property(mem, story, number, prop)
+        if address == 0:
+            return np.int64(-1)
+        address = _next_property(mem, story, address)
+    return _byte(mem, address) & mask
+
+
+@njit(cache=True, nogil=True)
+def _put_property(mem, story, number, prop, value):
+    """Returns False if the object does not have the property."""
+    address = _find_property(mem, story, number, prop)
+    if address == 0:
+        return False
+    first = _byte(mem, address)
+    if (story.version <= 3 and first < 0x20) or (story.version > 3 and first < 0x40):
+        mem[address + 1] = value & 0xFF
+    else:
+        _set_word(mem, address + 1, value)
+    return True
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _test_attribute(mem, story, number, attribute):
+    return number != 0 and (_byte(mem, _object(story, number) + (attribute >> 3)) & (0x80 >> (attribute & 7))) != 0
+
+
+@njit(cache=True, nogil=True)
+def _change_attribute(mem, story, number, attribute, is_set):
+    address = _object(story, number) + (attribute >> 3)
+    if is_set:
+        mem[address] |= 0x80 >> (attribute & 7)
+    else:
+        mem[address] &= ~(0x80 >> (attribute & 7)) & 0xFF
+
+
+# ---- instructions ----
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _binary_value(mem, story, code, a, b):
+    """Result of an instruction with two operands that stores a value, and whether it is defined."""
+    if code == 8:
+        return a | b, True
+    if code == 9:
+        return a & b, True
+    if code == 15:
+        return _word(mem, (a + 2 * b) & 0xFFFF), True
+    if code == 16:
+        return _byte(mem, (a + b) & 0xFFFF), True
+    if code == 17:
+        return _get_property(mem, story, a, b), True
+    if code == 18:
+        return _property_address(mem, story, a, b), True
+    if code == 19:
+        value = _next_property_number(mem, story, a, b)
+        return value, value >= 0
+    if code == 20:
+        return a + b, True
+    if code == 21:
+        return a - b, True
+    if code == 22:
+        return _signed(a) * _signed(b), True
+    dividend, divisor = _signed(a), _signed(b)
+    if divisor == 0:
+        return np.int64(0), False
+    quotient = abs(dividend) // abs(divisor)
+    if (dividend < 0) != (divisor < 0):
+        quotient = -quotient
+    return (quotient, True) if code == 23 else (dividend - quotient * divisor, True)
+
+
+@njit(cache=True, nogil=True)
+def _scan_table(mem, value, address, args, num_args):
+    form = args[3] if num_args >= 4 else np.int64(0x82)
+    for _ in range(args[2]):
+        found = _word(mem, address) if form & 0x80 else _byte(mem, address)
+        if found == value:
+            return address
+        address = (address + (form & 0x7F)) & 0xFFFF
+    return np.int64(0)
+
+
+@njit(cache=True, nogil=True)
+def _copy_table(mem, story, first, second, size):
+    """Copy or clear a table. Returns False if it is outside of dynamic memory."""
+    length = abs(_signed(size))
+    target = first if second == 0 else second
+    if target + length > story.dynamic_size:
+        return False
+    if second == 0:
+        for n in range(length):
+            mem[first + n] = 0
+    elif _signed(size) < 0 or first > second:
+        for n in range(length):
+            mem[second + n] = mem[(first + n) & 0xFFFF]
+    else:
+        for n in range(length - 1, -1, -1):
+            mem[second + n] = mem[(first + n) & 0xFFFF]
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _print_table(mem, story, out, io, tables, address, width, args, num_args):
+    height = args[2] if num_args >= 3 else np.int64(1)
+    skip = args[3] if num_args >= 4 else np.int64(0)
+    for row in range(height):
+        if row > 0:
+            _put(mem, story, out, io, tables, 13)
+        for _ in range(width):
+            _put(mem, story, out, io, tables, _byte(mem, address & 0xFFFF))
+            address += 1
+        address += skip
+
+
+@njit(cache=True, nogil=True)
+def _output_stream(mem, story, number, table, num_args, io, tables):
+    """Select an output stream. Returns False if it is a file."""
+    stream = _signed(number)
+    if abs(stream) == 1:
+        io[_SCREEN] = stream > 0
+    elif stream == 3:
+        if io[_DEPTH] >= 15 or num_args >= 3 or table + 2 > story.dynamic_size:
+            return False
+        io[_DEPTH] += 1
+        tables[io[_DEPTH]] = table
+        _set_word(mem, table, 0)
+    elif stream == -3:
+        io[_DEPTH] = max(io[_DEPTH] - 1, -1)
+    elif stream == 2 or stream == 4:
+        return False
+    return True
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _store_byte(mem, story, address, value):
+    """Returns False outside of dynamic memory, and for the header's flags, which have effects."""
+    if address >= story.dynamic_size or (address == 0x11 and (value ^ mem[address]) & 1):
+        return False
+    mem[address] = value & 0xFF
+    return True
+
+
+@njit(cache=True, nogil=True)
+def _shift(value, places, is_arithmetic):
+    if is_arithmetic:
+        value = _signed(value)
+    return value << places if places > 0 else value >> -places
+
+
+@njit(cache=True, nogil=True, forceinline=True)
+def _store_word(mem, story, address, value):
+    is_stored = _store_byte(mem, story, address, value >> 8)
+    return _store_byte(mem, story, address + 1, value & 0xFF) and is_stored
+
+
+@njit(cache=True, nogil=True)
+def _random(random, limit):
+    """A random number from 1 to ``limit``; a limit that is not positive seeds the random numbers."""
+    limit = _signed(limit)
+    if limit <= 0:
+        if limit > -1000:
+            random[_INTERVAL], random[_COUNTER] = -limit, 0
+        else:
+            random[_INTERVAL], random[_NUMBER] = 0, -limit
+        return np.int64(0)
+    if random[_INTERVAL] == 0:
+        random[_NUMBER] = 0x015A4E35 * random[_NUMBER] + 1
+        return ((random[_NUMBER] >> 16) & 0x7FFF) % limit + 1
+    number = random[_COUNTER]
+    random[_COUNTER] = 0 if number + 1 == random[_INTERVAL] else number + 1
+    return number % limit + 1
+
+
+@njit(cache=True, nogil=True)
+def _add_event(events, count, kind, number, target):
+    if count[kind] < MAX_EVENTS:
+        events[kind, count[kind], 0], events[kind, count[kind], 1] = number, target
+        count[kind] += 1
+
+
+@njit(cache=True, nogil=True)
+def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
+    """Execute one command. The table of instructions is section 14 of the standard.
+
+    Args:
+        mem: the story; its dynamic memory changes.
+        stack: the stack, which changes.
+        line: the command, uint8.
+        events: objects and destinations or attributes, ``[3, 16, 2]``; ``count`` has their numbers, ``[3]``.
+        out: buffer of the text; ``io`` has its length.
+
+    Returns:
+        The registers at the next input, and whether all instructions are known.
+    """
+    pc, sp, fp, frames = registers.counter, registers.stack_pointer, registers.frame_pointer, registers.frame_count
+    random = np.array([registers.random, registers.random_interval, registers.random_counter])
+    args, tables = np.zeros(8, np.int64), np.zeros(16, np.int64)
+    a = b = value = np.int64(0)
+    is_first, holds = True, False
+    for _ in range(MAX_INSTRUCTIONS):
+        opcode = _byte(mem, pc)
+        if (opcode == READ_LINE or opcode == READ_KEY) and not is_first:
+            return Registers(pc, sp, fp, frames, random[0], random[1], random[2]), io[_FAILED] == 0
+        pc += 1
+        known = sp <= STACK_WORDS
+
+        # Operands. Instructions with two operands have the codes 0 to 31 in both of their forms.
+        if opcode < 0x80:
+            a, b, pc = _byte(mem, pc), _byte(mem, pc + 1), pc + 2
+            if opcode & 0x40:
+                a, sp = _get_variable(mem, stack, story, a, sp, fp)
+            if opcode & 0x20:
+                b, sp = _get_variable(mem, stack, story, b, sp, fp)
+            num_args, code = 2, opcode & 0x1F
+        elif opcode < 0xB0:
+            a, pc, sp = _operand(mem, stack, story, (opcode >> 4) & 3, pc, sp, fp)
+            num_args, code = 1, 0x100 + (opcode & 15)
+        elif opcode < 0xC0 and opcode != 0xBE:
+            num_args, code = 0, 0x200 + (opcode & 15)
+        else:
+            code = opcode - 0xC0
+            if opcode == 0xBE:
+                code = 0x300 + _byte(mem, pc)
+                pc += 1
+            kinds, last = _byte(mem, pc) << 8, 8
+            pc += 1
+            if opcode == 0xEC or opcode == 0xFA:
+                kinds, last = kinds | _byte(mem, pc), 0
+                pc += 1
+            num_args = 0
+            for position in range(14, last - 1, -2):
+                kind = (kinds >> position) & 3
+                if kind == 3:
+                    break
+                args[num_args], pc, sp = _operand(mem, stack, story, kind, pc, sp, fp)
+                num_args += 1
+            a, b = args[0], args[1]
+
+        then = 0
+        if code < 0x40:
+            if code == 1:
+                then, holds = _BRANCH, num_args > 1 and a == b
+                for n in range(2, num_args):
+                    holds = holds or a == args[n]
+            elif code == 2:
+                then, holds = _BRANCH, _signed(a) < _signed(b)
+            elif code == 3:
+                then, holds = _BRANCH, _signed(a) > _signed(b)
+            elif code == 4 or code == 5:
+                value = _signed(_peek_variable(mem, stack, story, a, sp, fp) + (1 if code == 5 else -1))
+                _poke_variable(mem, stack, story, a, value, sp, fp)
+                then, holds = _BRANCH, value > _signed(b) if code == 5 else value < _signed(b)
+            elif code == 6:
+                then, holds = _BRANCH, _relative(mem, story, a, 0) == b
+            elif code == 7:
+                then, holds = _BRANCH, (a & b) == b
+            elif code == 10:
+                then, holds = _BRANCH, _test_attribute(mem, story, a, b)
+            elif code == 11 or code == 12:
+                kind = _SET if code == 11 else _CLEARED
+                known = b < 48
+                _add_event(events, count, kind, a, b)
+                if a != 0 and known:
+                    _change_attribute(mem, story, a, b, code == 11)
+            elif code == 13:
+                _poke_variable(mem, stack, story, a, b, sp, fp)
+            elif code == 14:
+                _add_event(events, count, _MOVED, a, b)
+                known = a == 0 or b == 0 or _insert(mem, story, a, b)
+            elif code == 8 or code == 9 or (15 <= code and code <= 24):
+                then = _STORE
+                value, known = _binary_value(mem, story, code, a, b)
+            elif code == 25 or code == 32 or code == 44:
+                then = _CALL | _STORE
+            elif code == 26 or code == 57 or code == 58:
+                then = _CALL
+            elif code == 33:
+                known = _store_word(mem, story, (a + 2 * b) & 0xFFFF, args[2])
+            elif code == 34:
+                known = _store_byte(mem, story, (a + b) & 0xFFFF, args[2] & 0xFF)
+            elif code == 35:
+                known = a != 0 and _put_property(mem, story, a, b, args[2])
+            elif code == 36:
+                known = is_first and _read_line(mem, story, alphabet, a, b if num_args > 1 else 0, line)
+                if story.version >= 5:
+                    then, value = _STORE, np.int64(13)
+            elif code == 37:
+                _put(mem, story, out, io, tables, a & 0xFF)
+            elif code == 38:
+                _put_number(mem, story, out, io, tables, a)
+            elif code == 39:
+                then, known = _STORE, a != 0
+                value = _random(random, a)
+            elif code == 40:
+                sp -= 1
+                stack[(sp) & STACK_MASK] = a
+            elif code == 41:
+                value = np.int64(stack[(sp) & STACK_MASK])
+                sp += 1
+                _poke_variable(mem, stack, story, a, value, sp, fp)
+            elif code == 51:
+                known = _output_stream(mem, story, a, b, num_args, io, tables)
+            elif code == 55:
+                then, value = _STORE | _BRANCH, _scan_table(mem, a, b, args, num_args)
+                holds = value != 0
+            elif code == 56:
+                then, value = _STORE, ~a
+            elif code == 59:
+                dictionary = args[2] if num_args >= 3 else np.int64(0)
+                _tokenise(mem, story, alphabet, a, b, dictionary, num_args >= 4 and args[3] != 0)
+            elif code == 61:
+                known = _copy_table(mem, story, a, b, args[2])
+            elif code == 62:
+                _print_table(mem, story, out, io, tables, a, b, args, num_args)
+            elif code == 63:
+                then, holds = _BRANCH, (np.int64(stack[(fp) & STACK_MASK]) & 0xFF) >= a
+            else:  # windows, colours and sounds have no effect on the game
+                known = code == 27 or (42 <= code and code <= 53 and code != 44 and code != 48 and code != 51)
+        elif code < 0x200:
+            code -= 0x100
+            if code == 0:
+                then, holds = _BRANCH, a == 0
+            elif code == 1 or code == 2:
+                then, value = _STORE | _BRANCH, _relative(mem, story, a, code)
+                holds = value != 0
+            elif code == 3:
+                then, value = _STORE, _relative(mem, story, a, 0)
+            elif code == 4:
+                then, value = _STORE, _property_length(mem, story, a)
+            elif code == 5 or code == 6:
+                value = _peek_variable(mem, stack, story, a, sp, fp) + (1 if code == 5 else -1)
+                _poke_variable(mem, stack, story, a, value, sp, fp)
+            elif code == 7 or code == 13 or (code == 10 and a != 0):
+                address = _unpack(story, a) if code == 13 else a
+                if code == 10:
+                    address = _name_address(mem, story, a) + 1
+                _put_string(mem, story, alphabet, out, io, tables, address)
+            elif code == 8:
+                then = _CALL | _STORE
+            elif code == 9:
+                known = a != 0 and _unlink(mem, story, a)
+            elif code == 11:
+                then, value = _RETURN, a
+            elif code == 12:
+                pc += _signed(a) - 2
+            elif code == 14:
+                then, value = _STORE, _peek_variable(mem, stack, story, a, sp, fp)
+            elif code == 15 and story.version <= 4:
+                then, value = _STORE, ~a
+            elif code == 15:
+                then = _CALL
+            else:
+                known = False
+        elif code < 0x300:
+            code -= 0x200
+            if code <= 1:
+                then, value = _RETURN, np.int64(1 - code)
+            elif code <= 3:
+                pc = _put_string(mem, story, alphabet, out, io, tables, pc)
+                if code == 3:
+                    _put(mem, story, out, io, tables, 13)
+                    then, value = _RETURN, np.int64(1)
+            elif code == 8:
+                then, value = _RETURN, np.int64(stack[(sp) & STACK_MASK])
+            elif code == 9 and story.version <= 4:
+                sp += 1
+            elif code == 9:
+                then, value = _STORE, frames
+            elif code == 11:
+                _put(mem, story, out, io, tables, 13)
+            else:
+                known = code == 4 or code == 12  # no operation, status line
+        elif code == 0x302 or code == 0x303:
+            then, value = _STORE, _shift(a, _signed(b), code == 0x303)
+        else:  # Jericho's emulator keeps no states for "undo", so saving one (9) fails
+            then, value, known = _STORE, np.int64(-1), code == 0x309
+
+        if then & _CALL:
+            if a != 0:
+                args[0], args[1] = a, b
+                kind = 0 if then & _STORE else 1
+                pc, sp, fp, frames, known = _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames)
+                then = 0
+            value = np.int64(0)
+        if then & _STORE:
+            pc, sp = _store(mem, stack, story, value, pc, sp, fp)
+        if then & _BRANCH:
+            pc, offset, is_taken = _branch(mem, pc, holds)
+            if is_taken and (offset == 0 or offset == 1):
+                then, value = _RETURN, offset
+            elif is_taken:
+                pc += offset - 2
+        if then & _RETURN:
+            pc, sp, fp, frames = _return(mem, stack, story, value, fp, frames)
+        is_first = False
+        if not known or pc >= story.size:
+            break
+    return Registers(pc, sp, fp, frames, random[0], random[1], random[2]), False
+
+
+@njit(cache=True, nogil=True)
+def _contains(text, start, end, pattern):
+    for first in range(start, end - pattern.size + 1):
+        n = 0
+        while n < pattern.size and text[first + n] == pattern[n]:
+            n += 1
+        if n == pattern.size:
+            return True
+    return False
+
+
+@njit(cache=True, nogil=True)
+def _hash(text, start, end):
+    value = np.int64(-3750763034362895579)  # FNV-1a
+    for n in range(start, end):
+        value = (value ^ np.int64(text[n])) * np.int64(1099511628211)
+    return value
+
+
+@njit(cache=True, nogil=True)
+def _write_changes(row, events, count, watch):
+    """Write the events of a command, without ignored attributes, into a row of ``Results.changes``."""
+    for n in range(count[_MOVED]):
+        row[n], row[64 + n] = events[_MOVED, n, 0], events[_MOVED, n, 1]
+    num = count[_MOVED]
+    for kind in (_SET, _CLEARED):
+        ignored = watch.ignored_set if kind == _SET else watch.ignored_cleared
+        place = 16 * kind
+        for n in range(count[kind]):
+            number, attribute = events[kind, n, 0], events[kind, n, 1]
+            if number >= ignored.shape[0] or attribute >= 48 or not ignored[number, attribute]:
+                row[place], row[64 + place] = number, attribute
+                place += 1
+        num += place - 16 * kind
+    return num
+
+
+@njit(cache=True, nogil=True)
+def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line_ends):
+    """Execute each command from the same state; :class:`Results`.
+
+    Args:
+        mem: a copy of the story that this function may change, uint8, with at least 65 600 bytes.
+        ram: dynamic memory at the state, ``[story.dynamic_size]`` uint8.
+        stack: the stack at the state, ``[1024]`` uint16.
+        alphabet: the 78 characters of the three alphabets, uint8.
+        registers: :class:`Registers` of the state.
+        watch: :class:`Watch`.
+        lines: the commands without separators, uint8; ``line_ends`` says where each ends, ``[N]``.
+    """
+    num = line_ends.size
+    status, scored, taken = np.zeros(num, np.uint8), np.zeros(num, np.bool_), np.zeros(num, np.bool_)
+    changes = np.zeros((num, DIFF_WORDS), np.uint16)
+    text_ends, hashes = np.zeros(num, np.int64), np.zeros(num, np.int64)
+    text = np.empty(256 * num + MAX_TEXT, np.uint8)
+    pattern = np.array([40, 84, 97, 107, 101, 110, 41], np.uint8)  # "(Taken)"
+    own_stack = np.zeros(STACK_MASK + 1, np.uint16)
+    events, count, io = np.zeros((3, MAX_EVENTS, 2), np.int64), np.zeros(3, np.int64), np.zeros(4, np.int64)
+    line_start = text_start = 0
+    for n in range(num):
+        mem[: story.dynamic_size] = ram
+        own_stack[registers.stack_pointer : STACK_WORDS] = stack[registers.stack_pointer :]
+        count[:] = 0
+        io[_LENGTH], io[_DEPTH], io[_SCREEN], io[_FAILED] = 0, -1, 1, 0
+        line = lines[line_start : line_ends[n]]
+        line_start = line_ends[n]
+        if text_start + MAX_TEXT > text.size:
+            larger = np.empty(2 * text.size + MAX_TEXT, np.uint8)
+            larger[:text_start] = text[:text_start]
+            text = larger
+        out = text[text_start : text_start + MAX_TEXT]
+        _, known = _run(mem, own_stack, story, alphabet, registers, line, events, count, out, io)
+        end = text_start + io[_LENGTH]
+        text_ends[n], hashes[n] = end, _hash(text, text_start, end)
+        taken[n] = _contains(text, text_start, end, pattern)
+        text_start = end
+        if not known or io[_LENGTH] == MAX_TEXT:
+            status[n] = UNKNOWN
+            continue
+        num_events = _write_changes(changes[n], events, count, watch)
+        place = 48
+        for address in watch.addresses:
+            if mem[address] != ram[address] and place < 64:
+                changes[n, place], changes[n, 64 + place] = address, mem[address]
+                place += 1
+        for address in watch.score_addresses:
+            scored[n] = scored[n] or mem[address] != ram[address]
+        status[n] = CHANGED if num_events > 0 or place > 48 or scored[n] else UNCHANGED
+    return Results(status, scored, taken, changes, text[:text_start], text_ends, hashes)
+
+
+def compile_functions() -> None:
+    """Compile the functions, or load them from Numba's cache. Takes up to a minute; later calls take no time."""
+    story = Story(5, 0, 0, 0, 0, 0, 0)
+    bytes_, numbers = np.zeros(0, np.uint8), np.zeros(0, np.int64)
+    watch = Watch(np.zeros((0, 48), np.bool_), np.zeros((0, 48), np.bool_), numbers, numbers)
+    stack = np.zeros(STACK_WORDS, np.uint16)
+    run_commands(bytes_, bytes_, stack, story, bytes_, Registers(0, 0, 0, 0, 0, 0, 0), watch, bytes_, numbers)
