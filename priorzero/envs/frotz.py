@@ -78,12 +78,8 @@ class EmulatorState(NamedTuple):
 Chunks = deque[tuple[int, list[bytes]]]
 
 
-class ReproducibleFrotzEnv(FilelessFrotzEnv):
-    """A ``FrotzEnv`` whose valid actions do not depend on Python's hash seed, and which searches them in two threads.
-
-    Nearly all of the time is spent trying thousands of commands, each from the same saved state. The second thread uses
-    a second emulator in the same state. The results are merged in the order of the commands, so they are the same as
-    those of one thread.
+class RestorableFrotzEnv(FilelessFrotzEnv):
+    """A ``FrotzEnv`` that continues exactly from a saved state, to search the valid actions of the state.
 
     Trying commands changes parts of the emulator that ``set_state`` does not restore: unread keys, the text windows and
     the list of states for "undo". An episode must therefore be played in another emulator than the one that searches.
@@ -94,23 +90,19 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
             emulator then has no effect and prints nothing.
     """
 
-    def __init__(self, path: Path, *, seed: int, filter_threads: int | None = None) -> None:
-        """Open a story file; raises as :class:`~priorzero.envs.jericho_game.JerichoGame` does.
+    def __init__(self, path: Path, *, seed: int) -> None:
+        """Open a story file.
 
         Args:
-            path: a story file that Jericho supports.
-            seed: seed of the game's random numbers. Jericho replaces 0 by the seed of its walkthrough.
-            filter_threads: number of threads that try commands, 1 or 2. None: 2 if this process may use more than one
-                core, else 1.
+            path: a story file.
+            seed: seed of the game's random numbers, in 32 bits. Jericho replaces 0 by the seed of its walkthrough.
+
+        Raises:
+            UserError: spaCy's English model is not installed.
         """
-        if filter_threads not in (None, 1, 2):
-            raise ValueError(f"filter_threads={filter_threads} must be 1, 2 or None")
         if not hasattr(jericho_util, "spacy_nlp"):  # Jericho would try to download a model
             jericho_util.spacy_nlp = _load_spacy()
-        # Jericho takes the number modulo 2**32. If the result is -1, it seeds with the time of day.
-        super().__init__(str(path), seed=seed % MAX_SEED)
-        if not self.is_fully_supported:
-            raise UserError(f"Jericho does not support {str(path)!r}, so the game has no score and no valid actions.")
+        super().__init__(str(path), seed=seed)
         self.frotz_lib.dumb_set_next_action.argtypes = [ctypes.c_char_p]
         self.frotz_lib.os_read_key.argtypes = [ctypes.c_int, ctypes.c_bool]
         self.frotz_lib.os_read_key.restype = ctypes.c_ubyte
@@ -121,10 +113,6 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
         self._path = path
         self._story = path.read_bytes()
         self._story_stat = _identity(path)
-        self._filter_threads = filter_threads or min(2, len(os.sched_getaffinity(0)))
-        self._second: _SecondEmulator | None = None  # opened at the first use
-        self._single_thread_searches = 0  # number of following searches that use one thread
-        self._next_backoff = 1  # their number the next time that the cores are busy
 
     def reset(self) -> tuple[str, dict[str, Any]]:
         """Begin a new episode. In contrast to Jericho's method, it does not depend on the previous episode."""
@@ -233,14 +221,11 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
             self._story_stat = _identity(self._path)
 
     def close_emulators(self) -> None:
-        """Free the memory of both emulators. The object cannot be used afterwards.
+        """Free the memory of the emulator. The object cannot be used afterwards.
 
         ``close`` cannot do this, because Jericho calls it in ``reset``.
         """
         self.close()
-        if self._second is not None:
-            self._second.env.close()
-            self._second = None
 
     def _score_object_names(self, interactive_objs: dict[str, list[tuple[str, str, str]]]) -> list[str]:
         # Jericho takes the objects from a set, and their order breaks ties between the names of an object and between
@@ -248,6 +233,42 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
         self.on_progress()
         ordered = {text: sorted(names) for text, names in sorted(interactive_objs.items())}
         return list(super()._score_object_names(ordered))
+
+
+class ReproducibleFrotzEnv(RestorableFrotzEnv):
+    """A game that Jericho supports, with valid actions that do not depend on Python's hash seed.
+
+    Nearly all of the time is spent trying thousands of commands, each from the same saved state. The second thread uses
+    a second emulator in the same state. The results are merged in the order of the commands, so they are the same as
+    those of one thread.
+    """
+
+    def __init__(self, path: Path, *, seed: int, filter_threads: int | None = None) -> None:
+        """Open a story file; raises as :class:`~priorzero.envs.jericho_game.JerichoGame` does.
+
+        Args:
+            path: a story file that Jericho supports.
+            seed: seed of the game's random numbers. Jericho replaces 0 by the seed of its walkthrough.
+            filter_threads: number of threads that try commands, 1 or 2. None: 2 if this process may use more than one
+                core, else 1.
+        """
+        if filter_threads not in (None, 1, 2):
+            raise ValueError(f"filter_threads={filter_threads} must be 1, 2 or None")
+        # Jericho takes the number modulo 2**32. If the result is -1, it seeds with the time of day.
+        super().__init__(path, seed=seed % MAX_SEED)
+        if not self.is_fully_supported:
+            raise UserError(f"Jericho does not support {str(path)!r}, so the game has no score and no valid actions.")
+        self._filter_threads = filter_threads or min(2, len(os.sched_getaffinity(0)))
+        self._second: _SecondEmulator | None = None  # opened at the first use
+        self._single_thread_searches = 0  # number of following searches that use one thread
+        self._next_backoff = 1  # their number the next time that the cores are busy
+
+    def close_emulators(self) -> None:
+        """Free the memory of both emulators. The object cannot be used afterwards."""
+        super().close_emulators()
+        if self._second is not None:
+            self._second.env.close()
+            self._second = None
 
     def _filter_candidate_actions(
         self, candidate_actions: list[str], use_ctypes: bool = False, use_parallel: bool = False

@@ -18,7 +18,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from priorzero.envs.child import exit_with_parent
-from priorzero.envs.frotz import EmulatorState, ReproducibleFrotzEnv
+from priorzero.envs.frotz import EmulatorState, RestorableFrotzEnv
 from priorzero.envs.progress import report_progress
 
 ACTIVITY = "the search for valid actions"
@@ -41,7 +41,7 @@ class Probe:
     first use, and again after a crash.
     """
 
-    def __init__(self, env: ReproducibleFrotzEnv, *, name: str) -> None:
+    def __init__(self, env: RestorableFrotzEnv, *, name: str) -> None:
         """The child process has a copy of ``env``. ``name`` is the game's name, for messages."""
         self._env = env
         self._name = name
@@ -55,7 +55,7 @@ class Probe:
         return texts
 
     def find_actions(self, state: EmulatorState) -> tuple[str, ...]:
-        """The valid actions; see :class:`ReproducibleFrotzEnv`. Commands that crash the emulator are excluded."""
+        """The valid actions; see :class:`RestorableFrotzEnv`. Commands that crash the emulator are excluded."""
         actions: tuple[str, ...] = self._request("find_actions", state)
         return actions
 
@@ -118,7 +118,7 @@ class Probe:
         return self._connection
 
 
-def _serve(env: ReproducibleFrotzEnv, connection: Connection, parent_end: Connection, parent: int) -> None:
+def _serve(env: RestorableFrotzEnv, connection: Connection, parent_end: Connection, parent: int) -> None:
     """The main function of the child process: handles requests until the parent closes the connection or ends."""
     parent_end.close()  # otherwise this process would not notice that the parent closed it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and closes the connection
