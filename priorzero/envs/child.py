@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -39,8 +40,11 @@ def exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def run_in_fork(function: Callable[[], T], *, otherwise: D) -> T | D:
-    """The result of ``function`` in a fork of this process, or ``otherwise`` if the fork crashes."""
+def run_in_fork(function: Callable[[], T], *, otherwise: D, timeout_s: float | None = None) -> T | D:
+    """The result of ``function`` in a fork of this process, or ``otherwise`` if the fork crashes.
+
+    After ``timeout_s`` seconds the fork is killed, and the result is ``otherwise`` too. None: it may take any time.
+    """
     receiver, sender = Pipe(duplex=False)
     process = os.fork()
     if process == 0:
@@ -52,6 +56,9 @@ def run_in_fork(function: Callable[[], T], *, otherwise: D) -> T | D:
             os._exit(0)
     sender.close()
     try:
+        if not receiver.poll(timeout_s):
+            os.kill(process, signal.SIGKILL)
+            return otherwise
         result: T = receiver.recv()
         return result
     except EOFError:
