@@ -78,7 +78,7 @@ def check_story(content: bytes) -> StoryHeader:
     if not 1 <= content[0] <= 8:
         raise UserError(f"is not a Z-machine story: its first byte is {content[0]}, not a version from 1 to 8")
     header = StoryHeader.read(content)
-    if len(content) > MAX_STORY_BYTES or not _addresses_are_sane(header, size=len(content)):
+    if len(content) > MAX_STORY_BYTES or not _addresses_are_sane(header, size=max(len(content), header.length)):
         raise UserError("is not a Z-machine story: the sizes and addresses in its header are impossible")
     if header.version in UNPLAYABLE_VERSIONS:
         raise UserError(
