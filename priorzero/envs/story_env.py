@@ -174,12 +174,14 @@ class StoryFrotzEnv(RestorableFrotzEnv):
             self._return_to(state)
             if rng is not None:
                 self.frotz_lib.setRng(*rng)
-            memories = []
+            memories: list[Memory] = []
             for each in (command, "look"):
+                if memories and self.waits_for_key():
+                    break
                 self._execute(each)
                 if self._emulator_halted():
                     break
-                memories.append((self._get_ram(), self.frotz_lib.getPC()))
+                memories.append((self._get_ram(), int(self.frotz_lib.getPC())))
             return memories
 
         return run_in_fork(observe, otherwise=[]) if self.isolated else observe()

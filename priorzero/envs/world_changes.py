@@ -19,7 +19,7 @@ class UsualChanges:
 
     Attributes:
         counters: program counters at which the game reads a command.
-        time_passes: objects change while the player waits.
+        time_passes: objects change while the player waits; set by the caller.
     """
 
     def __init__(self, world: WorldReader, state: tuple[Any, ...]) -> None:
@@ -35,7 +35,7 @@ class UsualChanges:
 
     @property
     def objects_changed(self) -> bool:
-        """Some objects change, and not by chance only."""
+        """Some objects change."""
         return bool(self._changed(self._other)[: self._world.num_object_cells].any())
 
     def add(self, memories: Iterable[Memory]) -> None:
@@ -56,7 +56,9 @@ class UsualChanges:
             changed = self._world.cells(memory) != self._before
             self._ignore_globals(changed)
             self._num_changes += changed
-        self._ignored |= self._num_changes >= MIN_CHANGES
+        # Such commands may take an object first, so parents count in any case.
+        attributes = slice(self._world.num_objects, self._world.num_object_cells)
+        self._ignored[attributes] |= (self._num_changes >= MIN_CHANGES)[attributes]
 
     def _ignore_globals(self, changed: np.ndarray) -> None:
         first = self._world.num_object_cells
