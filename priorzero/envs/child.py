@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ from multiprocessing import Pipe
 from typing import TypeVar
 
 PARENT_CHECK_S = 0.5
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+_libc = ctypes.CDLL(None)
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -49,6 +52,7 @@ def run_in_fork(function: Callable[[], T], *, otherwise: D, timeout_s: float | N
     process = os.fork()
     if process == 0:
         try:
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive this process, even if it hangs
             sender.send(function())
         except BaseException:
             traceback.print_exc()

@@ -30,6 +30,7 @@ DIFF_WORDS = 128  # Jericho reports the changes that a command made to the world
 NUM_CHUNKS = 48  # the candidate commands are split into chunks, which the threads take from a queue
 MAX_SEED = 2**31
 MAX_CHUNK_COMMANDS = 200  # the progress of a search is reported after each chunk; a command takes up to 5 ms
+ISOLATED_TIMEOUT_S = 5.0  # of commands that are executed in a process of their own
 READ_KEY_OPCODE = 246  # the emulator stops before the instruction that reads a line (228) or a key
 # The keys that are tried where the game waits for a key: the name of the action, and the command that presses the key.
 KEY_COMMANDS = {
@@ -87,7 +88,7 @@ class RestorableFrotzEnv(FilelessFrotzEnv):
     Attributes:
         on_progress: called from time to time while valid actions are searched.
         isolated: every command is executed in a process of its own, which takes longer. A command that crashes the
-            emulator then has no effect and prints nothing.
+            emulator, or makes it hang, then has no effect and prints nothing.
     """
 
     def __init__(self, path: Path, *, seed: int) -> None:
@@ -127,7 +128,7 @@ class RestorableFrotzEnv(FilelessFrotzEnv):
             text, reward, done, info = step()
             return text, reward, done, info
         nothing = "", 0, False, {"moves": self.get_moves(), "score": self.get_score()}
-        return run_in_fork(step, otherwise=nothing)
+        return run_in_fork(step, otherwise=nothing, timeout_s=ISOLATED_TIMEOUT_S)
 
     def get_dictionary(self) -> list[Any]:
         """The words that the game knows."""

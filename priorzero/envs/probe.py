@@ -23,19 +23,21 @@ from priorzero.envs.progress import report_progress
 
 ACTIVITY = "the search for valid actions"
 PROGRESS_INTERVAL_S = 0.2
+HANG_S = 30.0  # without a sign of life; less than the default of env.step_timeout_s, which ends the whole game
 
 logger = logging.getLogger(__name__)
 
 
 class _ChildDied(RuntimeError):
-    """The child process ended during a request. The text is its exit code."""
+    """The child process ended or hung during a request. The text is its exit code, or the time."""
 
 
 class Probe:
     """Observes states of a game and finds their valid actions, in a child process.
 
     Commands that are only tried must not change the game, but an emulator does not save all of its state. Besides, some
-    commands crash the emulator: in hollywood.z3, "look" does so in a few places. Here only the child process is lost.
+    commands crash the emulator: in hollywood.z3, "look" does so in a few places. Others may never end. Here only the
+    child process is lost.
 
     The child process is a fork, since it needs spaCy and the story, which this process has loaded. It starts at the
     first use, and again after a crash.
@@ -90,8 +92,11 @@ class Probe:
         connection = self._start()
         try:
             connection.send((task, isolated, arguments))
-            while (reply := connection.recv())[0] == "progress":
+            while (reply := _receive(connection))[0] == "progress":
                 report_progress(ACTIVITY)
+        except TimeoutError as error:
+            self.close()
+            raise _ChildDied(f"no reply for {HANG_S:g} s") from error
         except (EOFError, OSError) as error:
             assert self._process is not None
             self._process.join()
@@ -118,6 +123,13 @@ class Probe:
         return self._connection
 
 
+def _receive(connection: Connection) -> Any:
+    """The next message. Raises a TimeoutError if none arrives in time."""
+    if not connection.poll(HANG_S):
+        raise TimeoutError
+    return connection.recv()
+
+
 def _serve(env: RestorableFrotzEnv, connection: Connection, parent_end: Connection, parent: int) -> None:
     """The main function of the child process: handles requests until the parent closes the connection or ends."""
     parent_end.close()  # otherwise this process would not notice that the parent closed it
@@ -137,6 +149,7 @@ def _serve(env: RestorableFrotzEnv, connection: Connection, parent_end: Connecti
     def observe(state: EmulatorState, commands: Sequence[str]) -> tuple[str, ...]:
         texts = []
         for command in commands:
+            on_progress()
             env.restore(state)
             texts.append(env.step(command)[0].strip())
         return tuple(texts)

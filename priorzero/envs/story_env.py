@@ -7,15 +7,15 @@ import json
 import re
 import warnings
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jericho
 
 from priorzero.envs.action_cache import digest
 from priorzero.envs.child import run_in_fork
-from priorzero.envs.frotz import MAX_SEED, RestorableFrotzEnv
+from priorzero.envs.frotz import ISOLATED_TIMEOUT_S, MAX_SEED, RestorableFrotzEnv
 from priorzero.envs.general_grammar import OBJECT, TEMPLATES, fill_in, known_templates
 from priorzero.envs.story_text import clean_text, says_ended, says_won
 from priorzero.envs.world_changes import Changes, Memory, UsualChanges
@@ -39,6 +39,10 @@ _IGNORED_REPLY = re.compile(
 
 
 Name = tuple[str, str, str]  # of an object: the word, its part of speech, and the text that contains it
+
+
+T = TypeVar("T")
+D = TypeVar("D")
 
 
 class Effect(NamedTuple):
@@ -114,7 +118,6 @@ class StoryFrotzEnv(RestorableFrotzEnv):
         usual = self._usual_changes(state, objects)
         effects: dict[str, Effect] = {}
         for template in self.templates:
-            self.on_progress()
             effects |= self._effects(fill_in(template, objects), state, usual)
         self._return_to(state)
         return ([self._pass_time] if usual.time_passes else []) + one_for_each(effects)
@@ -152,7 +155,6 @@ class StoryFrotzEnv(RestorableFrotzEnv):
             usual.add(self._memories_after(command, state))
         for command in [f"examine {name}" for name in objects] + self._absurd_commands(objects):
             usual.add_absurd(self._memories_after(command, state))
-            self.on_progress()
         return usual
 
     def _absurd_commands(self, objects: Sequence[str]) -> list[str]:
@@ -184,7 +186,13 @@ class StoryFrotzEnv(RestorableFrotzEnv):
                 memories.append((self._get_ram(), int(self.frotz_lib.getPC())))
             return memories
 
-        return run_in_fork(observe, otherwise=[]) if self.isolated else observe()
+        self.on_progress()
+        return self._maybe_isolated(observe, otherwise=[])
+
+    def _maybe_isolated(self, function: Callable[[], T], *, otherwise: D) -> T | D:
+        if not self.isolated:
+            return function()
+        return run_in_fork(function, otherwise=otherwise, timeout_s=ISOLATED_TIMEOUT_S)
 
     def _effects(self, commands: list[str], state: tuple[Any, ...], usual: UsualChanges) -> dict[str, Effect]:
         """The effects of the commands that have one, each executed in ``state``."""
@@ -193,7 +201,8 @@ class StoryFrotzEnv(RestorableFrotzEnv):
             effects = {command: self._effect(command, state, usual) for command in commands}
             return {command: effect for command, effect in effects.items() if effect != NO_EFFECT}
 
-        found = run_in_fork(attempt, otherwise=None) if self.isolated else attempt()
+        self.on_progress()
+        found = self._maybe_isolated(attempt, otherwise=None)
         if found is not None:
             return found
         if len(commands) == 1:  # it crashes the emulator
