@@ -127,6 +127,7 @@ class RestorableFrotzEnv(FilelessFrotzEnv):
         if not self.isolated:
             text, reward, done, info = step()
             return text, reward, done, info
+        self.on_progress()
         nothing = "", 0, False, {"moves": self.get_moves(), "score": self.get_score()}
         return run_in_fork(step, otherwise=nothing, timeout_s=ISOLATED_TIMEOUT_S)
 
