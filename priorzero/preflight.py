@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from priorzero.envs import GameSpec, GameWorker, check_names, make_workers, resolve_games
+from priorzero.envs import GameSpec, GameWorker, check_max_score, check_names, make_workers, resolve_games
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
@@ -130,10 +130,12 @@ def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequen
     """Check the games of a run.
 
     Raises:
-        UserError: there is none, their number does not divide the environments, or an unseen game is trained on.
+        UserError: there is none, their number does not divide the environments, an unseen game is trained on, or
+            ``env.max_score`` is given without need.
     """
     names, unseen_names = ({game.md5: game.env_id for game in group} for group in (games, unseen))
     _check_selection(settings, games=names, unseen=unseen_names)
+    check_max_score(settings.env.max_score, games=games, unseen=unseen)
 
 
 def _check_selection(settings: Settings, *, games: Mapping[str, str], unseen: Mapping[str, str]) -> None:

@@ -109,6 +109,13 @@ class EnvSettings(SettingsGroup):
     collector_env_num: Whole = Field(4, ge=1, description="games played in parallel while collecting")
     evaluator_env_num: Whole = Field(2, ge=1, description="games played in parallel while evaluating")
     max_episode_steps: Whole = Field(100, ge=2, description="an episode is truncated after this many commands")
+    max_score: Whole = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="maximum score of a story file that Jericho does not support, if the game does not state it; 0: "
+        "not known",
+    )
     look_and_inventory: bool = Field(True, description="also observe the room and the inventory (costs no move)")
     drop_inert_commands: bool = Field(
         True,

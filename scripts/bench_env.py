@@ -260,7 +260,7 @@ def open_game(path: Path, *, mode: ValidActionsMode, cache: str, threads: int | 
             max_episode_steps=NEVER,
             look_and_inventory=False,
             valid_actions=mode,
-            filter_threads=threads,
+            num_threads=threads,
         )
 
 
@@ -294,7 +294,7 @@ class References:
         self._exact = open_game(path, mode="exact", cache="off", threads=threads)
         self._jericho = Probe(JerichosOwn(path), name=path.name)  # type: ignore[arg-type]
         self._env = ReproducibleFrotzEnv(path, seed=0)
-        self.threads = self._exact._env._filter_threads
+        self.threads = threads
         self.walkthrough = self._exact.walkthrough()
 
     def exact(self, state: EmulatorState) -> Search:

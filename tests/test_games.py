@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from loguru import logger
 
-from priorzero.envs import textworld_files
-from priorzero.envs.games import GameSpec, check_names, make_game, resolve_game, resolve_games
+from priorzero.envs import games, textworld_files
+from priorzero.envs.games import GameSpec, check_max_score, check_names, make_game, resolve_game, resolve_games
 from priorzero.envs.textworld_files import CHALLENGES, get_or_make, parse_request
 from priorzero.types import UserError
 from tests.helpers.game_files import session_cache, story
+from tests.helpers.tiny_story import tiny_story
 
 ZORK1_MD5 = "b732a93a6244ddd92a9b9a3e3a46c687"
 
@@ -33,6 +35,16 @@ def empty_folders(tmp_path, monkeypatch):
     monkeypatch.setenv("PRIORZERO_GAMES", str(tmp_path / "games"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folders
+
+
+@pytest.fixture
+def warnings_of():
+    """The warnings that are logged."""
+    games._warn_of_unsupported.cache_clear()
+    messages: list[str] = []
+    handler = logger.add(lambda message: messages.append(message.record["message"]), level="WARNING")
+    yield messages
+    logger.remove(handler)
 
 
 def error_of(env_id: str) -> str:
@@ -72,18 +84,37 @@ def test_resolve_game_accepts_a_path_with_any_file_name(tmp_path, zork1):
     assert (spec.env_id, spec.path, spec.name) == (str(copy), copy, "zork1")
 
 
-def test_resolve_game_refuses_another_release(empty_folders):
+def test_resolve_game_refuses_a_file_with_the_name_of_a_game_that_is_no_story(empty_folders):
     (empty_folders[0] / "zork1.z5").write_bytes(b"another release")
     message = error_of("zork1.z5")
+    assert "is not a Z-machine story" in message
     assert hashlib.md5(b"another release").hexdigest() in message
     assert ZORK1_MD5 in message
     assert "fetch_games.py zork1.z5" in message
 
 
-def test_resolve_game_refuses_a_file_that_jericho_does_not_support():
-    message = error_of(str(story("zork1.z3")))
-    assert "it has no score and no valid actions" in message
-    assert "Of this game, it supports zork1.z5. To list all supported games, type: python scripts/" in message
+def test_resolve_game_accepts_another_release_with_a_warning(empty_folders, warnings_of):
+    content = tiny_story(3)
+    (empty_folders[0] / "zork1.z5").write_bytes(content)
+    spec = resolve_game("zork1.z5")
+    assert (spec.kind, spec.name, spec.path) == ("story", "zork1.z5", empty_folders[0] / "zork1.z5")
+    assert spec.md5 == hashlib.md5(content).hexdigest()
+    resolve_game("zork1.z5")
+    (message,) = warnings_of  # once
+    assert "Jericho does not support the story file" in message and "played with a general grammar" in message
+    assert (
+        "Rewards: the status line; the game does not state the maximum score (--set env.max_score=N sets it)" in message
+    )
+    assert message.endswith("Jericho supports another release of this game: python scripts/fetch_games.py zork1.z5.")
+
+
+def test_resolve_game_says_what_is_known_of_a_story(warnings_of):
+    spec = resolve_game(str(story("zork1.z3")))
+    assert (spec.kind, spec.name) == ("story", "zork1.z3")
+    (message,) = warnings_of
+    assert "684 words in its dictionary" in message
+    assert "Rewards: the status line; the game states the maximum score 350" in message
+    assert message.endswith("python scripts/fetch_games.py zork1.z5.")
 
 
 @pytest.mark.parametrize("suffix", ["z3", "gblorb", "ulx", "zblorb", "z6"])
@@ -91,9 +122,50 @@ def test_resolve_game_suggests_no_other_game_for_a_file_that_exists(tmp_path, su
     file = tmp_path / f"lgop.{suffix}"
     file.write_bytes(b"another release")
     message = error_of(str(file))
-    assert "does not support the story file" in message
+    assert "is not a Z-machine story" in message
     assert "--list" in message
     assert "lurking" not in message and "Did you mean" not in message
+
+
+def test_resolve_game_refuses_a_file_that_is_too_large_without_reading_it(tmp_path, monkeypatch):
+    file = tmp_path / "film.z5"
+    with file.open("wb") as opened:
+        opened.truncate(1 << 34)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read"))
+    assert "it has 17179869184 bytes, and a story has at most 1048576" in error_of(str(file))
+
+
+def test_resolve_games_refuses_two_stories_with_the_same_file_name(tmp_path, warnings_of):
+    files = [tmp_path / str(version) / "my.z5" for version in (3, 5)]
+    for file, version in zip(files, (3, 5), strict=True):
+        file.parent.mkdir()
+        file.write_bytes(tiny_story(version))
+    with pytest.raises(UserError, match=r"have the same file name\. Rename one"):
+        resolve_games(",".join(map(str, files)))
+
+
+def test_resolve_game_makes_a_name_for_folders(tmp_path, warnings_of):
+    file = tmp_path / "-Мой дом & co.z5"
+    file.write_bytes(tiny_story(5))
+    assert resolve_game(str(file)).name == "co.z5"
+
+
+def test_check_max_score_accepts_one_game_whose_maximum_is_not_known(tmp_path, warnings_of):
+    file = tmp_path / "tiny.z3"
+    file.write_bytes(tiny_story(3))
+    game = resolve_game(str(file))
+    check_max_score(9, games=[game], unseen=[])
+    check_max_score(0, games=[game], unseen=[game])
+    with pytest.raises(UserError, match=r"env\.max_score=9 is the maximum score of one game, but .* name several"):
+        check_max_score(9, games=[game], unseen=[game])
+    supported = GameSpec("zork1.z5", "jericho", file, ZORK1_MD5, "zork1")
+    with pytest.raises(UserError, match=r"the maximum score of zork1\.z5 is known: it is a supported game\. Leave"):
+        check_max_score(9, games=[supported], unseen=[])
+
+
+def test_check_max_score_refuses_a_game_that_states_its_maximum(warnings_of):
+    with pytest.raises(UserError, match="is known: the game states 350"):
+        check_max_score(9, games=[resolve_game(str(story("zork1.z3")))], unseen=[])
 
 
 @pytest.mark.parametrize("name", ["lgop.z3", "zzz.z5", "hitchhiker.z3"])

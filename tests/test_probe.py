@@ -1,8 +1,10 @@
 """Tests of trying commands in a child process that may crash."""
 
+import ctypes
 import os
 import signal
 
+import jericho
 import psutil
 import pytest
 
@@ -14,7 +16,7 @@ from tests.helpers.game_files import story
 
 @pytest.fixture
 def env():
-    opened = ReproducibleFrotzEnv(story("detective.z5"), seed=0, filter_threads=1)
+    opened = ReproducibleFrotzEnv(story("detective.z5"), seed=0, num_threads=1)
     opened.reset()
     yield opened
     opened.close_emulators()
@@ -72,6 +74,23 @@ def test_probe_starts_a_new_process_after_a_crash(env, probe, caplog):
         assert probe.find_actions(take_state()) == ("take paper", "west")
     (message,) = caplog.messages  # once
     assert "detective.z5: a command that was only tried crashed Jericho's emulator (exit code -11)" in message
+
+
+def test_probe_leaves_out_a_command_that_hangs(env, probe, caplog, monkeypatch):
+    monkeypatch.setattr("priorzero.envs.probe.HANG_S", 3.0)
+    monkeypatch.setattr("priorzero.envs.frotz.ISOLATED_TIMEOUT_S", 1.0)
+    step = jericho.FrotzEnv.step
+
+    def hang(self, action):
+        if action == "yell":
+            ctypes.CDLL(None).sleep(1000)
+        return step(self, action)
+
+    monkeypatch.setattr(jericho.FrotzEnv, "step", hang)
+    yell, look = probe.observe(env.full_state(), ["yell", "look"])
+    assert yell == ""
+    assert look.startswith("<< Chief's office >>")
+    assert "(no reply for 3 s)" in caplog.messages[0]
 
 
 def test_probe_survives_the_death_of_its_process_between_two_requests(env, probe):

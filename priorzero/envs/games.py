@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
+
+from loguru import logger
 
 from priorzero.envs import textworld_files
 from priorzero.envs.action_cache import cache_dir
 from priorzero.envs.textworld_files import did_you_mean, without_extension
+from priorzero.envs.zmachine import MAX_STORY_BYTES, check_story
 from priorzero.runtime.paths import check_path_text, shown, user_path
 from priorzero.types import GameArguments, TextGame, UserError
+
+if TYPE_CHECKING:
+    from priorzero.envs.story_game import StorySurvey
 
 GAMES_VARIABLE = "PRIORZERO_GAMES"
 _LIST_HINT = "To list all supported games, type: python scripts/fetch_games.py --list"
 TEXTWORLD_PREFIX = "textworld:"
+MAX_SCORE_HINT = "--set env.max_score=N"
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +35,15 @@ class GameSpec:
 
     Attributes:
         env_id: the name that was resolved.
-        kind: the library that plays it.
+        kind: how it is played: ``"jericho"`` (Jericho supports it), ``"textworld"``, or ``"story"`` (another story
+            file).
         path: the story file.
         md5: hexadecimal MD5 of the story file. Equal TextWorld parameters give equal files on every machine.
         name: a short name that can be part of a folder's name: ``zork1``, ``textworld-simple-seed7``.
     """
 
     env_id: str
-    kind: Literal["jericho", "textworld"]
+    kind: Literal["jericho", "textworld", "story"]
     path: Path
     md5: str
     name: str
@@ -48,7 +57,9 @@ def supported_games() -> dict[str, str]:
 
 
 def resolve_game(env_id: str | Path) -> GameSpec:
-    """Find the Jericho game ``env_id``, or generate the TextWorld game ``env_id``.
+    """Find the story file ``env_id``, or generate the TextWorld game ``env_id``.
+
+    If Jericho does not support the story file, a warning says once what is known of it.
 
     Args:
         env_id: the name of a story file, such as ``zork1.z5``, which is searched in the working folder,
@@ -56,8 +67,8 @@ def resolve_game(env_id: str | Path) -> GameSpec:
             ``textworld:<challenge>?<parameter>=<value>&...``.
 
     Raises:
-        UserError: the name is unknown, the story file is missing, unreadable or not supported, or a TextWorld parameter
-            is not allowed.
+        UserError: the name is unknown, the story file is missing, unreadable or cannot be played, or a TextWorld
+            parameter is not allowed.
         ValueError: ``env_id`` is neither a text nor a path.
     """
     env_id = _text(env_id)
@@ -88,7 +99,7 @@ def resolve_game(env_id: str | Path) -> GameSpec:
             "scripts/fetch_games.py --list prints all names); a path to such a file; or a TextWorld game, such as "
             "'textworld:simple?seed=7'."
         )
-    return _jericho_spec(env_id, path)
+    return _story_spec(env_id, path)
 
 
 def resolve_games(env_ids: str) -> list[GameSpec]:
@@ -101,6 +112,8 @@ def resolve_games(env_ids: str) -> list[GameSpec]:
     for n, game in enumerate(games):
         if game.md5 in {other.md5 for other in games[:n]}:
             raise _occurs_twice(game.env_id, env_ids)
+        if game.name in {other.name for other in games[:n]}:  # they are told apart by it
+            raise UserError(f"Two games in {shown(env_ids)!r} have the same file name. Rename one of the files.")
     return games
 
 
@@ -158,13 +171,18 @@ def _split(env_ids: str) -> list[str]:
     return names
 
 
-def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
+def make_game(spec: GameSpec, *, max_score: int = 0, **arguments: Unpack[GameArguments]) -> TextGame:
     """Open a game in this process. A game that hangs would block the process, so training uses ``make_worker``.
+
+    Args:
+        spec: the game.
+        max_score: the maximum score of a game that does not state it, see :func:`check_max_score`; 0: not known.
+        arguments: see :class:`GameArguments`.
 
     Raises:
         UserError: the story file was changed or deleted after its name was resolved.
     """
-    if spec.kind not in ("jericho", "textworld"):
+    if spec.kind not in ("jericho", "textworld", "story"):
         raise ValueError(f"{spec.env_id!r} is a game of the unknown kind {spec.kind!r}; add it to make_game")
     if not spec.path.is_file() or _md5(spec.path) != spec.md5:
         raise UserError(
@@ -176,6 +194,10 @@ def make_game(spec: GameSpec, **arguments: Unpack[GameArguments]) -> TextGame:
         from priorzero.envs.jericho_game import JerichoGame
 
         return JerichoGame(spec.path, **arguments)
+    if spec.kind == "story":
+        from priorzero.envs.story_game import StoryGame
+
+        return StoryGame(spec.path, max_score=max_score, **arguments)
     from priorzero.envs.textworld_game import TextWorldGame
 
     return TextWorldGame(spec.path, **arguments)
@@ -222,44 +244,115 @@ def _download_hint(name: str) -> str:
     return f"To download {name} (MD5 {supported[name]}), type: python scripts/fetch_games.py {name}"
 
 
-def _jericho_spec(env_id: str, path: Path) -> GameSpec:
+def _story_spec(env_id: str, path: Path) -> GameSpec:
+    content = _read_story(path)
+    md5 = _digest(content)
+    supported = supported_games()
+    rom = {known_md5: rom for rom, known_md5 in supported.items()}.get(md5)  # identified by contents, not by name
+    if "." not in path.name:  # Jericho's emulator would crash
+        raise UserError(
+            f"The name of the story file {str(path)!r} has no extension. Rename it to {rom or f'{path.name}.z5'}."
+        )
+    try:
+        str(path).encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"The path of the story file {str(path)!r} is not valid UTF-8, which Jericho needs. Rename it."
+        ) from error
+    if rom is not None:
+        return GameSpec(env_id, "jericho", path.absolute(), md5, Path(rom).stem)
+    try:
+        check_story(content)
+        _warn_of_unsupported(path, md5)
+    except UserError as error:
+        hint = _download_hint(path.name) if path.name in supported else _LIST_HINT
+        raise UserError(f"The story file {str(path)!r} (MD5 {md5}) {error}. {hint}") from error
+    # With the extension, since Jericho may support another release of the game: zork1.z3, zork1.z5.
+    name = re.sub(r"[^A-Za-z0-9.-]+", "_", path.name).strip("._-") or "story"
+    return GameSpec(env_id, "story", path.absolute(), md5, name)
+
+
+def _read_story(path: Path) -> bytes:
+    """The contents of a file that may be a story file.
+
+    Raises:
+        UserError: it is not a file, it cannot be read, or its size is impossible.
+    """
     if not path.is_file():
         example = path / "zork1.z5" if path.is_dir() else "./zork1.z5"
         raise UserError(f"{str(path)!r} is not a file. Give the path of a story file, such as {example}.")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"The story file {str(path)!r} is empty. Delete it. {_download_hint(path.name)}")
+    if size > MAX_STORY_BYTES:
+        raise UserError(
+            f"{str(path)!r} is not a Z-machine story: it has {size} bytes, and a story has at most {MAX_STORY_BYTES}. "
+            f"{_LIST_HINT}"
+        )
     try:
-        md5 = _md5(path)
-        is_empty = path.stat().st_size == 0
+        return path.read_bytes()
     except OSError as error:
         raise UserError(
             f"Cannot read the story file {str(path)!r}: {error.strerror}. Check its permissions."
         ) from error
-    if is_empty:
-        raise UserError(f"The story file {str(path)!r} is empty. Delete it. {_download_hint(path.name)}")
+
+
+@functools.cache
+def _survey(path: Path, md5: str) -> StorySurvey:
+    from priorzero.envs.story_game import survey_story  # imports Jericho, which not every run needs
+
+    return survey_story(path)
+
+
+@functools.cache
+def _warn_of_unsupported(path: Path, md5: str) -> None:
+    """Say once in a process what it means that Jericho does not support a story file; raises as ``survey_story``."""
+    survey = _survey(path, md5)
     supported = supported_games()
-    roms = {known_md5: rom for rom, known_md5 in supported.items()}
-    if md5 in roms:  # identified by its contents, not by its name
-        if "." not in path.name:  # Jericho's emulator would crash
-            raise UserError(f"The name of the story file {str(path)!r} has no extension. Rename it to {roms[md5]}.")
-        try:
-            str(path).encode()
-        except UnicodeEncodeError as error:
-            raise UserError(
-                f"The path of the story file {str(path)!r} is not valid UTF-8, which Jericho needs. Rename it."
-            ) from error
-        return GameSpec(env_id, "jericho", path.absolute(), md5, Path(roms[md5]).stem)
-    if path.name in supported:
-        raise UserError(
-            f"{str(path)!r} has MD5 {md5}, but Jericho supports {path.name} with MD5 {supported[path.name]} only. The "
-            "file may be another release of the game. Move it away, then type: "
-            f"python scripts/fetch_games.py {path.name}"
-        )
-    others = [rom for rom in supported if without_extension(rom) == without_extension(path.name.lower())]
-    other = f"Of this game, it supports {others[0]}. " if others else ""
-    raise UserError(
-        f"Jericho does not support the story file {str(path)!r} (MD5 {md5}), so it has no score and no valid actions. "
-        f"{other}{_LIST_HINT}"
+    stem = without_extension(path.name.lower())
+    others = [rom for rom in supported if without_extension(rom) == stem]
+    other = (
+        f" Jericho supports another release of this game: python scripts/fetch_games.py {others[0]}." if others else ""
+    )
+    reward = f"Rewards: the {survey.score_source}" if survey.score_source else "Rewards: none, since it states no score"
+    maximum = (
+        f"the game states the maximum score {survey.max_score}"
+        if survey.max_score
+        else f"the game does not state the maximum score ({MAX_SCORE_HINT} sets it)"
+    )
+    logger.warning(
+        f"Jericho does not support the story file {shown(str(path))!r} (MD5 {md5}). It is played with a general "
+        f"grammar, which may lack commands that the game needs ({survey.num_templates} command templates, "
+        f"{survey.num_words} words in its dictionary). {reward}; {maximum}.{other}"
     )
 
 
+def check_max_score(max_score: int, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec]) -> None:
+    """Check the setting ``env.max_score``.
+
+    Raises:
+        UserError: it is given, but not for one game whose maximum score is not known.
+    """
+    if not max_score:
+        return
+    names = ", ".join(game.env_id for game in [*games, *unseen])
+    if len(games) + len(unseen) != 1:
+        raise UserError(
+            f"env.max_score={max_score} is the maximum score of one game, but run.env_id and eval.unseen name several: "
+            f"{shown(names)}. Leave it out, or train on one game"
+        )
+    (game,) = games
+    stated = _survey(game.path, game.md5).max_score if game.kind == "story" else 0
+    if game.kind != "story" or stated:
+        known = f"the game states {stated}" if stated else "it is a supported game"
+        raise UserError(
+            f"env.max_score={max_score}: the maximum score of {shown(names)} is known: {known}. Leave it out"
+        )
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()
+
+
 def _md5(path: Path) -> str:
-    return hashlib.md5(path.read_bytes(), usedforsecurity=False).hexdigest()
+    return _digest(path.read_bytes())

@@ -108,25 +108,25 @@ class Results(NamedTuple):
     text_hashes: Any
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _byte(mem, address):
     return np.int64(mem[address & ADDRESS_MASK])
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _word(mem, address):
     address &= ADDRESS_MASK
     return (np.int64(mem[address]) << 8) | np.int64(mem[address + 1])
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _set_word(mem, address, value):
     address &= ADDRESS_MASK
     mem[address] = (value >> 8) & 0xFF
     mem[address + 1] = value & 0xFF
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _signed(value):
     return ((value & 0xFFFF) ^ 0x8000) - 0x8000
 
@@ -134,7 +134,7 @@ def _signed(value):
 # ---- variables and control flow ----
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _get_variable(mem, stack, story, variable, sp, fp):
     """Value of a variable, and the new stack pointer. Variable 0 is popped."""
     if variable == 0:
@@ -144,7 +144,7 @@ def _get_variable(mem, stack, story, variable, sp, fp):
     return _word(mem, story.global_table + 2 * (variable - 16)), sp
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _peek_variable(mem, stack, story, variable, sp, fp):
     """Value of a variable that an instruction names indirectly. Variable 0 is not popped."""
     if variable == 0:
@@ -154,7 +154,7 @@ def _peek_variable(mem, stack, story, variable, sp, fp):
     return _word(mem, story.global_table + 2 * (variable - 16))
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _poke_variable(mem, stack, story, variable, value, sp, fp):
     """Set a variable that an instruction names indirectly. Variable 0 is not pushed."""
     if variable == 0:
@@ -165,7 +165,7 @@ def _poke_variable(mem, stack, story, variable, value, sp, fp):
         _set_word(mem, story.global_table + 2 * (variable - 16), value)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _operand(mem, stack, story, kind, pc, sp, fp):
     """Value of an operand, the new program counter and the new stack pointer."""
     if kind == 1:
@@ -176,7 +176,7 @@ def _operand(mem, stack, story, kind, pc, sp, fp):
     return _word(mem, pc), pc + 2, sp
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _store(mem, stack, story, value, pc, sp, fp):
     """Store a result in the variable at ``pc``; return the new program counter and stack pointer."""
     variable = _byte(mem, pc)
@@ -190,7 +190,7 @@ def _store(mem, stack, story, value, pc, sp, fp):
     return pc + 1, sp
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _return(mem, stack, story, value, fp, frames):
     """Return from a routine; the new program counter, stack pointer, frame pointer and frame count."""
     kind = np.int64(stack[(fp) & STACK_MASK]) >> 12
@@ -202,7 +202,7 @@ def _return(mem, stack, story, value, fp, frames):
     return pc, sp, new_fp, frames - 1
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _branch(mem, pc, holds):
     """The program counter behind the branch at ``pc``, its offset, and whether it is taken."""
     first = _byte(mem, pc)
@@ -215,7 +215,7 @@ def _branch(mem, pc, holds):
     return pc, offset, holds == ((first & 0x80) != 0)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _unpack(story, address):
     """Byte address of a packed address."""
     if story.version <= 3:
@@ -225,7 +225,7 @@ def _unpack(story, address):
     return address << 3
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames):
     """Call the routine ``args[0]``. Kind 0 will store the result, 1 will discard it. As ``_return``; and the success."""
     target = _unpack(story, args[0])
@@ -256,7 +256,7 @@ def _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames):
 # ---- text ----
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _put(mem, story, out, io, tables, character):
     """Print a ZSCII character to the table of output stream 3, or else to the text of the command."""
     if character == 0:
@@ -274,7 +274,7 @@ def _put(mem, story, out, io, tables, character):
         io[_LENGTH] += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _put_number(mem, story, out, io, tables, value):
     value = _signed(value)
     if value < 0:
@@ -288,7 +288,7 @@ def _put_number(mem, story, out, io, tables, value):
         divisor //= 10
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _put_string(mem, story, alphabet, out, io, tables, address):
     """Print an encoded text (section 3 of the standard); return the address behind it."""
     shift, state, high = 0, 0, 0  # state 1: abbreviation, 2 and 3: halves of a ZSCII code
@@ -338,7 +338,7 @@ def _put_string(mem, story, alphabet, out, io, tables, address):
             shift = c - 3
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _encode(mem, alphabet, address, length, num_chars, codes):
     """Encode a word for the dictionary into ``codes`` (16-bit words, ``num_chars // 3`` of them)."""
     chars = np.empty(16, np.int64)
@@ -370,7 +370,7 @@ def _encode(mem, alphabet, address, length, num_chars, codes):
     codes[num_chars // 3 - 1] |= 0x8000
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _look_up(mem, story, alphabet, address, length, dictionary):
     """Address of a word in the dictionary; 0 if it is not there."""
     num_chars = 6 if story.version <= 3 else 9
@@ -397,7 +397,7 @@ def _look_up(mem, story, alphabet, address, length, dictionary):
     return np.int64(0)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _add_token(mem, story, alphabet, text, start, length, parse, dictionary, skip_unknown):
     num_tokens = _byte(mem, parse + 1)
     if num_tokens >= mem[parse]:
@@ -411,7 +411,7 @@ def _add_token(mem, story, alphabet, text, start, length, parse, dictionary, ski
         mem[token + 3] = start & 0xFF
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _tokenise(mem, story, alphabet, text, parse, dictionary, skip_unknown):
     """Split the input at ``text`` into words (section 13.6 of the standard)."""
     if dictionary == 0:
@@ -441,7 +441,7 @@ def _tokenise(mem, story, alphabet, text, parse, dictionary, skip_unknown):
         position += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _read_line(mem, story, alphabet, text, parse, line):
     """Enter a line (section 15, ``read``). Returns False if the line is too long, or if part of it was entered."""
     size = _byte(mem, text)
@@ -464,7 +464,7 @@ def _read_line(mem, story, alphabet, text, parse, line):
 # ---- objects ----
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _object(story, number):
     """Address of an object's entry in the object table."""
     if story.version <= 3:
@@ -472,7 +472,7 @@ def _object(story, number):
     return story.object_table + 126 + 14 * (number - 1)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _relative(mem, story, number, which):
     """The parent (0), sibling (1) or child (2) of an object; 0 for object 0."""
     if number == 0:
@@ -482,7 +482,7 @@ def _relative(mem, story, number, which):
     return _word(mem, _object(story, number) + 6 + 2 * which)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _set_relative(mem, story, number, which, value):
     if story.version <= 3:
         mem[_object(story, number) + 4 + which] = value & 0xFF
@@ -490,7 +490,7 @@ def _set_relative(mem, story, number, which, value):
         _set_word(mem, _object(story, number) + 6 + 2 * which, value)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _unlink(mem, story, number):
     """Remove an object from its parent. Returns False if the object tree is damaged."""
     parent = _relative(mem, story, number, 0)
@@ -513,7 +513,7 @@ def _unlink(mem, story, number):
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _insert(mem, story, number, parent):
     """Make an object the first child of ``parent``."""
     if not _unlink(mem, story, number):
@@ -524,18 +524,18 @@ def _insert(mem, story, number, parent):
     return True
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _name_address(mem, story, number):
     return _word(mem, _object(story, number) + (7 if story.version <= 3 else 12))
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _first_property(mem, story, number):
     name = _name_address(mem, story, number)
     return (name + 1 + 2 * _byte(mem, name)) & 0xFFFF
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _next_property(mem, story, address):
     size = _byte(mem, address)
     if story.version <= 3:
@@ -546,7 +546,7 @@ def _next_property(mem, story, address):
     return (address + 2 + (size if size else 64)) & 0xFFFF
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _find_property(mem, story, number, prop):
     """Address of a property's size byte; 0 if the object does not have it."""
     mask = 0x1F if story.version <= 3 else 0x3F
@@ -556,7 +556,7 @@ def _find_property(mem, story, number, prop):
     return address if (_byte(mem, address) & mask) == prop else np.int64(0)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _property_data(mem, story, address):
     """Address and size of the data of the property whose size byte is at ``address``."""
     first = _byte(mem, address)
@@ -568,7 +568,7 @@ def _property_data(mem, story, address):
     return address + 2, size if size else np.int64(64)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _get_property(mem, story, number, prop):
     if number == 0:
         return np.int64(0)
@@ -581,7 +581,7 @@ def _get_property(mem, story, number, prop):
     return _word(mem, address + 1)
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _property_address(mem, story, number, prop):
     if number == 0:
         return np.int64(0)
@@ -589,7 +589,7 @@ def _property_address(mem, story, number, prop):
     return address if address == 0 else _property_data(mem, story, address)[0]
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _property_length(mem, story, data):
     size = _byte(mem, (data - 1) & 0xFFFF)
     if story.version <= 3:
@@ -600,7 +600,7 @@ def _property_length(mem, story, data):
     return size if size else np.int64(64)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _next_property_number(mem, story, number, prop):
     """The number of the property after ``prop``, or of the first one if it is 0; -1 after an error."""
     if number == 0:
@@ -615,7 +615,7 @@ def _next_property_number(mem, story, number, prop):
     return _byte(mem, address) & mask
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _put_property(mem, story, number, prop, value):
     """Returns False if the object does not have the property."""
     address = _find_property(mem, story, number, prop)
@@ -629,12 +629,12 @@ def _put_property(mem, story, number, prop, value):
     return True
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _test_attribute(mem, story, number, attribute):
     return number != 0 and (_byte(mem, _object(story, number) + (attribute >> 3)) & (0x80 >> (attribute & 7))) != 0
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _change_attribute(mem, story, number, attribute, is_set):
     address = _object(story, number) + (attribute >> 3)
     if is_set:
@@ -646,7 +646,7 @@ def _change_attribute(mem, story, number, attribute, is_set):
 # ---- instructions ----
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _binary_value(mem, story, code, a, b):
     """Result of an instruction with two operands that stores a value, and whether it is defined."""
     if code == 8:
@@ -679,7 +679,7 @@ def _binary_value(mem, story, code, a, b):
     return (quotient, True) if code == 23 else (dividend - quotient * divisor, True)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _scan_table(mem, value, address, args, num_args):
     form = args[3] if num_args >= 4 else np.int64(0x82)
     for _ in range(args[2]):
@@ -690,7 +690,7 @@ def _scan_table(mem, value, address, args, num_args):
     return np.int64(0)
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _copy_table(mem, story, first, second, size):
     """Copy or clear a table. Returns False if it is outside of dynamic memory."""
     length = abs(_signed(size))
@@ -709,7 +709,7 @@ def _copy_table(mem, story, first, second, size):
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _print_table(mem, story, out, io, tables, address, width, args, num_args):
     height = args[2] if num_args >= 3 else np.int64(1)
     skip = args[3] if num_args >= 4 else np.int64(0)
@@ -722,7 +722,7 @@ def _print_table(mem, story, out, io, tables, address, width, args, num_args):
         address += skip
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _output_stream(mem, story, number, table, num_args, io, tables):
     """Select an output stream. Returns False if it is a file."""
     stream = _signed(number)
@@ -741,7 +741,7 @@ def _output_stream(mem, story, number, table, num_args, io, tables):
     return True
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _store_byte(mem, story, address, value):
     """Returns False outside of dynamic memory, and for the header's flags, which have effects."""
     if address >= story.dynamic_size or (address == 0x11 and (value ^ mem[address]) & 1):
@@ -750,20 +750,20 @@ def _store_byte(mem, story, address, value):
     return True
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _shift(value, places, is_arithmetic):
     if is_arithmetic:
         value = _signed(value)
     return value << places if places > 0 else value >> -places
 
 
-@njit(cache=True, nogil=True, forceinline=True)
+@njit(nogil=True, forceinline=True)
 def _store_word(mem, story, address, value):
     is_stored = _store_byte(mem, story, address, value >> 8)
     return _store_byte(mem, story, address + 1, value & 0xFF) and is_stored
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _random(random, limit):
     """A random number from 1 to ``limit``; a limit that is not positive seeds the random numbers."""
     limit = _signed(limit)
@@ -781,14 +781,14 @@ def _random(random, limit):
     return number % limit + 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _add_event(events, count, kind, number, target):
     if count[kind] < MAX_EVENTS:
         events[kind, count[kind], 0], events[kind, count[kind], 1] = number, target
         count[kind] += 1
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
     """Execute one command. The table of instructions is section 14 of the standard.
 
@@ -1008,7 +1008,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
     return Registers(pc, sp, fp, frames, random[0], random[1], random[2]), False
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _contains(text, start, end, pattern):
     for first in range(start, end - pattern.size + 1):
         n = 0
@@ -1019,7 +1019,7 @@ def _contains(text, start, end, pattern):
     return False
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _hash(text, start, end):
     value = np.int64(-3750763034362895579)  # FNV-1a
     for n in range(start, end):
@@ -1027,7 +1027,7 @@ def _hash(text, start, end):
     return value
 
 
-@njit(cache=True, nogil=True)
+@njit(nogil=True)
 def _write_changes(row, events, count, watch):
     """Write the events of a command, without ignored attributes, into a row of ``Results.changes``."""
     for n in range(count[_MOVED]):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from priorzero.envs.action_cache import ActionCache, cache_file, digest
-from priorzero.envs.frotz import KEY_COMMANDS, EmulatorState, ReproducibleFrotzEnv
+from priorzero.envs.frotz import KEY_COMMANDS, EmulatorState, ReproducibleFrotzEnv, RestorableFrotzEnv
 from priorzero.envs.probe import Probe
 from priorzero.envs.validation import check_action, check_arguments
 from priorzero.types import GameState, ValidActionsMode
@@ -15,60 +15,29 @@ FALLBACK_ACTIONS = ("look", "wait", "inventory")
 MAX_KNOWN_STATES = 20_000
 
 
-class JerichoGame:
-    """A Jericho game.
+class ZMachineGame:
+    """A game in Jericho's emulator.
 
     The emulator of the game gets only the commands of the episode, so the game is the same as in Jericho. Everything
     else is tried on a copy of the game; see :class:`~priorzero.envs.probe.Probe`.
 
-    The valid actions are the commands that change the world. Jericho finds them by trying every command template with
-    every visible object from a saved state, which takes 0.05 s to 40 s, depending on the game. They are cached in
-    memory and in a file that all processes share. The key is the exact state of the emulator, including its random
-    numbers, so episodes with the same seed that begin with the same commands share entries.
+    The valid actions are the commands that change the world. Searching them takes 0.05 s to 40 s, depending on the
+    game. They are cached in memory and in a file that all processes share. The key is the exact state of the emulator,
+    including its random numbers, so episodes with the same seed that begin with the same commands share entries.
 
     Some games wait for a single key in places: "Press any key to continue", "Press Y or N". There the valid actions are
     names of keys, such as ``press space``: one for each effect that a key can have. Room and inventory are not observed
     there, since the game would read "look" as four keys.
     """
 
-    def __init__(
-        self,
-        path: str | Path,
-        *,
-        seed: int,
-        max_episode_steps: int,
-        look_and_inventory: bool,
-        drop_inert_commands: bool = True,
-        valid_actions: ValidActionsMode = "exact",
-        filter_threads: int | None = None,
-    ) -> None:
-        """Open a story file that Jericho supports; see :class:`GameArguments`.
-
-        Jericho replaces the seed 0 by the seed of its walkthrough. ``drop_inert_commands`` has no effect, because
-        Jericho's valid actions always change the world.
-
-        Args:
-            filter_threads: see :class:`~priorzero.envs.frotz.ReproducibleFrotzEnv`.
-
-        Raises:
-            UserError: Jericho does not support the file, or spaCy's English model is not installed.
-            ValueError: an argument has another type or is too small, or ``filter_threads`` is not allowed.
-        """
-        check_arguments(
-            seed=seed,
-            max_episode_steps=max_episode_steps,
-            look_and_inventory=look_and_inventory,
-            drop_inert_commands=drop_inert_commands,
-            valid_actions=valid_actions,
-        )
-        self._env = ReproducibleFrotzEnv(
-            Path(path), seed=seed, filter_threads=filter_threads, mode=valid_actions
-        )
+    def __init__(self, env: RestorableFrotzEnv, *, name: str, max_episode_steps: int, look_and_inventory: bool) -> None:
+        """Play in ``env``. ``name`` is the game's name, for messages."""
+        self._env = env
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory
-        self._probe = Probe(self._env, name=Path(path).name)
-        self._max_score = float(self._env.get_max_score())
-        self._fingerprint = self._env.fingerprint()
+        self._probe = Probe(env, name=name)
+        self._max_score = float(env.get_max_score())
+        self._fingerprint = env.fingerprint()
         self._known_actions: dict[bytes, tuple[str, ...]] = {}
         self._cache = ActionCache(cache_file())
         self._state: GameState | None = None
@@ -96,10 +65,6 @@ class JerichoGame:
         self._env.close_emulators()
         self._cache.close()
         self._state = None
-
-    def walkthrough(self) -> list[str]:
-        """Jericho's solution for seed 0. Some of its commands are not valid actions."""
-        return list(self._env.get_walkthrough())
 
     def _observe(self, feedback: str, *, score: int, moves: int) -> GameState:
         won = self._env.victory()
@@ -139,3 +104,51 @@ class JerichoGame:
                 del self._known_actions[next(iter(self._known_actions))]  # the oldest
             self._known_actions[key] = actions
         return self._known_actions[key]
+
+
+class JerichoGame(ZMachineGame):
+    """A game that Jericho supports.
+
+    Jericho finds its valid actions by trying every command template of the game with every visible object.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        seed: int,
+        max_episode_steps: int,
+        look_and_inventory: bool,
+        drop_inert_commands: bool = True,
+        valid_actions: ValidActionsMode = "exact",
+        num_threads: int | None = None,
+    ) -> None:
+        """Open a story file that Jericho supports; see :class:`GameArguments`.
+
+        Jericho replaces the seed 0 by the seed of its walkthrough. ``drop_inert_commands`` has no effect, because
+        Jericho's valid actions always change the world.
+
+        Args:
+            num_threads: see :class:`~priorzero.envs.frotz.ReproducibleFrotzEnv`.
+
+        Raises:
+            UserError: Jericho does not support the file, or spaCy's English model is not installed.
+            ValueError: an argument has another type or is too small, or ``num_threads`` is not allowed.
+        """
+        check_arguments(
+            seed=seed,
+            max_episode_steps=max_episode_steps,
+            look_and_inventory=look_and_inventory,
+            drop_inert_commands=drop_inert_commands,
+            valid_actions=valid_actions,
+        )
+        super().__init__(
+            ReproducibleFrotzEnv(Path(path), seed=seed, mode=valid_actions, num_threads=num_threads),
+            name=Path(path).name,
+            max_episode_steps=max_episode_steps,
+            look_and_inventory=look_and_inventory,
+        )
+
+    def walkthrough(self) -> list[str]:
+        """Jericho's solution for seed 0. Some of its commands are not valid actions."""
+        return list(self._env.get_walkthrough())

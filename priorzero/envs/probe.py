@@ -18,30 +18,32 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 from priorzero.envs.child import exit_with_parent
-from priorzero.envs.frotz import EmulatorState, ReproducibleFrotzEnv
+from priorzero.envs.frotz import EmulatorState, RestorableFrotzEnv
 from priorzero.envs.progress import report_progress
 
 ACTIVITY = "the search for valid actions"
 PROGRESS_INTERVAL_S = 0.2
+HANG_S = 30.0  # without a sign of life; less than the default of env.step_timeout_s, which ends the whole game
 
 logger = logging.getLogger(__name__)
 
 
 class _ChildDied(RuntimeError):
-    """The child process ended during a request. The text is its exit code."""
+    """The child process ended or hung during a request. The text is its exit code, or the time."""
 
 
 class Probe:
     """Observes states of a game and finds their valid actions, in a child process.
 
     Commands that are only tried must not change the game, but an emulator does not save all of its state. Besides, some
-    commands crash the emulator: in hollywood.z3, "look" does so in a few places. Here only the child process is lost.
+    commands crash the emulator: in hollywood.z3, "look" does so in a few places. Others may never end. Here only the
+    child process is lost.
 
     The child process is a fork, since it needs spaCy and the story, which this process has loaded. It starts at the
     first use, and again after a crash.
     """
 
-    def __init__(self, env: ReproducibleFrotzEnv, *, name: str) -> None:
+    def __init__(self, env: RestorableFrotzEnv, *, name: str) -> None:
         """The child process has a copy of ``env``. ``name`` is the game's name, for messages."""
         self._env = env
         self._name = name
@@ -55,7 +57,7 @@ class Probe:
         return texts
 
     def find_actions(self, state: EmulatorState) -> tuple[str, ...]:
-        """The valid actions; see :class:`ReproducibleFrotzEnv`. Commands that crash the emulator are excluded."""
+        """The valid actions; see :class:`RestorableFrotzEnv`. Commands that crash the emulator are excluded."""
         actions: tuple[str, ...] = self._request("find_actions", state)
         return actions
 
@@ -90,8 +92,11 @@ class Probe:
         connection = self._start()
         try:
             connection.send((task, isolated, arguments))
-            while (reply := connection.recv())[0] == "progress":
+            while (reply := _receive(connection))[0] == "progress":
                 report_progress(ACTIVITY)
+        except TimeoutError as error:
+            self.close()
+            raise _ChildDied(f"no reply for {HANG_S:g} s") from error
         except (EOFError, OSError) as error:
             assert self._process is not None
             self._process.join()
@@ -118,7 +123,14 @@ class Probe:
         return self._connection
 
 
-def _serve(env: ReproducibleFrotzEnv, connection: Connection, parent_end: Connection, parent: int) -> None:
+def _receive(connection: Connection) -> Any:
+    """The next message. Raises a TimeoutError if none arrives in time."""
+    if not connection.poll(HANG_S):
+        raise TimeoutError
+    return connection.recv()
+
+
+def _serve(env: RestorableFrotzEnv, connection: Connection, parent_end: Connection, parent: int) -> None:
     """The main function of the child process: handles requests until the parent closes the connection or ends."""
     parent_end.close()  # otherwise this process would not notice that the parent closed it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent handles it and closes the connection
@@ -137,6 +149,7 @@ def _serve(env: ReproducibleFrotzEnv, connection: Connection, parent_end: Connec
     def observe(state: EmulatorState, commands: Sequence[str]) -> tuple[str, ...]:
         texts = []
         for command in commands:
+            on_progress()
             env.restore(state)
             texts.append(env.step(command)[0].strip())
         return tuple(texts)

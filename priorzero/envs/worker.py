@@ -206,10 +206,15 @@ class GameWorker:
 
 
 def make_worker(
-    spec: GameSpec, *, timeout_s: float, start_timeout_s: float = START_TIMEOUT_S, **arguments: Unpack[GameArguments]
+    spec: GameSpec,
+    *,
+    timeout_s: float,
+    start_timeout_s: float = START_TIMEOUT_S,
+    max_score: int = 0,
+    **arguments: Unpack[GameArguments],
 ) -> GameWorker:
     """Create a worker for a game without starting it; see ``make_game`` and ``GameWorker`` for the arguments."""
-    everything = {"spec": spec, **arguments}
+    everything = {"spec": spec, "max_score": max_score, **arguments}
     return GameWorker(make_game, everything, timeout_s=timeout_s, start_timeout_s=start_timeout_s, name=spec.name)
 
 
@@ -225,6 +230,7 @@ def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, f
             drop_inert_commands=env.drop_inert_commands,
             valid_actions=env.valid_actions,
             timeout_s=env.step_timeout_s,
+            max_score=env.max_score,
         )
         for e in range(count)
     ]

@@ -19,7 +19,7 @@ def make_slow_game(path: Path, *, hangs_at: int | None = None) -> JerichoGame:
         path: the story file.
         hangs_at: index of the chunk in which the emulator hangs in C code.
     """
-    game = JerichoGame(path, seed=0, max_episode_steps=9, look_and_inventory=True, filter_threads=1)
+    game = JerichoGame(path, seed=0, max_episode_steps=9, look_and_inventory=True, num_threads=1)
     try_in_c = game._env._try_in_c
     count = 0
 
