@@ -11,7 +11,7 @@ from loguru import logger
 
 import priorzero.envs.limits
 from priorzero.config import parse_assignments, read_config_file, resolve_settings
-from priorzero.envs import GameSpec, make_workers
+from priorzero.envs import GameSpec, make_game, make_workers, resolve_game
 from priorzero.envs.games import supported_games
 from priorzero.envs.limits import (
     JERICHO_ACTIONS,
@@ -23,6 +23,7 @@ from priorzero.envs.limits import (
 )
 from priorzero.runs.resume import newest_checkpoint
 from priorzero.settings import EnvSettings
+from priorzero.types import GameState, UserError
 from tests.helpers.models import make_settings
 from tests.helpers.runs import NO_LLM, short_settings, train
 from tests.helpers.toy_game import toy_games
@@ -148,3 +149,20 @@ def test_run_saves_its_limits_and_a_resumed_run_keeps_them(tmp_path, monkeypatch
     run({"run": {"env_id": "a,b", "max_iter": 2}}, checkpoint=newest_checkpoint(folder))
     assert read_config_file(folder / "config.yaml")["env"] == saved
     assert newest_checkpoint(folder).folder.name == "iteration_2"
+
+
+def test_states_say_after_how_many_commands_they_are_truncated():
+    try:
+        spec = resolve_game("detective.z5")
+    except UserError as error:
+        pytest.skip(str(error))
+    game = make_game(spec, seed=0, max_episode_steps=7, look_and_inventory=False, drop_inert_commands=True)
+    game._valid_actions = lambda state: ("wait",)
+    assert game.reset().max_moves == 7
+    game.close()
+
+
+def test_states_that_an_earlier_version_saved_equal_those_of_the_game():
+    state = GameState("A hall.", ("wait",), 0.0, 7.0, 3, max_moves=500)
+    *earlier, limit = dataclasses.astuple(state)
+    assert limit == 500 and GameState(*earlier) == state
