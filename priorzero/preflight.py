@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from priorzero.envs import GameSpec, GameWorker, check_names, make_workers, resolve_games
-from priorzero.envs.limits import JERICHO_ACTIONS, resolve_limits
+from priorzero.envs.games import TEXTWORLD_PREFIX
+from priorzero.envs.limits import default_action_space_size, resolve_limits
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
@@ -208,8 +209,9 @@ def checkpoint_size(settings: Settings, *, llm: ModelFiles | None, encoder: Mode
 def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -> int:
     """Number of parameters of UniZero, without biases: encoder, transformer, action embeddings and four heads."""
     wm, actions = settings.world_model, settings.env.action_space_size
-    if isinstance(actions, str):  # auto; the games are not known yet
-        actions = JERICHO_ACTIONS
+    if isinstance(actions, str):  # auto; TextWorld games are not generated yet
+        names = settings.run.env_id.split(",")
+        actions = default_action_space_size(sum(not name.strip().startswith(TEXTWORLD_PREFIX) for name in names))
     embedding_size = int(encoder.config.get("hidden_size", 0)) if encoder is not None else 0
     feature_size = embedding_size * (3 if settings.env.look_and_inventory else 1)
     support = 2 * wm.support_scale + 1

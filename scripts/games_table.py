@@ -251,7 +251,6 @@ def page(results: dict[str, dict[str, Any]], specs: dict[str, GameSpec], *, comm
     """``docs/games-table.md``."""
     rows = [row(name, specs.get(name), results.get(name, {})) for name in sorted(supported_games())]
     sampled = {len(result["sample"]["counts"]) for result in results.values() if result.get("sample")}
-    actions = default_action_space_size(list(specs.values()))
     lines = [
         "# Games that Jericho supports",
         "",
@@ -263,9 +262,10 @@ def page(results: dict[str, dict[str, Any]], specs: dict[str, GameSpec], *, comm
         "- **walkthrough**: number of commands of Jericho's walkthrough.",
         "- **score**, **won**: after the walkthrough, played with the seed 0. Bold: less than the maximum, or not won.",
         "- **steps**: `env.max_episode_steps` by default. `env.action_space_size` is by default "
-        f"{actions} for all of these games.",
+        f"{default_action_space_size(1)} for all of these games.",
         f"- **K**: number of valid actions of a state, in {max(sampled, default=0)} states that are spread evenly over "
-        "the walkthrough. **seconds**: mean time to find them in a state that is not in the cache.",
+        "the walkthrough.",
+        "- **seconds**: mean time to find the valid actions of a state that is not in the cache.",
         "",
         "| " + " | ".join(HEADER) + " |",
         "|" + "---|" * len(HEADER),

@@ -16,6 +16,7 @@ from priorzero.envs.games import supported_games
 from priorzero.envs.limits import (
     JERICHO_ACTIONS,
     MIN_ACTIONS,
+    default_action_space_size,
     default_steps,
     episode_steps,
     resolve_limits,
@@ -86,6 +87,14 @@ def test_resolve_limits_gives_each_game_its_own_steps(tmp_path):
     env = EnvSettings()
     resolve_limits(env, games[1:])
     assert (env.longest_episode, env.num_actions) == (100, MIN_ACTIONS)
+
+
+@pytest.mark.parametrize(("num_jericho", "actions"), [(0, 256), (1, 1024), (3, 3072), (4, 4096), (5, 4096)])
+def test_default_action_space_size_grows_with_the_number_of_jericho_games(tmp_path, num_jericho, actions):
+    assert default_action_space_size(num_jericho) == actions
+    env, games = EnvSettings(), [jericho(story) for story in sorted(supported_games())[:num_jericho]]
+    resolve_limits(env, [*games, textworld(tmp_path, commands=8)])
+    assert env.num_actions == actions
 
 
 @pytest.mark.parametrize(
