@@ -61,6 +61,7 @@ def test_games_table_measures_the_games_that_are_found(one_game, capsys):
     assert make_table("--states", "2") == (0, lines)  # nothing is searched again, so the seconds are equal, too
     _, again = make_table("--states", "0")
     assert cells(again, "detective.z5") == cells(lines, "detective.z5")
+    assert "zork2" not in capsys.readouterr().out
     _, other = make_table("--states", "1", "--games", "detective.z5")
     assert len(json.loads(Path("results.json").read_text())["detective.z5"]["sample"]["counts"]) == 1
     assert cells(other, "detective.z5")[:5] == static
