@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -116,6 +117,16 @@ def test_remarks_name_what_is_odd():
         "no valid action in 1 of 2 states",
         "a tried command crashes the emulator",
     ]
+
+
+def test_row_shows_in_bold_what_the_walkthrough_does_not_reach():
+    lost = games_table.Replay(
+        max_score=10, first_score=0, score=9, commands=396, ended=True, won=False, keys=0, losses=0
+    )  # fmt: skip
+    sample = games_table.Sample(counts=[3, 8], seconds=0.1234, crashed=False)
+    result = {"replay": dataclasses.asdict(lost), "sample": dataclasses.asdict(sample)}
+    cells = ["`zork1.z5`", "10", "396", "**9**", "**no**", "500", "5.5", "8", "0.12"]
+    assert games_table.row("zork1.z5", None, result)[:-1] == cells
 
 
 def test_notes_are_about_supported_games():
