@@ -169,7 +169,7 @@ class EnvSettings(SettingsGroup):
     )
     action_space_size: Annotated[int | str, BeforeValidator(_action_space_size)] = Field(
         AUTO,
-        description="size A of the action vocabulary; auto: 256, or 1024 for each Jericho game",
+        description="size A of the action vocabulary; auto: 256, or 2048 for each Jericho game",
         json_schema_extra={"allowed": f"auto, or a whole number between 2 and {MAX_ACTIONS}"},
     )
 
