@@ -7,6 +7,7 @@ generated from this file.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
@@ -77,12 +78,15 @@ def _max_episode_steps(value: Any) -> Any:
 def steps_by_game(text: str) -> dict[str, int]:
     """``env.max_episode_steps`` of several games, ``zork1=450, detective=100``, as a dictionary.
 
+    ``zork1.z5`` is the same name as ``zork1``.
+
     Raises:
         ValueError: a part is not of the form NAME=NUMBER, a name occurs twice, or a number is less than 2.
     """
     steps: dict[str, int] = {}
     for part in text.split(","):
         name, _, number = (piece.strip() for piece in part.partition("="))
+        name = re.sub(r"\.z[1-8]\Z", "", name)
         if not name or not number.isdecimal() or int(number) < 2:
             raise ValueError(f"{part.strip()!r} is not NAME=NUMBER with a number of at least 2")
         if name in steps:

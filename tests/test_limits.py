@@ -104,6 +104,7 @@ def test_default_action_space_size_grows_with_the_number_of_jericho_games(tmp_pa
         ("1e3", 1000, [1000, 1000, 1000]),
         ("auto", "zork1=500, detective=100", [500, 100, 450]),
         ("detective=60", "detective=60, zork1=500", [500, 60, 450]),
+        ("detective.z5=60", "detective=60, zork1=500", [500, 60, 450]),
         ("cutthroat=70,zork1=400", "cutthroat=70, zork1=400, detective=100", [400, 100, 70]),
     ],
 )
