@@ -104,7 +104,7 @@ def make_agent(
         settings,
         policy=policy,
         encoder=encoder,
-        indexer=ActionVocabulary(settings.env.action_space_size),
+        indexer=ActionVocabulary(settings.env.num_actions),
         prior=prior,
         style=prompt_style(settings),
         tokenizer=llm.tokenizer if llm is not None else None,
@@ -130,12 +130,7 @@ def make_agent(
 
 def make_encoder(settings: Settings, *, device: torch.device) -> TextEncoder:
     """The frozen text encoder."""
-    return TextEncoder(
-        settings.encoder.path,
-        device=device,
-        with_look=settings.env.look_and_inventory,
-        max_moves=settings.env.max_episode_steps,
-    )
+    return TextEncoder(settings.encoder.path, device=device, with_look=settings.env.look_and_inventory)
 
 
 # ---- games ----

@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     # Chosen on the games textworld:simple?seed=101 to 104 (docs/learning-results.md), not on QUICK_TEST_GAME.
     "quick_test": {
         "run": {"env_id": QUICK_TEST_GAME, "max_iter": 18, "checkpoint_every": 0},
-        "env": {"collector_env_num": 2, "evaluator_env_num": 1, "max_episode_steps": 30},
+        "env": {"collector_env_num": 2, "evaluator_env_num": 1, "max_episode_steps": 30, "action_space_size": 256},
         "world_model": {
             "embed_dim": 128,
             "num_heads": 4,
@@ -164,8 +164,9 @@ def _describe_error(error: Any) -> str:
     key, fields = rest[0], group_type(group).model_fields
     if key not in fields:
         return f"unknown setting '{group}.{key}'; {_nearest_setting(group, key)}"
-    reason = f" ({error['ctx']['error']})" if error["type"] == "value_error" else ""
-    return f"{group}.{key}={_shown_input(error['input'])} must be {allowed(fields[key])}{reason}"
+    reason = str(error["ctx"]["error"]) if error["type"] == "value_error" else ""
+    told = f"{group}.{key}={_shown_input(error['input'])} must be {allowed(fields[key])}"
+    return f"{told} ({reason})" if reason else told
 
 
 def _shown_input(value: Any) -> str:
@@ -186,6 +187,8 @@ def group_type(group: str) -> type[SettingsGroup]:
 
 def allowed(field: FieldInfo) -> str:
     """What a setting may be, as the end of a sentence: ``a whole number, at least 1``."""
+    if isinstance(field.json_schema_extra, dict):
+        return str(field.json_schema_extra["allowed"])
     choices = _choices(field.annotation)
     if choices:
         prefix = "one or more of" if typing.get_origin(field.annotation) is list else "one of"
@@ -422,8 +425,8 @@ def _typed(value: Any, annotation: Any) -> Any:
         return {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}.get(
             text.lower(), value
         )
-    if annotation is int or annotation is float:
-        return _as_number(text, is_whole=annotation is int)
+    if annotation in (int, float, int | str):
+        return _as_number(text, is_whole=annotation is not float)
     if typing.get_origin(annotation) is list and text.startswith("["):
         try:
             return yaml.load(text, Loader=_SettingsLoader)

@@ -14,11 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from priorzero.envs import GameSpec, GameWorker, check_max_score, check_names, make_workers, resolve_games
+from priorzero.envs.games import TEXTWORLD_PREFIX
+from priorzero.envs.limits import default_action_space_size, resolve_limits
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.folder import check_run_folder, new_run_folder
-from priorzero.runs.resume import prepare_resume
+from priorzero.runs.resume import keep_limits, prepare_resume
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
 from priorzero.runtime.paths import user_cache_dir, user_path
@@ -71,6 +73,9 @@ def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iter
     else:
         check_run_folder(settings)
     games, unseen = check_inputs(settings)
+    if checkpoint is not None:
+        keep_limits(settings, checkpoint.settings)
+    resolve_limits(settings.env, games, unseen=unseen)
     with _run_folder(settings, games, checkpoint) as folder:
         workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)
         try:
@@ -206,6 +211,9 @@ def checkpoint_size(settings: Settings, *, llm: ModelFiles | None, encoder: Mode
 def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -> int:
     """Number of parameters of UniZero, without biases: encoder, transformer, action embeddings and four heads."""
     wm, actions = settings.world_model, settings.env.action_space_size
+    if isinstance(actions, str):  # auto; TextWorld games are not generated yet
+        names = settings.run.env_id.split(",")
+        actions = default_action_space_size(sum(not name.strip().startswith(TEXTWORLD_PREFIX) for name in names))
     embedding_size = int(encoder.config.get("hidden_size", 0)) if encoder is not None else 0
     feature_size = embedding_size * (3 if settings.env.look_and_inventory else 1)
     support = 2 * wm.support_scale + 1

@@ -7,6 +7,8 @@ generated from this file.
 from __future__ import annotations
 
 import contextlib
+import re
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -55,12 +57,58 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else value
 
 
+def _auto_or_whole(value: Any, *, least: int, most: int = 2**63 - 1) -> Any:
+    if value == AUTO:
+        return AUTO
+    number = whole_number(value)
+    if not isinstance(number, int) or isinstance(number, bool) or not least <= number <= most:
+        raise ValueError  # what is allowed says it all
+    return number
+
+
+def _action_space_size(value: Any) -> Any:
+    return _auto_or_whole(value, least=2, most=MAX_ACTIONS)
+
+
+def _max_episode_steps(value: Any) -> Any:
+    if isinstance(value, str) and "=" in value:
+        return steps_text(steps_by_game(value))
+    return _auto_or_whole(value, least=2)
+
+
+def steps_by_game(text: str) -> dict[str, int]:
+    """``env.max_episode_steps`` of several games, ``zork1=450, detective=100``, as a dictionary.
+
+    ``zork1.z5`` is the same name as ``zork1``.
+
+    Raises:
+        ValueError: a part is not of the form NAME=NUMBER, a name occurs twice, or a number is less than 2.
+    """
+    steps: dict[str, int] = {}
+    for part in text.split(","):
+        name, _, number = (piece.strip() for piece in part.partition("="))
+        name = re.sub(r"\.z[1-8]\Z", "", name)
+        if not name or not number.isdecimal() or int(number) < 2:
+            raise ValueError(f"{part.strip()!r} is not NAME=NUMBER with a number of at least 2")
+        if name in steps:
+            raise ValueError(f"{name} occurs twice")
+        steps[name] = int(number)
+    return steps
+
+
+def steps_text(steps: Mapping[str, int]) -> str:
+    """The inverse of :func:`steps_by_game`."""
+    return ", ".join(f"{name}={number}" for name, number in steps.items())
+
+
 def _names(value: Any) -> Any:
     return [name.strip() for name in value.split(",")] if isinstance(value, str) else value
 
 
 # The seeds of the games are somewhat larger, and Jericho takes 32 bits.
 MAX_SEED = 2_000_000_000
+MAX_ACTIONS = 100_000
+AUTO = "auto"
 
 Whole = Annotated[int, BeforeValidator(_whole)]
 Number = Annotated[float, BeforeValidator(_number)]
@@ -108,7 +156,14 @@ class EnvSettings(SettingsGroup):
 
     collector_env_num: Whole = Field(4, ge=1, description="games played in parallel while collecting")
     evaluator_env_num: Whole = Field(2, ge=1, description="games played in parallel while evaluating")
-    max_episode_steps: Whole = Field(100, ge=2, description="an episode is truncated after this many commands")
+    max_episode_steps: Annotated[int | str, BeforeValidator(_max_episode_steps)] = Field(
+        AUTO,
+        description="an episode is truncated after this many commands; auto: by the length of the game's walkthrough",
+        json_schema_extra={
+            "allowed": "auto, a whole number of at least 2, or one for each game, such as zork1=450,detective=100 "
+            "(the others: auto)"
+        },
+    )
     max_score: Whole = Field(
         0,
         ge=0,
@@ -123,13 +178,42 @@ class EnvSettings(SettingsGroup):
     )
     valid_actions: ValidActionsMode = Field(
         "fast",
-        description="Jericho: how valid actions are found. exact: Jericho's own set; fast: commands that were refused "
-        "under the same conditions before are not tried again, which finds about 99.9% of the same set",
+        description="Jericho: what tries the commands to find the valid actions. fast: a compiled Z-machine, and "
+        "Jericho's emulator confirms each action; exact: Jericho's emulator, which takes two to three times as long",
     )
     step_timeout_s: Number = Field(
         60.0, gt=0, description="seconds after which a game is killed if a step has not finished and makes no progress"
     )
-    action_space_size: Whole = Field(256, ge=2, le=100_000, description="size A of the action vocabulary")
+    action_space_size: Annotated[int | str, BeforeValidator(_action_space_size)] = Field(
+        AUTO,
+        description="size A of the action vocabulary; auto: 256, or 2048 for each Jericho game",
+        json_schema_extra={"allowed": f"auto, or a whole number between 2 and {MAX_ACTIONS}"},
+    )
+
+    @property
+    def longest_episode(self) -> int:
+        """The largest ``max_episode_steps`` of the games that are trained on, after ``auto`` was replaced.
+
+        Raises:
+            ValueError: it was not replaced.
+        """
+        if isinstance(self.max_episode_steps, int):
+            return self.max_episode_steps
+        return max(steps_by_game(self.max_episode_steps).values())
+
+    @property
+    def num_actions(self) -> int:
+        """The size A of the action vocabulary, after ``auto`` was replaced.
+
+        Raises:
+            ValueError: it was not replaced.
+        """
+        if isinstance(self.action_space_size, int):
+            return self.action_space_size
+        raise ValueError(
+            "env.action_space_size=auto depends on the games; call priorzero.envs.limits.resolve_limits first, or give "
+            "a number"
+        )
 
 
 class EncoderSettings(SettingsGroup):

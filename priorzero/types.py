@@ -6,7 +6,7 @@ Letters in shapes: ``K`` valid actions of one state, ``A`` size of the action vo
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, TypedDict
 
 import numpy as np
@@ -63,6 +63,8 @@ class GameState:
         goal: the game's own statement of the task; "" if there is none.
         truncated: the episode was ended by the limit of moves, not by the game.
         actions_are_fallback: the game offered no valid actions, and ``valid_actions`` is a fixed short list.
+        max_moves: the episode is truncated after this many commands; 0 if the game object does not say. States of runs
+            that an earlier version saved have 0, so it is not compared.
     """
 
     feedback: str
@@ -77,6 +79,7 @@ class GameState:
     goal: str = ""
     truncated: bool = False
     actions_are_fallback: bool = False
+    max_moves: int = field(default=0, compare=False)
 
     @property
     def terminated(self) -> bool:

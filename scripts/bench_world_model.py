@@ -61,6 +61,7 @@ def world_model_settings(*, num_layers: int = 2) -> Settings:
         PRESETS["pure_unizero"],
         {
             "world_model": {"embed_dim": 256, "num_layers": num_layers, "dropout": 0.0},
+            "env": {"action_space_size": 256},
             "train": {"batch_size": BATCH},
             "llm": {"batch_size": BATCH},
         },
@@ -171,7 +172,7 @@ def compare_losses(
     Returns:
         The seconds of the reference, its tokens for each observation, and the losses of both.
     """
-    num_actions = settings.env.action_space_size
+    num_actions = settings.env.num_actions
     shape = (BATCH, settings.world_model.num_unroll_steps + 1, -1)
     texts = [state.raw_obs_text for state in states]
     ids = encoder._tokenizer(texts, truncation=True, padding=True)["input_ids"]
@@ -196,11 +197,11 @@ def world_model_rows() -> tuple[list[Row], dict[str, Any]]:
     settings = world_model_settings()
     steps = settings.world_model.num_unroll_steps + 1
     states = make_states(count=BATCH * steps)
-    encoder = TextEncoder(settings.encoder.path, with_look=True, max_moves=100)
+    encoder = TextEncoder(settings.encoder.path, with_look=True)
     features = encoder.features(states).reshape(BATCH, steps, -1)
     reference_s, tokens, losses = compare_losses(settings, encoder, states)
     equal = all(abs(v["ours"] - v["reference"]) <= 1e-4 * abs(v["reference"]) for v in losses.values())
-    ours_s = world_model_update_s(settings, make_batch(features, num_actions=settings.env.action_space_size))
+    ours_s = world_model_update_s(settings, make_batch(features, num_actions=settings.env.num_actions))
     # The package encodes each new state once. With the default settings, 20 states are collected for 10 updates.
     new_states = settings.train.collect_env_steps / settings.train.update_per_collect
     unknown = [unknown_state(number) for number in range(10)]
@@ -245,7 +246,7 @@ def world_model_update_times(*, depths: Sequence[int]) -> list[dict[str, float]]
         settings = world_model_settings(num_layers=depth)
         shape = (BATCH, settings.world_model.num_unroll_steps + 1, FEATURE_SIZE)
         features = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-        batch = make_batch(features, num_actions=settings.env.action_space_size)
+        batch = make_batch(features, num_actions=settings.env.num_actions)
         table.append({"layers": depth, "seconds": world_model_update_s(settings, batch)})
     return table
 

@@ -160,7 +160,7 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
         load_world_model(checkpoint.folder, policy=agent.policy, indexer=agent.indexer)
         episodes = asyncio.run(play(agent, settings, env_steps=env_steps, seed=seed))
     if not episodes:
-        enough = settings.env.max_episode_steps * settings.env.collector_env_num
+        enough = settings.env.longest_episode * settings.env.collector_env_num
         raise UserError(f"no episode was completed in {env_steps} steps; type --env_steps {enough}, which is enough")
     return {"checkpoint": checkpoint.folder.name, **figures(agent.policy, settings, episodes)}
 

@@ -119,7 +119,15 @@ def test_ray_entry_reads_flags_and_debug_mode():
         ),
         (
             {"ppo": {"engine": "orz", "credit": "none"}, "replay": {"segment_length": 20}},
-            r"replay\.segment_length=20 must be at least env\.max_episode_steps=25",
+            r"segment_length=20 must be at least env\.max_episode_steps=25; type --set replay\.segment_length=25",
+        ),
+        (
+            {
+                "ppo": {"engine": "orz", "credit": "none"},
+                "env": {"max_episode_steps": "a=30, b=70"},
+                "replay": {"segment_length": 60},
+            },
+            r"must be at least env\.max_episode_steps=a=30, b=70; type --set replay\.segment_length=70",
         ),
         ({"llm": {"enable_rft": False}}, r"no effect on a cluster.*: llm\.enable_rft;"),
         ({"run": {"max_env_step": 0}}, r"run\.max_env_step=0 only evaluates"),

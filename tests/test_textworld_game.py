@@ -141,7 +141,7 @@ def test_textworld_game_truncates_episodes_and_refuses_wrong_use(open_game):
     game = open_game(max_episode_steps=2)
     with pytest.raises(ValueError, match="reset"):
         game.step("look")
-    game.reset()
+    assert game.reset().max_moves == 2
     with pytest.raises(ValueError, match="'dance' is not among"):
         game.step("dance")
     assert not game.step("look")[0].done

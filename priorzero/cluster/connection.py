@@ -75,11 +75,12 @@ def _check_orz(settings: Settings) -> None:
             "ppo.engine=orz needs ppo.credit=none and llm.use_lora=false: its trainer has neither sample weights "
             "nor adapters"
         )
-    if settings.replay.segment_length < settings.env.max_episode_steps:
+    longest = settings.env.longest_episode
+    if settings.replay.segment_length < longest:
         raise UserError(
             "ppo.engine=orz needs whole episodes for its returns: "
             f"replay.segment_length={settings.replay.segment_length} must be at least "
-            f"env.max_episode_steps={settings.env.max_episode_steps}"
+            f"env.max_episode_steps={settings.env.max_episode_steps}; type --set replay.segment_length={longest}"
         )
     try:
         found = importlib.util.find_spec("orz.ppo.trainer")

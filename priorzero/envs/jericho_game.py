@@ -91,6 +91,7 @@ class ZMachineGame:
             inventory=inventory,
             truncated=truncated,
             actions_are_fallback=is_fallback,
+            max_moves=self._max_episode_steps,
         )
 
     def _valid_actions(self, state: EmulatorState) -> tuple[str, ...]:

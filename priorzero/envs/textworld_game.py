@@ -107,6 +107,7 @@ class TextWorldGame:
             goal=clean_text(raw["objective"] or ""),
             truncated=truncated,
             actions_are_fallback=is_fallback,
+            max_moves=self._max_episode_steps,
         )
 
     def _filter(self, commands: list[str]) -> tuple[str, ...]:

@@ -20,6 +20,7 @@ from loguru import logger
 
 from priorzero.envs.child import exit_with_parent, python_command
 from priorzero.envs.games import GameSpec, make_game
+from priorzero.envs.limits import episode_steps
 from priorzero.envs.progress import set_progress_listener
 from priorzero.runtime.signals import children_ignore_stop_signals
 from priorzero.runtime.waiting import wait_at_most
@@ -225,7 +226,7 @@ def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, f
         make_worker(
             games[e % len(games)],
             seed=first_seed + e,
-            max_episode_steps=env.max_episode_steps,
+            max_episode_steps=episode_steps(env, games[e % len(games)]),
             look_and_inventory=env.look_and_inventory,
             drop_inert_commands=env.drop_inert_commands,
             valid_actions=env.valid_actions,

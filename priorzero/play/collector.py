@@ -122,6 +122,7 @@ class Collector:
         self.num_steps_lost = 0  # actions whose outcome is unknown, because the game failed
         self.recent_returns: deque[float] = deque(maxlen=RECENT_EPISODES)
         self.collected = Collected()  # since the last complete call of collect()
+        self._has_warned_of_overflows = False
 
     async def collect(self, num_steps: int, *, stop: Callable[[], bool] = lambda: False) -> Collected | None:
         """Take at least ``num_steps`` environment steps, all games together, and return what was collected.
@@ -134,7 +135,20 @@ class Collector:
             return None
         collected, self.collected = self.collected, Collected()
         self.env_steps += collected.env_steps
+        self._warn_of_overflows()
         return collected
+
+    def _warn_of_overflows(self) -> None:
+        """Log, once, that the action vocabulary is too small."""
+        vocabulary = self._player.indexer
+        if vocabulary.num_overflows and not self._has_warned_of_overflows:
+            self._has_warned_of_overflows = True
+            logger.warning(
+                f"the action vocabulary is full (env.action_space_size={vocabulary.capacity}): a new action replaces "
+                "the one that has not been valid for the longest time, and what the world model has learned for that "
+                "action is applied to the new one. A run with a larger env.action_space_size avoids this. "
+                "collector_iter/action_overflows counts the replaced actions; this is not logged again"
+            )
 
     def scalars(self, collected: Collected) -> dict[str, float]:
         """Metrics of one call of :meth:`collect`."""

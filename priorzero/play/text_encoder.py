@@ -29,7 +29,6 @@ class TextEncoder:
     Args:
         path: ``package:NAME``, a folder, or a hub id.
         with_look: states have a room description and an inventory (``env.look_and_inventory``).
-        max_moves: the number of moves is divided by this.
         cache_size: number of texts whose embeddings are kept.
 
     Raises:
@@ -42,7 +41,6 @@ class TextEncoder:
         *,
         device: torch.device | str = "cpu",
         with_look: bool,
-        max_moves: int,
         cache_size: int = CACHE_SIZE,
     ) -> None:
         self._tokenizer, model = _load(path)
@@ -52,7 +50,6 @@ class TextEncoder:
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._cache_size = cache_size
         self._with_look = with_look
-        self._max_moves = max_moves
         self.embedding_size = int(self._model.config.hidden_size)  # D
         with load_errors(f"encoder.path={path}", advice=ADVICE):
             self._check()
@@ -73,8 +70,8 @@ class TextEncoder:
     def features(self, states: Sequence[GameState]) -> np.ndarray:
         """Features of n states, ``[n, F]`` float32.
 
-        Each row consists of the embeddings, ``score / max_score`` and ``moves / max_moves``. The score is divided by
-        100 if the maximal score is not known.
+        Each row consists of the embeddings, ``score / max_score`` and ``moves / max_moves``. Score and moves are
+        divided by 100 if their maximum is not known.
         """
         texts_of = [self._texts(state) for state in states]
         self._encode_missing(sorted({text for texts in texts_of for text in texts}))
@@ -90,8 +87,8 @@ class TextEncoder:
         return [state.feedback, state.look, state.inventory] if self._with_look else [state.feedback]
 
     def _counters(self, state: GameState) -> np.ndarray:
-        score = state.score / state.max_score if state.max_score else state.score / 100.0
-        return np.repeat([score, state.moves / self._max_moves], COUNTER_COPIES)
+        score, moves = state.score / (state.max_score or 100.0), state.moves / (state.max_moves or 100)
+        return np.repeat([score, moves], COUNTER_COPIES)
 
     def _encode_missing(self, texts: Sequence[str]) -> None:
         for text in texts:

@@ -35,6 +35,9 @@ MAIN_MODES = ("world_model_with_prior", "world_model")
 def log_start(settings: Settings, *, games: str, where: str, folder: Path) -> None:
     """Log what is run where, and in ``run.log`` the settings that differ from the defaults."""
     logger.info(f"{games}, seed {settings.run.seed}, on {where}; the run's folder is {folder}")
+    logger.info(
+        f"env.max_episode_steps: {settings.env.max_episode_steps}; env.action_space_size: {settings.env.num_actions}"
+    )
     changed = [f"{group}.{key}={value}" for group, own in differences(settings).items() for key, value in own.items()]
     logger.debug(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
 

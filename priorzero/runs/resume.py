@@ -23,7 +23,7 @@ from priorzero.runs.checkpoint import (
 from priorzero.runs.files import CONFIG
 from priorzero.runs.folder import given_folder, is_run_name, lock_folder
 from priorzero.runtime.paths import user_path
-from priorzero.settings import Settings, VLLMSettings
+from priorzero.settings import AUTO, Settings, VLLMSettings
 from priorzero.types import UserError
 
 # Settings that may change when a run is resumed. All others decide what is learned.
@@ -173,6 +173,13 @@ def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Seque
         checkpoint.notes.append(
             f"packages have changed since the checkpoint was written: {', '.join(changed)}; results may differ slightly"
         )
+
+
+def keep_limits(settings: Settings, saved: Settings) -> None:
+    """Replace ``auto`` by what the run has resolved it to, also if the rule for ``auto`` has changed since."""
+    for name in ("max_episode_steps", "action_space_size"):
+        if getattr(settings.env, name) == AUTO:
+            setattr(settings.env, name, getattr(saved.env, name))
 
 
 def _differences(settings: Settings, saved: Settings) -> list[tuple[str, Any, Any]]:

@@ -45,7 +45,7 @@ def register_policy(name: str) -> Callable[[PolicyClass], PolicyClass]:
 def unizero_config(settings: Settings, *, feature_size: int, device: str) -> EasyDict:
     """LightZero's policy configuration for UniZero on vector observations of size ``F``; the rest are its defaults."""
     wm, search, replay, train = settings.world_model, settings.search, settings.replay, settings.train
-    actions = settings.env.action_space_size
+    actions = settings.env.num_actions
     world_model_cfg = dict(
         obs_type="vector",
         max_blocks=wm.num_unroll_steps,

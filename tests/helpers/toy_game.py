@@ -69,6 +69,7 @@ class ToyGame:
             inventory=f"You have {score:g} coins.",
             goal="Find all coins.",
             truncated=done and not ended,
+            max_moves=self._max_episode_steps,
         )
 
 

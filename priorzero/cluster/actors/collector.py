@@ -143,7 +143,7 @@ class CollectorProcess:
             settings,
             policy=PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=None),
             encoder=encoder,
-            indexer=RemoteVocabulary(registry, capacity=settings.env.action_space_size, timeout_s=timeout_s),
+            indexer=RemoteVocabulary(registry, capacity=settings.env.num_actions, timeout_s=timeout_s),
             prior=self._prior,
             style=prompt_style(settings),
             tokenizer=load_tokenizer(settings.llm),

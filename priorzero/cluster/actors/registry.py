@@ -19,7 +19,7 @@ class Registry:
     """Assigns action indices for all collectors, and keeps the LLM parameters that were published last."""
 
     def __init__(self, settings: Settings) -> None:
-        self._vocabulary = ActionVocabulary(settings.env.action_space_size)
+        self._vocabulary = ActionVocabulary(settings.env.num_actions)
         self._num_collectors = 0
         self._version = 0
         self._parameters: list[Any] = []
