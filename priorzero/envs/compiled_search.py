@@ -133,7 +133,7 @@ class CompiledSearch:
     def _collect(self, results: interpreter.Results, start: int, trial: Trial) -> None:
         """Add the results of a chunk to ``trial``; ``start`` is the index of its first command."""
         text_starts = np.concatenate([[0], results.text_ends[:-1]])
-        trial.unknown.extend(start + int(n) for n in np.flatnonzero(results.status == interpreter.UNKNOWN))
+        trial.unknown.extend(start + n for n in np.flatnonzero(results.status == interpreter.UNKNOWN).tolist())
         ends = np.zeros(len(results.status), bool)
         for n, text_hash in enumerate(results.text_hashes.tolist()):
             if text_hash not in self._ends:
@@ -145,10 +145,10 @@ class CompiledSearch:
         # Jericho ignores commands that first take an object implicitly.
         candidates = (results.status != interpreter.UNKNOWN) & ~results.taken
         candidates &= ends | (results.status == interpreter.CHANGED)
-        for n in np.flatnonzero(candidates):
+        for n in np.flatnonzero(candidates).tolist():
             change = self._clean(results.changes[n].tobytes())
             if ends[n] or results.scored[n] or any(change):
-                trial.changes.append((start + int(n), change))
+                trial.changes.append((start + n, change))
 
     def _ends_game(self, text: bytes) -> bool:
         # Jericho's functions search the text of the last command for sentences such as "You have died".

@@ -92,8 +92,8 @@ class Results(NamedTuple):
         status: ``[N]`` uint8.
         scored: the score has changed, ``[N]`` bool.
         taken: the text contains "(Taken)", ``[N]`` bool.
-        changes: objects that moved (all), attributes that were set and cleared (without ignored ones) and watched bytes,
-            in the format of Jericho's ``get_cleaned_world_diff``, ``[N, 128]`` uint16.
+        changes: objects that moved (all), attributes that were set and cleared (without ignored ones) and watched
+            bytes, in the format of Jericho's ``get_cleaned_world_diff``, ``[N, 128]`` uint16.
         text: the texts of all commands, one after the other, uint8.
         text_ends: ``[N]`` int64.
         text_hashes: ``[N]`` int64.
@@ -138,7 +138,7 @@ def _signed(value):
 def _get_variable(mem, stack, story, variable, sp, fp):
     """Value of a variable, and the new stack pointer. Variable 0 is popped."""
     if variable == 0:
-        return np.int64(stack[(sp) & STACK_MASK]), sp + 1
+        return np.int64(stack[sp & STACK_MASK]), sp + 1
     if variable < 16:
         return np.int64(stack[(fp - variable) & STACK_MASK]), sp
     return _word(mem, story.global_table + 2 * (variable - 16)), sp
@@ -148,7 +148,7 @@ def _get_variable(mem, stack, story, variable, sp, fp):
 def _peek_variable(mem, stack, story, variable, sp, fp):
     """Value of a variable that an instruction names indirectly. Variable 0 is not popped."""
     if variable == 0:
-        return np.int64(stack[(sp) & STACK_MASK])
+        return np.int64(stack[sp & STACK_MASK])
     if variable < 16:
         return np.int64(stack[(fp - variable) & STACK_MASK])
     return _word(mem, story.global_table + 2 * (variable - 16))
@@ -158,7 +158,7 @@ def _peek_variable(mem, stack, story, variable, sp, fp):
 def _poke_variable(mem, stack, story, variable, value, sp, fp):
     """Set a variable that an instruction names indirectly. Variable 0 is not pushed."""
     if variable == 0:
-        stack[(sp) & STACK_MASK] = value & 0xFFFF
+        stack[sp & STACK_MASK] = value & 0xFFFF
     elif variable < 16:
         stack[(fp - variable) & STACK_MASK] = value & 0xFFFF
     else:
@@ -182,7 +182,7 @@ def _store(mem, stack, story, value, pc, sp, fp):
     variable = _byte(mem, pc)
     if variable == 0:
         sp -= 1
-        stack[(sp) & STACK_MASK] = value & 0xFFFF
+        stack[sp & STACK_MASK] = value & 0xFFFF
     elif variable < 16:
         stack[(fp - variable) & STACK_MASK] = value & 0xFFFF
     else:
@@ -193,7 +193,7 @@ def _store(mem, stack, story, value, pc, sp, fp):
 @njit(nogil=True, forceinline=True)
 def _return(mem, stack, story, value, fp, frames):
     """Return from a routine; the new program counter, stack pointer, frame pointer and frame count."""
-    kind = np.int64(stack[(fp) & STACK_MASK]) >> 12
+    kind = np.int64(stack[fp & STACK_MASK]) >> 12
     new_fp = (np.int64(stack[(fp + 1) & STACK_MASK]) + 1) & 0xFFFF
     pc = np.int64(stack[(fp + 2) & STACK_MASK]) | (np.int64(stack[(fp + 3) & STACK_MASK]) << 9)
     sp = fp + 4
@@ -227,7 +227,7 @@ def _unpack(story, address):
 
 @njit(nogil=True, forceinline=True)
 def _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames):
-    """Call the routine ``args[0]``. Kind 0 will store the result, 1 will discard it. As ``_return``; and the success."""
+    """Call the routine ``args[0]``, whose result is stored (kind 0) or discarded (1); as ``_return``, and the success."""
     target = _unpack(story, args[0])
     if target >= story.size or sp < 24:
         return pc, sp, fp, frames, False
@@ -238,7 +238,7 @@ def _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames):
     stack[(sp + 3) & STACK_MASK] = pc >> 9
     stack[(sp + 2) & STACK_MASK] = pc & 0x1FF
     stack[(sp + 1) & STACK_MASK] = (fp - 1) & 0xFFFF
-    stack[(sp) & STACK_MASK] = (num_args - 1) | (kind << 12) | (num_locals << 8)
+    stack[sp & STACK_MASK] = (num_args - 1) | (kind << 12) | (num_locals << 8)
     fp = sp
     pc = target + 1
     for n in range(1, num_locals + 1):
@@ -249,7 +249,7 @@ def _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames):
         if n < num_args:
             value = args[n]
         sp -= 1
-        stack[(sp) & STACK_MASK] = value & 0xFFFF
+        stack[sp & STACK_MASK] = value & 0xFFFF
     return pc, sp, fp, frames + 1, True
 
 
@@ -809,7 +809,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
     is_first, holds = True, False
     for _ in range(MAX_INSTRUCTIONS):
         opcode = _byte(mem, pc)
-        if (opcode == READ_LINE or opcode == READ_KEY) and not is_first:
+        if opcode in (READ_LINE, READ_KEY) and not is_first:
             return Registers(pc, sp, fp, frames, random[0], random[1], random[2]), io[_FAILED] == 0
         pc += 1
         known = sp <= STACK_WORDS
@@ -877,7 +877,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             elif code == 14:
                 _add_event(events, count, _MOVED, a, b)
                 known = a == 0 or b == 0 or _insert(mem, story, a, b)
-            elif code == 8 or code == 9 or (15 <= code and code <= 24):
+            elif code == 8 or code == 9 or (code >= 15 and code <= 24):
                 then = _STORE
                 value, known = _binary_value(mem, story, code, a, b)
             elif code == 25 or code == 32 or code == 44:
@@ -903,9 +903,9 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
                 value = _random(random, a)
             elif code == 40:
                 sp -= 1
-                stack[(sp) & STACK_MASK] = a
+                stack[sp & STACK_MASK] = a
             elif code == 41:
-                value = np.int64(stack[(sp) & STACK_MASK])
+                value = np.int64(stack[sp & STACK_MASK])
                 sp += 1
                 _poke_variable(mem, stack, story, a, value, sp, fp)
             elif code == 51:
@@ -923,9 +923,9 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             elif code == 62:
                 _print_table(mem, story, out, io, tables, a, b, args, num_args)
             elif code == 63:
-                then, holds = _BRANCH, (np.int64(stack[(fp) & STACK_MASK]) & 0xFF) >= a
+                then, holds = _BRANCH, (np.int64(stack[fp & STACK_MASK]) & 0xFF) >= a
             else:  # windows, colours and sounds have no effect on the game
-                known = code == 27 or (42 <= code and code <= 53 and code != 44 and code != 48 and code != 51)
+                known = code == 27 or (code >= 42 and code <= 53 and code != 44 and code != 48 and code != 51)
         elif code < 0x200:
             code -= 0x100
             if code == 0:
@@ -971,7 +971,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
                     _put(mem, story, out, io, tables, 13)
                     then, value = _RETURN, np.int64(1)
             elif code == 8:
-                then, value = _RETURN, np.int64(stack[(sp) & STACK_MASK])
+                then, value = _RETURN, np.int64(stack[sp & STACK_MASK])
             elif code == 9 and story.version <= 4:
                 sp += 1
             elif code == 9:
@@ -1050,7 +1050,7 @@ def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line
     """Execute each command from the same state; :class:`Results`.
 
     Args:
-        mem: a copy of the story that this function may change, uint8, with at least 65 600 bytes.
+        mem: a copy of the story that this function may change, uint8, ``[MEMORY_SIZE]``.
         ram: dynamic memory at the state, ``[story.dynamic_size]`` uint8.
         stack: the stack at the state, ``[1024]`` uint16.
         alphabet: the 78 characters of the three alphabets, uint8.
