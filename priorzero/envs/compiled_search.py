@@ -21,8 +21,12 @@ SUPPORTED_VERSIONS = (3, 4, 5, 8)
 NUM_ATTRIBUTES = 48
 MAX_NARRATIVE = 4_000  # bytes; Jericho copies the text into a buffer of 8192 bytes
 MAX_KNOWN_TEXTS = 1_000_000
+# The threads take chunks of commands from a queue. Progress is reported after each chunk.
+MAX_CHUNK_COMMANDS, CHUNKS_PER_THREAD = 200, 4
 # Alphabets A0, A1 and A2 of the standard, section 3.5. The first two characters of A2 are not printed.
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ^0123456789.,!?_#'\"/\\-:()"
+
+_NO_CHANGE = bytes(2 * interpreter.DIFF_WORDS)
 
 logger = logging.getLogger(__name__)
 
@@ -78,14 +82,15 @@ class CompiledSearch:
         return story[0] in SUPPORTED_VERSIONS
 
     def try_commands(
-        self, commands: Sequence[bytes], state: tuple[Any, ...], *, chunk_size: int, on_progress: Callable[[], None]
+        self, commands: Sequence[bytes], state: tuple[Any, ...], *, on_progress: Callable[[], None]
     ) -> Trial:
         """Try each command from ``state``, the result of ``get_state`` where the game waits for a line.
 
         ``on_progress`` is called in this thread after each of its chunks.
         """
-        starts = range(0, len(commands), chunk_size)
-        chunks = deque((start, commands[start : start + chunk_size]) for start in starts)
+        size = max(1, min(MAX_CHUNK_COMMANDS, len(commands) // (CHUNKS_PER_THREAD * self._num_threads)))
+        starts = range(0, len(commands), size)
+        chunks = deque((start, commands[start : start + size]) for start in starts)
         results: dict[int, interpreter.Results] = {}
 
         def work(after_chunk: Callable[[], None]) -> None:
@@ -147,7 +152,7 @@ class CompiledSearch:
         candidates &= ends | (results.status == interpreter.CHANGED)
         for n in np.flatnonzero(candidates).tolist():
             change = self._clean(results.changes[n].tobytes())
-            if ends[n] or results.scored[n] or any(change):
+            if ends[n] or results.scored[n] or change != _NO_CHANGE:
                 trial.changes.append((start + n, change))
 
     def _ends_game(self, text: bytes) -> bool:

