@@ -5,7 +5,7 @@ game waits for input again. What it does not know, such as saving a game, it lea
 gets the status :data:`UNKNOWN`.
 
 Source of the instructions, the text encoding and the memory layout: The Z-Machine Standards Document, version 1.1.
-Where the standard leaves the behaviour open, this module follows Frotz 2.44, on which Jericho's emulator is based: the
+Where the standard leaves the behaviour open, this module follows Frotz, on which Jericho's emulator is based: the
 layout of stack frames, the random numbers and the results of undefined operations.
 
 Numba compiles the functions at their first use, which takes a minute, and keeps the result in a cache on disk.
@@ -27,6 +27,26 @@ MAX_EVENTS = 16  # of each kind; Jericho ignores later ones
 MAX_TEXT = 16_384  # bytes of text of a command
 DIFF_WORDS = 128
 READ_LINE, READ_KEY = 228, 246  # opcodes at which a command ends
+
+# Operations, with the names of the standard: with two operands or a variable number of them, with one, without, and
+# extended ones. The numbers of each kind follow one another, as in the opcodes.
+(
+    JE, JL, JG, DEC_CHK, INC_CHK, JIN, TEST, OR, AND, TEST_ATTR, SET_ATTR, CLEAR_ATTR, STORE, INSERT_OBJ, LOADW, LOADB,
+    GET_PROP, GET_PROP_ADDR, GET_NEXT_PROP, ADD, SUB, MUL, DIV, MOD, CALL_2S, CALL_2N, SET_COLOUR,
+) = range(1, 28)  # fmt: skip
+(
+    CALL_VS, STOREW, STOREB, PUT_PROP, READ, PRINT_CHAR, PRINT_NUM, RANDOM, PUSH, PULL, SPLIT_WINDOW, SET_WINDOW,
+    CALL_VS2, ERASE_WINDOW, ERASE_LINE, SET_CURSOR, GET_CURSOR, SET_TEXT_STYLE, BUFFER_MODE, OUTPUT_STREAM, INPUT_STREAM,
+    SOUND_EFFECT, READ_CHAR, SCAN_TABLE, NOT, CALL_VN, CALL_VN2, TOKENISE, ENCODE_TEXT, COPY_TABLE, PRINT_TABLE,
+    CHECK_ARG_COUNT,
+) = range(32, 64)  # fmt: skip
+(
+    JZ, GET_SIBLING, GET_CHILD, GET_PARENT, GET_PROP_LEN, INC, DEC, PRINT_ADDR, CALL_1S, REMOVE_OBJ, PRINT_OBJ, RET,
+    JUMP, PRINT_PADDR, LOAD, NOT_OR_CALL_1N,
+) = range(0x100, 0x110)  # fmt: skip
+RTRUE, RFALSE, PRINT, PRINT_RET, NOP = range(0x200, 0x205)
+RET_POPPED, POP_OR_CATCH, NEW_LINE, SHOW_STATUS = 0x208, 0x209, 0x20B, 0x20C
+EXTENDED, LOG_SHIFT, ART_SHIFT, SAVE_UNDO = 0x300, 0x302, 0x303, 0x309
 
 # Status of a command.
 UNCHANGED, CHANGED, UNKNOWN = 0, 1, 2
@@ -227,7 +247,7 @@ def _unpack(story, address):
 
 @njit(nogil=True, forceinline=True)
 def _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames):
-    """Call the routine ``args[0]``, whose result is stored (kind 0) or discarded (1); as ``_return``, and the success."""
+    """Call the routine ``args[0]``; its result is stored (kind 0) or discarded (1). As ``_return``, and the success."""
     target = _unpack(story, args[0])
     if target >= story.size or sp < 24:
         return pc, sp, fp, frames, False
@@ -647,28 +667,28 @@ def _change_attribute(mem, story, number, attribute, is_set):
 
 
 @njit(nogil=True, forceinline=True)
-def _binary_value(mem, story, code, a, b):
+def _binary_value(mem, story, operation, a, b):
     """Result of an instruction with two operands that stores a value, and whether it is defined."""
-    if code == 8:
+    if operation == OR:
         return a | b, True
-    if code == 9:
+    if operation == AND:
         return a & b, True
-    if code == 15:
+    if operation == LOADW:
         return _word(mem, (a + 2 * b) & 0xFFFF), True
-    if code == 16:
+    if operation == LOADB:
         return _byte(mem, (a + b) & 0xFFFF), True
-    if code == 17:
+    if operation == GET_PROP:
         return _get_property(mem, story, a, b), True
-    if code == 18:
+    if operation == GET_PROP_ADDR:
         return _property_address(mem, story, a, b), True
-    if code == 19:
+    if operation == GET_NEXT_PROP:
         value = _next_property_number(mem, story, a, b)
         return value, value >= 0
-    if code == 20:
+    if operation == ADD:
         return a + b, True
-    if code == 21:
+    if operation == SUB:
         return a - b, True
-    if code == 22:
+    if operation == MUL:
         return _signed(a) * _signed(b), True
     dividend, divisor = _signed(a), _signed(b)
     if divisor == 0:
@@ -676,7 +696,7 @@ def _binary_value(mem, story, code, a, b):
     quotient = abs(dividend) // abs(divisor)
     if (dividend < 0) != (divisor < 0):
         quotient = -quotient
-    return (quotient, True) if code == 23 else (dividend - quotient * divisor, True)
+    return (quotient, True) if operation == DIV else (dividend - quotient * divisor, True)
 
 
 @njit(nogil=True)
@@ -814,23 +834,23 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
         pc += 1
         known = sp <= STACK_WORDS
 
-        # Operands. Instructions with two operands have the codes 0 to 31 in both of their forms.
+        # Operands. Instructions with two operands have the same numbers in both of their forms.
         if opcode < 0x80:
             a, b, pc = _byte(mem, pc), _byte(mem, pc + 1), pc + 2
             if opcode & 0x40:
                 a, sp = _get_variable(mem, stack, story, a, sp, fp)
             if opcode & 0x20:
                 b, sp = _get_variable(mem, stack, story, b, sp, fp)
-            num_args, code = 2, opcode & 0x1F
+            num_args, operation = 2, opcode & 0x1F
         elif opcode < 0xB0:
             a, pc, sp = _operand(mem, stack, story, (opcode >> 4) & 3, pc, sp, fp)
-            num_args, code = 1, 0x100 + (opcode & 15)
+            num_args, operation = 1, JZ + (opcode & 15)
         elif opcode < 0xC0 and opcode != 0xBE:
-            num_args, code = 0, 0x200 + (opcode & 15)
+            num_args, operation = 0, RTRUE + (opcode & 15)
         else:
-            code = opcode - 0xC0
+            operation = opcode - 0xC0
             if opcode == 0xBE:
-                code = 0x300 + _byte(mem, pc)
+                operation = EXTENDED + _byte(mem, pc)
                 pc += 1
             kinds, last = _byte(mem, pc) << 8, 8
             pc += 1
@@ -847,143 +867,144 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             a, b = args[0], args[1]
 
         then = 0
-        if code < 0x40:
-            if code == 1:
+        if operation < JZ:
+            if operation == JE:
                 then, holds = _BRANCH, num_args > 1 and a == b
                 for n in range(2, num_args):
                     holds = holds or a == args[n]
-            elif code == 2:
+            elif operation == JL:
                 then, holds = _BRANCH, _signed(a) < _signed(b)
-            elif code == 3:
+            elif operation == JG:
                 then, holds = _BRANCH, _signed(a) > _signed(b)
-            elif code == 4 or code == 5:
-                value = _signed(_peek_variable(mem, stack, story, a, sp, fp) + (1 if code == 5 else -1))
+            elif operation in (DEC_CHK, INC_CHK):
+                value = _signed(_peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC_CHK else -1))
                 _poke_variable(mem, stack, story, a, value, sp, fp)
-                then, holds = _BRANCH, value > _signed(b) if code == 5 else value < _signed(b)
-            elif code == 6:
+                then, holds = _BRANCH, value > _signed(b) if operation == INC_CHK else value < _signed(b)
+            elif operation == JIN:
                 then, holds = _BRANCH, _relative(mem, story, a, 0) == b
-            elif code == 7:
+            elif operation == TEST:
                 then, holds = _BRANCH, (a & b) == b
-            elif code == 10:
+            elif operation == TEST_ATTR:
                 then, holds = _BRANCH, _test_attribute(mem, story, a, b)
-            elif code == 11 or code == 12:
-                kind = _SET if code == 11 else _CLEARED
+            elif operation in (SET_ATTR, CLEAR_ATTR):
+                kind = _SET if operation == SET_ATTR else _CLEARED
                 known = b < 48
                 _add_event(events, count, kind, a, b)
                 if a != 0 and known:
-                    _change_attribute(mem, story, a, b, code == 11)
-            elif code == 13:
+                    _change_attribute(mem, story, a, b, operation == SET_ATTR)
+            elif operation == STORE:
                 _poke_variable(mem, stack, story, a, b, sp, fp)
-            elif code == 14:
+            elif operation == INSERT_OBJ:
                 _add_event(events, count, _MOVED, a, b)
                 known = a == 0 or b == 0 or _insert(mem, story, a, b)
-            elif code == 8 or code == 9 or (code >= 15 and code <= 24):
+            elif operation in (OR, AND) or operation >= LOADW and operation <= MOD:
                 then = _STORE
-                value, known = _binary_value(mem, story, code, a, b)
-            elif code == 25 or code == 32 or code == 44:
+                value, known = _binary_value(mem, story, operation, a, b)
+            elif operation in (CALL_2S, CALL_VS, CALL_VS2):
                 then = _CALL | _STORE
-            elif code == 26 or code == 57 or code == 58:
+            elif operation in (CALL_2N, CALL_VN, CALL_VN2):
                 then = _CALL
-            elif code == 33:
+            elif operation == STOREW:
                 known = _store_word(mem, story, (a + 2 * b) & 0xFFFF, args[2])
-            elif code == 34:
+            elif operation == STOREB:
                 known = _store_byte(mem, story, (a + b) & 0xFFFF, args[2] & 0xFF)
-            elif code == 35:
+            elif operation == PUT_PROP:
                 known = a != 0 and _put_property(mem, story, a, b, args[2])
-            elif code == 36:
+            elif operation == READ:
                 known = is_first and _read_line(mem, story, alphabet, a, b if num_args > 1 else 0, line)
                 if story.version >= 5:
                     then, value = _STORE, np.int64(13)
-            elif code == 37:
+            elif operation == PRINT_CHAR:
                 _put(mem, story, out, io, tables, a & 0xFF)
-            elif code == 38:
+            elif operation == PRINT_NUM:
                 _put_number(mem, story, out, io, tables, a)
-            elif code == 39:
+            elif operation == RANDOM:
                 then, known = _STORE, a != 0
                 value = _random(random, a)
-            elif code == 40:
+            elif operation == PUSH:
                 sp -= 1
                 stack[sp & STACK_MASK] = a
-            elif code == 41:
+            elif operation == PULL:
                 value = np.int64(stack[sp & STACK_MASK])
                 sp += 1
                 _poke_variable(mem, stack, story, a, value, sp, fp)
-            elif code == 51:
+            elif operation == OUTPUT_STREAM:
                 known = _output_stream(mem, story, a, b, num_args, io, tables)
-            elif code == 55:
+            elif operation == SCAN_TABLE:
                 then, value = _STORE | _BRANCH, _scan_table(mem, a, b, args, num_args)
                 holds = value != 0
-            elif code == 56:
+            elif operation == NOT:
                 then, value = _STORE, ~a
-            elif code == 59:
+            elif operation == TOKENISE:
                 dictionary = args[2] if num_args >= 3 else np.int64(0)
                 _tokenise(mem, story, alphabet, a, b, dictionary, num_args >= 4 and args[3] != 0)
-            elif code == 61:
+            elif operation == COPY_TABLE:
                 known = _copy_table(mem, story, a, b, args[2])
-            elif code == 62:
+            elif operation == PRINT_TABLE:
                 _print_table(mem, story, out, io, tables, a, b, args, num_args)
-            elif code == 63:
+            elif operation == CHECK_ARG_COUNT:
                 then, holds = _BRANCH, (np.int64(stack[fp & STACK_MASK]) & 0xFF) >= a
             else:  # windows, colours and sounds have no effect on the game
-                known = code == 27 or (code >= 42 and code <= 53 and code != 44 and code != 48 and code != 51)
-        elif code < 0x200:
-            code -= 0x100
-            if code == 0:
+                known = operation in (
+                    SET_COLOUR, SPLIT_WINDOW, SET_WINDOW, ERASE_WINDOW, ERASE_LINE, SET_CURSOR, SET_TEXT_STYLE,
+                    BUFFER_MODE, INPUT_STREAM, SOUND_EFFECT,
+                )  # fmt: skip
+        elif operation < RTRUE:
+            if operation == JZ:
                 then, holds = _BRANCH, a == 0
-            elif code == 1 or code == 2:
-                then, value = _STORE | _BRANCH, _relative(mem, story, a, code)
+            elif operation in (GET_SIBLING, GET_CHILD):
+                then, value = _STORE | _BRANCH, _relative(mem, story, a, operation - JZ)
                 holds = value != 0
-            elif code == 3:
+            elif operation == GET_PARENT:
                 then, value = _STORE, _relative(mem, story, a, 0)
-            elif code == 4:
+            elif operation == GET_PROP_LEN:
                 then, value = _STORE, _property_length(mem, story, a)
-            elif code == 5 or code == 6:
-                value = _peek_variable(mem, stack, story, a, sp, fp) + (1 if code == 5 else -1)
+            elif operation in (INC, DEC):
+                value = _peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC else -1)
                 _poke_variable(mem, stack, story, a, value, sp, fp)
-            elif code == 7 or code == 13 or (code == 10 and a != 0):
-                address = _unpack(story, a) if code == 13 else a
-                if code == 10:
+            elif operation in (PRINT_ADDR, PRINT_PADDR) or operation == PRINT_OBJ and a != 0:
+                address = _unpack(story, a) if operation == PRINT_PADDR else a
+                if operation == PRINT_OBJ:
                     address = _name_address(mem, story, a) + 1
                 _put_string(mem, story, alphabet, out, io, tables, address)
-            elif code == 8:
+            elif operation == CALL_1S:
                 then = _CALL | _STORE
-            elif code == 9:
+            elif operation == REMOVE_OBJ:
                 known = a != 0 and _unlink(mem, story, a)
-            elif code == 11:
+            elif operation == RET:
                 then, value = _RETURN, a
-            elif code == 12:
+            elif operation == JUMP:
                 pc += _signed(a) - 2
-            elif code == 14:
+            elif operation == LOAD:
                 then, value = _STORE, _peek_variable(mem, stack, story, a, sp, fp)
-            elif code == 15 and story.version <= 4:
+            elif operation == NOT_OR_CALL_1N and story.version <= 4:
                 then, value = _STORE, ~a
-            elif code == 15:
+            elif operation == NOT_OR_CALL_1N:
                 then = _CALL
             else:
                 known = False
-        elif code < 0x300:
-            code -= 0x200
-            if code <= 1:
-                then, value = _RETURN, np.int64(1 - code)
-            elif code <= 3:
+        elif operation < EXTENDED:
+            if operation in (RTRUE, RFALSE):
+                then, value = _RETURN, np.int64(operation == RTRUE)
+            elif operation in (PRINT, PRINT_RET):
                 pc = _put_string(mem, story, alphabet, out, io, tables, pc)
-                if code == 3:
+                if operation == PRINT_RET:
                     _put(mem, story, out, io, tables, 13)
                     then, value = _RETURN, np.int64(1)
-            elif code == 8:
+            elif operation == RET_POPPED:
                 then, value = _RETURN, np.int64(stack[sp & STACK_MASK])
-            elif code == 9 and story.version <= 4:
+            elif operation == POP_OR_CATCH and story.version <= 4:
                 sp += 1
-            elif code == 9:
+            elif operation == POP_OR_CATCH:
                 then, value = _STORE, frames
-            elif code == 11:
+            elif operation == NEW_LINE:
                 _put(mem, story, out, io, tables, 13)
             else:
-                known = code == 4 or code == 12  # no operation, status line
-        elif code == 0x302 or code == 0x303:
-            then, value = _STORE, _shift(a, _signed(b), code == 0x303)
-        else:  # Jericho's emulator keeps no states for "undo", so saving one (9) fails
-            then, value, known = _STORE, np.int64(-1), code == 0x309
+                known = operation == NOP or operation == SHOW_STATUS  # no operation, status line
+        elif operation in (LOG_SHIFT, ART_SHIFT):
+            then, value = _STORE, _shift(a, _signed(b), operation == ART_SHIFT)
+        else:  # Jericho's emulator keeps no states for "undo", so saving one fails
+            then, value, known = _STORE, np.int64(-1), operation == SAVE_UNDO
 
         if then & _CALL:
             if a != 0:
