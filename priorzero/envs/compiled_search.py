@@ -74,7 +74,13 @@ class CompiledSearch:
         self._cleaned: dict[bytes, bytes] = {}  # raw changes -> changes without ignored movements
         self._ends: dict[int, bool] = {}  # hash of a text -> whether it ends the game
         with _lock():
-            interpreter.compile_functions()
+            try:
+                interpreter.compile_functions()
+            except OSError as error:
+                logger.warning(
+                    "The compiled Z-machine cannot be kept on disk (%s), so each process compiles it, which takes up "
+                    "to a minute. NUMBA_CACHE_DIR=FOLDER selects another folder.", error,
+                )  # fmt: skip
 
     @staticmethod
     def supports(story: bytes) -> bool:

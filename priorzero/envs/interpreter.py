@@ -36,8 +36,8 @@ READ_LINE, READ_KEY = 228, 246  # opcodes at which a command ends
 ) = range(1, 28)  # fmt: skip
 (
     CALL_VS, STOREW, STOREB, PUT_PROP, READ, PRINT_CHAR, PRINT_NUM, RANDOM, PUSH, PULL, SPLIT_WINDOW, SET_WINDOW,
-    CALL_VS2, ERASE_WINDOW, ERASE_LINE, SET_CURSOR, GET_CURSOR, SET_TEXT_STYLE, BUFFER_MODE, OUTPUT_STREAM, INPUT_STREAM,
-    SOUND_EFFECT, READ_CHAR, SCAN_TABLE, NOT, CALL_VN, CALL_VN2, TOKENISE, ENCODE_TEXT, COPY_TABLE, PRINT_TABLE,
+    CALL_VS2, ERASE_WINDOW, ERASE_LINE, SET_CURSOR, GET_CURSOR, SET_TEXT_STYLE, BUFFER_MODE, OUTPUT_STREAM,
+    INPUT_STREAM, SOUND_EFFECT, READ_CHAR, SCAN_TABLE, NOT, CALL_VN, CALL_VN2, TOKENISE, ENCODE_TEXT, COPY_TABLE, PRINT_TABLE,
     CHECK_ARG_COUNT,
 ) = range(32, 64)  # fmt: skip
 (
@@ -897,7 +897,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             elif operation == INSERT_OBJ:
                 _add_event(events, count, _MOVED, a, b)
                 known = a == 0 or b == 0 or _insert(mem, story, a, b)
-            elif operation in (OR, AND) or operation >= LOADW and operation <= MOD:
+            elif operation in (OR, AND) or (operation >= LOADW and operation <= MOD):
                 then = _STORE
                 value, known = _binary_value(mem, story, operation, a, b)
             elif operation in (CALL_2S, CALL_VS, CALL_VS2):
@@ -962,7 +962,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             elif operation in (INC, DEC):
                 value = _peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC else -1)
                 _poke_variable(mem, stack, story, a, value, sp, fp)
-            elif operation in (PRINT_ADDR, PRINT_PADDR) or operation == PRINT_OBJ and a != 0:
+            elif operation in (PRINT_ADDR, PRINT_PADDR) or (operation == PRINT_OBJ and a != 0):
                 address = _unpack(story, a) if operation == PRINT_PADDR else a
                 if operation == PRINT_OBJ:
                     address = _name_address(mem, story, a) + 1
@@ -1066,7 +1066,15 @@ def _write_changes(row, events, count, watch):
     return num
 
 
-@njit(cache=True, nogil=True)
+def _compiled(function):
+    """Compile a function and keep the result on disk, unless Numba finds no folder that it may write to."""
+    try:
+        return njit(cache=True, nogil=True)(function)
+    except RuntimeError:
+        return njit(nogil=True)(function)
+
+
+@_compiled
 def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line_ends):
     """Execute each command from the same state; :class:`Results`.
 
@@ -1121,7 +1129,11 @@ def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line
 
 
 def compile_functions() -> None:
-    """Compile the functions, or load them from Numba's cache. Takes up to a minute; later calls take no time."""
+    """Compile the functions, or load them from Numba's cache. Takes up to a minute; later calls take no time.
+
+    Raises:
+        OSError: the result cannot be written to the cache. It is in memory nevertheless.
+    """
     story = Story(5, 0, 0, 0, 0, 0, 0)
     bytes_, numbers = np.zeros(0, np.uint8), np.zeros(0, np.int64)
     watch = Watch(np.zeros((0, 48), np.bool_), np.zeros((0, 48), np.bool_), numbers, numbers)
