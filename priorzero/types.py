@@ -114,8 +114,8 @@ class GameArguments(TypedDict):
         max_episode_steps: number of commands after which an episode is truncated, at least 1.
         look_and_inventory: observe :attr:`GameState.look` and :attr:`GameState.inventory`.
         drop_inert_commands: exclude commands that cannot change the world from the valid actions.
-        valid_actions: how the valid actions of Jericho games are found. ``exact``: Jericho's own set; ``fast``:
-            commands that were refused under the same conditions before are not tried again.
+        valid_actions: what tries the commands to find the valid actions of Jericho games. ``fast``: a compiled
+            Z-machine; ``exact``: Jericho's emulator. The valid actions are the same.
     """
 
     seed: int
