@@ -1,4 +1,4 @@
-"""Time to find the valid actions of Jericho games, step by step, and what the fast search misses. Takes hours.
+"""Time to find the valid actions of Jericho games, step by step, and whether the sets are Jericho's. Takes hours.
 
     python scripts/bench_env.py                                   # twelve games; two to three hours on one core
     python scripts/bench_env.py --games zork1.z5,library.z5       # these games
@@ -24,13 +24,13 @@ each of two ways. Each begins with an empty cache:
   commands with the same effect it returns.
 
 The exact search and Jericho's own run in processes of their own, right after the fast search of the same state, so that
-other load on the machine affects all alike. The exact search has an empty cache and as many threads as the fast one.
+other load on the machine affects all alike. They have no cache and use one thread. ``--threads`` is for the fast one.
 
 **Accuracy.** In ``--exact-states`` states, spread evenly over the steps of both kinds, the fast set is compared with
 the exact set, by text and by effect: two commands with the same change of the world have the same effect.
 
-**Gold commands.** The walkthrough is played with what the fast search learned in random play. A gold command is lost if
-no fast action has its effect (change of the world and score), but an exact action has.
+**Gold commands** are those of the walkthrough. One is lost if no fast action has its effect (change of the world and
+score), but an exact action has.
 
 The exit code is 1 if a gold command is lost, or if the recall or the precision by effect over all games is below 99.9%.
 """
@@ -146,7 +146,7 @@ class GameFigures:
     """All figures of a game.
 
     Attributes:
-        threads: number of threads of the exact and of the fast search.
+        threads: number of threads of the fast search; None: as many as a run would use.
         plays: times of each kind of play.
         by_text, by_effect: the sampled sets of actions, and of their effects.
         equal: number of sampled states whose two sets are equal.
@@ -155,7 +155,7 @@ class GameFigures:
         gold_lost: the gold commands that are lost.
     """
 
-    threads: int
+    threads: int | None
     plays: dict[str, PlayFigures] = field(default_factory=lambda: {kind: PlayFigures() for kind in KINDS})
     by_text: Overlap = field(default_factory=Overlap)
     by_effect: Overlap = field(default_factory=Overlap)
@@ -494,7 +494,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--exact-states", type=at_least(2), help="states with an exact search (default: 100)")
     parser.add_argument("--jericho-states", type=at_least(2), help="states with Jericho's own search (default: 10)")
     parser.add_argument("--gold-states", type=at_least(0), help="first states of the walkthrough (default: 100)")
-    parser.add_argument("--threads", type=int, choices=(1, 2), help="threads of a search (default: 2 on two cores)")
+    parser.add_argument("--threads", type=at_least(1), help="threads of a fast search (default: as in a run)")
     parser.add_argument("--jobs", type=at_least(1), default=1, help="games measured at the same time (default: 1)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="seed of the play (default: 0)")
     options = parser.parse_args(arguments)

@@ -78,8 +78,8 @@ class CompiledSearch:
                 interpreter.compile_functions()
             except OSError as error:
                 logger.warning(
-                    "The compiled Z-machine cannot be kept on disk (%s), so each process compiles it, which takes up "
-                    "to a minute. NUMBA_CACHE_DIR=FOLDER selects another folder.", error,
+                    "The compiled Z-machine cannot be kept on disk (%s), so each process compiles it, which takes "
+                    "half a minute. NUMBA_CACHE_DIR=FOLDER selects another folder.", error,
                 )  # fmt: skip
 
     @staticmethod

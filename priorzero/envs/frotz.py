@@ -161,7 +161,7 @@ class RestorableFrotzEnv(FilelessFrotzEnv):
         by_effect: dict[Any, str] = {}
         for name, command in KEY_COMMANDS.items():
             press = functools.partial(self._press, command, state)
-            effect = run_in_fork(press, otherwise=None) if self.isolated else press()
+            effect = run_in_fork(press, otherwise=None, timeout_s=ISOLATED_TIMEOUT_S) if self.isolated else press()
             if effect is not None:
                 by_effect.setdefault(effect, name)
             self.on_progress()
@@ -342,7 +342,7 @@ class ReproducibleFrotzEnv(RestorableFrotzEnv):
 
     def _try_isolated(self, commands: list[bytes]) -> ChunkResult:
         """As ``_try_in_c``, in another process. If it crashes, each half of the commands is tried alone."""
-        result = run_in_fork(functools.partial(self._try_in_c, commands), otherwise=None)
+        result = run_in_fork(functools.partial(self._try_in_c, commands), otherwise=None, timeout_s=ISOLATED_TIMEOUT_S)
         if result is not None:
             return result
         if len(commands) == 1:

@@ -8,7 +8,7 @@ Source of the instructions, the text encoding and the memory layout: The Z-Machi
 Where the standard leaves the behaviour open, this module follows Frotz, on which Jericho's emulator is based: the
 layout of stack frames, the random numbers and the results of undefined operations.
 
-Numba compiles the functions at their first use, which takes a minute, and keeps the result in a cache on disk.
+Numba compiles the functions at their first use, which takes half a minute, and keeps the result in a cache on disk.
 """
 
 from __future__ import annotations
@@ -1129,7 +1129,7 @@ def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line
 
 
 def compile_functions() -> None:
-    """Compile the functions, or load them from Numba's cache. Takes up to a minute; later calls take no time.
+    """Compile the functions, or load them from Numba's cache. Takes half a minute; later calls take no time.
 
     Raises:
         OSError: the result cannot be written to the cache. It is in memory nevertheless.

@@ -21,7 +21,7 @@ class ZMachineGame:
     The emulator of the game gets only the commands of the episode, so the game is the same as in Jericho. Everything
     else is tried on a copy of the game; see :class:`~priorzero.envs.probe.Probe`.
 
-    The valid actions are the commands that change the world. Searching them takes 0.05 s to 40 s, depending on the
+    The valid actions are the commands that change the world. Searching them takes 0.05 s to 20 s, depending on the
     game. They are cached in memory and in a file that all processes share. The key is the exact state of the emulator,
     including its random numbers, so episodes with the same seed that begin with the same commands share entries.
 
