@@ -18,7 +18,7 @@ from priorzero.envs.action_cache import cache_dir
 from priorzero.types import UserError
 
 SUPPORTED_VERSIONS = (3, 4, 5, 8)
-NUM_ATTRIBUTES = 48
+MAX_OBJECT, NUM_ATTRIBUTES = 2000, 48  # limits of Frotz
 MAX_NARRATIVE = 4_000  # bytes; Jericho copies the text into a buffer of 8192 bytes
 MAX_KNOWN_TEXTS = 1_000_000
 # The threads take chunks of commands from a queue. Progress is reported after each chunk.
@@ -179,7 +179,8 @@ class CompiledSearch:
 
     def _make_watch(self) -> interpreter.Watch:
         """What counts as a change of the world, as Jericho's functions for the game say."""
-        shape = (self._lib.get_num_world_objs() + 1, NUM_ATTRIBUTES)
+        # Some games have more objects than Jericho's get_num_world_objs says, and their attributes are ignored, too.
+        shape = (MAX_OBJECT + 1, NUM_ATTRIBUTES)
         ignored_set, ignored_cleared = np.zeros(shape, bool), np.zeros(shape, bool)
         for number, attribute in np.ndindex(shape):
             ignored_set[number, attribute] = self._lib.ignore_attr_diff(number, attribute)

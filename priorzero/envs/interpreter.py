@@ -443,7 +443,11 @@ def _tokenise(mem, story, alphabet, text, parse, dictionary, skip_unknown):
 
 @njit(nogil=True)
 def _read_line(mem, story, alphabet, text, parse, line):
-    """Enter a line (section 15, ``read``). Returns False if the line is too long, or if part of it was entered."""
+    """Enter a line in lower case (section 15, ``read``).
+
+    Returns False if the line is too long, if part of it was entered, or if it contains characters other than printable
+    ASCII, or a backslash: Frotz converts them in its own ways.
+    """
     size = _byte(mem, text)
     if story.version <= 4:
         size -= 1
@@ -451,7 +455,10 @@ def _read_line(mem, story, alphabet, text, parse, line):
     if line.size > min(size, 199) or (story.version >= 5 and mem[text + 1] != 0):
         return False
     for n in range(line.size):
-        mem[start + n] = line[n]
+        c = line[n]
+        if c < 32 or c > 126 or c == 92:
+            return False
+        mem[start + n] = c + 32 if c >= 65 and c <= 90 else c
     if story.version <= 4:
         mem[start + line.size] = 0
     else:
