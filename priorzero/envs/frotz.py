@@ -277,7 +277,11 @@ class ReproducibleFrotzEnv(RestorableFrotzEnv):
         state = self.get_state()
         changes = self._try_compiled(commands, state)
         by_change = None if changes is None else self._confirm(_group(changes, commands))
-        return by_change if by_change is not None else self._try_in_emulator(commands, state)
+        if by_change is None:
+            self._return_to(state)
+            by_change = self._try_in_emulator(commands)
+        self._return_to(state)
+        return by_change
 
     def _try_compiled(self, commands: list[bytes], state: tuple[Any, ...]) -> dict[int, bytes] | None:
         """The change of each command that changes the world, by index; None if most commands are not known."""
@@ -290,7 +294,7 @@ class ReproducibleFrotzEnv(RestorableFrotzEnv):
         for index in trial.unknown:
             result = self._try([commands[index]])
             if result.halted:  # Jericho ignores the commands after one that halts the emulator
-                self._return_to(state)
+                self._return_to(state)  # the others are confirmed
                 return {other: change for other, change in changes.items() if other < index}
             if result.effects:
                 changes[index] = result.effects[0][1]
@@ -315,8 +319,8 @@ class ReproducibleFrotzEnv(RestorableFrotzEnv):
                 names.remove(chosen)  # it crashed the emulator
         return {change: names for change, names in by_change.items() if names}
 
-    def _try_in_emulator(self, commands: list[bytes], state: tuple[Any, ...]) -> dict[bytes, list[str]]:
-        """As ``_filter_candidate_actions``, with Jericho's emulator."""
+    def _try_in_emulator(self, commands: list[bytes]) -> dict[bytes, list[str]]:
+        """As ``_filter_candidate_actions``, with Jericho's emulator, which may halt."""
         changes: dict[int, bytes] = {}
         for start in range(0, len(commands), MAX_CHUNK_COMMANDS):
             self.on_progress()
@@ -329,7 +333,6 @@ class ReproducibleFrotzEnv(RestorableFrotzEnv):
                 index += 1
             if result.halted:  # Jericho ignores the later commands
                 break
-        self._return_to(state)
         return _group(changes, commands)
 
     def _return_to(self, state: tuple[Any, ...]) -> None:
