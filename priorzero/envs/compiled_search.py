@@ -18,7 +18,7 @@ from priorzero.envs.action_cache import cache_dir
 from priorzero.types import UserError
 
 SUPPORTED_VERSIONS = (3, 4, 5, 8)
-MAX_OBJECT, NUM_ATTRIBUTES = 2000, 48  # limits of Frotz
+NUM_ATTRIBUTES = 48
 MAX_NARRATIVE = 4_000  # bytes; Jericho copies the text into a buffer of 8192 bytes
 MAX_KNOWN_TEXTS = 1_000_000
 # The threads take chunks of commands from a queue. Progress is reported after each chunk.
@@ -76,6 +76,8 @@ class CompiledSearch:
         with _lock():
             try:
                 interpreter.compile_functions()
+                if not interpreter.IS_CACHED:
+                    raise OSError("no folder is writable")
             except OSError as error:
                 logger.warning(
                     "The compiled Z-machine cannot be kept on disk (%s), so each process compiles it, which takes "
@@ -186,7 +188,7 @@ class CompiledSearch:
     def _make_watch(self) -> interpreter.Watch:
         """What counts as a change of the world, as Jericho's functions for the game say."""
         # Some games have more objects than Jericho's get_num_world_objs says, and their attributes are ignored, too.
-        shape = (MAX_OBJECT + 1, NUM_ATTRIBUTES)
+        shape = (interpreter.MAX_OBJECT + 1, NUM_ATTRIBUTES)
         ignored_set, ignored_cleared = np.zeros(shape, bool), np.zeros(shape, bool)
         for number, attribute in np.ndindex(shape):
             ignored_set[number, attribute] = self._lib.ignore_attr_diff(number, attribute)

@@ -311,9 +311,7 @@ def _warn_of_unsupported(path: Path, md5: str) -> None:
     supported = supported_games()
     stem = without_extension(path.name.lower())
     others = [rom for rom in supported if without_extension(rom) == stem]
-    other = (
-        f" Jericho supports another release of this game: python scripts/fetch_games.py {others[0]}." if others else ""
-    )
+    other = f" Jericho supports a game of this name: python scripts/fetch_games.py {others[0]}." if others else ""
     reward = f"Rewards: the {survey.score_source}" if survey.score_source else "Rewards: none, since it states no score"
     maximum = (
         f"the game states the maximum score {survey.max_score}"

@@ -24,6 +24,7 @@ ADDRESS_MASK = (1 << 20) - 1  # a story has at most 512 KiB
 MEMORY_SIZE = ADDRESS_MASK + 2
 MAX_INSTRUCTIONS = 20_000_000  # a command that runs longer has probably hung
 MAX_EVENTS = 16  # of each kind; Jericho ignores later ones
+MAX_OBJECT = 2000  # Frotz stops at larger numbers; from version 4 on
 MAX_TEXT = 16_384  # bytes of text of a command
 DIFF_WORDS = 128
 READ_LINE, READ_KEY = 228, 246  # opcodes at which a command ends
@@ -834,6 +835,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
     args, tables = np.zeros(8, np.int64), np.zeros(16, np.int64)
     a = b = value = np.int64(0)
     is_first, holds = True, False
+    max_object = 255 if story.version <= 3 else MAX_OBJECT
     for _ in range(MAX_INSTRUCTIONS):
         opcode = _byte(mem, pc)
         if opcode in (READ_LINE, READ_KEY) and not is_first:
@@ -888,14 +890,14 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
                 _poke_variable(mem, stack, story, a, value, sp, fp)
                 then, holds = _BRANCH, value > _signed(b) if operation == INC_CHK else value < _signed(b)
             elif operation == JIN:
-                then, holds = _BRANCH, _relative(mem, story, a, 0) == b
+                then, holds, known = _BRANCH, _relative(mem, story, a, 0) == b, a <= max_object
             elif operation == TEST:
                 then, holds = _BRANCH, (a & b) == b
             elif operation == TEST_ATTR:
-                then, holds = _BRANCH, _test_attribute(mem, story, a, b)
+                then, holds, known = _BRANCH, _test_attribute(mem, story, a, b), a <= max_object
             elif operation in (SET_ATTR, CLEAR_ATTR):
                 kind = _SET if operation == SET_ATTR else _CLEARED
-                known = b < 48
+                known = b < 48 and a <= max_object
                 _add_event(events, count, kind, a, b)
                 if a != 0 and known:
                     _change_attribute(mem, story, a, b, operation == SET_ATTR)
@@ -903,10 +905,12 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
                 _poke_variable(mem, stack, story, a, b, sp, fp)
             elif operation == INSERT_OBJ:
                 _add_event(events, count, _MOVED, a, b)
-                known = a == 0 or b == 0 or _insert(mem, story, a, b)
+                known = a <= max_object and b <= max_object and (a == 0 or b == 0 or _insert(mem, story, a, b))
             elif operation in (OR, AND) or (operation >= LOADW and operation <= MOD):
                 then = _STORE
                 value, known = _binary_value(mem, story, operation, a, b)
+                if operation in (GET_PROP, GET_PROP_ADDR, GET_NEXT_PROP):
+                    known = known and a <= max_object
             elif operation in (CALL_2S, CALL_VS, CALL_VS2):
                 then = _CALL | _STORE
             elif operation in (CALL_2N, CALL_VN, CALL_VN2):
@@ -916,7 +920,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             elif operation == STOREB:
                 known = _store_byte(mem, story, (a + b) & 0xFFFF, args[2] & 0xFF)
             elif operation == PUT_PROP:
-                known = a != 0 and _put_property(mem, story, a, b, args[2])
+                known = 0 < a <= max_object and _put_property(mem, story, a, b, args[2])
             elif operation == READ:
                 known = is_first and _read_line(mem, story, alphabet, a, b if num_args > 1 else 0, line)
                 if story.version >= 5:
@@ -961,9 +965,10 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
                 then, holds = _BRANCH, a == 0
             elif operation in (GET_SIBLING, GET_CHILD):
                 then, value = _STORE | _BRANCH, _relative(mem, story, a, operation - JZ)
+                known = a <= max_object
                 holds = value != 0
             elif operation == GET_PARENT:
-                then, value = _STORE, _relative(mem, story, a, 0)
+                then, value, known = _STORE, _relative(mem, story, a, 0), a <= max_object
             elif operation == GET_PROP_LEN:
                 then, value = _STORE, _property_length(mem, story, a)
             elif operation in (INC, DEC):
@@ -972,12 +977,13 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             elif operation in (PRINT_ADDR, PRINT_PADDR) or (operation == PRINT_OBJ and a != 0):
                 address = _unpack(story, a) if operation == PRINT_PADDR else a
                 if operation == PRINT_OBJ:
+                    known = a <= max_object
                     address = _name_address(mem, story, a) + 1
                 _put_string(mem, story, alphabet, out, io, tables, address)
             elif operation == CALL_1S:
                 then = _CALL | _STORE
             elif operation == REMOVE_OBJ:
-                known = a != 0 and _unlink(mem, story, a)
+                known = 0 < a <= max_object and _unlink(mem, story, a)
             elif operation == RET:
                 then, value = _RETURN, a
             elif operation == JUMP:
@@ -1073,15 +1079,6 @@ def _write_changes(row, events, count, watch):
     return num
 
 
-def _compiled(function):
-    """Compile a function and keep the result on disk, unless Numba finds no folder that it may write to."""
-    try:
-        return njit(cache=True, nogil=True)(function)
-    except RuntimeError:
-        return njit(nogil=True)(function)
-
-
-@_compiled
 def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line_ends):
     """Execute each command from the same state; :class:`Results`.
 
@@ -1133,6 +1130,14 @@ def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line
             scored[n] = scored[n] or mem[address] != ram[address]
         status[n] = CHANGED if num_events > 0 or place > 48 or scored[n] else UNCHANGED
     return Results(status, scored, taken, changes, text[:text_start], text_ends, hashes)
+
+
+try:
+    run_commands = njit(cache=True, nogil=True)(run_commands)
+    IS_CACHED = True
+except RuntimeError:  # Numba finds no folder that it may write to
+    run_commands = njit(nogil=True)(run_commands)
+    IS_CACHED = False
 
 
 def compile_functions() -> None:

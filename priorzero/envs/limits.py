@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from loguru import logger
-
 from priorzero.envs.games import GameSpec
 from priorzero.settings import AUTO, EnvSettings, steps_by_game, steps_text
+from priorzero.types import UserError
 
 MIN_STEPS, MAX_STEPS = 100, 500
 # For a game of the Z-machine whose walkthrough is not known: the median of the games whose walkthrough is.
@@ -64,22 +63,23 @@ def episode_steps(env: EnvSettings, game: GameSpec) -> int:
 def resolve_limits(env: EnvSettings, games: Sequence[GameSpec], *, unseen: Sequence[GameSpec] = ()) -> None:
     """Replace ``auto`` in ``env.max_episode_steps`` and ``env.action_space_size``.
 
-    A name in ``env.max_episode_steps`` that no game has is logged.
-
     Args:
         env: is changed. The steps are given by game afterwards, as in ``zork1=500, detective=100``, unless they were
             one number for all games.
         games: the games that are trained on.
         unseen: the games that are only evaluated. They may change when a run is resumed, so their ``auto`` is not
             replaced; :func:`episode_steps` computes it.
+
+    Raises:
+        UserError: ``env.max_episode_steps`` names a game that the run does not have.
     """
     if isinstance(env.max_episode_steps, str):
         given = {} if env.max_episode_steps == AUTO else steps_by_game(env.max_episode_steps)
         names = [game.name for game in (*games, *unseen)]
         if unknown := given.keys() - set(names):
-            logger.warning(
+            raise UserError(
                 f"env.max_episode_steps names {', '.join(sorted(unknown))}, but the games of this run are "
-                f"{', '.join(names)}"
+                f"{', '.join(names)}. Correct the name or leave it out."
             )
         env.max_episode_steps = steps_text({**given, **{game.name: episode_steps(env, game) for game in games}})
     if env.action_space_size == AUTO:

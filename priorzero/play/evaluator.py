@@ -46,7 +46,7 @@ class Evaluation:
         returns: undiscounted return of each episode.
         scores: the game's score at the end of each episode. Some games give points before the first action.
         wins: number of episodes that ended with a win.
-        max_score: the largest possible score; the mean over the games if there are several.
+        max_score: the largest possible score, the mean over the games if there are several; 0 if it is not known.
         first_episode: the decisions of the first episode; None if there are several games.
     """
 
@@ -81,13 +81,17 @@ Evaluations = Mapping[tuple[str, bool], Mapping[str, Evaluation]]
 
 
 def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """Evaluations of one mode on several games as one. All games must have the same number of episodes."""
+    """Evaluations of one mode on several games as one. All games must have the same number of episodes.
+
+    The maximum score is not known (0) if that of a game is not.
+    """
+    maxima = [e.max_score for e in evaluations]
     return Evaluation(
         mode=evaluations[0].mode,
         returns=[value for e in evaluations for value in e.returns],
         scores=[value for e in evaluations for value in e.scores],
         wins=sum(e.wins for e in evaluations),
-        max_score=float(np.mean([e.max_score for e in evaluations])),
+        max_score=float(np.mean(maxima)) if all(maxima) else 0.0,
     )
 
 

@@ -180,9 +180,8 @@ class RunLogger:
             ]
             name = f"unseen_{mode}" if unseen else mode
             evaluations[name] = evaluation = merge(list(of_games.values()))
-            logger.info(
-                f"evaluation at {env_step} env steps, {name}: scores {evaluation.scores} of {evaluation.max_score:g}"
-            )
+            maximum = f" of {evaluation.max_score:g}" if evaluation.max_score else ""
+            logger.info(f"evaluation at {env_step} env steps, {name}: scores {evaluation.scores}{maximum}")
             scalars[f"evaluator_step/{name}_reward_mean"] = evaluation.mean_return
             scalars[f"evaluator_step/{name}_score_mean"] = evaluation.mean_score
         main = next((mode for mode in (*MAIN_MODES, *evaluations) if mode in evaluations), None)

@@ -22,7 +22,7 @@ class Result:
         unseen: on the games of ``eval.unseen``.
         env_step: environment steps of the run at that time.
         mean_return, mean_score: means over all episodes.
-        max_score: the largest possible score, mean over the games; 0 if the games do not say.
+        max_score: the largest possible score, mean over the games; 0 if a game does not say.
         wins: number of episodes that ended with a win.
         num_episodes: number of episodes.
     """
@@ -65,6 +65,7 @@ def results_from(lines: Sequence[Mapping[str, Any]]) -> list[Result]:
     for (env_step, mode, unseen), of_games in groups.items():
         scores = [value for line in of_games.values() for value in line["scores"]]
         returns = [value for line in of_games.values() for value in line["returns"]]
+        maxima = [line["max_score"] for line in of_games.values()]
         results.append(
             Result(
                 mode=mode,
@@ -72,7 +73,7 @@ def results_from(lines: Sequence[Mapping[str, Any]]) -> list[Result]:
                 env_step=env_step,
                 mean_return=sum(returns) / len(returns),
                 mean_score=sum(scores) / len(scores),
-                max_score=sum(line["max_score"] for line in of_games.values()) / len(of_games),
+                max_score=sum(maxima) / len(maxima) if all(maxima) else 0.0,
                 wins=sum(line["wins"] for line in of_games.values()),
                 num_episodes=len(scores),
             )

@@ -76,8 +76,9 @@ def format_table(rows: Mapping[str, Any]) -> str:
 
 def describe_evaluation(evaluation: Evaluation) -> str:
     """Mean score, mean return and wins, in one line."""
+    maximum = f" of {evaluation.max_score:g}" if evaluation.max_score else ""
     return (
-        f"mean score {evaluation.mean_score:.2f} of {evaluation.max_score:g}, "
+        f"mean score {evaluation.mean_score:.2f}{maximum}, "
         f"mean return {evaluation.mean_return:.2f}, {evaluation.wins} of {len(evaluation.returns)} episodes won"
     )
 
