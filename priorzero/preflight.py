@@ -15,7 +15,7 @@ from pathlib import Path
 
 from priorzero.envs import GameSpec, GameWorker, check_max_score, check_names, make_workers, resolve_games
 from priorzero.envs.games import TEXTWORLD_PREFIX
-from priorzero.envs.limits import default_action_space_size, resolve_limits
+from priorzero.envs.limits import check_step_names, default_action_space_size, resolve_limits
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
@@ -75,6 +75,8 @@ def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iter
     games, unseen = check_inputs(settings)
     if checkpoint is not None:
         keep_limits(settings, checkpoint.settings)
+    else:
+        check_step_names(settings.env, (*games, *unseen))
     resolve_limits(settings.env, games, unseen=unseen)
     with _run_folder(settings, games, checkpoint) as folder:
         workers = make_workers(settings, games, count=settings.env.collector_env_num, first_seed=settings.run.seed)

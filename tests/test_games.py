@@ -105,7 +105,7 @@ def test_resolve_game_accepts_another_release_with_a_warning(empty_folders, warn
     assert (
         "Rewards: the status line; the game does not state the maximum score (--set env.max_score=N sets it)" in message
     )
-    assert message.endswith("Jericho supports another release of this game: python scripts/fetch_games.py zork1.z5.")
+    assert message.endswith("Jericho supports a game of this name: python scripts/fetch_games.py zork1.z5.")
 
 
 def test_resolve_game_says_what_is_known_of_a_story(warnings_of):

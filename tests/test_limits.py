@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-from loguru import logger
 
 import priorzero.envs.limits
 from priorzero.config import parse_assignments, read_config_file, resolve_settings
@@ -16,6 +15,7 @@ from priorzero.envs.games import supported_games
 from priorzero.envs.limits import (
     JERICHO_ACTIONS,
     MIN_ACTIONS,
+    check_step_names,
     default_action_space_size,
     default_steps,
     episode_steps,
@@ -119,12 +119,12 @@ def test_resolve_limits_keeps_what_was_given(assigned, resolved, steps):
     assert again == env
 
 
-def test_resolve_limits_names_games_that_the_run_does_not_have():
-    messages: list[str] = []
-    handler = logger.add(lambda message: messages.append(message.record["message"]))
-    resolve_limits(EnvSettings(max_episode_steps="zrok1=400"), [jericho("zork1.z5")])
-    logger.remove(handler)
-    assert messages == ["env.max_episode_steps names zrok1, but the games of this run are zork1"]
+def test_check_step_names_refuses_games_that_the_run_does_not_have():
+    games = [jericho("zork1.z5"), jericho("detective.z5")]
+    for allowed in (7, "auto", "zork1=400", "zork1=400,detective=90"):
+        check_step_names(EnvSettings(max_episode_steps=allowed), games)
+    with pytest.raises(UserError, match="names zrok1, but the games of this run are zork1, detective"):
+        check_step_names(EnvSettings(max_episode_steps="zrok1=400"), games)
 
 
 def test_limits_that_depend_on_the_games_are_needed_as_numbers():

@@ -348,7 +348,7 @@ def test_make_workers_passes_the_settings_of_the_games():
     workers = envs.make_workers(settings, specs, count=3, first_seed=5)
     assert [worker._arguments.pop("spec") for worker in workers] == [specs[0], specs[1], specs[0]]
     expected = {"max_episode_steps": 7, "look_and_inventory": False, "drop_inert_commands": False}
-    expected["valid_actions"] = "exact"
+    expected |= {"valid_actions": "exact", "max_score": 0}
     assert [worker._arguments for worker in workers] == [{"seed": seed, **expected} for seed in (5, 6, 7)]
 
 

@@ -24,7 +24,7 @@ from ray.exceptions import RayError, RayTaskError
 from priorzero.cluster.connection import check_settings, connect, fail_if_ended, plan_resources
 from priorzero.cluster.run import ClusterRun
 from priorzero.envs import resolve_games
-from priorzero.envs.limits import resolve_limits
+from priorzero.envs.limits import check_step_names, resolve_limits
 from priorzero.preflight import check_game_names, check_games
 from priorzero.runs.errors import reported_to_user
 from priorzero.runs.folder import create_files, new_run_folder
@@ -88,6 +88,7 @@ def _connected(settings: Settings) -> Iterator[_Prepared]:
         with announced("preparing the games"):
             games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
         check_games(settings, games=games, unseen=unseen)
+        check_step_names(settings.env, (*games, *unseen))
         resolve_limits(settings.env, games, unseen=unseen)
         check_settings(settings)
         with new_run_folder(settings, games) as new_folder:

@@ -60,6 +60,19 @@ def episode_steps(env: EnvSettings, game: GameSpec) -> int:
     return default_steps(length)
 
 
+def check_step_names(env: EnvSettings, games: Sequence[GameSpec]) -> None:
+    """Raise a UserError if ``env.max_episode_steps`` names a game that is not among ``games``."""
+    given = env.max_episode_steps
+    if isinstance(given, int) or given == AUTO:
+        return
+    names = [game.name for game in games]
+    if unknown := steps_by_game(given).keys() - set(names):
+        raise UserError(
+            f"env.max_episode_steps names {', '.join(sorted(unknown))}, but the games of this run are "
+            f"{', '.join(names)}. Correct the name or leave it out."
+        )
+
+
 def resolve_limits(env: EnvSettings, games: Sequence[GameSpec], *, unseen: Sequence[GameSpec] = ()) -> None:
     """Replace ``auto`` in ``env.max_episode_steps`` and ``env.action_space_size``.
 
@@ -69,18 +82,9 @@ def resolve_limits(env: EnvSettings, games: Sequence[GameSpec], *, unseen: Seque
         games: the games that are trained on.
         unseen: the games that are only evaluated. They may change when a run is resumed, so their ``auto`` is not
             replaced; :func:`episode_steps` computes it.
-
-    Raises:
-        UserError: ``env.max_episode_steps`` names a game that the run does not have.
     """
     if isinstance(env.max_episode_steps, str):
         given = {} if env.max_episode_steps == AUTO else steps_by_game(env.max_episode_steps)
-        names = [game.name for game in (*games, *unseen)]
-        if unknown := given.keys() - set(names):
-            raise UserError(
-                f"env.max_episode_steps names {', '.join(sorted(unknown))}, but the games of this run are "
-                f"{', '.join(names)}. Correct the name or leave it out."
-            )
         env.max_episode_steps = steps_text({**given, **{game.name: episode_steps(env, game) for game in games}})
     if env.action_space_size == AUTO:
         env.action_space_size = default_action_space_size(sum(game.kind != "textworld" for game in games))
