@@ -6,10 +6,12 @@ import ctypes
 import time
 from pathlib import Path
 
+from priorzero.envs import frotz
 from priorzero.envs.frotz import ChunkResult
 from priorzero.envs.jericho_game import JerichoGame
 
 PAUSE_S = 0.15
+CHUNK_COMMANDS = 16  # small chunks, so that there are many pauses
 
 
 def make_slow_game(path: Path, *, hangs_at: int | None = None) -> JerichoGame:
@@ -19,6 +21,7 @@ def make_slow_game(path: Path, *, hangs_at: int | None = None) -> JerichoGame:
         path: the story file.
         hangs_at: index of the chunk in which the emulator hangs in C code.
     """
+    frotz.MAX_CHUNK_COMMANDS = CHUNK_COMMANDS
     game = JerichoGame(path, seed=0, max_episode_steps=9, look_and_inventory=True, num_threads=1)
     try_in_c = game._env._try_in_c
     count = 0
