@@ -835,7 +835,7 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
     args, tables = np.zeros(8, np.int64), np.zeros(16, np.int64)
     a = b = value = np.int64(0)
     is_first, holds = True, False
-    max_object = 255 if story.version <= 3 else MAX_OBJECT
+    max_object, max_attribute = (255, 31) if story.version <= 3 else (MAX_OBJECT, 47)
     for _ in range(MAX_INSTRUCTIONS):
         opcode = _byte(mem, pc)
         if opcode in (READ_LINE, READ_KEY) and not is_first:
@@ -894,10 +894,11 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             elif operation == TEST:
                 then, holds = _BRANCH, (a & b) == b
             elif operation == TEST_ATTR:
-                then, holds, known = _BRANCH, _test_attribute(mem, story, a, b), a <= max_object
+                then, holds = _BRANCH, _test_attribute(mem, story, a, b)
+                known = a <= max_object and b <= max_attribute
             elif operation in (SET_ATTR, CLEAR_ATTR):
                 kind = _SET if operation == SET_ATTR else _CLEARED
-                known = b < 48 and a <= max_object
+                known = a <= max_object and b <= max_attribute
                 _add_event(events, count, kind, a, b)
                 if a != 0 and known:
                     _change_attribute(mem, story, a, b, operation == SET_ATTR)
