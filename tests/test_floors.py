@@ -56,7 +56,7 @@ RECORDS_OF_THE_WORLD_MODEL = {"priorzero.world_model.records", "priorzero.world_
 MODEL_ROOMS = {"policy", "llm", "world_model"}
 
 MAX_LINES = 60
-TABLES = {"unizero_config", "_run"}  # functions that are a table
+TABLES = {"unizero_config"}  # functions that are a table
 
 
 def module_name(path: Path) -> str:

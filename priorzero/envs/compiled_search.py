@@ -26,8 +26,6 @@ MAX_CHUNK_COMMANDS, CHUNKS_PER_THREAD = 200, 4
 # Alphabets A0, A1 and A2 of the standard, section 3.5. The first two characters of A2 are not printed.
 _ALPHABET = b"abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ ^0123456789.,!?_#'\"/\\-:()"
 
-_NO_CHANGE = bytes(2 * interpreter.DIFF_WORDS)
-
 logger = logging.getLogger(__name__)
 
 
@@ -71,7 +69,8 @@ class CompiledSearch:
         alphabet = story[own_alphabet : own_alphabet + len(_ALPHABET)] if own_alphabet else _ALPHABET
         self._alphabet = np.frombuffer(alphabet, np.uint8).copy()
         self._watch = self._make_watch()
-        self._cleaned: dict[bytes, bytes] = {}  # raw changes -> changes without ignored movements
+        # changes and number of movements -> changes without ignored movements, and whether there are others
+        self._cleaned: dict[tuple[bytes, int], tuple[bytes, bool]] = {}
         self._ends: dict[int, bool] = {}  # hash of a text -> whether it ends the game
         with _lock():
             try:
@@ -159,8 +158,8 @@ class CompiledSearch:
         candidates = (results.status != interpreter.UNKNOWN) & ~results.taken
         candidates &= ends | (results.status == interpreter.CHANGED)
         for n in np.flatnonzero(candidates).tolist():
-            change = self._clean(results.changes[n].tobytes())
-            if ends[n] or results.scored[n] or change != _NO_CHANGE:
+            change, moved = self._clean(results.changes[n].tobytes(), int(results.num_moved[n]))
+            if ends[n] or results.scored[n] or results.changed[n] or moved:
                 trial.changes.append((start + n, change))
 
     def _ends_game(self, text: bytes) -> bool:
@@ -168,19 +167,19 @@ class CompiledSearch:
         self._lib.set_narrative_text(text[-MAX_NARRATIVE:].replace(b"\0", b""))
         return self._lib.game_over() > 0 or self._lib.victory() > 0
 
-    def _clean(self, raw: bytes) -> bytes:
-        """The change without the movements that the game ignores."""
-        if raw not in self._cleaned:
+    def _clean(self, raw: bytes, num_moved: int) -> tuple[bytes, bool]:
+        """The change without the movements that the game ignores, and whether any other is left."""
+        if (raw, num_moved) not in self._cleaned:
             row = np.frombuffer(raw, np.uint16).copy()
-            moves = [(int(row[n]), int(row[64 + n])) for n in range(interpreter.MAX_EVENTS)]
-            kept = [move for move in moves if any(move) and not self._lib.ignore_moved_obj(*move)]
+            moves = [(int(row[n]), int(row[64 + n])) for n in range(num_moved)]
+            kept = [move for move in moves if not self._lib.ignore_moved_obj(*move)]
             row[: interpreter.MAX_EVENTS] = row[64 : 64 + interpreter.MAX_EVENTS] = 0
             for n, (moved, destination) in enumerate(kept):
                 row[n], row[64 + n] = moved, destination
             if len(self._cleaned) >= MAX_KNOWN_TEXTS:
                 self._cleaned.clear()
-            self._cleaned[raw] = row.tobytes()
-        return self._cleaned[raw]
+            self._cleaned[raw, num_moved] = row.tobytes(), bool(kept)
+        return self._cleaned[raw, num_moved]
 
     def _header(self, address: int) -> int:
         return int(self._memory[address]) << 8 | int(self._memory[address + 1])

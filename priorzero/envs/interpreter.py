@@ -112,6 +112,8 @@ class Results(NamedTuple):
     Attributes:
         status: ``[N]`` uint8.
         scored: the score has changed, ``[N]`` bool.
+        num_moved: number of movements, ignored ones too, ``[N]`` uint8.
+        changed: an attribute or a watched byte has changed, except for ignored ones, ``[N]`` bool.
         taken: the text contains "(Taken)", ``[N]`` bool.
         changes: objects that moved (all), attributes that were set and cleared (without ignored ones) and watched
             bytes, in the format of Jericho's ``get_cleaned_world_diff``, ``[N, 128]`` uint16.
@@ -122,6 +124,8 @@ class Results(NamedTuple):
 
     status: Any
     scored: Any
+    num_moved: Any
+    changed: Any
     taken: Any
     changes: Any
     text: Any
@@ -675,7 +679,7 @@ def _change_attribute(mem, story, number, attribute, is_set):
 
 
 @njit(nogil=True, forceinline=True)
-def _binary_value(mem, story, operation, a, b):
+def _binary_value(mem, operation, a, b):
     """Result of an instruction with two operands that stores a value, and whether it is defined."""
     if operation == OR:
         return a | b, True
@@ -685,13 +689,6 @@ def _binary_value(mem, story, operation, a, b):
         return _word(mem, (a + 2 * b) & 0xFFFF), True
     if operation == LOADB:
         return _byte(mem, (a + b) & 0xFFFF), True
-    if operation == GET_PROP:
-        return _get_property(mem, story, a, b), True
-    if operation == GET_PROP_ADDR:
-        return _property_address(mem, story, a, b), True
-    if operation == GET_NEXT_PROP:
-        value = _next_property_number(mem, story, a, b)
-        return value, value >= 0
     if operation == ADD:
         return a + b, True
     if operation == SUB:
@@ -816,9 +813,243 @@ def _add_event(events, count, kind, number, target):
         count[kind] += 1
 
 
+@njit(nogil=True, forceinline=True)
+def _read_instruction(mem, stack, story, args, pc, sp, fp):
+    """Read an instruction and its operands (section 4 of the standard).
+
+    Returns:
+        The operation, the number of operands, the first two of them, the program counter behind them, and the stack
+        pointer. ``args`` gets all operands if they may be more than two.
+    """
+    a = b = np.int64(0)
+    opcode = _byte(mem, pc)
+    pc += 1
+    if opcode < 0x80:
+        a, b = _byte(mem, pc), _byte(mem, pc + 1)
+        if opcode & 0x40:
+            a, sp = _get_variable(mem, stack, story, a, sp, fp)
+        if opcode & 0x20:
+            b, sp = _get_variable(mem, stack, story, b, sp, fp)
+        return opcode & 0x1F, 2, a, b, pc + 2, sp
+    if opcode < 0xB0:
+        a, pc, sp = _operand(mem, stack, story, (opcode >> 4) & 3, pc, sp, fp)
+        return JZ + (opcode & 15), 1, a, b, pc, sp
+    if opcode < 0xC0 and opcode != 0xBE:
+        return RTRUE + (opcode & 15), 0, a, b, pc, sp
+    operation = opcode - 0xC0
+    if opcode == 0xBE:
+        operation = EXTENDED + _byte(mem, pc)
+        pc += 1
+    kinds, last = _byte(mem, pc) << 8, 8
+    pc += 1
+    if opcode == 0xEC or opcode == 0xFA:  # up to eight operands
+        kinds, last = kinds | _byte(mem, pc), 0
+        pc += 1
+    num_args = 0
+    for position in range(14, last - 1, -2):
+        kind = (kinds >> position) & 3
+        if kind == 3:
+            break
+        args[num_args], pc, sp = _operand(mem, stack, story, kind, pc, sp, fp)
+        num_args += 1
+    return operation, num_args, args[0], args[1], pc, sp
+
+
+# The following functions execute operations. They return what follows (a sum of _STORE, _BRANCH, _CALL, _RETURN), the
+# value that is stored or returned, the condition of the branch, and whether the operation is known and defined.
+
+
+@njit(nogil=True, forceinline=True)
+def _execute_on_object(mem, story, operation, a, b, events, count):
+    """An operation on the object ``a``."""
+    max_object, max_attribute = (255, 31) if story.version <= 3 else (MAX_OBJECT, 47)
+    is_attribute = operation in (TEST_ATTR, SET_ATTR, CLEAR_ATTR)
+    if a > max_object or (is_attribute and b > max_attribute) or (operation == INSERT_OBJ and b > max_object):
+        return 0, np.int64(0), False, False  # Frotz stops
+    if operation == JIN:
+        return _BRANCH, np.int64(0), _relative(mem, story, a, 0) == b, True
+    if operation == TEST_ATTR:
+        return _BRANCH, np.int64(0), _test_attribute(mem, story, a, b), True
+    if operation in (SET_ATTR, CLEAR_ATTR):
+        _add_event(events, count, _SET if operation == SET_ATTR else _CLEARED, a, b)
+        if a != 0:
+            _change_attribute(mem, story, a, b, operation == SET_ATTR)
+        return 0, np.int64(0), False, True
+    if operation == INSERT_OBJ:
+        _add_event(events, count, _MOVED, a, b)
+        return 0, np.int64(0), False, a == 0 or b == 0 or _insert(mem, story, a, b)
+    if operation == GET_PROP:
+        return _STORE, _get_property(mem, story, a, b), False, True
+    if operation == GET_PROP_ADDR:
+        return _STORE, _property_address(mem, story, a, b), False, True
+    value = _next_property_number(mem, story, a, b)  # GET_NEXT_PROP
+    return _STORE, value, False, value >= 0
+
+
+@njit(nogil=True, forceinline=True)
+def _execute_on_two(mem, stack, story, operation, num_args, args, a, b, sp, fp, events, count):
+    """An operation that usually has two operands."""
+    if operation == JE:
+        holds = num_args > 1 and a == b
+        for n in range(2, num_args):
+            holds = holds or a == args[n]
+        return _BRANCH, np.int64(0), holds, True
+    if operation == JL:
+        return _BRANCH, np.int64(0), _signed(a) < _signed(b), True
+    if operation == JG:
+        return _BRANCH, np.int64(0), _signed(a) > _signed(b), True
+    if operation in (DEC_CHK, INC_CHK):
+        value = _signed(_peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC_CHK else -1))
+        _poke_variable(mem, stack, story, a, value, sp, fp)
+        return _BRANCH, value, value > _signed(b) if operation == INC_CHK else value < _signed(b), True
+    if operation == TEST:
+        return _BRANCH, np.int64(0), (a & b) == b, True
+    if operation == STORE:
+        _poke_variable(mem, stack, story, a, b, sp, fp)
+        return 0, np.int64(0), False, True
+    if operation == CALL_2S:
+        return _CALL | _STORE, np.int64(0), False, True
+    if operation == CALL_2N:
+        return _CALL, np.int64(0), False, True
+    if operation in (OR, AND, LOADW, LOADB, ADD, SUB, MUL, DIV, MOD):
+        value, known = _binary_value(mem, operation, a, b)
+        return _STORE, value, False, known
+    if operation >= SET_COLOUR or operation < JE:  # throwing to a frame is not supported
+        return 0, np.int64(0), False, operation == SET_COLOUR
+    return _execute_on_object(mem, story, operation, a, b, events, count)
+
+
+@njit(nogil=True, forceinline=True)
+def _execute_on_memory(mem, stack, story, alphabet, operation, num_args, args, a, b, fp, out, io, tables, random):
+    """An operation with a variable number of operands that does not change the stack."""
+    if operation in (CALL_VS, CALL_VS2):
+        return _CALL | _STORE, np.int64(0), False, True
+    if operation in (CALL_VN, CALL_VN2):
+        return _CALL, np.int64(0), False, True
+    if operation == RANDOM:
+        return _STORE, _random(random, a), False, a != 0
+    if operation == NOT:
+        return _STORE, ~a, False, True
+    if operation == SCAN_TABLE:
+        value = _scan_table(mem, a, b, args, num_args)
+        return _STORE | _BRANCH, value, value != 0, True
+    if operation == CHECK_ARG_COUNT:
+        return _BRANCH, np.int64(0), (np.int64(stack[fp & STACK_MASK]) & 0xFF) >= a, True
+    known = True
+    if operation == STOREW:
+        known = _store_word(mem, story, (a + 2 * b) & 0xFFFF, args[2])
+    elif operation == STOREB:
+        known = _store_byte(mem, story, (a + b) & 0xFFFF, args[2] & 0xFF)
+    elif operation == PUT_PROP:
+        is_object = a != 0 and a <= (255 if story.version <= 3 else MAX_OBJECT)
+        known = is_object and _put_property(mem, story, a, b, args[2])
+    elif operation == COPY_TABLE:
+        known = _copy_table(mem, story, a, b, args[2])
+    elif operation == OUTPUT_STREAM:
+        known = _output_stream(mem, story, a, b, num_args, io, tables)
+    elif operation == PRINT_CHAR:
+        _put(mem, story, out, io, tables, a & 0xFF)
+    elif operation == PRINT_NUM:
+        _put_number(mem, story, out, io, tables, a)
+    elif operation == PRINT_TABLE:
+        _print_table(mem, story, out, io, tables, a, b, args, num_args)
+    elif operation == TOKENISE:
+        dictionary = args[2] if num_args >= 3 else np.int64(0)
+        _tokenise(mem, story, alphabet, a, b, dictionary, num_args >= 4 and args[3] != 0)
+    else:  # windows and sounds have no effect on the game
+        known = operation in (
+            SPLIT_WINDOW, SET_WINDOW, ERASE_WINDOW, ERASE_LINE, SET_CURSOR, SET_TEXT_STYLE, BUFFER_MODE, INPUT_STREAM,
+            SOUND_EFFECT,
+        )  # fmt: skip
+    return 0, np.int64(0), False, known
+
+
+@njit(nogil=True, forceinline=True)
+def _execute_on_one(mem, stack, story, alphabet, operation, a, sp, fp, out, io, tables):
+    """An operation with one operand, except for JUMP."""
+    if operation == JZ:
+        return _BRANCH, np.int64(0), a == 0, True
+    is_object = operation in (GET_SIBLING, GET_CHILD, GET_PARENT, REMOVE_OBJ, PRINT_OBJ)
+    if is_object and a > (255 if story.version <= 3 else MAX_OBJECT):
+        return 0, np.int64(0), False, False  # Frotz stops
+    if operation in (GET_SIBLING, GET_CHILD):
+        value = _relative(mem, story, a, operation - JZ)
+        return _STORE | _BRANCH, value, value != 0, True
+    if operation == GET_PARENT:
+        return _STORE, _relative(mem, story, a, 0), False, True
+    if operation == GET_PROP_LEN:
+        return _STORE, _property_length(mem, story, a), False, True
+    if operation == LOAD:
+        return _STORE, _peek_variable(mem, stack, story, a, sp, fp), False, True
+    if operation == RET:
+        return _RETURN, a, False, True
+    if operation == CALL_1S:
+        return _CALL | _STORE, np.int64(0), False, True
+    if operation == NOT_OR_CALL_1N:
+        return _STORE if story.version <= 4 else _CALL, ~a, False, True
+    if operation in (INC, DEC):
+        value = _peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC else -1)
+        _poke_variable(mem, stack, story, a, value, sp, fp)
+        return 0, np.int64(0), False, True
+    if operation == REMOVE_OBJ:
+        return 0, np.int64(0), False, a != 0 and _unlink(mem, story, a)
+    address = a  # PRINT_ADDR
+    if operation == PRINT_PADDR:
+        address = _unpack(story, a)
+    elif operation == PRINT_OBJ:
+        address = _name_address(mem, story, a) + 1
+    if operation == PRINT_OBJ and a == 0:
+        return 0, np.int64(0), False, False
+    _put_string(mem, story, alphabet, out, io, tables, address)
+    return 0, np.int64(0), False, True
+
+
+@njit(nogil=True, forceinline=True)
+def _execute_alone(mem, stack, story, operation, a, b, sp, frames, out, io, tables):
+    """An operation without operands, except for those that print a text or pop the stack, or an extended operation."""
+    if operation in (RTRUE, RFALSE):
+        return _RETURN, np.int64(operation == RTRUE), False, True
+    if operation == RET_POPPED:
+        return _RETURN, np.int64(stack[sp & STACK_MASK]), False, True
+    if operation == POP_OR_CATCH:
+        return _STORE, np.int64(frames), False, True
+    if operation == NEW_LINE:
+        _put(mem, story, out, io, tables, 13)
+        return 0, np.int64(0), False, True
+    if operation in (LOG_SHIFT, ART_SHIFT):
+        return _STORE, _shift(a, _signed(b), operation == ART_SHIFT), False, True
+    if operation == SAVE_UNDO:  # Jericho's emulator keeps no states for "undo", so saving one fails
+        return _STORE, np.int64(-1), False, True
+    return 0, np.int64(0), False, operation in (NOP, SHOW_STATUS)
+
+
+@njit(nogil=True, forceinline=True)
+def _finish(mem, stack, story, then, value, holds, args, num_args, a, b, pc, sp, fp, frames):
+    """Do what follows an operation; as ``_return``, and whether it succeeded."""
+    known = True
+    if then & _CALL:
+        if a != 0:
+            args[0], args[1] = a, b
+            kind = 0 if then & _STORE else 1
+            pc, sp, fp, frames, known = _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames)
+            then = 0
+        value = np.int64(0)
+    if then & _STORE:
+        pc, sp = _store(mem, stack, story, value, pc, sp, fp)
+    if then & _BRANCH:
+        pc, offset, is_taken = _branch(mem, pc, holds)
+        if is_taken and (offset == 0 or offset == 1):
+            then, value = _RETURN, offset
+        elif is_taken:
+            pc += offset - 2
+    if then & _RETURN:
+        pc, sp, fp, frames = _return(mem, stack, story, value, fp, frames)
+    return pc, sp, fp, frames, known
+
+
 @njit(nogil=True)
 def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
-    """Execute one command. The table of instructions is section 14 of the standard.
+    """Execute one command. The operations are described in section 15 of the standard.
 
     Args:
         mem: the story; its dynamic memory changes.
@@ -833,210 +1064,49 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
     pc, sp, fp, frames = registers.counter, registers.stack_pointer, registers.frame_pointer, registers.frame_count
     random = np.array([registers.random, registers.random_interval, registers.random_counter])
     args, tables = np.zeros(8, np.int64), np.zeros(16, np.int64)
-    a = b = value = np.int64(0)
-    is_first, holds = True, False
-    max_object, max_attribute = (255, 31) if story.version <= 3 else (MAX_OBJECT, 47)
+    is_first = True
     for _ in range(MAX_INSTRUCTIONS):
-        opcode = _byte(mem, pc)
-        if opcode in (READ_LINE, READ_KEY) and not is_first:
+        if _byte(mem, pc) in (READ_LINE, READ_KEY) and not is_first:
             return Registers(pc, sp, fp, frames, random[0], random[1], random[2]), io[_FAILED] == 0
-        pc += 1
-        known = sp <= STACK_WORDS
-
-        # Operands. Instructions with two operands have the same numbers in both of their forms.
-        if opcode < 0x80:
-            a, b, pc = _byte(mem, pc), _byte(mem, pc + 1), pc + 2
-            if opcode & 0x40:
-                a, sp = _get_variable(mem, stack, story, a, sp, fp)
-            if opcode & 0x20:
-                b, sp = _get_variable(mem, stack, story, b, sp, fp)
-            num_args, operation = 2, opcode & 0x1F
-        elif opcode < 0xB0:
-            a, pc, sp = _operand(mem, stack, story, (opcode >> 4) & 3, pc, sp, fp)
-            num_args, operation = 1, JZ + (opcode & 15)
-        elif opcode < 0xC0 and opcode != 0xBE:
-            num_args, operation = 0, RTRUE + (opcode & 15)
-        else:
-            operation = opcode - 0xC0
-            if opcode == 0xBE:
-                operation = EXTENDED + _byte(mem, pc)
-                pc += 1
-            kinds, last = _byte(mem, pc) << 8, 8
-            pc += 1
-            if opcode == 0xEC or opcode == 0xFA:
-                kinds, last = kinds | _byte(mem, pc), 0
-                pc += 1
-            num_args = 0
-            for position in range(14, last - 1, -2):
-                kind = (kinds >> position) & 3
-                if kind == 3:
-                    break
-                args[num_args], pc, sp = _operand(mem, stack, story, kind, pc, sp, fp)
-                num_args += 1
-            a, b = args[0], args[1]
-
-        then = 0
-        if operation < JZ:
-            if operation == JE:
-                then, holds = _BRANCH, num_args > 1 and a == b
-                for n in range(2, num_args):
-                    holds = holds or a == args[n]
-            elif operation == JL:
-                then, holds = _BRANCH, _signed(a) < _signed(b)
-            elif operation == JG:
-                then, holds = _BRANCH, _signed(a) > _signed(b)
-            elif operation in (DEC_CHK, INC_CHK):
-                value = _signed(_peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC_CHK else -1))
-                _poke_variable(mem, stack, story, a, value, sp, fp)
-                then, holds = _BRANCH, value > _signed(b) if operation == INC_CHK else value < _signed(b)
-            elif operation == JIN:
-                then, holds, known = _BRANCH, _relative(mem, story, a, 0) == b, a <= max_object
-            elif operation == TEST:
-                then, holds = _BRANCH, (a & b) == b
-            elif operation == TEST_ATTR:
-                then, holds = _BRANCH, _test_attribute(mem, story, a, b)
-                known = a <= max_object and b <= max_attribute
-            elif operation in (SET_ATTR, CLEAR_ATTR):
-                kind = _SET if operation == SET_ATTR else _CLEARED
-                known = a <= max_object and b <= max_attribute
-                _add_event(events, count, kind, a, b)
-                if a != 0 and known:
-                    _change_attribute(mem, story, a, b, operation == SET_ATTR)
-            elif operation == STORE:
-                _poke_variable(mem, stack, story, a, b, sp, fp)
-            elif operation == INSERT_OBJ:
-                _add_event(events, count, _MOVED, a, b)
-                known = a <= max_object and b <= max_object and (a == 0 or b == 0 or _insert(mem, story, a, b))
-            elif operation in (OR, AND) or (operation >= LOADW and operation <= MOD):
-                then = _STORE
-                value, known = _binary_value(mem, story, operation, a, b)
-                if operation in (GET_PROP, GET_PROP_ADDR, GET_NEXT_PROP):
-                    known = known and a <= max_object
-            elif operation in (CALL_2S, CALL_VS, CALL_VS2):
-                then = _CALL | _STORE
-            elif operation in (CALL_2N, CALL_VN, CALL_VN2):
-                then = _CALL
-            elif operation == STOREW:
-                known = _store_word(mem, story, (a + 2 * b) & 0xFFFF, args[2])
-            elif operation == STOREB:
-                known = _store_byte(mem, story, (a + b) & 0xFFFF, args[2] & 0xFF)
-            elif operation == PUT_PROP:
-                known = 0 < a <= max_object and _put_property(mem, story, a, b, args[2])
-            elif operation == READ:
-                known = is_first and _read_line(mem, story, alphabet, a, b if num_args > 1 else 0, line)
-                if story.version >= 5:
-                    then, value = _STORE, np.int64(13)
-            elif operation == PRINT_CHAR:
-                _put(mem, story, out, io, tables, a & 0xFF)
-            elif operation == PRINT_NUM:
-                _put_number(mem, story, out, io, tables, a)
-            elif operation == RANDOM:
-                then, known = _STORE, a != 0
-                value = _random(random, a)
-            elif operation == PUSH:
-                sp -= 1
-                stack[sp & STACK_MASK] = a
-            elif operation == PULL:
-                value = np.int64(stack[sp & STACK_MASK])
-                sp += 1
-                _poke_variable(mem, stack, story, a, value, sp, fp)
-            elif operation == OUTPUT_STREAM:
-                known = _output_stream(mem, story, a, b, num_args, io, tables)
-            elif operation == SCAN_TABLE:
-                then, value = _STORE | _BRANCH, _scan_table(mem, a, b, args, num_args)
-                holds = value != 0
-            elif operation == NOT:
-                then, value = _STORE, ~a
-            elif operation == TOKENISE:
-                dictionary = args[2] if num_args >= 3 else np.int64(0)
-                _tokenise(mem, story, alphabet, a, b, dictionary, num_args >= 4 and args[3] != 0)
-            elif operation == COPY_TABLE:
-                known = _copy_table(mem, story, a, b, args[2])
-            elif operation == PRINT_TABLE:
-                _print_table(mem, story, out, io, tables, a, b, args, num_args)
-            elif operation == CHECK_ARG_COUNT:
-                then, holds = _BRANCH, (np.int64(stack[fp & STACK_MASK]) & 0xFF) >= a
-            else:  # windows, colours and sounds have no effect on the game
-                known = operation in (
-                    SET_COLOUR, SPLIT_WINDOW, SET_WINDOW, ERASE_WINDOW, ERASE_LINE, SET_CURSOR, SET_TEXT_STYLE,
-                    BUFFER_MODE, INPUT_STREAM, SOUND_EFFECT,
-                )  # fmt: skip
+        operation, num_args, a, b, pc, sp = _read_instruction(mem, stack, story, args, pc, sp, fp)
+        then, value, holds, known = 0, np.int64(0), False, True
+        if operation < CALL_VS:
+            then, value, holds, known = _execute_on_two(
+                mem, stack, story, operation, num_args, args, a, b, sp, fp, events, count
+            )
+        elif operation == PUSH:
+            sp -= 1
+            stack[sp & STACK_MASK] = a
+        elif operation == PULL:
+            value, sp = np.int64(stack[sp & STACK_MASK]), sp + 1
+            _poke_variable(mem, stack, story, a, value, sp, fp)
+        elif operation == READ:
+            known = is_first and _read_line(mem, story, alphabet, a, b if num_args > 1 else 0, line)
+            then, value = _STORE if story.version >= 5 else 0, np.int64(13)
+        elif operation < JZ:
+            then, value, holds, known = _execute_on_memory(
+                mem, stack, story, alphabet, operation, num_args, args, a, b, fp, out, io, tables, random
+            )
+        elif operation == JUMP:
+            pc += _signed(a) - 2
         elif operation < RTRUE:
-            if operation == JZ:
-                then, holds = _BRANCH, a == 0
-            elif operation in (GET_SIBLING, GET_CHILD):
-                then, value = _STORE | _BRANCH, _relative(mem, story, a, operation - JZ)
-                known = a <= max_object
-                holds = value != 0
-            elif operation == GET_PARENT:
-                then, value, known = _STORE, _relative(mem, story, a, 0), a <= max_object
-            elif operation == GET_PROP_LEN:
-                then, value = _STORE, _property_length(mem, story, a)
-            elif operation in (INC, DEC):
-                value = _peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC else -1)
-                _poke_variable(mem, stack, story, a, value, sp, fp)
-            elif operation in (PRINT_ADDR, PRINT_PADDR) or (operation == PRINT_OBJ and a != 0):
-                address = _unpack(story, a) if operation == PRINT_PADDR else a
-                if operation == PRINT_OBJ:
-                    known = a <= max_object
-                    address = _name_address(mem, story, a) + 1
-                _put_string(mem, story, alphabet, out, io, tables, address)
-            elif operation == CALL_1S:
-                then = _CALL | _STORE
-            elif operation == REMOVE_OBJ:
-                known = 0 < a <= max_object and _unlink(mem, story, a)
-            elif operation == RET:
-                then, value = _RETURN, a
-            elif operation == JUMP:
-                pc += _signed(a) - 2
-            elif operation == LOAD:
-                then, value = _STORE, _peek_variable(mem, stack, story, a, sp, fp)
-            elif operation == NOT_OR_CALL_1N and story.version <= 4:
-                then, value = _STORE, ~a
-            elif operation == NOT_OR_CALL_1N:
-                then = _CALL
-            else:
-                known = False
-        elif operation < EXTENDED:
-            if operation in (RTRUE, RFALSE):
-                then, value = _RETURN, np.int64(operation == RTRUE)
-            elif operation in (PRINT, PRINT_RET):
-                pc = _put_string(mem, story, alphabet, out, io, tables, pc)
-                if operation == PRINT_RET:
-                    _put(mem, story, out, io, tables, 13)
-                    then, value = _RETURN, np.int64(1)
-            elif operation == RET_POPPED:
-                then, value = _RETURN, np.int64(stack[sp & STACK_MASK])
-            elif operation == POP_OR_CATCH and story.version <= 4:
-                sp += 1
-            elif operation == POP_OR_CATCH:
-                then, value = _STORE, frames
-            elif operation == NEW_LINE:
+            then, value, holds, known = _execute_on_one(
+                mem, stack, story, alphabet, operation, a, sp, fp, out, io, tables
+            )
+        elif operation in (PRINT, PRINT_RET):
+            pc = _put_string(mem, story, alphabet, out, io, tables, pc)
+            if operation == PRINT_RET:
                 _put(mem, story, out, io, tables, 13)
-            else:
-                known = operation == NOP or operation == SHOW_STATUS  # no operation, status line
-        elif operation in (LOG_SHIFT, ART_SHIFT):
-            then, value = _STORE, _shift(a, _signed(b), operation == ART_SHIFT)
-        else:  # Jericho's emulator keeps no states for "undo", so saving one fails
-            then, value, known = _STORE, np.int64(-1), operation == SAVE_UNDO
-
-        if then & _CALL:
-            if a != 0:
-                args[0], args[1] = a, b
-                kind = 0 if then & _STORE else 1
-                pc, sp, fp, frames, known = _call(mem, stack, story, args, num_args, kind, pc, sp, fp, frames)
-                then = 0
-            value = np.int64(0)
-        if then & _STORE:
-            pc, sp = _store(mem, stack, story, value, pc, sp, fp)
-        if then & _BRANCH:
-            pc, offset, is_taken = _branch(mem, pc, holds)
-            if is_taken and (offset == 0 or offset == 1):
-                then, value = _RETURN, offset
-            elif is_taken:
-                pc += offset - 2
-        if then & _RETURN:
-            pc, sp, fp, frames = _return(mem, stack, story, value, fp, frames)
+                then, value = _RETURN, np.int64(1)
+        elif operation == POP_OR_CATCH and story.version <= 4:
+            sp += 1
+        else:
+            then, value, holds, known = _execute_alone(mem, stack, story, operation, a, b, sp, frames, out, io, tables)
+        if not known or sp > STACK_WORDS:
+            break
+        pc, sp, fp, frames, known = _finish(
+            mem, stack, story, then, value, holds, args, num_args, a, b, pc, sp, fp, frames
+        )
         is_first = False
         if not known or pc >= story.size:
             break
@@ -1064,10 +1134,13 @@ def _hash(text, start, end):
 
 @njit(nogil=True)
 def _write_changes(row, events, count, watch):
-    """Write the events of a command, without ignored attributes, into a row of ``Results.changes``."""
+    """Write the events of a command, without ignored attributes, into a row of ``Results.changes``.
+
+    Returns the number of attributes that were set and cleared.
+    """
     for n in range(count[_MOVED]):
         row[n], row[64 + n] = events[_MOVED, n, 0], events[_MOVED, n, 1]
-    num = count[_MOVED]
+    num = 0
     for kind in (_SET, _CLEARED):
         ignored = watch.ignored_set if kind == _SET else watch.ignored_cleared
         place = 16 * kind
@@ -1093,7 +1166,8 @@ def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line
         lines: the commands without separators, uint8; ``line_ends`` says where each ends, ``[N]``.
     """
     num = line_ends.size
-    status, scored, taken = np.zeros(num, np.uint8), np.zeros(num, np.bool_), np.zeros(num, np.bool_)
+    status, num_moved = np.zeros(num, np.uint8), np.zeros(num, np.uint8)
+    scored, changed, taken = np.zeros(num, np.bool_), np.zeros(num, np.bool_), np.zeros(num, np.bool_)
     changes = np.zeros((num, DIFF_WORDS), np.uint16)
     text_ends, hashes = np.zeros(num, np.int64), np.zeros(num, np.int64)
     text = np.empty(256 * num + MAX_TEXT, np.uint8)
@@ -1121,7 +1195,7 @@ def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line
         if not known or io[_LENGTH] == MAX_TEXT:
             status[n] = UNKNOWN
             continue
-        num_events = _write_changes(changes[n], events, count, watch)
+        num_attributes = _write_changes(changes[n], events, count, watch)
         place = 48
         for address in watch.addresses:
             if mem[address] != ram[address] and place < 64:
@@ -1129,8 +1203,9 @@ def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line
                 place += 1
         for address in watch.score_addresses:
             scored[n] = scored[n] or mem[address] != ram[address]
-        status[n] = CHANGED if num_events > 0 or place > 48 or scored[n] else UNCHANGED
-    return Results(status, scored, taken, changes, text[:text_start], text_ends, hashes)
+        num_moved[n], changed[n] = count[_MOVED], num_attributes > 0 or place > 48
+        status[n] = CHANGED if num_moved[n] or changed[n] or scored[n] else UNCHANGED
+    return Results(status, scored, num_moved, changed, taken, changes, text[:text_start], text_ends, hashes)
 
 
 try:
