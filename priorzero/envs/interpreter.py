@@ -57,7 +57,7 @@ _LENGTH, _DEPTH, _SCREEN, _FAILED = 0, 1, 2, 3
 # Indices of the counters `count`.
 _MOVED, _SET, _CLEARED = 0, 1, 2
 # What follows an instruction.
-_STORE, _BRANCH, _CALL, _RETURN = 1, 2, 4, 8
+_STORE, _BRANCH, _CALL, _RETURN, _JUMP = 1, 2, 4, 8, 16
 # Indices of the state of the random numbers.
 _NUMBER, _INTERVAL, _COUNTER = 0, 1, 2
 
@@ -855,7 +855,7 @@ def _read_instruction(mem, stack, story, args, pc, sp, fp):
     return operation, num_args, args[0], args[1], pc, sp
 
 
-# The following functions execute operations. They return what follows (a sum of _STORE, _BRANCH, _CALL, _RETURN), the
+# The following functions execute operations. They return what follows (a sum of _STORE, _BRANCH, ...), the
 # value that is stored or returned, the condition of the branch, and whether the operation is known and defined.
 
 
@@ -966,9 +966,25 @@ def _execute_on_memory(mem, stack, story, alphabet, operation, num_args, args, a
 
 @njit(nogil=True, forceinline=True)
 def _execute_on_one(mem, stack, story, alphabet, operation, a, sp, fp, out, io, tables):
-    """An operation with one operand, except for JUMP."""
+    """An operation with one operand."""
     if operation == JZ:
         return _BRANCH, np.int64(0), a == 0, True
+    if operation == JUMP:
+        return _JUMP, _signed(a) - 2, False, True
+    if operation in (INC, DEC):
+        value = _peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC else -1)
+        _poke_variable(mem, stack, story, a, value, sp, fp)
+        return 0, np.int64(0), False, True
+    if operation == RET:
+        return _RETURN, a, False, True
+    if operation == LOAD:
+        return _STORE, _peek_variable(mem, stack, story, a, sp, fp), False, True
+    if operation == CALL_1S:
+        return _CALL | _STORE, np.int64(0), False, True
+    if operation == NOT_OR_CALL_1N:
+        return _STORE if story.version <= 4 else _CALL, ~a, False, True
+    if operation == GET_PROP_LEN:
+        return _STORE, _property_length(mem, story, a), False, True
     is_object = operation in (GET_SIBLING, GET_CHILD, GET_PARENT, REMOVE_OBJ, PRINT_OBJ)
     if is_object and a > (255 if story.version <= 3 else MAX_OBJECT):
         return 0, np.int64(0), False, False  # Frotz stops
@@ -977,20 +993,6 @@ def _execute_on_one(mem, stack, story, alphabet, operation, a, sp, fp, out, io, 
         return _STORE | _BRANCH, value, value != 0, True
     if operation == GET_PARENT:
         return _STORE, _relative(mem, story, a, 0), False, True
-    if operation == GET_PROP_LEN:
-        return _STORE, _property_length(mem, story, a), False, True
-    if operation == LOAD:
-        return _STORE, _peek_variable(mem, stack, story, a, sp, fp), False, True
-    if operation == RET:
-        return _RETURN, a, False, True
-    if operation == CALL_1S:
-        return _CALL | _STORE, np.int64(0), False, True
-    if operation == NOT_OR_CALL_1N:
-        return _STORE if story.version <= 4 else _CALL, ~a, False, True
-    if operation in (INC, DEC):
-        value = _peek_variable(mem, stack, story, a, sp, fp) + (1 if operation == INC else -1)
-        _poke_variable(mem, stack, story, a, value, sp, fp)
-        return 0, np.int64(0), False, True
     if operation == REMOVE_OBJ:
         return 0, np.int64(0), False, a != 0 and _unlink(mem, story, a)
     address = a  # PRINT_ADDR
@@ -1024,9 +1026,22 @@ def _execute_alone(mem, stack, story, operation, a, b, sp, frames, out, io, tabl
 
 
 @njit(nogil=True, forceinline=True)
+def _change_stack(mem, stack, story, operation, a, sp, fp):
+    """Push, pull or pop a word; the new stack pointer."""
+    if operation == PUSH:
+        stack[(sp - 1) & STACK_MASK] = a
+        return sp - 1
+    if operation == PULL:
+        _poke_variable(mem, stack, story, a, np.int64(stack[sp & STACK_MASK]), sp + 1, fp)
+    return sp + 1
+
+
+@njit(nogil=True, forceinline=True)
 def _finish(mem, stack, story, then, value, holds, args, num_args, a, b, pc, sp, fp, frames):
     """Do what follows an operation; as ``_return``, and whether it succeeded."""
     known = True
+    if then & _JUMP:
+        pc += value
     if then & _CALL:
         if a != 0:
             args[0], args[1] = a, b
@@ -1074,12 +1089,12 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             then, value, holds, known = _execute_on_two(
                 mem, stack, story, operation, num_args, args, a, b, sp, fp, events, count
             )
-        elif operation == PUSH:
-            sp -= 1
-            stack[sp & STACK_MASK] = a
-        elif operation == PULL:
-            value, sp = np.int64(stack[sp & STACK_MASK]), sp + 1
-            _poke_variable(mem, stack, story, a, value, sp, fp)
+        elif operation >= JZ and operation < RTRUE:
+            then, value, holds, known = _execute_on_one(
+                mem, stack, story, alphabet, operation, a, sp, fp, out, io, tables
+            )
+        elif operation in (PUSH, PULL) or (operation == POP_OR_CATCH and story.version <= 4):
+            sp = _change_stack(mem, stack, story, operation, a, sp, fp)
         elif operation == READ:
             known = is_first and _read_line(mem, story, alphabet, a, b if num_args > 1 else 0, line)
             then, value = _STORE if story.version >= 5 else 0, np.int64(13)
@@ -1087,19 +1102,11 @@ def _run(mem, stack, story, alphabet, registers, line, events, count, out, io):
             then, value, holds, known = _execute_on_memory(
                 mem, stack, story, alphabet, operation, num_args, args, a, b, fp, out, io, tables, random
             )
-        elif operation == JUMP:
-            pc += _signed(a) - 2
-        elif operation < RTRUE:
-            then, value, holds, known = _execute_on_one(
-                mem, stack, story, alphabet, operation, a, sp, fp, out, io, tables
-            )
         elif operation in (PRINT, PRINT_RET):
             pc = _put_string(mem, story, alphabet, out, io, tables, pc)
             if operation == PRINT_RET:
                 _put(mem, story, out, io, tables, 13)
                 then, value = _RETURN, np.int64(1)
-        elif operation == POP_OR_CATCH and story.version <= 4:
-            sp += 1
         else:
             then, value, holds, known = _execute_alone(mem, stack, story, operation, a, b, sp, frames, out, io, tables)
         if not known or sp > STACK_WORDS:
