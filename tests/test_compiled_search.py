@@ -67,7 +67,7 @@ def check_effects(env: ReproducibleFrotzEnv, state, *, count: int) -> int:
     left_out = {*trial.unknown, *halting}  # the compiled machine executes some commands that halt Jericho's emulator
     changes, expected = ([each for each in effects if each[0] not in left_out] for effects in (trial.changes, expected))
     if env._path.name == "afflicted.z8":
-        # Jericho keeps its score in a variable of its library, which restoring a state does not restore. After a command
+        # Jericho keeps its score in a variable of its library, which restoring a state does not reset. After a command
         # that scores, it thus counts commands that change nothing.
         expected = [(index, change) for index, change in expected if any(change)]
         changes = [(index, change) for index, change in changes if any(change)]
