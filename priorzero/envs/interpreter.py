@@ -863,27 +863,27 @@ def _read_instruction(mem, stack, story, args, pc, sp, fp):
 def _execute_on_object(mem, story, operation, a, b, events, count):
     """An operation on the object ``a``."""
     max_object, max_attribute = (255, 31) if story.version <= 3 else (MAX_OBJECT, 47)
-    is_attribute = operation in (TEST_ATTR, SET_ATTR, CLEAR_ATTR)
-    if a > max_object or (is_attribute and b > max_attribute) or (operation == INSERT_OBJ and b > max_object):
+    if a > max_object:
         return 0, np.int64(0), False, False  # Frotz stops
+    if operation == TEST_ATTR:
+        return _BRANCH, np.int64(0), _test_attribute(mem, story, a, b), b <= max_attribute
     if operation == JIN:
         return _BRANCH, np.int64(0), _relative(mem, story, a, 0) == b, True
-    if operation == TEST_ATTR:
-        return _BRANCH, np.int64(0), _test_attribute(mem, story, a, b), True
-    if operation in (SET_ATTR, CLEAR_ATTR):
-        _add_event(events, count, _SET if operation == SET_ATTR else _CLEARED, a, b)
-        if a != 0:
-            _change_attribute(mem, story, a, b, operation == SET_ATTR)
-        return 0, np.int64(0), False, True
-    if operation == INSERT_OBJ:
-        _add_event(events, count, _MOVED, a, b)
-        return 0, np.int64(0), False, a == 0 or b == 0 or _insert(mem, story, a, b)
     if operation == GET_PROP:
         return _STORE, _get_property(mem, story, a, b), False, True
     if operation == GET_PROP_ADDR:
         return _STORE, _property_address(mem, story, a, b), False, True
-    value = _next_property_number(mem, story, a, b)  # GET_NEXT_PROP
-    return _STORE, value, False, value >= 0
+    if operation == GET_NEXT_PROP:
+        value = _next_property_number(mem, story, a, b)
+        return _STORE, value, False, value >= 0
+    if operation == INSERT_OBJ:
+        _add_event(events, count, _MOVED, a, b)
+        return 0, np.int64(0), False, b <= max_object and (a == 0 or b == 0 or _insert(mem, story, a, b))
+    # SET_ATTR, CLEAR_ATTR
+    _add_event(events, count, _SET if operation == SET_ATTR else _CLEARED, a, b)
+    if a != 0 and b <= max_attribute:
+        _change_attribute(mem, story, a, b, operation == SET_ATTR)
+    return 0, np.int64(0), False, b <= max_attribute
 
 
 @njit(nogil=True, forceinline=True)
@@ -911,7 +911,7 @@ def _execute_on_two(mem, stack, story, operation, num_args, args, a, b, sp, fp, 
         return _CALL | _STORE, np.int64(0), False, True
     if operation == CALL_2N:
         return _CALL, np.int64(0), False, True
-    if operation in (OR, AND, LOADW, LOADB, ADD, SUB, MUL, DIV, MOD):
+    if operation in (OR, AND, LOADW, LOADB) or (operation >= ADD and operation <= MOD):
         value, known = _binary_value(mem, operation, a, b)
         return _STORE, value, False, known
     if operation >= SET_COLOUR or operation < JE:  # throwing to a frame is not supported
