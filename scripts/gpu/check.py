@@ -27,9 +27,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-SCRIPTS = Path(__file__).resolve().parent.parent
-sys.path.insert(1, str(SCRIPTS))
-sys.path.insert(2, str(SCRIPTS.parent))  # the package, if it is not installed
+sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # scripts/
+sys.path.insert(2, str(Path(__file__).resolve().parents[2]))  # the package, if it is not installed
 
 import torch
 from bench_tools import at_least, exit_code, make_folder, names_from, package_versions
