@@ -68,9 +68,7 @@ def play_at_random(*, steps: int, seed: int, drop_inert_commands: bool) -> tuple
     return states, decisions
 
 
-def synthetic_episode(
-    *, steps: int, num_actions: int, number: int
-) -> tuple[list[GameState], list[HistoryStep]]:
+def synthetic_episode(*, steps: int, num_actions: int, number: int) -> tuple[list[GameState], list[HistoryStep]]:
     """An episode without a game. Its texts are about as long as those of a game.
 
     Args:

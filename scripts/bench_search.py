@@ -44,7 +44,11 @@ def make_policy(size: str, *, device: str = "cpu", num_actions: int | None = Non
         device: of the world model.
         num_actions: actions in the vocabulary; None: those of the size.
     """
-    layer: dict[str, Any] = {"search": {"num_simulations": 25}, "prior": {"enabled": False}, "eval": {"modes": ["world_model"]}}
+    layer: dict[str, Any] = {
+        "search": {"num_simulations": 25},
+        "prior": {"enabled": False},
+        "eval": {"modes": ["world_model"]},
+    }
     settings = resolve_settings(SIZES[size][0], layer)
     if num_actions is not None:
         settings = resolve_settings(settings, {"env": {"action_space_size": num_actions}})
