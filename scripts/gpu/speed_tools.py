@@ -33,7 +33,7 @@ def median_seconds(
     function: Callable[[], Any],
     device: torch.device,
     *,
-    budget_s: float = 1.0,
+    budget_s: float = 0.5,
     max_repeats: int = 10,
     warm_up: bool = True,
 ) -> tuple[float, Any]:

@@ -156,7 +156,6 @@ def search_seconds(
     """Seconds of a search, and those of the world model within it: of the call with the median."""
     inference = policy.inference
     policy.search(roots, num_actions=num_actions)  # warm-up; it may record CUDA graphs for this number of roots
-    policy.search(roots, num_actions=num_actions)
     timed = TimedCalls(inference)
     policy.inference = timed
     try:
