@@ -104,7 +104,7 @@ def search_batch(
     """One search over all roots. Returns its seconds, those of the model (both of the fastest run), and the results."""
     runs = []
     for _ in range(repeats):
-        policy.inference = TimedInference(policy.network, to_scalar=policy.inverse_scalar_transform_handle)
+        policy.inference = TimedInference(policy.network)
         total_s, results = seconds(lambda: policy.search(roots, num_actions=num_actions), repeats=1)
         runs.append((total_s, policy.inference.model_s))
     return *min(runs), results

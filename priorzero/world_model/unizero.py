@@ -53,7 +53,7 @@ class UniZeroLearner(UniZeroPolicy):
             super().__init__(self.lightzero_config)
         self.network: Any = self._model
         self.target_network: Any = self._target_model._model  # inside DI-engine's wrapper for target networks
-        self.inference = WorldModelInference(self.network, to_scalar=self.inverse_scalar_transform_handle)
+        self.inference = WorldModelInference(self.network)
         self.features_are_fitted = False
         for encoder in self._encoders():  # buffers, so that checkpoints contain them
             encoder.register_buffer("feature_mean", torch.zeros(feature_size, device=device))
