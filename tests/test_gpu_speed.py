@@ -138,6 +138,16 @@ def test_forward_floor_is_the_larger_of_reading_and_computing(context, monkeypat
     assert floor(bandwidth=1e30, rate=1e3) == pytest.approx(operations / 1e3)
 
 
+def test_product_parameters_are_those_of_the_matrix_products(context):
+    """Two layers of width 64: query, key, value and output, and two matrices of an MLP that is four times as wide."""
+    policy = context.policy(CPU, feature_size=1280)
+    transformer, others = speed_world_model.product_parameters(policy)
+    assert transformer == 2 * (4 * 64 * 64 + 2 * 4 * 64 * 64)
+    tables = 256 * 64  # of the actions; there are few other parameters
+    total = sum(p.numel() for _, p in policy.trained_world_model_parameters())
+    assert 0.95 * total < transformer + others + tables < total
+
+
 def test_matmul_precision_is_restored():
     before = torch.get_float32_matmul_precision()
     with pytest.raises(RuntimeError), speed_tools.matmul_precision("high"):

@@ -1,9 +1,10 @@
 """Times of every part on this device, with ratios to a plain implementation and lower bounds. Takes two minutes.
 
 All times are seconds and medians of repeated calls after a warm-up; the device is waited for before each reading of the
-clock. A floor is the larger of two times: reading the parameters once for each forward pass at the bandwidth of a copy,
-and the floating point operations of the products with the parameters at the rate of one large product of the same type.
-Attention and element-wise operations are not in it. A ratio is the time of the plain implementation divided by ours.
+clock. A ratio is the time of the plain implementation divided by ours. A floor is the larger of two times: reading the
+parameters once for each forward pass at the bandwidth of a copy, and the floating point operations of the products with
+the parameters at the rate of one large product of the same type. Attention, element-wise operations and conversions to
+bfloat16 are not in it.
 
 A check passes if its results equal those of the plain implementation: log-probabilities of tokens within 1e-4 in
 float32 and 0.3 in bfloat16, and the SFT loss within 1e-4 and 1e-2 of itself. Where nothing is compared, a check only

@@ -168,11 +168,11 @@ def kernel_times(events: Sequence[Event]) -> dict[str, list[float]]:
 
 def operator_device_times(events: Sequence[Event]) -> dict[str, list[float]]:
     """The times of the kernels and copies by the operator that started them, in microseconds."""
-    operators = {e["args"].get("External id"): e["name"] for e in events if e.get("cat") == "cpu_op"}
+    operators = {e.get("args", {}).get("External id"): e["name"] for e in events if e.get("cat") == "cpu_op"}
     times: dict[str, list[float]] = {}
     for event in events:
         if event.get("cat") in DEVICE_WORK:
-            name = operators.get(event["args"].get("External id"), "(a CUDA graph, or no operator)")
+            name = operators.get(event.get("args", {}).get("External id"), "(a CUDA graph, or no operator)")
             times.setdefault(name, []).append(event["dur"])
     return times
 

@@ -45,13 +45,12 @@ def check_world_model_update(context: Context, *, size: str) -> Outcome:
     ours_s = update_seconds(policy, batch, context.device)
     on_cpu = context.policy("cpu", changes, feature_size=FEATURE_SIZE)
     cpu_s = update_seconds(on_cpu, batch, torch.device("cpu"), max_repeats=1)
-    num_parameters = sum(p.numel() for _, p in policy.trained_world_model_parameters())
     figures: Figures = {
         "seconds": ours_s,
-        "floor_s": update_floor(policy, context, tokens=2 * settings.train.batch_size * steps),
+        "floor_s": update_floor(policy, context, steps=settings.train.batch_size * (steps - 1)),
         "cpu_s": cpu_s,
         "ratio_cpu": cpu_s / ours_s,
-        "parameters_m": num_parameters / 1e6,
+        "parameters_m": sum(p.numel() for _, p in policy.trained_world_model_parameters()) / 1e6,
         "sequences_per_s": settings.train.batch_size / ours_s,
         "cpu_threads": torch.get_num_threads(),
     }
@@ -68,15 +67,28 @@ def update_seconds(
     )[0]
 
 
-def update_floor(policy: PriorZeroPolicy, context: Context, *, tokens: int) -> float:
-    """Seconds that an update takes at least.
+def update_floor(policy: PriorZeroPolicy, context: Context, *, steps: int) -> float:
+    """Seconds that an update on ``steps`` steps of all sequences together takes at least.
 
-    The network needs 6 operations for each parameter and token, its target 2. AdamW reads parameters, gradients and two
-    moments, and writes all but the gradients.
+    Each parameter needs 6 operations for each of its inputs. Those of the transformer are two tokens a step, those of
+    the encoder and the heads are one; tables need none. AdamW reads parameters, gradients and two moments, and writes
+    all but the gradients.
     """
     ceilings = measure_ceilings(context.device, quick=context.quick)
-    num_parameters = sum(p.numel() for _, p in policy.trained_world_model_parameters())
-    return max(8.0 * num_parameters * tokens / ceilings.rates[FLOAT32], 7 * 4 * num_parameters / ceilings.bandwidth)
+    transformer, others = product_parameters(policy)
+    all_parameters = sum(p.numel() for _, p in policy.trained_world_model_parameters())
+    operations = 6.0 * steps * (2 * transformer + others)
+    return max(operations / ceilings.rates[FLOAT32], 7 * 4 * all_parameters / ceilings.bandwidth)
+
+
+def product_parameters(policy: PriorZeroPolicy) -> tuple[int, int]:
+    """The numbers of parameters in matrix products: of the transformer, and of the encoder and the heads together."""
+    trained = {name for name, _ in policy.trained_world_model_parameters()}
+    counts = {True: 0, False: 0}
+    for name, module in policy.network.world_model.named_modules():
+        if isinstance(module, torch.nn.Linear) and f"{name}.weight" in trained:
+            counts[name.startswith("transformer.")] += module.weight.numel()
+    return counts[True], counts[False]
 
 
 # ---- search ----
@@ -140,7 +152,9 @@ def check_search(context: Context, *, num_actions: int) -> Outcome:
     figures["e4_goal_met"] = float(figures["e4_s"]) < GOAL_S
     if "e64_ratio_one_root" in figures:
         figures["e64_goal_met"] = float(figures["e64_ratio_one_root"]) >= GOAL_RATIO
-    return Outcome(None, figures, "ratio: to E searches of one root; model: calls of the world model")
+    return Outcome(
+        None, figures, "ratio: E searches of one root | one of E; model: calls of the world model; floor: without cache"
+    )
 
 
 def make_search_policy(context: Context, *, num_actions: int) -> PriorZeroPolicy:
@@ -172,11 +186,12 @@ def search_seconds(
 
 
 def search_floor(policy: PriorZeroPolicy, context: Context) -> float:
-    """Seconds of a search of any number of roots at least: each forward pass reads the parameters.
+    """Seconds of a search of any number of roots, if each forward pass reads the transformer's parameters from memory.
 
-    There are two in each simulation, for the reward and for the value, and one for the roots.
+    There are two passes in each simulation, for the reward and for the value, and one for the roots. A GPU's cache may
+    hold the parameters, so a search can take less.
     """
-    num_bytes = 4 * sum(p.numel() for _, p in policy.trained_world_model_parameters())
+    num_bytes = 4 * product_parameters(policy)[0]
     return (2 * SIMULATIONS + 1) * num_bytes / measure_ceilings(context.device, quick=context.quick).bandwidth
 
 
