@@ -93,9 +93,9 @@ def logprobs_one_prompt_per_action(llm: LanguageModel, row: PromptRow) -> list[n
     """The token log-probabilities of each action. The model processes the whole prompt again for every action."""
     result = []
     for completion in row.completions:
-        ids = torch.tensor([[*row.prompt_ids, *completion]])
+        ids = torch.tensor([[*row.prompt_ids, *completion]], device=llm.device)
         logits = llm.model(input_ids=ids, logits_to_keep=len(completion) + 1, use_cache=False).logits[0, :-1]
-        result.append(torch.log_softmax(logits, -1)[range(len(completion)), completion].numpy())
+        result.append(torch.log_softmax(logits.float(), -1)[range(len(completion)), completion].cpu().numpy())
     return result
 
 
