@@ -101,6 +101,8 @@ def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionVo
 def _check_parameters(policy: PriorZeroPolicy) -> None:
     """Raises RuntimeError if a run could not be resumed from these parameters."""
     models = {"world model": policy.trained_world_model_parameters()}
+    if not policy.is_consistent:
+        raise RuntimeError("the world model's optimiser ran out of memory in the middle of a step")
     if policy.llm_learner is not None:
         if not policy.llm_learner.is_consistent:
             raise RuntimeError("the LLM's optimiser ran out of memory in the middle of a step")

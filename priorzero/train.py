@@ -19,10 +19,14 @@ from priorzero.runs.errors import reported_to_user
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
 from priorzero.runtime.concurrency import check_no_running_loop, only_run_of_process
+from priorzero.runtime.memory import release_memory
 from priorzero.runtime.random_state import seed_globals
 from priorzero.settings import Settings
 from priorzero.training_run import TrainingRun
 from priorzero.types import EngineError, GameWorkerError, UserError
+
+# After these, what was learned is saved.
+ERRORS = (asyncio.CancelledError, GameWorkerError, EngineError, UserError, OSError, torch.OutOfMemoryError)
 
 
 def run_training(settings: Settings, *, checkpoint: Checkpoint | None = None) -> RunSummary:
@@ -131,7 +135,8 @@ async def _train(prepared: Preparation, *, device: torch.device) -> RunSummary:
         await run.begin()
         with run.stop.handle_signals():
             await training_loop(run, overlap=overlap)
-    except (asyncio.CancelledError, GameWorkerError, EngineError, UserError, OSError) as error:
+    except ERRORS as error:
+        release_memory(error)
         with run.stop.handle_signals():
             await run.save_after(error)
         raise

@@ -6,6 +6,7 @@ import asyncio
 import math
 import os
 import signal
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,7 +16,7 @@ from priorzero.config import resolve_settings
 from priorzero.llm.models import load_language_model
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
-from priorzero.run_state import load_world_model
+from priorzero.run_state import RunState, load_world_model
 from priorzero.runs.checkpoint import read_checkpoint
 from priorzero.runs.resume import newest_checkpoint
 from priorzero.runs.summary import count_moved, fingerprint
@@ -269,6 +270,30 @@ async def test_run_training_async_returns_when_it_is_interrupted(tmp_path):
         summary = await task
     assert signal.signal(signal.SIGINT, handler) is signal.default_int_handler
     assert summary.stopped and newest_checkpoint(summary.folder).manifest["counters"]["iteration"] >= 2
+
+
+def test_train_saves_when_the_gpu_has_too_little_memory(tmp_path, monkeypatch):
+    """The activations of the update that failed are freed first, so that saving has memory."""
+    alive = []
+
+    class Activations:
+        pass
+
+    def fail(policy, *_, **__):
+        activations = Activations()
+        alive.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    def write(state, folder, **keywords):
+        assert alive[0]() is None
+        own_write(state, folder, **keywords)
+
+    own_write = RunState.write
+    monkeypatch.setattr("priorzero.learning.update_world_model", fail)
+    monkeypatch.setattr(RunState, "write", write)
+    with toy_games(), pytest.raises(UserError, match=r"out of GPU memory \(CUDA out of .*train\.batch_size=4"):
+        train(short_settings(tmp_path, NO_LLM))
+    assert newest_checkpoint(tmp_path / "run").manifest["counters"]["iteration"] >= 1
 
 
 def test_run_training_runs_in_a_thread(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 
 import numpy as np
 import pytest
@@ -121,6 +122,23 @@ def test_learn_world_model_does_not_apply_a_gradient_that_is_not_finite():
     hook.remove()
     policy.learn_world_model(buffer.sample(8, policy), train_iter=5)
     assert not is_unchanged(policy, before)
+
+
+def test_policy_is_inconsistent_after_an_optimiser_step_that_failed_halfway(monkeypatch):
+    policy, buffer = make_policy_and_buffer()
+    policy.learn_world_model(buffer.sample(8, policy), train_iter=0)
+    assert policy.is_consistent
+
+    def fail(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[torch.optim.Adam.__module__], "adam", fail)  # of which AdamW is a subclass
+        with pytest.raises(torch.OutOfMemoryError):
+            policy.learn_world_model(buffer.sample(8, policy), train_iter=1)
+    assert not policy.is_consistent
+    policy.learn_world_model(buffer.sample(8, policy), train_iter=1)
+    assert policy.is_consistent
 
 
 def test_learn_world_model_raises_other_errors_of_lightzero_as_they_are(monkeypatch):

@@ -44,7 +44,10 @@ FILE_ERRORS = {
 
 @contextlib.contextmanager
 def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True) -> Iterator[None]:
-    """Raise UserError in place of errors of games, engines and disks. ``resumable``: ``--resume`` continues the run."""
+    """Raise UserError in place of errors of games, engines, disks and the GPU's memory.
+
+    ``resumable``: ``--resume`` continues the run.
+    """
     try:
         yield
     except GameWorkerError as error:
@@ -54,6 +57,18 @@ def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True
         ) from error
     except EngineError as error:
         raise UserError(f"the LLM engine failed: {error}. The run's files are in {folder}") from error
+    except RuntimeError as error:
+        import torch  # late, since the module is also used where torch is not needed
+
+        if not isinstance(error, torch.OutOfMemoryError):
+            raise
+        uses_vllm = settings.prior.enabled and settings.prior.engine == "vllm"
+        raise UserError(
+            f"out of GPU memory ({' '.join(str(error).split())[:200]}). End other programs that use the GPU "
+            f"(nvidia-smi lists them){', or lower vllm.gpu_memory_utilization' if uses_vllm else ''}. A new run needs "
+            f"less memory with --set llm.use_lora=true, a smaller llm.path, or --set train.batch_size="
+            f"{settings.train.batch_size // 2}. The run's files are in {folder}"
+        ) from error
     except OSError as error:
         advice = disk_advice(error, folder=folder)
         if advice is None:

@@ -45,6 +45,7 @@ class UniZeroLearner(UniZeroPolicy):
         target_network: its moving average, which computes the targets of values and latent states.
         inference: the network as the search uses it.
         features_are_fitted: :meth:`fit_features` has been called.
+        is_consistent: False if an optimiser step failed halfway, so that parameters are partly updated.
     """
 
     def __init__(self, settings: Settings, *, feature_size: int, device: str) -> None:
@@ -55,12 +56,14 @@ class UniZeroLearner(UniZeroPolicy):
         self.target_network: Any = self._target_model._model  # inside DI-engine's wrapper for target networks
         self.inference = WorldModelInference(self.network)
         self.features_are_fitted = False
+        self.is_consistent = True
         for encoder in self._encoders():  # buffers, so that checkpoints contain them
             encoder.register_buffer("feature_mean", torch.zeros(feature_size, device=device))
             encoder.register_buffer("feature_deviation", torch.ones(feature_size, device=device))
             encoder.register_forward_pre_hook(_standardise)
         self._sequence_weights = SequenceWeights(self.network.world_model)
-        self._optimizer_world_model.register_step_pre_hook(self._check_gradients)
+        self._optimizer_world_model.register_step_pre_hook(self._before_step)
+        self._optimizer_world_model.register_step_post_hook(self._after_step)
 
     def fit_features(self, features: np.ndarray) -> None:
         """Standardise the input of both networks by the mean and the deviation of ``features``, ``[n, F]``.
@@ -119,8 +122,8 @@ class UniZeroLearner(UniZeroPolicy):
             ) from error
         return log
 
-    def _check_gradients(self, *_: Any) -> None:
-        """Runs before the optimiser step, which would apply the gradients."""
+    def _before_step(self, *_: Any) -> None:
+        """Runs before the optimiser step, which would apply gradients that are not finite."""
         wrong = [
             name
             for name, p in self.trained_world_model_parameters()
@@ -128,6 +131,10 @@ class UniZeroLearner(UniZeroPolicy):
         ]
         if wrong:
             raise NonFiniteError(f"the gradient of {wrong[0]} and {len(wrong) - 1} other parameters is not finite")
+        self.is_consistent = False
+
+    def _after_step(self, *_: Any) -> None:
+        self.is_consistent = True
 
     def trained_world_model_parameters(self) -> list[tuple[str, nn.Parameter]]:
         """The parameters that an update changes, by name.

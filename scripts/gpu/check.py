@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import datetime
 import faulthandler
+import functools
 import importlib
 import json
 import os
@@ -33,6 +34,7 @@ sys.path.insert(2, str(Path(__file__).resolve().parents[2]))  # the package, if 
 import torch
 from bench_tools import at_least, exit_code, make_folder, names_from, package_versions
 from gpu_context import RANDOM, Context, Outcome
+from loguru import logger
 
 from priorzero.llm.models import choose_device
 
@@ -53,14 +55,22 @@ def load_checks(parts: Sequence[str], only: Sequence[str] | None) -> dict[str, t
     Raises:
         UserError: a name of ``only`` is unknown.
     """
-    checks = {}
+    checks: dict[str, tuple[str, Check, int]] = {}
     for part in parts:
-        module = importlib.import_module(part)
+        try:
+            module = importlib.import_module(part)
+        except Exception as error:  # such as a package that this part needs; the other parts are run
+            checks[f"import_{part}"] = part, functools.partial(_raise, error), LIMIT_S
+            continue
         limits = getattr(module, "LIMITS_S", {})
         checks.update({name: (part, check, limits.get(name, LIMIT_S)) for name, check in module.CHECKS.items()})
     if only is None:
         return checks
     return {name: checks[name] for name in names_from(",".join(only), list(checks), flag="--only")}
+
+
+def _raise(error: Exception, context: Context) -> Outcome:
+    raise error
 
 
 @contextlib.contextmanager
@@ -161,6 +171,8 @@ def run_checks(options: argparse.Namespace) -> int:
     checks = load_checks(parts, options.only.split(",") if options.only else None)
     context = Context(choose_device(options.device), options.llm, options.encoder, options.quick, options.out)
     make_folder(options.out)
+    logger.remove()
+    logger.add(options.out / "check.log", level="DEBUG")
     machine, results = describe_machine(context.device), dict[str, Any]()
     print(json.dumps(machine), flush=True)
     for name, (part, check, limit_s) in checks.items():

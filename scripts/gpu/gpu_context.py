@@ -42,6 +42,8 @@ SMALL_LLM = {
 SMALL_ENCODER = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 SMALL_WORLD_MODEL: Layer = {"world_model": {"embed_dim": 64, "num_heads": 4}, "train": {"batch_size": 8}}
 
+Figures = dict[str, Any]  # names and values that JSON can represent
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -54,7 +56,7 @@ class Outcome:
     """
 
     ok: bool | None
-    figures: dict[str, float | str | bool] = field(default_factory=dict)
+    figures: Figures = field(default_factory=dict)
     note: str = ""
 
 
