@@ -98,8 +98,9 @@ def pack(
     lengths = np.array([len(completion) for completion in completions])
     mask = np.arange(lengths.max()) < lengths[:, None]  # (R, T)
     block_size = block_size or (CPU_BLOCK_SIZE if device.type == "cpu" else GPU_BLOCK_SIZE)
-    blocks = _blocks(tree.parents, size=block_size)
-    arrays: list[Any] = [tree.tokens, np.array(tree.depths) + num_cached, *tree.intervals()]
+    runs = _Runs.of(tree.parents)
+    blocks = runs.blocks(block_size)
+    arrays: list[Any] = [tree.tokens, np.array(tree.depths) + num_cached, *runs.intervals()]
     arrays += np.unique(nodes, return_inverse=True)
     arrays += [[token for completion in completions for token in completion], np.flatnonzero(mask), mask.ravel()]
     arrays += [seen for _, seen in blocks]
@@ -167,43 +168,67 @@ class _TokenTree:
             path += new
         return path
 
-    def intervals(self) -> tuple[list[int], list[int]]:
+
+@dataclass(frozen=True)
+class _Runs:
+    """The nodes of a tree as runs: each node of a run but the first is a child of the node before.
+
+    There are far fewer runs than nodes, so the loops over runs are fast.
+    """
+
+    parents: np.ndarray  # [L], the parent of each node, or -1
+    run_of: np.ndarray  # [L], the run of each node
+    starts: np.ndarray  # [R], the first node of each run
+
+    @classmethod
+    def of(cls, parents: Sequence[int]) -> _Runs:
+        array = np.array(parents)
+        is_start = array != np.arange(len(array)) - 1
+        is_start[0] = True
+        return cls(array, np.cumsum(is_start) - 1, np.flatnonzero(is_start))
+
+    def intervals(self) -> tuple[np.ndarray, np.ndarray]:
         """Numbers ``[L]`` of the nodes in depth-first order, and of the last descendant of each node.
 
-        Node a is node b or an ancestor of it if ``first[a] <= first[b] <= last[a]``.
+        Node a is node b or an ancestor of it if ``first[a] <= first[b] <= last[a]``. The next node of a run comes after
+        all other children, so all nodes of a run have the same last descendant.
         """
-        length = len(self.parents)
-        sizes = [1] * length + [0]  # of the subtrees; the last entry is that of node -1
-        for node in range(length - 1, -1, -1):
-            sizes[self.parents[node]] += sizes[node]
-        first, following = [0] * length, [1] * length + [0]  # the number of a node's next child
-        for node, parent in enumerate(self.parents):
-            first[node] = following[parent]
-            following[parent] += sizes[node]
-            following[node] = first[node] + 1
-        return first, [number + size - 1 for number, size in zip(first, sizes, strict=False)]
+        length, run_of = len(self.parents), self.run_of.tolist()
+        run_parents = self.parents[self.starts].tolist()
+        sizes = np.diff(self.starts, append=length).tolist()  # number of nodes of a run, and of the runs below it
+        below = [0] * (length + 1)  # the same for the runs below a node; the last entry is that of node -1
+        for run in range(len(sizes) - 1, -1, -1):
+            parent = run_parents[run]
+            below[parent] += sizes[run]
+            if parent >= 0:
+                sizes[run_of[parent]] += sizes[run]
+        offsets = np.cumsum([0, *below[: length - 1]]) + np.arange(length)
+        offsets -= offsets[self.starts][self.run_of]  # position of a node after the start of its run
+        position = offsets.tolist()
+        firsts: list[int] = []  # of each run
+        used = [0] * (length + 1)  # nodes below a node that have a number already
+        for parent, size in zip(run_parents, sizes, strict=True):
+            before = firsts[run_of[parent]] + position[parent] + 1 if parent >= 0 else 0
+            firsts.append(before + used[parent])
+            used[parent] += size
+        first, last = np.array(firsts), np.array(firsts) + sizes - 1
+        return first[self.run_of] + offsets, last[self.run_of]
 
-
-def _blocks(parents: Sequence[int], *, size: int) -> list[tuple[slice, np.ndarray]]:
-    """Consecutive nodes in blocks of at most ``size``, each with the nodes ``[S]`` that any of them sees."""
-    array = np.array(parents)
-    length = len(array)
-    numbers = np.arange(length)
-    # The parent of most nodes is the node before. Such runs are handled as a whole.
-    run_starts = np.maximum.accumulate(np.where(array == numbers - 1, 0, numbers))
-    blocks = []
-    for start in range(0, length, size):
-        stop = min(start + size, length)
-        seen = np.zeros(stop, dtype=bool)
-        seen[start:] = True
-        outside = array[start:stop]
-        for node in np.unique(outside[outside < start]):
-            while node >= 0 and not seen[node]:
-                first = run_starts[node]
-                seen[first : node + 1] = True
-                node = array[first]
-        blocks.append((slice(start, stop), np.flatnonzero(seen)))
-    return blocks
+    def blocks(self, size: int) -> list[tuple[slice, np.ndarray]]:
+        """Consecutive nodes in blocks of at most ``size``, each with the nodes ``[S]`` that any of them sees."""
+        blocks = []
+        for start in range(0, len(self.parents), size):
+            stop = min(start + size, len(self.parents))
+            seen = np.zeros(stop, dtype=bool)
+            seen[start:] = True
+            outside = self.parents[start:stop]
+            for node in np.unique(outside[outside < start]):
+                while node >= 0 and not seen[node]:
+                    first = self.starts[self.run_of[node]]
+                    seen[first : node + 1] = True
+                    node = self.parents[first]
+            blocks.append((slice(start, stop), np.flatnonzero(seen)))
+        return blocks
 
 
 def _attention_block(
