@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 2048  # nodes in a block of the attention
+MAX_SINGLE_BLOCK = 4096  # on a GPU, so many nodes are one block
 MASK_ALIGNMENT = 8  # the attention of a GPU copies a mask in each layer unless the stride of its rows is a multiple
 ATTENTION = "tree_sdpa"  # name of `tree_attention` in transformers
 
@@ -97,7 +98,9 @@ def pack(
     completions = [completion for row in rows for completion in row.completions]
     lengths = np.array([len(completion) for completion in completions])
     mask = np.arange(lengths.max()) < lengths[:, None]  # (R, T)
-    block_size = block_size or (CPU_BLOCK_SIZE if device.type == "cpu" else GPU_BLOCK_SIZE)
+    if block_size is None:
+        gpu_block_size = MAX_SINGLE_BLOCK if len(tree.tokens) <= MAX_SINGLE_BLOCK else GPU_BLOCK_SIZE
+        block_size = CPU_BLOCK_SIZE if device.type == "cpu" else gpu_block_size
     runs = _Runs.of(tree.parents)
     blocks = runs.blocks(block_size)
     arrays: list[Any] = [tree.tokens, np.array(tree.depths) + num_cached, *runs.intervals()]
@@ -311,6 +314,11 @@ def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> 
     Returns:
         ``[R, T]`` float32, zero where ``completion_mask`` is False. Gradients flow if they are enabled.
     """
+    return scatter_logprobs(predicted_logprobs(model, batch, past=past), batch)
+
+
+def predicted_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> Tensor:
+    """The log-probabilities of :func:`completion_logprobs` in reading order, ``[N]`` float32."""
     length = batch.input_ids.shape[1]
     num_keys = length + (past.get_seq_length() if past is not None else 0)
     logits = (
@@ -328,7 +336,11 @@ def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> 
         .float()
     )  # (P, V)
     # logsumexp is computed once for each node, since a node can predict the first token of many completions.
-    logprobs = logits[batch.index, batch.target] - torch.logsumexp(logits, dim=-1)[batch.index]  # (N,)
+    return logits[batch.index, batch.target] - torch.logsumexp(logits, dim=-1)[batch.index]
+
+
+def scatter_logprobs(logprobs: Tensor, batch: PackedBatch) -> Tensor:
+    """The log-probabilities ``[N]`` of the tokens of all completions as ``[R, T]``, zero elsewhere."""
     result = torch.zeros(batch.completion_mask.numel(), dtype=torch.float32, device=logprobs.device)
     return result.index_copy(0, batch.slots, logprobs).view(batch.completion_mask.shape)
 

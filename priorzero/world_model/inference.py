@@ -66,20 +66,28 @@ class WorldModelInference:
         return [Context(own, length) for own, length in zip(tokens, lengths, strict=True)]
 
     def predict(self, contexts: Sequence[Context]) -> tuple[np.ndarray, np.ndarray]:
-        lengths = [context.length for context in contexts]
-        tokens = self._stack(contexts, width=max(lengths))
+        padded = self._padded(contexts)
+        lengths = [context.length for context in padded]
+        tokens = self._stack(padded, width=max(lengths))
         policy_logits, values = self._run_predict(tokens, self._to_device(np.array(lengths)))
-        return policy_logits.cpu().numpy(), values.cpu().numpy()
+        return policy_logits[: len(contexts)].cpu().numpy(), values[: len(contexts)].cpu().numpy()
 
     def step(self, contexts: Sequence[Context], actions: np.ndarray) -> tuple[list[Context], np.ndarray]:
-        lengths = [context.length for context in contexts]
-        tokens = self._stack(contexts, width=max(lengths) + 1)
+        padded = self._padded(contexts)
+        lengths = [context.length for context in padded]
+        tokens = self._stack(padded, width=max(lengths) + 1)
+        actions = np.pad(actions, (0, len(padded) - len(contexts)))
         followed, rewards = self._run_step(tokens, *self._to_device(np.array([lengths, actions])))
         children = [
-            Context(own, length + 2 if length + 2 < self.context_length else length)
-            for own, length in zip(followed, lengths, strict=True)
+            Context(own, context.length + 2 if context.length + 2 < self.context_length else context.length)
+            for own, context in zip(followed[: len(contexts)], contexts, strict=True)
         ]
-        return children, rewards.cpu().numpy()
+        return children, rewards[: len(contexts)].cpu().numpy()
+
+    def _padded(self, contexts: Sequence[Context]) -> list[Context]:
+        """On a GPU, the contexts and copies of the first one up to the next power of two, so that few graphs occur."""
+        missing = (1 << (len(contexts) - 1).bit_length()) - len(contexts) if self._is_cuda else 0
+        return [*contexts, *[contexts[0]] * missing]
 
     def _stack(self, contexts: Sequence[Context], *, width: int) -> Tensor:
         """The tokens of n contexts, ``[n, width, E]``; on a GPU ``[n, T, E]``, since a graph has fixed shapes."""

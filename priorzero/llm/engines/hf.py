@@ -15,6 +15,7 @@ from loguru import logger
 from priorzero.llm.engines.base import PriorBuilder, PriorCache
 from priorzero.llm.engines.prompt_cache import PromptCache
 from priorzero.llm.packing import PromptRow, split_completions
+from priorzero.llm.scoring_graphs import GraphScorer
 from priorzero.runtime.concurrency import run_in_thread
 from priorzero.types import ActionPrior, EngineError, PriorRequest, PromptTooLongError
 
@@ -66,6 +67,8 @@ class TransformersEngine:
         self.cache = PriorCache(builder)
         self.prompt_cache = PromptCache(prompt_cache_tokens)
         self._uses_prompt_cache = prompt_cache_tokens > 0
+        is_cuda = builder.llm.device.type == "cuda"
+        self._token_logprobs = GraphScorer(builder.llm).token_logprobs if is_cuda else builder.llm.token_logprobs
         self._lock = asyncio.Lock()
         self._computed_tokens = 0
         self._computing_s = 0.0
@@ -181,7 +184,7 @@ class TransformersEngine:
             self._computed_tokens += past.get_seq_length() - num_cached
             self.prompt_cache.store(rows[0].prompt_ids, past)
         else:
-            token_logprobs, completion_mask = self.builder.llm.token_logprobs(rows)  # (R, T)
+            token_logprobs, completion_mask = self._token_logprobs(rows)  # (R, T)
             self._computed_tokens += sum(self._size(row)[0] for row in rows)
         logprobs = iter(split_completions(token_logprobs, completion_mask))
         return [
