@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ class Update:
         settings = context.settings({"llm": llm_settings})
         self.learner = LLMLearner(self.llm, settings.llm, style=prompt_style(settings))
         self.learner.optimizer.param_groups[0]["lr"] = learning_rate
-        records = make_records(context, self.llm, tokens=tokens or (20 if context.quick else 200))
+        records = make_records(context, self.llm, tokens=tokens or (20 if context.quick else 100))
         returns = np.random.default_rng(1).normal(size=len(records))
         self.samples: list[LLMSample]
         self.samples, skipped = self.learner.samples(records, returns)
@@ -336,12 +337,11 @@ def check_bfloat16_update(context: Context) -> Outcome:
 def memory_limit(device: torch.device, limit: float) -> Iterator[None]:
     """Let this process use at most ``limit`` bytes of the GPU's memory."""
     torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(limit / total, device)
+    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
     try:
         yield
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0)
         torch.cuda.empty_cache()
 
 
@@ -380,6 +380,7 @@ def check_out_of_memory(context: Context) -> Outcome:
             message = str(error)
     update.learner.cfg.micro_batch_size = 8
     _, again = update.run()
+    gc.collect()
     figures: Figures = {
         "micro_batch": size,
         "gradient": relative_difference(halved, gradient),
