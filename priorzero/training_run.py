@@ -27,7 +27,7 @@ from priorzero.runs.summary import (
     count_moved,
     fingerprint,
     format_table,
-    peak_memory_mb,
+    peak_memory_text,
     summary_rows,
     summary_text,
     time_text,
@@ -341,7 +341,7 @@ class TrainingRun:
             evaluations=self._evaluations,
             resources={
                 "time of the iterations": agent.timeline.total.describe(),
-                "peak memory": f"{peak_memory_mb():.0f} MB in this process",
+                "peak memory": peak_memory_text(),
                 "wall time": f"{self.logger.seconds:.0f} s",
             },
             checkpoint=self.saver.last,

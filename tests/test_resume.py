@@ -366,7 +366,7 @@ def test_resume_without_a_saved_run_starts_a_new_one(tmp_path, capfd):
     assert "a new run starts" in stderr and "run.unsaved1" in stderr
     # Once the run has saved, the same command resumes it. What the flags do not give comes from the run.
     assert "resumed from iteration_2" in run_command(*command, "--max_iter", "4")
-    assignments = ["--set", "llm.micro_batch_size=2", "--set", "train.learning_rate=3e-4"]
+    assignments = ["--set", "llm.micro_batch_size=2", "--set", "llm.dtype=float32", "--set", "train.learning_rate=3e-4"]
     stderr = run_command("--resume", str(unsaved), "--max_iter", "5", *assignments)
     assert "resumed from iteration_4" in stderr
     state = torch.load(unsaved / "checkpoints" / "iteration_5" / "training.pt", weights_only=True)

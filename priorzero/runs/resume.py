@@ -34,7 +34,7 @@ MAY_DIFFER = {
     },
     "env": {"evaluator_env_num", "step_timeout_s"},
     "prior": {"engine", "attempts", "backoff_s", "timeout_s", "prompt_cache_tokens"},
-    "llm": {"trust_remote_code", "micro_batch_size", "learning_rate", "grad_clip"},
+    "llm": {"dtype", "trust_remote_code", "micro_batch_size", "learning_rate", "grad_clip"},
     "train": {"overlap", "learning_rate", "grad_clip", "max_nonfinite_updates"},
     "vllm": set(VLLMSettings.model_fields) - {"sync_every", "max_staleness"},
     "eval": {"every", "at_start", "episodes", "modes", "unseen"},

@@ -207,6 +207,14 @@ def peak_memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6  # Linux counts in KiB
 
 
+def peak_memory_text() -> str:
+    """The largest memory so far of this process, and of the GPU if the process uses one."""
+    text = f"{peak_memory_mb():.0f} MB in this process"
+    if torch.cuda.is_initialized():
+        text += f", {torch.cuda.max_memory_reserved() / 1e6:.0f} MB of the GPU"
+    return text
+
+
 def fingerprint(parameters: Mapping[str, Tensor]) -> dict[str, int]:
     """A checksum (CRC-32) of each tensor's bytes, by name."""
     return {

@@ -99,7 +99,7 @@ def run_check(check: Check, context: Context, *, limit_s: int) -> dict[str, Any]
         text = " ".join(str(raised).split())
         outcome, error = Outcome(False, note=f"{type(raised).__name__}: {text[:300]}"), traceback.format_exc()
     result = {
-        "ok": outcome.ok,
+        "ok": None if outcome.ok is None else bool(outcome.ok),
         "seconds": round(time.perf_counter() - started, 3),
         "figures": outcome.figures,
         "note": outcome.note,
@@ -107,12 +107,15 @@ def run_check(check: Check, context: Context, *, limit_s: int) -> dict[str, Any]
     return result if error is None else {**result, "error": error}
 
 
-def empty_device(device: torch.device) -> None:
-    """Free the memory that the last check used."""
+def device_works(device: torch.device) -> bool:
+    """Free the memory that the last check used; False if an error in a kernel has made the GPU useless to a process."""
     if device.type == "cuda":
-        # After an error in a kernel, every further call fails; the next check reports it.
-        with contextlib.suppress(RuntimeError):
+        try:
+            torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
+        except RuntimeError:
+            return False
+    return True
 
 
 def describe_machine(device: torch.device) -> dict[str, Any]:
@@ -180,7 +183,10 @@ def run_checks(options: argparse.Namespace) -> int:
         results[name] = {"part": part, **result}
         write_results(options.out, {"machine": machine, "arguments": sys.argv[1:], "results": results})
         print(line_of(name, result), flush=True)
-        empty_device(context.device)
+        if not device_works(context.device):
+            rest = list(checks)[list(checks).index(name) + 1 :]
+            print(f"after this error the GPU cannot be used; continue with --only {','.join(rest)}")
+            break
     outcomes = [result["ok"] for result in results.values()]
     passed, failed, measured = (outcomes.count(ok) for ok in (True, False, None))
     print(f"{len(outcomes)} checks: {passed} passed, {failed} failed, {measured} measured")
@@ -203,7 +209,6 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 if a check failed, or 2 after an error that the user can correct."""
-    faulthandler.enable()
     options = parse_arguments(arguments)
     failed = 0
 
@@ -215,4 +220,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    faulthandler.enable()
     sys.exit(main())

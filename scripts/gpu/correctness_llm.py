@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import gc
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -116,7 +117,7 @@ class Update:
         settings = context.settings({"llm": llm_settings})
         self.learner = LLMLearner(self.llm, settings.llm, style=prompt_style(settings))
         self.learner.optimizer.param_groups[0]["lr"] = learning_rate
-        records = make_records(context, self.llm, tokens=tokens or (20 if context.quick else 200))
+        records = make_records(context, self.llm, tokens=tokens or (20 if context.quick else 100))
         returns = np.random.default_rng(1).normal(size=len(records))
         self.samples: list[LLMSample]
         self.samples, skipped = self.learner.samples(records, returns)
@@ -381,6 +382,7 @@ def check_out_of_memory(context: Context) -> Outcome:
             message = str(error)
     update.learner.cfg.micro_batch_size = 8
     _, again = update.run()
+    gc.collect()
     figures: Figures = {
         "micro_batch": size,
         "gradient": relative_difference(halved, gradient),
