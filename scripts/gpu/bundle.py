@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import lzma
 import os
 import re
@@ -170,6 +171,7 @@ def add_models(base: Path, large: Path) -> None:
             elif file.suffix == ".safetensors":
                 copy.parent.mkdir(parents=True)
                 copy_as_float16(file, copy)
+                load_as_float32(base / copy.relative_to(large).with_name("config.json"))
 
 
 def copy_without_weights(source: Path, target: Path) -> None:
@@ -185,6 +187,11 @@ def copy_as_float16(source: Path, target: Path) -> None:
 
     tensors = {key: t.half() if t.dtype == torch.float32 else t for key, t in load_file(source).items()}
     save_file(tensors, target, metadata={"format": "pt"})
+
+
+def load_as_float32(config: Path) -> None:
+    """Let transformers load a model in float32, whatever the type of its weights is."""
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 # ---- parts ----
