@@ -6,16 +6,17 @@ import dataclasses
 import functools
 import json
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from priorzero.envs.child import run_in_fork
-from priorzero.envs.frotz import KEY_COMMANDS, EmulatorState, RestorableFrotzEnv
+from priorzero.envs.frotz import EmulatorState, RestorableFrotzEnv
+from priorzero.envs.frotz_keys import KEY_COMMANDS, is_key
 from priorzero.envs.games import GameSpec, make_game
 from priorzero.envs.jericho_game import JerichoGame
-from priorzero.types import GameState, HistoryStep, UserError
+from priorzero.envs.walkthrough_steps import WalkthroughStep
+from priorzero.types import UserError
 
 NEVER = 10**9  # the walkthrough ends the episode
 COMPARE_TIMEOUT_S = 60.0
@@ -28,55 +29,6 @@ WHOLE_COMMANDS = {
 FIRST_WORDS = {"x": "examine", "l": "look", "get": "take"}
 MOVEMENTS = ("in", "into", "on", "onto", "off", "out", "up", "down")  # "get out" does not mean "take out"
 AGAIN = ("g", "again")
-
-
-@dataclass(frozen=True, slots=True)
-class WalkthroughStep:
-    """A state of a walkthrough and the command that is given there.
-
-    Attributes:
-        game: the game's short name, as :attr:`GameSpec.name`.
-        step: number of commands before this one.
-        goal, feedback, look, inventory, score, max_score, moves: those of the :class:`GameState`.
-        reward: points that the command gained.
-        command: the command as the walkthrough has it.
-        action: the command written out: the valid action with its effect if there is one.
-        valid_actions: the valid actions of the state; None if they were not searched.
-        correct: position in ``valid_actions`` of the action that leads to the same world; None if there is none.
-    """
-
-    game: str
-    step: int
-    goal: str
-    feedback: str
-    look: str
-    inventory: str
-    score: float
-    max_score: float
-    moves: int
-    reward: float
-    command: str
-    action: str
-    valid_actions: tuple[str, ...] | None = None
-    correct: int | None = None
-
-    def state(self) -> GameState:
-        """The state of the game. Without searched valid actions, the only one is the command."""
-        return GameState(
-            feedback=self.feedback,
-            valid_actions=self.valid_actions or (self.action,),
-            score=self.score,
-            max_score=self.max_score,
-            moves=self.moves,
-            look=self.look,
-            inventory=self.inventory,
-            goal=self.goal,
-        )
-
-    def history_step(self) -> HistoryStep:
-        """The decision as later prompts show it."""
-        state = self.state()
-        return HistoryStep(state.feedback, self.action, self.reward, state.place, state.room, state.score)
 
 
 def collect_walkthrough(
@@ -185,11 +137,6 @@ def _play(game: _RecordedGame, spec: GameSpec) -> list[WalkthroughStep]:
             )
         )
     return steps
-
-
-def is_key(action: str) -> bool:
-    """Whether an action presses a key where the game waits for one."""
-    return action in KEY_COMMANDS
 
 
 def _key_name(command: str) -> str:
@@ -306,30 +253,3 @@ def spread(num_states: int) -> list[int]:
     bits = max(1, (num_states - 1).bit_length())
     reversed_bits = (int(f"{number:0{bits}b}"[::-1], 2) for number in range(1 << bits))
     return [number for number in reversed_bits if number < num_states]
-
-
-# ---- files ----
-
-
-def write_steps(file: Path, steps: Iterable[WalkthroughStep]) -> None:
-    """Write one line of JSON for each step. The file is complete, or it is not there."""
-    scratch = file.with_name(f".{file.name}.new")
-    with scratch.open("w", encoding="utf-8") as out:
-        for step in steps:
-            out.write(json.dumps(dataclasses.asdict(step), ensure_ascii=False) + "\n")
-    scratch.replace(file)
-
-
-def read_steps(file: Path) -> Iterator[WalkthroughStep]:
-    """The steps that :func:`write_steps` wrote.
-
-    Raises:
-        UserError: the file is not such a file.
-    """
-    try:
-        for line in file.read_text(encoding="utf-8").splitlines():
-            entry = json.loads(line)
-            actions = entry.pop("valid_actions")
-            yield WalkthroughStep(**entry, valid_actions=None if actions is None else tuple(actions))
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file}: is not a file of walkthrough steps ({error}); delete it to make it again") from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from loguru import logger
 
 from priorzero.envs.games import resolve_game
-from priorzero.envs.walkthroughs import collect_walkthrough, write_steps
+from priorzero.envs.walkthrough_steps import write_steps
 from priorzero.pretraining.games import PretrainingGame, Split
 from priorzero.types import UserError
 
@@ -37,6 +37,8 @@ def collect(
     Raises:
         UserError: a generated game cannot be made, or the folder cannot be written to.
     """
+    from priorzero.envs.walkthroughs import collect_walkthrough  # late: imports Jericho, which reading needs not
+
     missing = []
     for number, game in enumerate(games, start=1):
         try:
