@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from priorzero.config import parse_assignments, read_config_file, resolve_settings
@@ -78,6 +77,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=int, default=plan.epochs, help="passes over the data (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=0.0, help="stop the training after N minutes (default: never)")
     parser.add_argument("--negatives", type=int, default=plan.negatives, help="other actions (default: %(default)s)")
+    parser.add_argument(
+        "--borrow", type=int, default=plan.borrow, metavar="N",
+        help="states without valid actions borrow those of a state at most N commands away (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument("--tokens", choices=("unsearched", "all", "none"), default=plan.tokens,
                         help="decisions whose command is learnt as text (default: %(default)s)")  # fmt: skip
     parser.add_argument("--decay", choices=("cosine", "linear", "none"), default=plan.decay)
@@ -112,7 +115,14 @@ def plan_from(arguments: argparse.Namespace) -> PretrainingPlan:
     Raises:
         UserError: a number is not allowed.
     """
-    for name, lowest in (("epochs", 1), ("minutes", 0), ("negatives", 1), ("evaluations", 0), ("eval_states", 1)):
+    for name, lowest in (
+        ("epochs", 1),
+        ("minutes", 0),
+        ("negatives", 1),
+        ("borrow", 0),
+        ("evaluations", 0),
+        ("eval_states", 1),
+    ):
         if getattr(arguments, name) < lowest:
             raise UserError(f"--{name} {getattr(arguments, name)}: give a number of at least {lowest}")
     if arguments.seed < 0 or (arguments.workers or 0) < 0:
@@ -122,6 +132,7 @@ def plan_from(arguments: argparse.Namespace) -> PretrainingPlan:
         epochs=arguments.epochs,
         minutes=arguments.minutes,
         negatives=arguments.negatives,
+        borrow=arguments.borrow,
         tokens=arguments.tokens,
         decay=arguments.decay,
         evaluations=arguments.evaluations,

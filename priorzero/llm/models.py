@@ -60,8 +60,8 @@ class LanguageModel:
     ``model`` is the transformers model, or the peft model around it. Its parameters are float32, because an update of
     1e-6 would be lost in the rounding of bfloat16. ``reference`` is a copy of the model before any update, for the KL
     penalty. It is None if there is no penalty, or if the model has new adapters: without these it is its own reference.
-    ``has_merged_adapter``: the model differs from the files of its base model before any update. ``pads_rows``: rows are
-    scored as one padded sequence each (:func:`~priorzero.llm.packing.padded_logprobs`) instead of as a token tree.
+    ``has_merged_adapter``: the model differs from the files of its base model before any update. ``pads_rows``: each
+    row is scored as a padded sequence (:func:`~priorzero.llm.packing.padded_logprobs`), instead of all as a token tree.
     """
 
     model: Any

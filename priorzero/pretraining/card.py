@@ -89,13 +89,13 @@ def write_card(
         f"Packages: {', '.join(f'{name} {_version(name)}' for name in ('torch', 'transformers', 'peft'))}.",
         f"- Training: {progress.step} of {num_steps} batches of {cfg.batch_size}{stop}, {progress.seconds / 60:.1f} "
         f"minutes, AdamW, learning rate {cfg.learning_rate:g} with {plan.decay} decay, seed {plan.seed}.",
-        f"- Objective: the command among at most {plan.negatives} other valid actions; commands as text: {plan.tokens}.",
+        f"- Objective: command among at most {plan.negatives} other valid actions. Commands as text: {plan.tokens}.",
         f"- Prompt: {', '.join(f'llm.{name}={getattr(cfg, name)}' for name in PROMPT_SETTINGS)}.",
         "",
         "## Held-out games",
         "",
         "Place of the walkthrough's command among the valid actions, how often it is first, and its log-probability "
-        "in nats. `calibrated`: the log-probability with the temperature and the floor that are best on the other games.",
+        "in nats. `calibrated`: the log-probability with the temperature and floor that are best on the other games.",
         "",
         *_figure_lines(first["games"], last["games"]),
         "",
@@ -114,8 +114,11 @@ def write_card(
 
 
 def _figure_lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[str]:
-    yield "| game | states | place: uniform | before | after | first: uniform | before | after | log-probability: uniform | before | after | calibrated |"
-    yield "|---" * 12 + "|"
+    heads = [
+        f"{name}{when}" for name in ("place", "first", "log-prob.") for when in (", uniform", ", before", ", after")
+    ]
+    yield "| game | states | " + " | ".join(heads) + " | calibrated |"
+    yield "|---" * (len(heads) + 3) + "|"
     rows = [(name, before[name], after[name]) for name in after]
     means = group_means(before), group_means(after)
     rows += [(f"{MEAN}, {name}", means[0][name], means[1][name]) for name in means[1]]

@@ -23,19 +23,22 @@ def collect(
     *,
     seconds_per_game: float = SECONDS_PER_GAME,
     num_threads: int | None = None,
+    require_all: bool = False,
 ) -> None:
     """Write the walkthrough steps of each game to ``folder``, which has a folder for each split.
 
-    Games whose file exists are not played again. Jericho games whose story file is not found are left out.
+    Games whose file exists are not played again. Jericho games whose story file is not found are left out,
+    unless all are required.
 
     Args:
         games: the games.
         folder: is created.
         seconds_per_game: time for the search of valid actions in a game that is learnt from.
         num_threads: of the search.
+        require_all: no game may be missing.
 
     Raises:
-        UserError: a generated game cannot be made, or the folder cannot be written to.
+        UserError: a generated game cannot be made, a required one is missing, or the folder cannot be written to.
     """
     from priorzero.envs.walkthroughs import collect_walkthrough  # late: imports Jericho, which reading needs not
 
@@ -44,7 +47,7 @@ def collect(
         try:
             spec = resolve_game(game.env_id)
         except UserError:
-            if game.env_id.startswith("textworld:"):
+            if require_all or game.env_id.startswith("textworld:"):
                 raise
             missing.append(game.env_id)
             continue
@@ -64,8 +67,8 @@ def collect(
         searched = sum(step.valid_actions is not None for step in steps)
         correct = sum(step.correct is not None for step in steps)
         logger.info(
-            f"{number} of {len(games)}: {spec.name} ({game.split}), {len(steps)} commands; {searched} states with valid "
-            f"actions, which contain the command in {correct}; {time.monotonic() - started:.0f} s"
+            f"{number} of {len(games)}: {spec.name} ({game.split}), {len(steps)} commands; {searched} states with "
+            f"valid actions, which contain the command in {correct}; {time.monotonic() - started:.0f} s"
         )
     if missing:
         logger.warning(f"no story file of {len(missing)} games, which are left out: {', '.join(missing)}")

@@ -119,25 +119,47 @@ class TrainingData(Dataset[LLMSample | None]):
     """Makes training samples: ``data[SampleKey]``; None if a prompt does not fit into the model.
 
     Objective ``actions``: the correct action among at most ``negatives`` other valid actions, drawn anew in each epoch.
-    Objective ``tokens``: the text of the command.
+    Objective ``tokens``: the text of the command. ``borrow`` is that of the plan.
     """
 
-    def __init__(self, prompts: PromptMaker, *, negatives: int, seed: int) -> None:
+    def __init__(self, prompts: PromptMaker, *, negatives: int, seed: int, borrow: int = 0) -> None:
         self.prompts = prompts
         self._negatives = negatives
         self._seed = seed
+        self._borrow = borrow
+        self._searched = [
+            np.array([n for n, step in enumerate(episode.steps) if step.valid_actions is not None])
+            for episode in prompts.episodes
+        ]
+
+    def can_borrow(self, decision: Decision) -> bool:
+        """Whether a searched state is near enough to borrow valid actions from."""
+        return len(self._actions(decision)[0]) > 1
+
+    def _actions(self, decision: Decision) -> tuple[list[str], int]:
+        """The valid actions of a decision, which may be borrowed, and the position of the correct one."""
+        step = self.prompts.step(decision)
+        if step.valid_actions is not None and step.correct is not None:
+            return list(step.valid_actions), step.correct
+        searched = self._searched[decision.episode]
+        if not self._borrow or not len(searched):
+            return [step.action], 0
+        nearest = int(searched[np.abs(searched - decision.step).argmin()])
+        if abs(nearest - decision.step) > self._borrow:
+            return [step.action], 0
+        lender = self.prompts.step(Decision(decision.episode, nearest))
+        return [step.action, *(action for action in lender.valid_actions or () if action != step.action)], 0
 
     def __getitem__(self, key: SampleKey) -> LLMSample | None:
         decision, objective, epoch = key
         step = self.prompts.step(decision)
         actions, correct = [step.action], 0
         if objective == "actions":
-            assert step.valid_actions is not None and step.correct is not None
+            valid, own = self._actions(decision)
             rng = np.random.default_rng([self._seed, epoch, *decision])
-            others = [k for k in range(len(step.valid_actions)) if k != step.correct]
-            drawn = rng.permutation(others)[: self._negatives].tolist()
-            kept = sorted([*drawn, step.correct])
-            actions, correct = [step.valid_actions[k] for k in kept], kept.index(step.correct)
+            others = [k for k in range(len(valid)) if k != own]
+            kept = sorted([*rng.permutation(others)[: self._negatives].tolist(), own])
+            actions, correct = [valid[k] for k in kept], kept.index(own)
         try:
             row = self.prompts.row(self.prompts.request(decision).prompt, actions)
         except PromptTooLongError:

@@ -142,7 +142,7 @@ def outcomes(
     builder = PriorBuilder(llm, prompts.style, temperature=1.0)
     loader: Any = DataLoader(
         EvaluationData(prompts),
-        batch_sampler=[decisions[start : start + 256] for start in range(0, len(decisions), 256)],
+        batch_sampler=[list(decisions[start : start + 256]) for start in range(0, len(decisions), 256)],
         collate_fn=list,
         num_workers=num_workers,
     )
@@ -179,9 +179,10 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     width = max(len(MEAN), *map(len, rows))
     lines = [f"{'game':{width}}  states  place (uniform)  first (uniform)  log-prob (uniform)  calibrated"]
     for name, row in rows.items():
+        calibrated = row.get("calibrated_logprob", float("nan"))
         lines.append(
             f"{name:{width}}  {row['states']:6.0f}  {row['place']:5.2f} ({row['uniform_place']:6.2f})  "
-            f"{row['first']:5.0%} ({row['uniform_first']:6.0%})  {row['logprob']:8.2f} ({row['uniform_logprob']:6.2f})  "
-            f"{row.get('calibrated_logprob', float('nan')):10.2f}"
+            f"{row['first']:5.0%} ({row['uniform_first']:6.0%})  "
+            f"{row['logprob']:8.2f} ({row['uniform_logprob']:6.2f})  {calibrated:10.2f}"
         )
     return "\n".join(lines)

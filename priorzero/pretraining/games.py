@@ -49,7 +49,9 @@ def jericho_games() -> list[PretrainingGame]:
     }
     roms = {without_extension(rom): rom for rom in supported_games()}
     held_out = [PretrainingGame(roms[name], "held_out") for name in HELD_OUT]
-    others = sorted(lengths.keys() - {roms[name] for name in (*HELD_OUT, *RESERVED)}, key=lambda rom: (lengths[rom], rom))
+    others = sorted(
+        lengths.keys() - {roms[name] for name in (*HELD_OUT, *RESERVED)}, key=lambda rom: (lengths[rom], rom)
+    )
     return held_out + [
         PretrainingGame(rom, "validation" if without_extension(rom) in VALIDATION else "train") for rom in others
     ]
@@ -57,9 +59,10 @@ def jericho_games() -> list[PretrainingGame]:
 
 def textworld_games(*, train: int = 4, held_out: int = 2) -> list[PretrainingGame]:
     """Generated games of all families: ``train`` and ``held_out`` games of each of :data:`FAMILIES`."""
+    parts: list[tuple[Split, int, int]] = [("held_out", HELD_OUT_SEED, held_out), ("train", TRAIN_SEED, train)]
     return [
         PretrainingGame(f"textworld:{family.format(level=LEVELS[number % len(LEVELS)])}seed={seed + number}", split)
-        for split, seed, count in (("held_out", HELD_OUT_SEED, held_out), ("train", TRAIN_SEED, train))
+        for split, seed, count in parts
         for family in FAMILIES
         for number in range(count)
     ]
@@ -80,6 +83,6 @@ def check_trainable(name: str) -> None:
     """Raise UserError if the game with this short name must not be learnt from."""
     if name in HELD_OUT or name in RESERVED:
         raise UserError(
-            f"{name} is a game that agents are evaluated on, so it is not learnt from; leave it out, or name one of the "
-            "other games"
+            f"{name} is a game that agents are evaluated on, so it is not learnt from; leave it out, or name one of "
+            "the other games"
         )

@@ -19,7 +19,7 @@ from priorzero.pretraining.card import save_model, write_card, write_figures
 from priorzero.pretraining.collect import collect
 from priorzero.pretraining.data import Episode, describe, load_episodes
 from priorzero.pretraining.evaluation import table
-from priorzero.pretraining.games import Split, jericho_games, textworld_games
+from priorzero.pretraining.games import Split, check_trainable, jericho_games, textworld_games
 from priorzero.pretraining.plan import PretrainingPlan
 from priorzero.pretraining.training import Pretrainer, load_training, save_training
 from priorzero.settings import Settings
@@ -95,7 +95,7 @@ def pretrain(settings: Settings, run: PretrainingRun) -> dict[str, dict[str, flo
     if run.resume:
         load_training(run.out, pretrainer)
     logger.info(
-        f"learning from {len(training)} games, evaluating on {len(evaluation)}, on {device.type} in {llm.compute_dtype}; "
+        f"learning from {len(training)} games, evaluating on {len(evaluation)}, on {device.type}, {llm.compute_dtype}; "
         f"ready after {time.monotonic() - started:.0f} s"
     )
     run.out.mkdir(parents=True, exist_ok=True)
@@ -113,9 +113,7 @@ def pretrain(settings: Settings, run: PretrainingRun) -> dict[str, dict[str, flo
     return rows
 
 
-def choose_episodes(
-    data: Path, *, tune: bool, games: tuple[str, ...] = ()
-) -> tuple[list[Episode], list[Episode]]:
+def choose_episodes(data: Path, *, tune: bool, games: tuple[str, ...] = ()) -> tuple[list[Episode], list[Episode]]:
     """The episodes to learn from, and those to evaluate on.
 
     Raises:
@@ -130,6 +128,8 @@ def choose_episodes(
         if unknown:
             raise UserError(f"--games {unknown[0]}: not in {data}; allowed are {', '.join(sorted(known))}")
         training = [episode for episode in training if episode.game in games]
+    for episode in training:
+        check_trainable(episode.game)
     return training, load_episodes(data, ["validation" if tune else "held_out"])
 
 

@@ -84,12 +84,18 @@ class Pretrainer:
         only_sft = {"enable_sft": True, "enable_rft": False, "llm_loss_weight": 1.0, "kl_weight": 0.0, "rft_clip": 0.0}
         self.cfg = cfg.model_copy(update=only_sft)
         self.learner = LLMLearner(llm, self.cfg, style=style, temperature=temperature)
-        self.data = TrainingData(PromptMaker(llm, style, training), negatives=plan.negatives, seed=plan.seed)
+        self.data = TrainingData(
+            PromptMaker(llm, style, training), negatives=plan.negatives, seed=plan.seed, borrow=plan.borrow
+        )
         searched = searched_decisions(training)
         # A single valid action teaches nothing but its text.
         several = [d for d in searched if len(self.data.prompts.step(d).valid_actions or ()) > 1]
         self._searched = several if cfg.objective != "tokens" else []
-        self._unsearched = [] if tokens == "none" else unsearched_decisions(training)
+        others = [] if style.list_commands else unsearched_decisions(training)
+        if cfg.objective != "tokens":
+            self._searched = [*several, *(d for d in others if self.data.can_borrow(d))]
+            others = [d for d in others if not self.data.can_borrow(d)]
+        self._unsearched = [] if tokens == "none" else others
         if tokens == "all" or cfg.objective == "tokens":
             self._unsearched = [*self._unsearched, *searched]
         self.num_steps = plan.epochs * num_batches(
@@ -99,8 +105,8 @@ class Pretrainer:
         self._eval_decisions = searched_decisions(evaluation, per_game=plan.eval_states)
         if not self.num_steps or not self._eval_decisions:
             raise UserError(
-                f"{len(training)} games with {len(searched)} states to learn from and {len(self._eval_decisions)} states "
-                "to evaluate on: none of them may be 0; make the data again, or allow longer prompts or more games"
+                f"{len(training)} games with {len(searched)} states to learn from and {len(self._eval_decisions)} "
+                "states to evaluate on: none may be 0; make the data again, or name more games"
             )
 
     # ---- the loop ----
@@ -112,8 +118,8 @@ class Pretrainer:
             UserError: a loss is not finite, or the GPU's memory does not suffice.
         """
         logger.info(
-            f"{self.num_steps} batches of {self.cfg.batch_size}: {len(self._searched)} decisions among valid actions and "
-            f"{len(self._unsearched)} commands as text, {self.plan.epochs} epochs"
+            f"{self.num_steps} batches of {self.cfg.batch_size}: {len(self._searched)} decisions among valid actions "
+            f"and {len(self._unsearched)} commands as text, {self.plan.epochs} epochs"
         )
         if not self.progress.evaluations:
             self.evaluate()
@@ -174,9 +180,12 @@ class Pretrainer:
         """The samples of the remaining batches; sets the learner's objective."""
         keys = list(self._keys())
         loader: Any = DataLoader(
-            self.data, batch_sampler=keys, collate_fn=list, num_workers=self.plan.num_workers, prefetch_factor=None
-            if not self.plan.num_workers else 4,
-        )  # fmt: skip
+            self.data,
+            batch_sampler=keys,
+            collate_fn=list,
+            num_workers=self.plan.num_workers,
+            prefetch_factor=4 if self.plan.num_workers else None,
+        )
         for batch, found in zip(keys, loader, strict=True):
             samples = [sample for sample in found if sample is not None]
             self.progress.skipped += len(found) - len(samples)
