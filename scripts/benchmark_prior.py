@@ -112,8 +112,8 @@ def compute(
     found = outcomes(llm, prompts, decisions, rows_per_forward=ROWS_PER_FORWARD[llm.device.type])
     if any(len(outcome.logprobs) > 1 and np.ptp(outcome.logprobs) == 0.0 for outcome in found):
         raise UserError(
-            "a prompt does not fit into the model; leave this prompt out, or give --set llm.prompt_max_len=N, where N is "
-            f"less than {settings.llm.prompt_max_len}"
+            "a prompt does not fit into the model; leave this prompt out, or give --set llm.prompt_max_len=N with "
+            f"N below {settings.llm.prompt_max_len}"
         )
     return found
 

@@ -4,9 +4,9 @@
     python scripts/sweep_pretraining.py --data DATA --variants observation_200,observation_400 --minutes 20
     python scripts/sweep_pretraining.py --data DATA --set llm.learning_rate=1e-4 --label small_rate
 
-Every variant trains from the LLM as it is loaded, on the training games without the validation games, for the same time
-and at most --epochs passes. No game on which results are reported takes part. OUT/sweep.json gets the figures after each
-variant; rows of earlier calls are kept.
+Every variant trains from the LLM as it is loaded, on the training games without the validation games, for the same
+time and at most --epochs passes. No game on which results are reported takes part. OUT/sweep.json gets the figures
+after each variant; rows of earlier calls are kept.
 """
 
 from __future__ import annotations

@@ -72,13 +72,22 @@ def searched_decisions(episodes: Sequence[Episode], *, per_game: int | None = No
 
 
 def unsearched_decisions(episodes: Sequence[Episode]) -> list[Decision]:
-    """The decisions of which only the command is known."""
+    """The decisions of which only the command is known, without commands that change neither room nor inventory.
+
+    Such commands, most of them "examine" and "wait", are rarely valid actions.
+    """
     return [
         Decision(number, n)
         for number, episode in enumerate(episodes)
         for n, step in enumerate(episode.steps)
-        if step.correct is None and not is_key(step.action)
+        if step.correct is None and not is_key(step.action) and _changes(episode, n)
     ]
+
+
+def _changes(episode: Episode, step: int) -> bool:
+    """Whether the next state is another place, or the command gained points."""
+    own, following = episode.history[step], episode.history[step + 1 : step + 2]
+    return bool(own.reward) or not following or following[0].place != own.place
 
 
 @dataclass(frozen=True)
