@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from priorzero.envs.games import supported_games
+from priorzero.envs.games import supported_games, walkthrough_lengths
 from priorzero.envs.textworld_files import without_extension
 from priorzero.types import UserError
 
@@ -40,13 +40,7 @@ class PretrainingGame:
 
 def jericho_games() -> list[PretrainingGame]:
     """The games with Jericho's walkthroughs; first the held-out ones, then by the length of the walkthrough."""
-    from jericho.defines import BINDINGS_DICT
-
-    lengths = {
-        bindings["rom"]: len(bindings["walkthrough"].split("/"))
-        for bindings in BINDINGS_DICT.values()
-        if bindings.get("walkthrough")
-    }
+    lengths = walkthrough_lengths()
     roms = {without_extension(rom): rom for rom in supported_games()}
     held_out = [PretrainingGame(roms[name], "held_out") for name in HELD_OUT]
     others = sorted(
