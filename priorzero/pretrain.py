@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--negatives", type=int, default=plan.negatives, help="other actions (default: %(default)s)")
     parser.add_argument(
         "--borrow", type=int, default=plan.borrow, metavar="N",
-        help="states without valid actions borrow those of a state at most N commands away (default: %(default)s)",
+        help="states without valid actions borrow those of states at most N commands away (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--tokens", choices=("unsearched", "all", "none"), default=plan.tokens,
                         help="decisions whose command is learnt as text (default: %(default)s)")  # fmt: skip

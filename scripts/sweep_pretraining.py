@@ -49,6 +49,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "text_too": (WALKTHROUGH | {"observation_chars": 400}, {"tokens": "all"}),
     "actions_only": (WALKTHROUGH | {"observation_chars": 400}, {"tokens": "none"}),
     "borrowed": (WALKTHROUGH | {"observation_chars": 400}, {"borrow": 8}),
+    "borrowed_text": (WALKTHROUGH | {"observation_chars": 400}, {"borrow": 8, "tokens": "all"}),
 }
 
 

@@ -136,13 +136,9 @@ class TrainingData(Dataset[LLMSample | None]):
         self._negatives = negatives
         self._seed = seed
         self._borrow = borrow
-        self._searched = [
-            np.array([n for n, step in enumerate(episode.steps) if step.valid_actions is not None])
-            for episode in prompts.episodes
-        ]
 
     def can_borrow(self, decision: Decision) -> bool:
-        """Whether a searched state is near enough to borrow valid actions from."""
+        """Whether there are other actions that the decision can borrow."""
         return len(self._actions(decision)[0]) > 1
 
     def _actions(self, decision: Decision) -> tuple[list[str], int]:
@@ -150,14 +146,12 @@ class TrainingData(Dataset[LLMSample | None]):
         step = self.prompts.step(decision)
         if step.valid_actions is not None and step.correct is not None:
             return list(step.valid_actions), step.correct
-        searched = self._searched[decision.episode]
-        if not self._borrow or not len(searched):
-            return [step.action], 0
-        nearest = int(searched[np.abs(searched - decision.step).argmin()])
-        if abs(nearest - decision.step) > self._borrow:
-            return [step.action], 0
-        lender = self.prompts.step(Decision(decision.episode, nearest))
-        return [step.action, *(action for action in lender.valid_actions or () if action != step.action)], 0
+        pool = {step.action: None}
+        if self._borrow:
+            steps = self.prompts.episodes[decision.episode].steps
+            for other in steps[max(0, decision.step - self._borrow) : decision.step + self._borrow + 1]:
+                pool |= dict.fromkeys([*(other.valid_actions or ()), other.action])
+        return [action for action in pool if action == step.action or not is_key(action)], 0
 
     def __getitem__(self, key: SampleKey) -> LLMSample | None:
         decision, objective, epoch = key

@@ -15,8 +15,8 @@ class PretrainingPlan:
         epochs: passes over the training data.
         minutes: stop after this many minutes of training, also if epochs are left; 0: no limit.
         negatives: largest number of other valid actions beside the correct one.
-        borrow: a state without the correct action among searched valid actions borrows the others from the nearest
-            searched state of the walkthrough, if it is at most this many commands away; 0: never.
+        borrow: a state without the correct action among searched valid actions borrows the others from the states at
+            most this many commands away: their commands, and their valid actions if these were searched; 0: never.
         tokens: the decisions whose command is learnt as text. ``unsearched``: those without the correct action among
             searched valid actions; ``all``: all; ``none``.
         warmup: share of the training in which the learning rate rises.

@@ -76,10 +76,8 @@ class Pretrainer:
         """``cfg`` has the batch size, the learning rate and the objective; ``temperature`` is the prior's.
 
         Raises:
-            UserError: there is nothing to learn from or to evaluate on, or the prompts would contain the answers.
+            UserError: there is nothing to learn from or to evaluate on.
         """
-        # The valid actions of a state that was not searched are not known, so its prompt cannot list them.
-        tokens = "none" if style.list_commands else plan.tokens
         self.llm, self.plan, self.progress = llm, plan, Progress()
         only_sft = {"enable_sft": True, "enable_rft": False, "llm_loss_weight": 1.0, "kl_weight": 0.0, "rft_clip": 0.0}
         self.cfg = cfg.model_copy(update=only_sft)
@@ -88,18 +86,17 @@ class Pretrainer:
             PromptMaker(llm, style, training), negatives=plan.negatives, seed=plan.seed, borrow=plan.borrow
         )
         searched = searched_decisions(training)
-        # A single valid action teaches nothing but its text.
+        # The valid actions of a state that was not searched are not known, so its prompt cannot list them.
+        unsearched = [] if style.list_commands else unsearched_decisions(training)
         several = [d for d in searched if len(self.data.prompts.step(d).valid_actions or ()) > 1]
-        self._searched = several if cfg.objective != "tokens" else []
-        others = [] if style.list_commands else unsearched_decisions(training)
-        if cfg.objective != "tokens":
-            self._searched = [*several, *(d for d in others if self.data.can_borrow(d))]
-            others = [d for d in others if not self.data.can_borrow(d)]
-        self._unsearched = [] if tokens == "none" else others
-        if tokens == "all" or cfg.objective == "tokens":
-            self._unsearched = [*self._unsearched, *searched]
+        borrowing = [d for d in unsearched if self.data.can_borrow(d)]
+        alone = [d for d in unsearched if not self.data.can_borrow(d)]
+        is_text = cfg.objective == "tokens"
+        self._among_actions = [] if is_text else [*several, *borrowing]
+        texts = {"none": [], "unsearched": alone, "all": [*unsearched, *searched]}
+        self._as_text = texts["all" if is_text else plan.tokens]
         self.num_steps = plan.epochs * num_batches(
-            len(self._searched), len(self._unsearched), batch_size=cfg.batch_size
+            len(self._among_actions), len(self._as_text), batch_size=cfg.batch_size
         )
         self._eval_prompts = PromptMaker(llm, style, evaluation)
         self._eval_decisions = searched_decisions(evaluation, per_game=plan.eval_states)
@@ -118,8 +115,8 @@ class Pretrainer:
             UserError: a loss is not finite, or the GPU's memory does not suffice.
         """
         logger.info(
-            f"{self.num_steps} batches of {self.cfg.batch_size}: {len(self._searched)} decisions among valid actions "
-            f"and {len(self._unsearched)} commands as text, {self.plan.epochs} epochs"
+            f"{self.num_steps} batches of {self.cfg.batch_size}: {len(self._among_actions)} decisions among valid "
+            f"actions and {len(self._as_text)} commands as text, {self.plan.epochs} epochs"
         )
         if not self.progress.evaluations:
             self.evaluate()
@@ -169,7 +166,7 @@ class Pretrainer:
         step = 0
         for epoch in range(self.plan.epochs):
             batches = training_batches(
-                self._searched, self._unsearched, batch_size=self.cfg.batch_size, epoch=epoch, seed=self.plan.seed
+                self._among_actions, self._as_text, batch_size=self.cfg.batch_size, epoch=epoch, seed=self.plan.seed
             )
             for batch in batches:
                 if step >= self.progress.step:
