@@ -278,6 +278,28 @@ def test_main_writes_an_adapter_that_llm_path_takes(tmp_path, tiny_llm_folder, c
     assert "contains a pretraining already; give another --out" in capsys.readouterr().err
 
 
+def test_main_resumes_a_training_that_was_stopped(tmp_path, tiny_llm_folder, capsys):
+    data, out = make_data(tmp_path / "data"), tmp_path / "out"
+    arguments = ["--data", str(data), "--no_collect", "--out", str(out), "--device", "cpu", "--workers", "0"]
+    arguments += [
+        "--set",
+        f"llm.path={tiny_llm_folder}",
+        "--set",
+        "llm.batch_size=4",
+        "--set",
+        "llm.micro_batch_size=4",
+    ]
+    assert pretrain.main([*arguments, "--minutes", "1e-9"]) == 0, capsys.readouterr().err
+    assert "Training: 0 of 10 batches of 4 (stopped by --minutes)" in (out / "README.md").read_text()
+    assert pretrain.main(arguments) == 2
+    assert "contains a pretraining already; type --resume" in capsys.readouterr().err
+    assert pretrain.main([*arguments, "--resume", "--epochs", "3"]) == 2
+    assert "the saved training has 10 batches, this one 15" in capsys.readouterr().err
+    assert pretrain.main([*arguments, "--resume"]) == 0
+    assert "Training: 10 of 10 batches of 4," in (out / "README.md").read_text()
+    assert not (out / "training_state.pt").exists()
+
+
 RANKED = ["--out", "o", "--no_collect", "--set", "prior.mode=rank", "--set", "llm.prompt_layout=transcript"]
 
 
