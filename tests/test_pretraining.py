@@ -290,13 +290,13 @@ def test_main_resumes_a_training_that_was_stopped(tmp_path, tiny_llm_folder, cap
         "llm.micro_batch_size=4",
     ]
     assert pretrain.main([*arguments, "--minutes", "1e-9"]) == 0, capsys.readouterr().err
-    assert "Training: 0 of 10 batches of 4 (stopped by --minutes)" in (out / "README.md").read_text()
+    assert "Training: 0 of 8 batches of 4 (stopped by --minutes)" in (out / "README.md").read_text()
     assert pretrain.main(arguments) == 2
     assert "contains a pretraining already; type --resume" in capsys.readouterr().err
     assert pretrain.main([*arguments, "--resume", "--epochs", "3"]) == 2
-    assert "the saved training has 10 batches, this one 15" in capsys.readouterr().err
+    assert "the saved training has 8 batches, this one 12" in capsys.readouterr().err
     assert pretrain.main([*arguments, "--resume"]) == 0
-    assert "Training: 10 of 10 batches of 4," in (out / "README.md").read_text()
+    assert "Training: 8 of 8 batches of 4," in (out / "README.md").read_text()
     assert not (out / "training_state.pt").exists()
 
 

@@ -73,6 +73,11 @@ def write_card(
     stop = "" if progress.step >= num_steps else " (stopped by --minutes)"
     first, last = progress.evaluations[0], progress.evaluations[-1]
     lines = [
+        "---",  # metadata in the format of the hub, which peft reads
+        f"base_model: {json.dumps(base_model)}",
+        f"library_name: {'peft' if cfg.use_lora else 'transformers'}",
+        "---",
+        "",
         f"# {base_model}, pretrained on walkthroughs of text games",
         "",
         f"This folder contains {kind} for `{base_model}`. PriorZero loads it with `--set llm.path={folder.name}`.",
@@ -126,7 +131,7 @@ def _figure_lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterab
         cells = [f"{new['states']:.0f}"]
         for key, form in (("place", ".2f"), ("first", ".0%"), ("logprob", ".2f")):
             cells += [format(new[f"uniform_{key}"], form), format(old[key], form), format(new[key], form)]
-        cells.append(format(new.get("calibrated_logprob", float("nan")), ".2f"))
+        cells.append(format(new["calibrated_logprob"], ".2f") if "calibrated_logprob" in new else "-")
         yield f"| {name} | " + " | ".join(cells) + " |"
 
 
