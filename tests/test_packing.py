@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from priorzero.llm.packing import PromptRow, completion_logprobs, pack, register_tree_attention
+from priorzero.llm.packing import (
+    PromptRow,
+    completion_logprobs,
+    pack,
+    padded_logprobs,
+    register_tree_attention,
+)
 from tests.helpers.models import make_tiny_llm
 
 token = st.integers(0, 4)  # few, so that completions share prefixes
@@ -45,6 +51,19 @@ def test_completion_logprobs_equals_one_sequence_per_completion(model, rows):
         plain = one_sequence_each(model, rows)
     assert packed.shape == (sum(len(r.completions) for r in rows), max(len(c) for r in rows for c in r.completions))
     for got, mask, want in zip(packed, batch.completion_mask, plain, strict=True):
+        assert mask.sum() == len(want)
+        torch.testing.assert_close(got[mask], want, atol=1e-4, rtol=0)
+        assert (got[~mask] == 0).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(rows=st.lists(row, min_size=1, max_size=4))
+def test_padded_logprobs_equals_one_sequence_per_completion(model, rows):
+    with torch.no_grad():
+        padded, completion_mask = padded_logprobs(model, rows, device="cpu")
+        plain = one_sequence_each(model, rows)
+    assert padded.shape == (sum(len(r.completions) for r in rows), max(len(c) for r in rows for c in r.completions))
+    for got, mask, want in zip(padded, completion_mask, plain, strict=True):
         assert mask.sum() == len(want)
         torch.testing.assert_close(got[mask], want, atol=1e-4, rtol=0)
         assert (got[~mask] == 0).all()

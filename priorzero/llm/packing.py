@@ -345,6 +345,69 @@ def scatter_logprobs(logprobs: Tensor, batch: PackedBatch) -> Tensor:
     return result.index_copy(0, batch.slots, logprobs).view(batch.completion_mask.shape)
 
 
+def padded_logprobs(model: Any, rows: Sequence[PromptRow], *, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """As :func:`pack` and :func:`completion_logprobs`, with one padded sequence for each row.
+
+    A sequence is a prompt and its completions, one after the other; a completion sees the prompt and itself only. Rows
+    share nothing, but the whole batch is a few large operations, and little is done in Python. On a GPU this is several
+    times as fast as the token tree if the rows have little in common.
+
+    Returns:
+        The log-probabilities ``[R, T]`` float32 and their ``completion_mask``.
+    """
+    num_prompt = max(len(row.prompt_ids) for row in rows)
+    branches = [[token for completion in row.completions for token in completion[:-1]] for row in rows]
+    width = num_prompt + max(map(len, branches))
+    ids = np.zeros((len(rows), width), np.int64)
+    positions = np.zeros((len(rows), width), np.int64)
+    branch = np.full((len(rows), width), -1, np.int64)  # -1: padding, 0: the prompt, k: completion k
+    predictors: list[int] = []  # of all completion tokens, as an index into [B * (width - num_prompt + 1)]
+    kept = width - num_prompt + 1  # the last column of the prompts, and the completions
+    for b, row in enumerate(rows):
+        start = num_prompt - len(row.prompt_ids)  # prompts end in the same column
+        ids[b, start:num_prompt] = row.prompt_ids
+        positions[b, start:num_prompt] = np.arange(len(row.prompt_ids))
+        branch[b, start:num_prompt] = 0
+        column = num_prompt
+        for k, completion in enumerate(row.completions, start=1):
+            inner = len(completion) - 1
+            ids[b, column : column + inner] = completion[:-1]
+            positions[b, column : column + inner] = len(row.prompt_ids) + np.arange(inner)
+            branch[b, column : column + inner] = k
+            first = b * kept + column - num_prompt + 1
+            predictors += [b * kept, *range(first, first + inner)]
+            column += inner
+    target = [token for row in rows for completion in row.completions for token in completion]
+    lengths = np.array([len(c) for row in rows for c in row.completions])
+    completion_mask = torch.as_tensor(np.arange(lengths.max()) < lengths[:, None], device=device)
+    logits = model(
+        input_ids=torch.as_tensor(ids, device=device),
+        attention_mask=_branch_mask(torch.as_tensor(branch, device=device)),
+        position_ids=torch.as_tensor(positions, device=device),
+        logits_to_keep=kept,
+        use_cache=False,
+    ).logits  # (B, kept, V)
+    used, index = np.unique(predictors, return_inverse=True)
+    logits = logits.flatten(0, 1)[torch.as_tensor(used, device=device)].float()  # (P, V)
+    at = torch.as_tensor(index, device=device)
+    logprobs = logits[at, torch.as_tensor(target, device=device)] - torch.logsumexp(logits, dim=-1)[at]
+    result = torch.zeros(completion_mask.shape, dtype=torch.float32, device=logprobs.device)
+    return result.masked_scatter(completion_mask, logprobs), completion_mask
+
+
+def _branch_mask(branch: Tensor) -> Tensor:
+    """The attention mask ``[B, 1, L, L]`` of sequences ``[B, L]``: True where a token (row) sees another (column).
+
+    A token sees the earlier ones of the prompt and of its own completion. Padding sees itself, so that no row is empty.
+    """
+    length = branch.shape[1]
+    own, other = branch[:, :, None], branch[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
+    sees = causal & (own >= 0) & ((other == 0) | (other == own)) & (other >= 0)
+    sees |= torch.eye(length, dtype=torch.bool, device=branch.device)
+    return sees[:, None]
+
+
 def split_completions(token_logprobs: Tensor, completion_mask: Tensor) -> list[np.ndarray]:
     """The token log-probabilities ``[R, T]`` as one array ``[T_r]`` for each completion."""
     lengths = completion_mask.sum(dim=1).tolist()
