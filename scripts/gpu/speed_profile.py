@@ -25,6 +25,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from priorzero.llm.engines import PriorBuilder
 from priorzero.llm.packing import split_completions
+from priorzero.llm.scoring_graphs import GraphScorer
 from priorzero.llm.prompts import prompt_style
 
 ROWS = 12  # of a table
@@ -50,10 +51,11 @@ def prior_work(context: Context) -> Work:
     llm = make_llm(context, shape=SMOLLM2, dtype=default_dtype(context))
     builder = PriorBuilder(llm, prompt_style(llm_settings(context)))
     request = request_of_length(llm, tokens=60 if context.quick else 600, actions=16)
+    scorer = GraphScorer(llm) if context.device.type == "cuda" else llm  # as the engine does
 
     @torch.inference_mode()
     def work() -> Any:
-        token_logprobs, completion_mask = llm.token_logprobs([builder.row(request)])
+        token_logprobs, completion_mask = scorer.token_logprobs([builder.row(request)])
         return builder.from_logprobs(split_completions(token_logprobs, completion_mask), version=0)
 
     return work
