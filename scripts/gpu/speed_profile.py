@@ -25,8 +25,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from priorzero.llm.engines import PriorBuilder
 from priorzero.llm.packing import split_completions
-from priorzero.llm.scoring_graphs import GraphScorer
 from priorzero.llm.prompts import prompt_style
+from priorzero.llm.scoring_graphs import GraphScorer
 
 ROWS = 12  # of a table
 DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")  # categories of events in a trace
