@@ -23,6 +23,7 @@ from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
+from priorzero.search.tree import compile_functions
 from priorzero.settings import Settings
 from priorzero.types import PriorEngine, UserError
 from priorzero.world_model.replay import PriorZeroGameBuffer
@@ -87,6 +88,8 @@ def make_agent(
         encoder = make_encoder(settings, device=device)
     with announced("loading the LLM"):
         llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
+    with announced("compiling the search, which is done once"):
+        compile_functions()
     with announced("building the world model"):
         policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
     engine, prior = None, None

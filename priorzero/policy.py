@@ -74,16 +74,17 @@ class PriorZeroPolicy(UniZeroLearner):
             cfg=self.search_cfg,
             num_actions=num_actions,
         )
+        searched = mcts.root_statistics(trees, discount=self.search_cfg.discount_factor)
         return [
             SearchResult(
-                visit_counts=tree.visit_counts,
-                root_value=tree.root.value,
+                visit_counts=root.visit_counts,
+                root_value=root.value,
                 predicted_value=float(value),
                 policy_logits=own,
                 root_logits=mixed,
-                action_values=tree.action_values(discount=self.search_cfg.discount_factor),
+                action_values=root.action_values,
             )
-            for tree, value, own, mixed in zip(trees, values, policy_logits, root_logits, strict=True)
+            for root, value, own, mixed in zip(searched, values, policy_logits, root_logits, strict=True)
         ]
 
     def llm_decisions(self, sequences: SampledSequences) -> SampledDecisions:

@@ -55,7 +55,7 @@ from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.packing import PackedBatch, pack
 from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.settings import Settings
-from priorzero.types import GameState, StepRecord
+from priorzero.types import GameState, HistoryStep, StepRecord
 from priorzero.world_model.batch import SampledSequences
 from priorzero.world_model.lightzero import unizero_config
 from priorzero.world_model.segment import PriorZeroGameSegment
@@ -154,10 +154,22 @@ def prompt_cases() -> dict[str, Settings]:
 
 def episode_records(settings: Settings, tokenizer: Any, *, seed: int) -> list[StepRecord]:
     """The decisions of an episode that is played at random. Visit counts and values are random numbers."""
-    rng = np.random.default_rng(seed)
     states, decisions = play_at_random(
         steps=EPISODE_STEPS, seed=seed, drop_inert_commands=settings.env.drop_inert_commands
     )
+    return records_of(states, decisions, settings, tokenizer, seed=seed)
+
+
+def records_of(
+    states: Sequence[GameState],
+    decisions: Sequence[HistoryStep],
+    settings: Settings,
+    tokenizer: Any,
+    *,
+    seed: int,
+) -> list[StepRecord]:
+    """The decisions of an episode as records. Visit counts and values are random numbers from ``seed``."""
+    rng = np.random.default_rng(seed)
     records = []
     for t, (state, decision) in enumerate(zip(states, decisions, strict=True)):
         num_actions = len(state.valid_actions)

@@ -85,14 +85,14 @@ class ReferencePolicy:
 class ReferencePlayer(Player):
     """Encodes all observations of a game's context again for each decision."""
 
-    def features(self, state: GameState) -> np.ndarray:
+    def features(self, states: Sequence[GameState]) -> np.ndarray:
         self.encoder._cache.clear()
-        return super().features(state)
+        return super().features(states)
 
     async def decide(self, episodes: Sequence[Episode], **options: Any) -> Any:
         for episode in episodes:
             for _ in episode.features:
-                self.features(episode.state)
+                self.features([episode.state])
         return await super().decide(episodes, **options)
 
 

@@ -94,7 +94,9 @@ def episode_requests(llm: LanguageModel, *, steps: int, style: PromptStyle, min_
 class RecordingEngine:
     """The engine as in training. It also records the log-probabilities of all tokens."""
 
-    def __init__(self, llm: LanguageModel, style: PromptStyle, *, prompt_cache_tokens: int) -> None:
+    def __init__(
+        self, llm: LanguageModel, style: PromptStyle, *, prompt_cache_tokens: int, rows_per_forward: int = 1
+    ) -> None:
         self.logprobs: list[list[np.ndarray]] = []
         recorded = self.logprobs
 
@@ -104,7 +106,9 @@ class RecordingEngine:
                 return super().from_logprobs(logprobs, version=version)
 
         self.builder = RecordingBuilder(llm, style)
-        self._engine = TransformersEngine(self.builder, rows_per_forward=1, prompt_cache_tokens=prompt_cache_tokens)
+        self._engine = TransformersEngine(
+            self.builder, rows_per_forward=rows_per_forward, prompt_cache_tokens=prompt_cache_tokens
+        )
 
     def compute(self, requests: Sequence[PriorRequest]) -> list[list[np.ndarray]]:
         """Compute the priors one after the other, as in an episode, with empty caches at the beginning."""
@@ -112,6 +116,13 @@ class RecordingEngine:
         self.logprobs.clear()
         for request in requests:
             asyncio.run(self._engine.priors([request]))
+        return list(self.logprobs)
+
+    def compute_together(self, requests: Sequence[PriorRequest]) -> list[list[np.ndarray]]:
+        """Compute the priors in one call, as of many games side by side, with empty caches at the beginning."""
+        asyncio.run(self._engine.clear_cache())
+        self.logprobs.clear()
+        asyncio.run(self._engine.priors(requests))
         return list(self.logprobs)
 
 

@@ -1,4 +1,7 @@
-"""What the benchmarks of the language model share: prompts, episodes, lower bounds, one prompt for each action."""
+"""What the benchmarks of the language model share: prompts, episodes, lower bounds, one prompt for each action.
+
+Everything runs on the device of the model that is given.
+"""
 
 from __future__ import annotations
 
@@ -65,6 +68,35 @@ def play_at_random(*, steps: int, seed: int, drop_inert_commands: bool) -> tuple
     return states, decisions
 
 
+def synthetic_episode(*, steps: int, num_actions: int, number: int) -> tuple[list[GameState], list[HistoryStep]]:
+    """An episode without a game. Its texts are about as long as those of a game.
+
+    Args:
+        steps: number of decisions.
+        num_actions: valid actions of each state, at most ``len(COMMANDS)``.
+        number: appears in all texts, so that different episodes have different states.
+
+    Returns:
+        The states, and the decisions that were taken there, as from :func:`play_at_random`.
+    """
+    states, decisions = [], []
+    for t in range(steps):
+        actions = tuple(COMMANDS[(t + k) % len(COMMANDS)] for k in range(num_actions))
+        state = GameState(
+            feedback=f"Game {number}, move {t}. " + ROOM,
+            valid_actions=actions,
+            score=float(t // 3),
+            max_score=350.0,
+            moves=t,
+            look=f"Room {t % 5} of game {number}\n" + ROOM * 2,
+            inventory=f"You are carrying {1 + t} coins, a brass lantern and a leaflet.",
+        )
+        action = actions[t % num_actions]
+        states.append(state)
+        decisions.append(HistoryStep(state.feedback, action, float(t % 3 == 2), state.place, state.room, state.score))
+    return states, decisions
+
+
 def forward_operations(llm: LanguageModel, *, tokens: int, predictors: int) -> float:
     """Floating point operations of a forward pass in matrix products with the parameters: 2 per parameter and token.
 
@@ -94,8 +126,10 @@ def logprobs_one_prompt_per_action(llm: LanguageModel, row: PromptRow) -> list[n
     result = []
     for completion in row.completions:
         ids = torch.tensor([[*row.prompt_ids, *completion]], device=llm.device)
-        logits = llm.model(input_ids=ids, logits_to_keep=len(completion) + 1, use_cache=False).logits[0, :-1]
-        result.append(torch.log_softmax(logits.float(), -1)[range(len(completion)), completion].cpu().numpy())
+        with llm.autocast():
+            logits = llm.model(input_ids=ids, logits_to_keep=len(completion) + 1, use_cache=False).logits[0, :-1]
+        logprobs = torch.log_softmax(logits.float(), -1)[range(len(completion)), completion]
+        result.append(logprobs.cpu().numpy())
     return result
 
 

@@ -36,16 +36,28 @@ SIZES: dict[str, tuple[Layer, int, int]] = {
 BATCHES = (1, 4, 16, 64)
 
 
-def make_policy(size: str) -> PriorZeroPolicy:
-    """A policy of one of :data:`SIZES` with 25 simulations."""
-    layer = {"search": {"num_simulations": 25}, "prior": {"enabled": False}, "eval": {"modes": ["world_model"]}}
+def make_policy(size: str, *, device: str = "cpu", num_actions: int | None = None) -> PriorZeroPolicy:
+    """A policy of one of :data:`SIZES` with 25 simulations.
+
+    Args:
+        size: one of :data:`SIZES`.
+        device: of the world model.
+        num_actions: actions in the vocabulary; None: those of the size.
+    """
+    layer: dict[str, Any] = {
+        "search": {"num_simulations": 25},
+        "prior": {"enabled": False},
+        "eval": {"modes": ["world_model"]},
+    }
     settings = resolve_settings(SIZES[size][0], layer)
+    if num_actions is not None:
+        settings = resolve_settings(settings, {"env": {"action_space_size": num_actions}})
     torch.manual_seed(0)
-    policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device="cpu", llm=None)
+    policy = PriorZeroPolicy(settings, feature_size=FEATURE_SIZE, device=device, llm=None)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in policy.network.parameters():  # LightZero initialises its heads with zeros: all actions would be equal
-            p += 0.05 * torch.randn(p.shape, generator=generator)
+            p += 0.05 * torch.randn(p.shape, generator=generator).to(p.device)
     return policy
 
 
@@ -92,7 +104,7 @@ def search_batch(
     """One search over all roots. Returns its seconds, those of the model (both of the fastest run), and the results."""
     runs = []
     for _ in range(repeats):
-        policy.inference = TimedInference(policy.network, to_scalar=policy.inverse_scalar_transform_handle)
+        policy.inference = TimedInference(policy.network)
         total_s, results = seconds(lambda: policy.search(roots, num_actions=num_actions), repeats=1)
         runs.append((total_s, policy.inference.model_s))
     return *min(runs), results

@@ -12,20 +12,19 @@ import bench_prior
 import bench_prompts
 import bench_search
 import bench_tools
+import benchmark_prior
 import check_world_model
 import compare_llm_losses
-import compare_prompts
 import numpy as np
 import profile_quick_test
 import pytest
+import sweep_pretraining
 from bench_tools import Row
-from walkthroughs import WalkthroughState
 
 from priorzero.config import read_config_file, resolve_settings
 from priorzero.llm.models import load_tokenizer
 from priorzero.llm.packing import PromptRow
 from priorzero.llm.prompts import prompt_style
-from priorzero.types import ActionPrior, PriorRequest
 from tests.helpers.models import make_settings, make_tiny_llm
 from tests.helpers.records import record
 
@@ -202,11 +201,19 @@ def exit_code_of(main, arguments):
         (compare_llm_losses, ["--unseen", "textworld:simple?seed=101"], "is the game that is trained on"),
         (compare_llm_losses, ["--game", "nowhere.z5"], "nowhere.z5"),
         (compare_llm_losses, ["--out", __file__], f"--out {__file__}: the folder cannot be made (File exists)"),
-        (compare_prompts, ["--prompts", "walkthrough,poem"], "--prompts poem: unknown; known are question, question_s"),
-        (compare_prompts, ["--goals", "long"], "--goals long: unknown; known are detailed, brief, none"),
-        (compare_prompts, ["--games", "textworld:simple?seed=1&goal=brief"], "must be games of textworld:simple with"),
-        (compare_prompts, ["--games", "textworld:coin-collector?level=5"], "must be games of textworld:simple without"),
-        (compare_prompts, ["--llm", "./nowhere"], "llm.path=./nowhere: no such folder"),
+        (
+            benchmark_prior,
+            ["--prompts", "walkthrough,poem"],
+            "--prompts poem: unknown; known are config, question, quest",
+        ),
+        (benchmark_prior, ["--games", "nowhere.z5"], "nowhere.z5"),
+        (benchmark_prior, ["--llm", "./nowhere", "--games", "textworld:simple?seed=7"], "llm.path=./nowhere: no such"),
+        (
+            sweep_pretraining,
+            ["--data", ".", "--variants", "poem"],
+            "--variants poem: unknown; known are observation_200",
+        ),
+        (sweep_pretraining, ["--data", "."], "contains no games; type python -m priorzero.pretrain"),
         (check_world_model, ["."], "contains no checkpoint"),
         (check_world_model, [".", "--seed", "-1"], "give a whole number, at least 0"),
         (check_world_model, [".", "--out", __file__], f"--out {__file__}: the folder cannot be made (File exists)"),
@@ -218,37 +225,24 @@ def test_comparisons_report_wrong_arguments(monkeypatch, tmp_path, capsys, scrip
     assert message in capsys.readouterr().err
 
 
-def test_compare_prompts_ranks_the_correct_command():
-    states, priors = [], []
-    for probs, correct in [([0.5, 0.3, 0.2], 0), ([0.5, 0.3, 0.2], 2), ([0.4, 0.4, 0.1, 0.1], 1)]:
-        actions = tuple("abcd"[: len(probs)])
-        states.append(WalkthroughState(None, PriorRequest("", actions), correct))
-        priors.append(ActionPrior(np.log(np.array(probs, dtype=np.float32)), "score", version=0))
-    assert compare_prompts.rank_figures(states, priors) == pytest.approx(
-        {"rank": 5.5 / 3, "first": 1 / 3, "log-prob": (np.log(0.5) + np.log(0.2) + np.log(0.4)) / 3}
-    )
-    assert compare_prompts.chance_figures(states) == pytest.approx(
-        {"rank": 6.5 / 3, "first": 11 / 36, "log-prob": -(2 * np.log(3) + np.log(4)) / 3}
-    )
-
-
-def test_compare_prompts_keeps_earlier_rows_and_rejects_long_prompts(tokenizer, tmp_path, monkeypatch, capsys):
+def test_benchmark_prior_keeps_earlier_rows_and_rejects_long_prompts(tokenizer, tmp_path, monkeypatch, capsys):
     """The prior of a prompt that does not fit into the model would be uniform, which says nothing about the LLM."""
-    monkeypatch.setattr(compare_prompts, "load_language_model", lambda cfg, *, device: llm)
-    arguments = ["--games", "textworld:simple?seed=101", "--goals", "brief", "--out", str(tmp_path)]
+    monkeypatch.setattr(benchmark_prior, "load_language_model", lambda cfg, *, device: llm)
+    arguments = ["--games", "textworld:simple?seed=101&goal=brief", "--data", str(tmp_path), "--out", str(tmp_path)]
     llm = make_tiny_llm(tokenizer)
-    assert compare_prompts.main([*arguments, "--prompts", "walkthrough"]) == 0
-    rows = json.loads((tmp_path / "prompts.json").read_text())["rows"]
-    assert set(rows) == {"brief: chance", "brief: walkthrough"}
-    assert 1 < rows["brief: walkthrough"]["rank"] < 2 * rows["brief: chance"]["rank"]
-    assert compare_prompts.main([*arguments, "--prompts", "question"]) == 0
-    assert len(json.loads((tmp_path / "prompts.json").read_text())["rows"]) == 3
-    assert compare_prompts.main([*arguments, "--prompt_max_len", "1000"]) == 2
-    assert "contains figures of another LLM, other games or other settings" in capsys.readouterr().err
+    assert benchmark_prior.main([*arguments, "--prompts", "walkthrough", "--label", "tiny"]) == 0
+    rows = json.loads((tmp_path / "prior.json").read_text())["rows"]
+    assert set(rows) == {"tiny: walkthrough"}
+    (game,) = rows["tiny: walkthrough"]["games"].values()
+    assert game["states"] >= 7 and 1 < game["place"] < 2 * game["uniform_place"]
+    assert benchmark_prior.main([*arguments, "--prompts", "question"]) == 0
+    assert len(json.loads((tmp_path / "prior.json").read_text())["rows"]) == 2
+    assert "TextWorld, means over games" in capsys.readouterr().out
+    assert benchmark_prior.main([*arguments, "--states", "3"]) == 2
+    assert "contains figures of other states" in capsys.readouterr().err
     llm = make_tiny_llm(tokenizer, max_position_embeddings=100)
-    assert compare_prompts.main([*arguments, "--prompts", "walkthrough"]) == 2
-    message = capsys.readouterr().err
-    assert "--prompts walkthrough: " in message and "leave this prompt out" in message
+    assert benchmark_prior.main([*arguments, "--prompts", "walkthrough"]) == 2
+    assert "a prompt does not fit into the model; leave this prompt out" in capsys.readouterr().err
 
 
 def test_check_world_model_rejects_a_damaged_checkpoint(tmp_path, capsys):

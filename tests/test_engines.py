@@ -14,8 +14,8 @@ from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.engines import PriorBuilder, RetryingPrior, TransformersEngine
 from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.settings import PriorSettings
-from priorzero.types import GameState, PriorRequest, UserError
-from tests.helpers.models import make_settings
+from priorzero.types import EngineError, GameState, PriorRequest, UserError
+from tests.helpers.models import SmallMemory, make_settings
 
 STATE = GameState(
     "West of House\nYou are standing in an open field west of a white house. There is a small mailbox here.",
@@ -80,6 +80,41 @@ def test_transformers_engine_priors_do_not_depend_on_the_batch(llm):
         alone = compute(make_engine(llm), make_request(engine, state))[0]
         assert prior.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
     assert together[1].logprobs.tolist() == [0.0]
+
+
+def rows_per_forward_of(llm, requests, *, largest=1000, **arguments):
+    """The number of rows in each forward pass, and the priors."""
+    memory = SmallMemory(llm, largest=largest)
+    engine = TransformersEngine(PriorBuilder(memory, prompt_style(make_settings())), **arguments)
+    priors = asyncio.run(engine.priors(requests))
+    return memory.num_rows, [prior.logprobs for prior in priors]
+
+
+def test_transformers_engine_limits_the_tokens_and_logits_of_a_forward_pass(llm, monkeypatch):
+    requests = [make_request(make_engine(llm), dataclasses.replace(STATE, feedback=f"Room {n}")) for n in range(7)]
+    row = PriorBuilder(llm, prompt_style(make_settings())).row(requests[0])
+    num_predicted = sum(map(len, row.completions))
+    num_tokens = len(row.prompt_ids) + num_predicted
+    together, want = rows_per_forward_of(llm, requests)
+    assert together == [7]
+    by_rows, _ = rows_per_forward_of(llm, requests, rows_per_forward=4)
+    assert by_rows == [4, 3]
+    by_tokens, got = rows_per_forward_of(llm, requests, tokens_per_forward=3 * num_tokens + 2)
+    assert by_tokens == [3, 3, 1]
+    assert np.allclose(got, want, atol=1e-4)
+    assert rows_per_forward_of(llm, requests, tokens_per_forward=1)[0] == [1] * 7
+    monkeypatch.setattr("priorzero.llm.engines.hf.LOGITS_PER_FORWARD", 2 * num_predicted * llm.model.config.vocab_size)
+    assert rows_per_forward_of(llm, requests)[0] == [2, 2, 2, 1]
+
+
+def test_transformers_engine_computes_fewer_priors_at_once_when_out_of_memory(llm):
+    requests = [make_request(make_engine(llm), dataclasses.replace(STATE, feedback=f"Room {n}")) for n in range(7)]
+    _, want = rows_per_forward_of(llm, requests)
+    num_rows, got = rows_per_forward_of(llm, requests, largest=3)
+    assert num_rows == [7, 3, 3, 1]
+    assert np.allclose(got, want, atol=1e-4)
+    with pytest.raises(EngineError, match=r"out of GPU memory while computing one prior, .*llm\.prompt_max_len=512"):
+        rows_per_forward_of(llm, requests, largest=0)
 
 
 def test_transformers_engine_caches_priors_until_the_next_sync(llm):

@@ -17,7 +17,7 @@ from priorzero.llm.losses import kl_loss
 from priorzero.llm.packing import PromptRow, pack
 from priorzero.llm.prompts import prompt_style
 from priorzero.types import PriorRequest, UserError
-from tests.helpers.models import make_settings, make_tiny_llm
+from tests.helpers.models import SmallMemory, make_settings, make_tiny_llm
 from tests.helpers.records import record
 
 
@@ -216,24 +216,6 @@ def test_learn_refuses_a_nonfinite_loss_and_changes_nothing(smollm2):
     with pytest.raises(UserError, match="sft_loss is nan"):
         learner.learn([dataclasses.replace(s, target_probs=np.full_like(s.target_probs, np.nan)) for s in samples])
     assert torch.equal(parameters(learner), before)
-
-
-class SmallMemory:
-    """A language model on a GPU whose memory suffices for ``largest`` rows; records the rows of each forward pass."""
-
-    def __init__(self, llm, *, largest):
-        self._llm = llm
-        self.largest = largest
-        self.num_rows = []
-
-    def __getattr__(self, name):
-        return getattr(self._llm, name)
-
-    def token_logprobs(self, rows, **kwargs):
-        self.num_rows.append(len(rows))
-        if len(rows) > self.largest:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return self._llm.token_logprobs(rows, **kwargs)
 
 
 def test_learn_halves_the_micro_batch_once_when_out_of_memory(smollm2):

@@ -25,11 +25,11 @@ FLOORS: list[set[str]] = [
     {"play"},
     {"runs"},
     {"preflight"},
-    {"agent"},
+    {"agent", "pretraining"},
     {"learning", "run_state"},
     {"training_run"},
     {"train", "cluster"},
-    {"entry", "report"},
+    {"entry", "report", "pretrain"},
     {"ray_entry"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import check_world_model
 import numpy as np
 import pytest
@@ -9,10 +11,14 @@ import torch
 from compare_llm_losses import good_visit_counts, make_record
 from walkthroughs import WalkthroughState, compute_priors, correct_logprobs, walkthrough_states
 
+from priorzero import pretrain
 from priorzero.llm.engines import PriorBuilder
 from priorzero.llm.fine_tuning import LLMLearner
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.prompts import prompt_style
+from priorzero.pretraining.collect import collect
+from priorzero.pretraining.evaluation import group_means
+from priorzero.pretraining.games import PretrainingGame
 from priorzero.train import run_training
 from priorzero.types import ActionPrior, StepRecord
 from tests.helpers.models import make_settings
@@ -75,6 +81,21 @@ def test_go_explore_returns_to_the_reward_after_few_episodes(tmp_path):
         eval={"modes": ["world_model"], "episodes": 1},
     )
     assert np.mean(episode_lengths(summary)[5:20]) < 4.5
+
+
+def test_pretraining_on_generated_games_improves_the_prior_in_others(tmp_path):
+    """Less than 50 decisions of four games, each learnt twice."""
+    games = [PretrainingGame(f"textworld:simple?seed={seed}&goal=brief", "train") for seed in range(101, 105)]
+    held_out = [PretrainingGame(f"textworld:simple?seed={seed}&goal=brief", "held_out") for seed in (7, 8)]
+    collect([*games, *held_out], tmp_path / "data")
+    arguments = ["--data", str(tmp_path / "data"), "--no_collect", "--out", str(tmp_path / "out"), "--device", "cpu"]
+    arguments += ["--epochs", "2", "--evaluations", "0", "--set", "llm.batch_size=8", "--set", "llm.micro_batch_size=4"]
+    assert pretrain.main(arguments) == 0
+    first, last = json.loads((tmp_path / "out" / "figures.json").read_text())["evaluations"]
+    before, after = (group_means(entry["games"])["TextWorld"] for entry in (first, last))
+    print("before:", before, "after:", after)
+    assert after["logprob"] > before["logprob"] + 0.2 and after["place"] < before["place"]
+    assert after["logprob"] > after["uniform_logprob"] + 0.3
 
 
 def test_prior_improves_a_search_with_an_untrained_world_model(tmp_path):

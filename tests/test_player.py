@@ -78,7 +78,7 @@ def test_player_roots_hold_the_latest_observations():
         state = state_of(0, FIRST_ROOM, moves=moves, length=9)
         indices = player.indexer.indices(STATE.valid_actions)
         choice = ActionChoice(state=STATE, action_indices=indices, prior=None, chosen=moves - 1)
-        episode.advance(choice, reward=1.0, state=state, features=player.features(state))
+        episode.advance(choice, reward=1.0, state=state, features=player.features([state])[0])
     asyncio.run(player.decide([episode]))
     (root,) = player.policy.roots
     assert root.features[:, 1].tolist() == [2.0, 3.0] and root.actions.tolist() == [indices[2]]

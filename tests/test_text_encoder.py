@@ -71,6 +71,20 @@ def test_text_encoder_features_do_not_depend_on_the_batch():
     assert alone.feature_size == 384 + 128
 
 
+def test_text_encoder_encodes_texts_in_padded_batches(encoded):
+    """As on a GPU. Padding changes the last digits only."""
+    alone, batch = make_encoder(with_look=True), make_encoder(with_look=True, batch_size=3)
+    states = [KITCHEN, CELLAR, dataclasses.replace(KITCHEN, feedback="word " * 400, inventory="a lamp")]
+    want = alone.features(states)
+    encoded.clear()
+    assert batch.features(states) == pytest.approx(want, abs=1e-4)
+    assert len(encoded) == 2  # six different texts
+
+
+def test_text_encoder_accepts_no_states(encoder):
+    assert encoder.features([]).shape == (0, encoder.feature_size)
+
+
 def test_text_encoder_encodes_a_text_once(encoder, encoded):
     state = dataclasses.replace(KITCHEN, feedback="A text of this test alone.")
     first = encoder.features([state])[0]

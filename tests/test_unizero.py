@@ -163,7 +163,7 @@ def test_world_model_state_restores_the_world_model_and_the_standardisation():
     other.load_world_model_state(state)
     assert torch.equal(parameters(other), parameters(policy))
     root = make_root(length=2, num_actions=8)
-    assert torch.equal(*(p.inference.root_contexts([root])[0] for p in (policy, other)))
+    assert torch.equal(*(p.inference.root_contexts([root])[0].tokens for p in (policy, other)))
 
 
 def test_fit_features_standardises_the_input_of_both_networks():
@@ -213,15 +213,17 @@ def test_inference_equals_the_forward_pass_of_lightzeros_losses(search_policy):
         assert logits[0] == pytest.approx(expected.logits_policy[0, 2].numpy(), abs=1e-5)
         assert values[0] == pytest.approx(to_scalar(expected.logits_value[0, 2:3]).item(), abs=1e-4)
         assert rewards[0] == pytest.approx(to_scalar(expected.logits_rewards[0, 2:3]).item(), abs=1e-4)
-        assert children[0][-1].numpy() == pytest.approx(expected.logits_observations[0, 2].numpy(), abs=1e-5)
+        child = children[0].tokens[children[0].length - 1]
+        assert child.numpy() == pytest.approx(expected.logits_observations[0, 2].numpy(), abs=1e-5)
 
 
 def test_inference_drops_the_oldest_step_of_a_full_context(search_policy):
     with torch.no_grad():
         contexts = search_policy.inference.root_contexts([make_root(length=4)])
-        assert len(contexts[0]) == 7
+        assert contexts[0].length == 7
         for _ in range(3):
-            before = contexts[0]
+            before = contexts[0].tokens
             contexts, _ = search_policy.inference.step(contexts, np.array([1]))
-            assert len(contexts[0]) == 7
-            assert torch.equal(contexts[0][:5], before[2:])
+            assert contexts[0].length == 7
+            assert torch.equal(contexts[0].tokens[:5], before[2:7])
+            assert not contexts[0].tokens[7:].any()

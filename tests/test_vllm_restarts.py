@@ -13,9 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from priorzero.llm.engines import PriorBuilder, RetryingPrior, VLLMEngine
-from priorzero.llm.engines.vllm_process import process_environment
+from priorzero.llm.engines.vllm_process import engine_arguments, process_environment
 from priorzero.llm.prompts import prompt_style
 from priorzero.settings import PriorSettings
 from priorzero.types import EngineError
@@ -87,8 +88,10 @@ def make_vllm_engine(tiny_llm, tmp_path, monkeypatch):
     return make
 
 
-def test_vllm_engine_with_sleep_frees_the_gpu_during_an_update(make_vllm_engine, tiny_llm):
+def test_vllm_engine_with_sleep_frees_the_gpu_during_an_update(make_vllm_engine, tiny_llm, monkeypatch):
     engine = make_vllm_engine(sleep=True)
+    # The training process must return the memory of the update before vLLM takes it again.
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: [d.calls.append(("empty_cache",)) for d in engine.doubles])
     prior = RetryingPrior(engine, PriorSettings(attempts=1, backoff_s=0, timeout_s=1))
 
     async def update():
@@ -105,11 +108,50 @@ def test_vllm_engine_with_sleep_frees_the_gpu_during_an_update(make_vllm_engine,
     asyncio.run(run())
     (double,) = engine.doubles
     assert [call if call[0] == "wake_up" else call[0] for call in double.calls] == [
-        "sleep", "update", ("wake_up", ["weights"]), "collective_rpc", "collective_rpc", ("wake_up", ["kv_cache"]),
-        "reset_prefix_cache", "shutdown",
+        "sleep", "update", "empty_cache", ("wake_up", ["weights"]), "collective_rpc", "collective_rpc",
+        ("wake_up", ["kv_cache"]), "reset_prefix_cache", "shutdown",
     ]  # fmt: skip
-    assert double.calls[0] == ("sleep", 2) and double.calls[3][:2] == ("collective_rpc", "reload_weights")
+    assert double.calls[0] == ("sleep", 2) and double.calls[4][:2] == ("collective_rpc", "reload_weights")
     assert engine.version == 1 and not engine._scratch.exists()
+
+
+async def test_vllm_engine_reads_the_log_probabilities_from_the_end_of_the_sequence(make_vllm_engine, monkeypatch):
+    """On a GPU, vLLM's model runner leaves out those of tokens from the prefix cache; on a CPU they are undefined."""
+    from vllm.logprobs import Logprob
+
+    engine = make_vllm_engine()
+    await engine.ready()
+    prompts = []
+
+    async def generate(self, prompt, sampling, request_id, *, lora_request):
+        prompts.append((prompt["prompt_token_ids"], sampling.skip_reading_prefix_cache))
+        all_positions = [None, *({token: Logprob(-float(token))} for token in prompt["prompt_token_ids"][1:])]
+        cached = 0 if sampling.skip_reading_prefix_cache else 4
+        outputs = [SimpleNamespace(token_ids=[1])]
+        positions = [None, *all_positions[1 + cached :]]
+        yield SimpleNamespace(outputs=outputs, num_cached_tokens=cached, metrics=None, prompt_logprobs=positions)
+
+    monkeypatch.setattr(VLLMDouble, "generate", generate)
+    got = await engine._completion_logprobs([10, 11, 12, 13, 14], [15, 16], read_cache=True)
+    assert got.tolist() == [-15.0, -16.0] and prompts == [([10, 11, 12, 13, 14, 15, 16], False)]
+    prompts.clear()  # here a token of the completion would come from the cache
+    got = await engine._completion_logprobs([10, 11, 12, 13], [15, 16], read_cache=True)
+    assert got.tolist() == [-15.0, -16.0] and [skips for _, skips in prompts] == [False, True]
+    await engine.close()
+
+
+def test_engine_arguments_on_a_gpu_are_those_of_vllm(tiny_llm, tmp_path):
+    from vllm.engine.arg_utils import AsyncEngineArgs
+
+    llm = SimpleNamespace(device=torch.device("cuda"), compute_dtype=torch.bfloat16, model=tiny_llm.model)
+    cfg = make_settings({"vllm": {"max_model_len": 4096, "sleep": True}}).vllm
+    arguments = engine_arguments(llm, cfg, tokenizer=str(tmp_path), trust_remote_code=False)
+    assert (arguments["dtype"], arguments["gpu_memory_utilization"]) == ("bfloat16", 0.3)
+    assert arguments["enable_sleep_mode"] and arguments["enable_prefix_caching"]
+    assert not {"enforce_eager", "kv_cache_memory_bytes", "block_size"} & set(arguments)  # those of a CPU
+    AsyncEngineArgs(model=str(tmp_path), **arguments)  # it knows all of them
+    with process_environment(log_file=tmp_path / "vllm.log", scratch=tmp_path):
+        assert os.environ["VLLM_WORKER_MULTIPROC_METHOD"] == "spawn"  # CUDA cannot be used after a fork
 
 
 async def test_vllm_engine_check_restarts_an_engine_that_hangs_and_keeps_a_slow_one(make_vllm_engine):

@@ -21,6 +21,7 @@ from priorzero.envs.action_cache import digest
 from priorzero.envs.child import run_in_fork
 from priorzero.envs.compiled_search import CompiledSearch
 from priorzero.envs.frotz_files import FilelessFrotzEnv
+from priorzero.envs.frotz_keys import KEY_COMMANDS
 from priorzero.types import UserError, ValidActionsMode
 
 # Part of the key of the valid-action cache. Increase it when a change produces other valid actions for the same state.
@@ -34,12 +35,6 @@ MAX_UNKNOWN = 0.5  # share of the commands that the compiled Z-machine may not k
 MAX_CHUNK_COMMANDS = 200  # the progress of a search is reported after each chunk; a command takes up to 5 ms
 ISOLATED_TIMEOUT_S = 5.0  # of commands that are executed in a process of their own
 READ_KEY_OPCODE = 246  # the emulator stops before the instruction that reads a line (228) or a key
-# The keys that are tried where the game waits for a key: the name of the action, and the command that presses the key.
-KEY_COMMANDS = {
-    "press space": " ",
-    "press return": "",
-    **{f"press {key}": key for key in "yn0123456789abcdefghijklmopqrstuvwxz"},
-}
 _MARK = b"\x01"  # a key that no command contains
 # Not `jericho.util`: `from ctypes import *` inside Jericho can replace that attribute with ctypes.util.
 jericho_util: Any = importlib.import_module("jericho.util")

@@ -56,6 +56,17 @@ def supported_games() -> dict[str, str]:
     return {bindings["rom"]: md5 for md5, bindings in BINDINGS_DICT.items()}
 
 
+def walkthrough_lengths() -> dict[str, int]:
+    """The number of commands of each walkthrough that Jericho has, by story file: ``{"zork1.z5": 396}``."""
+    from jericho.defines import BINDINGS_DICT
+
+    return {
+        bindings["rom"]: len(bindings["walkthrough"].split("/"))
+        for bindings in BINDINGS_DICT.values()
+        if bindings.get("walkthrough")
+    }
+
+
 def resolve_game(env_id: str | Path) -> GameSpec:
     """Find the story file ``env_id``, or generate the TextWorld game ``env_id``.
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from priorzero.envs.action_cache import ActionCache, cache_file, digest
-from priorzero.envs.frotz import KEY_COMMANDS, EmulatorState, ReproducibleFrotzEnv, RestorableFrotzEnv
+from priorzero.envs.frotz import EmulatorState, ReproducibleFrotzEnv, RestorableFrotzEnv
+from priorzero.envs.frotz_keys import KEY_COMMANDS
 from priorzero.envs.probe import Probe
 from priorzero.envs.validation import check_action, check_arguments
 from priorzero.types import GameState, ValidActionsMode

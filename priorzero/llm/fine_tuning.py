@@ -239,7 +239,7 @@ class LLMLearner:
     def _gradient(self, samples: Sequence[LLMSample]) -> dict[str, float]:
         """Accumulate the gradient of the batch and clip it; returns the same as :meth:`learn`."""
         denominators = self._denominators(samples)
-        totals = dict.fromkeys(denominators, 0.0)
+        device_totals = {name: torch.zeros((), dtype=torch.float64, device=self.llm.device) for name in denominators}
         self.optimizer.zero_grad(set_to_none=True)
         for start in range(0, len(samples), self.micro_batch_size):
             micro_batch = samples[start : start + self.micro_batch_size]
@@ -251,10 +251,9 @@ class LLMLearner:
                 # A group averages the gradients of its learners, but the denominators are over all learners.
                 (self.group.size * loss).backward()
             for name, value in sums.items():
-                totals[name] += value.item()
-            if not all(map(math.isfinite, totals.values())) and self.group.size == 1:
-                break  # the sum stays non-finite
-        totals = self.group.sum(totals)
+                device_totals[name] += value.detach()
+        # Read after the last micro-batch, since a GPU is waited for here.
+        totals = self.group.sum({name: total.item() for name, total in device_totals.items()})
         norm = gradient_norm(self.llm.trainable_parameters(), max_norm=self.cfg.grad_clip)
         for name, total in {**totals, "gradient norm": norm}.items():
             if not math.isfinite(total):
@@ -265,18 +264,18 @@ class LLMLearner:
     def _losses(self, micro_batch: Sequence[LLMSample]) -> dict[str, torch.Tensor]:
         """Summed losses of a micro-batch of M samples with R completions."""
         rows = [s.row for s in micro_batch]
+        # Copied before the forward pass starts, since a GPU that computes is waited for.
+        target_probs = torch.cat([s.weight * torch.as_tensor(s.target_probs) for s in micro_batch]).to(self.llm.device)
+        firsts = np.cumsum([0, *(len(s.row.completions) for s in micro_batch[:-1])])
+        chosen = torch.as_tensor(firsts + [s.chosen for s in micro_batch], device=self.llm.device)  # (M,)
+        scalars = [[s.weight for s in micro_batch], [s.advantage for s in micro_batch]]
+        scalars.append([s.rollout_logprob for s in micro_batch])
+        weights, advantages, rollout = torch.tensor(scalars, device=self.llm.device)  # (M,) each
         token_logprobs, completion_mask = self.scorer(rows)  # (R, T)
         logprobs, mask = self.objective_logprobs(micro_batch, token_logprobs, completion_mask)  # (R, T) or (R, 1)
-        weighted = [s.weight * torch.as_tensor(s.target_probs) for s in micro_batch]
-        target_probs = torch.cat(weighted).to(logprobs.device)  # (R,)
-        sums = {"sft_loss": sft_loss(logprobs, mask, target_probs)[0]}
-        firsts = np.cumsum([0, *(len(s.row.completions) for s in micro_batch[:-1])])
-        chosen = torch.as_tensor(firsts + [s.chosen for s in micro_batch], device=logprobs.device)  # (M,)
-        weights = torch.tensor([s.weight for s in micro_batch], device=logprobs.device)  # (M,)
-        advantages = weights * torch.tensor([s.advantage for s in micro_batch], device=logprobs.device)
-        rollout = torch.tensor([s.rollout_logprob for s in micro_batch], device=logprobs.device)
+        sums = {"sft_loss": sft_loss(logprobs, mask, target_probs)[0]}  # target_probs: (R,)
         sums["rft_loss"], _ = rft_loss(
-            logprobs[chosen], mask[chosen], advantages, rollout_logprobs=rollout, clip=self.cfg.rft_clip
+            logprobs[chosen], mask[chosen], weights * advantages, rollout_logprobs=rollout, clip=self.cfg.rft_clip
         )
         if self.cfg.kl_weight > 0:
             reference, _ = self.objective_logprobs(micro_batch, self.llm.reference_logprobs(rows), completion_mask)

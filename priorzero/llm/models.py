@@ -32,6 +32,7 @@ from priorzero.llm.packing import (
     completion_logprobs,
     escape_special_tokens,
     pack,
+    padded_logprobs,
     register_tree_attention,
 )
 from priorzero.llm.tokenizing import tokenize_row
@@ -59,7 +60,8 @@ class LanguageModel:
     ``model`` is the transformers model, or the peft model around it. Its parameters are float32, because an update of
     1e-6 would be lost in the rounding of bfloat16. ``reference`` is a copy of the model before any update, for the KL
     penalty. It is None if there is no penalty, or if the model has new adapters: without these it is its own reference.
-    ``has_merged_adapter``: the model differs from the files of its base model before any update.
+    ``has_merged_adapter``: the model differs from the files of its base model before any update. ``pads_rows``: each
+    row is scored as a padded sequence (:func:`~priorzero.llm.packing.padded_logprobs`), instead of all as a token tree.
     """
 
     model: Any
@@ -67,6 +69,7 @@ class LanguageModel:
     compute_dtype: torch.dtype  # of the forward pass
     reference: Any = None
     has_merged_adapter: bool = False
+    pads_rows: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -131,6 +134,9 @@ class LanguageModel:
         ``past`` is a transformers ``Cache`` with the beginning of the prompt of a single row; the forward pass appends
         to it.
         """
+        if self.pads_rows and past is None:
+            with self.autocast():
+                return padded_logprobs(self.model, rows, device=self.device)
         num_cached = past.get_seq_length() if past is not None else 0
         batch = pack(rows, dtype=self.compute_dtype, device=self.device, num_cached=num_cached)
         with self.autocast():

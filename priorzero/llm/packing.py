@@ -7,7 +7,8 @@ nodes. A node sees itself and its ancestors, and its position is its depth. The 
 completion.
 
 Attention is computed in blocks of nodes (:func:`tree_attention`). A block uses only the keys that one of its nodes
-sees, so its time does not depend on the other branches of the tree.
+sees, so its time does not depend on the other branches of the tree. A GPU needs large blocks, because starting the
+operations of a block in each layer takes longer than computing the keys that a small block would save.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK_SIZE = 128  # nodes in a block of the attention
+CPU_BLOCK_SIZE, GPU_BLOCK_SIZE = 128, 2048  # nodes in a block of the attention
+MAX_SINGLE_BLOCK = 4096  # on a GPU, so many nodes are one block
+MASK_ALIGNMENT = 8  # the attention of a GPU copies a mask in each layer unless the stride of its rows is a multiple
 ATTENTION = "tree_sdpa"  # name of `tree_attention` in transformers
 
 
@@ -65,6 +68,7 @@ class PackedBatch:
     predictors: Tensor  # [P], nodes that predict a token of a completion
     index: Tensor  # [N], index in ``predictors`` of the node that predicts each completion token
     target: Tensor  # [N], the token
+    slots: Tensor  # [N], index of each completion token in the flattened [R, T]
     completion_mask: Tensor  # [R, T], True where a completion has a token; the N True entries are in reading order
 
 
@@ -74,7 +78,7 @@ def pack(
     dtype: torch.dtype,
     device: torch.device | str,
     num_cached: int = 0,
-    block_size: int = BLOCK_SIZE,
+    block_size: int | None = None,
 ) -> PackedBatch:
     """Pack rows for one forward pass. The completions keep their order, row by row.
 
@@ -84,27 +88,49 @@ def pack(
         device: device of the model.
         num_cached: number C of first prompt tokens whose keys and values are cached; they are not packed. If it is not
             0, there must be a single row, and at least one token of its prompt must not be cached.
-        block_size: largest number of nodes in a block of the attention.
+        block_size: largest number of nodes in a block of the attention; None: the best for the device.
     """
     if num_cached and not (len(rows) == 1 and num_cached < len(rows[0].prompt_ids)):
         raise ValueError(f"num_cached={num_cached} needs exactly one row with a longer prompt")
+    device = torch.device(device)
     tree = _TokenTree()
     nodes = [node for row in rows for node in tree.add(row.prompt_ids[num_cached:], row.completions)]
-    predictors, index = np.unique(nodes, return_inverse=True)
-    lengths = np.array([len(c) for row in rows for c in row.completions])
-
-    def tensor(array: Any) -> Tensor:
-        return torch.as_tensor(array, dtype=torch.long, device=device)
-
+    completions = [completion for row in rows for completion in row.completions]
+    lengths = np.array([len(completion) for completion in completions])
+    mask = np.arange(lengths.max()) < lengths[:, None]  # (R, T)
+    if block_size is None:
+        gpu_block_size = MAX_SINGLE_BLOCK if len(tree.tokens) <= MAX_SINGLE_BLOCK else GPU_BLOCK_SIZE
+        block_size = CPU_BLOCK_SIZE if device.type == "cpu" else gpu_block_size
+    runs = _Runs.of(tree.parents)
+    blocks = runs.blocks(block_size)
+    arrays: list[Any] = [tree.tokens, np.array(tree.depths) + num_cached, *runs.intervals()]
+    arrays += np.unique(nodes, return_inverse=True)
+    arrays += [[token for completion in completions for token in completion], np.flatnonzero(mask), mask.ravel()]
+    arrays += [seen for _, seen in blocks]
+    tensors = iter(_to_device(arrays, device))
+    input_ids, position_ids, first, last = (next(tensors) for _ in range(4))
     return PackedBatch(
-        input_ids=tensor([tree.tokens]),
-        position_ids=tensor([tree.depths]) + num_cached,
-        blocks=_attention_blocks(tree, num_cached=num_cached, size=block_size, dtype=dtype, device=device),
-        predictors=tensor(predictors),
-        index=tensor(index),
-        target=tensor([token for row in rows for completion in row.completions for token in completion]),
-        completion_mask=torch.as_tensor(np.arange(lengths.max()) < lengths[:, None], device=device),
+        input_ids=input_ids[None],
+        position_ids=position_ids[None],
+        predictors=next(tensors),
+        index=next(tensors),
+        target=next(tensors),
+        slots=next(tensors),
+        completion_mask=next(tensors).bool().view(mask.shape),
+        blocks=[
+            _attention_block(block, next(tensors), first=first, last=last, num_cached=num_cached, dtype=dtype)
+            for block, _ in blocks
+        ],
     )
+
+
+def _to_device(arrays: Sequence[Any], device: torch.device) -> list[Tensor]:
+    """One-dimensional integer arrays or lists on a device, int64, in a single copy, since every copy takes time."""
+    arrays = [np.asarray(array, dtype=np.int64) for array in arrays]
+    joined = torch.from_numpy(np.concatenate(arrays))
+    if device.type == "cuda":
+        joined = joined.pin_memory()  # so that the copy does not wait for the GPU
+    return list(joined.to(device, non_blocking=True).split([len(array) for array in arrays]))
 
 
 class _TokenTree:
@@ -118,60 +144,110 @@ class _TokenTree:
 
     def add(self, prompt_ids: Sequence[int], completions: Sequence[Sequence[int]]) -> list[int]:
         """Add a row; returns the node that predicts each token of each completion."""
-        predictors, end = [], -1
-        for token in prompt_ids:
-            end = self._child(end, token)
+        end = self._path(-1, prompt_ids)[-1]
+        predictors = []
         for completion in completions:
-            node = end
-            predictors.append(node)
-            for token in completion[:-1]:  # the last token predicts nothing
-                node = self._child(node, token)
-                predictors.append(node)
+            predictors += [end, *self._path(end, completion[:-1])]  # the last token predicts nothing
         return predictors
 
-    def _child(self, node: int, token: int) -> int:
-        child = self._children.get((node, token))
-        if child is None:
-            child = self._children[node, token] = len(self.tokens)
-            self.tokens.append(token)
-            self.depths.append(0 if node < 0 else self.depths[node] + 1)
-            self.parents.append(node)
-        return child
+    def _path(self, node: int, tokens: Sequence[int]) -> list[int]:
+        """The nodes of the prefixes that extend the prefix of ``node`` by 1, 2, ... of the tokens."""
+        path: list[int] = []
+        for token in tokens:
+            child = self._children.get((node, token))
+            if child is None:
+                break
+            path.append(child)
+            node = child
+        first, rest = len(self.tokens), list(tokens[len(path) :])
+        if rest:  # new nodes, each the parent of the next
+            new = range(first, first + len(rest))
+            parents = [node, *new[:-1]]
+            depth = 0 if node < 0 else self.depths[node] + 1
+            self.tokens += rest
+            self.depths += range(depth, depth + len(rest))
+            self.parents += parents
+            self._children.update(zip(zip(parents, rest, strict=True), new, strict=True))
+            path += new
+        return path
 
-    def path(self, node: int) -> list[int]:
-        """A node and its ancestors, in ascending order; empty for node -1."""
-        path = []
-        while node >= 0:
-            path.append(node)
-            node = self.parents[node]
-        return path[::-1]
+
+@dataclass(frozen=True)
+class _Runs:
+    """The nodes of a tree as runs: each node of a run but the first is a child of the node before.
+
+    There are far fewer runs than nodes, so the loops over runs are fast.
+    """
+
+    parents: np.ndarray  # [L], the parent of each node, or -1
+    run_of: np.ndarray  # [L], the run of each node
+    starts: np.ndarray  # [R], the first node of each run
+
+    @classmethod
+    def of(cls, parents: Sequence[int]) -> _Runs:
+        array = np.array(parents)
+        is_start = array != np.arange(len(array)) - 1
+        is_start[0] = True
+        return cls(array, np.cumsum(is_start) - 1, np.flatnonzero(is_start))
+
+    def intervals(self) -> tuple[np.ndarray, np.ndarray]:
+        """Numbers ``[L]`` of the nodes in depth-first order, and of the last descendant of each node.
+
+        Node a is node b or an ancestor of it if ``first[a] <= first[b] <= last[a]``. The next node of a run comes after
+        all other children, so all nodes of a run have the same last descendant.
+        """
+        length, run_of = len(self.parents), self.run_of.tolist()
+        run_parents = self.parents[self.starts].tolist()
+        sizes = np.diff(self.starts, append=length).tolist()  # number of nodes of a run, and of the runs below it
+        below = [0] * (length + 1)  # the same for the runs below a node; the last entry is that of node -1
+        for run in range(len(sizes) - 1, -1, -1):
+            parent = run_parents[run]
+            below[parent] += sizes[run]
+            if parent >= 0:
+                sizes[run_of[parent]] += sizes[run]
+        offsets = np.cumsum([0, *below[: length - 1]]) + np.arange(length)
+        offsets -= offsets[self.starts][self.run_of]  # position of a node after the start of its run
+        position = offsets.tolist()
+        firsts: list[int] = []  # of each run
+        used = [0] * (length + 1)  # nodes below a node that have a number already
+        for parent, size in zip(run_parents, sizes, strict=True):
+            before = firsts[run_of[parent]] + position[parent] + 1 if parent >= 0 else 0
+            firsts.append(before + used[parent])
+            used[parent] += size
+        first, last = np.array(firsts), np.array(firsts) + sizes - 1
+        return first[self.run_of] + offsets, last[self.run_of]
+
+    def blocks(self, size: int) -> list[tuple[slice, np.ndarray]]:
+        """Consecutive nodes in blocks of at most ``size``, each with the nodes ``[S]`` that any of them sees."""
+        blocks = []
+        for start in range(0, len(self.parents), size):
+            stop = min(start + size, len(self.parents))
+            seen = np.zeros(stop, dtype=bool)
+            seen[start:] = True
+            outside = self.parents[start:stop]
+            for node in np.unique(outside[outside < start]):
+                while node >= 0 and not seen[node]:
+                    first = self.starts[self.run_of[node]]
+                    seen[first : node + 1] = True
+                    node = self.parents[first]
+            blocks.append((slice(start, stop), np.flatnonzero(seen)))
+        return blocks
 
 
-def _attention_blocks(
-    tree: _TokenTree, *, num_cached: int, size: int, dtype: torch.dtype, device: torch.device | str
-) -> list[AttentionBlock]:
-    length = len(tree.tokens)
-    blocks = []
-    for start in range(0, length, size):
-        nodes = range(start, min(start + size, length))
-        paths: dict[int, list[int]] = {}  # what each node sees
-        for node in nodes:
-            parent = tree.parents[node]
-            paths[node] = [*(paths[parent] if parent in paths else tree.path(parent)), node]
-        seen = np.unique(np.concatenate(list(paths.values())))
-        mask = torch.full((1, 1, len(nodes), num_cached + len(seen)), torch.finfo(dtype).min, dtype=dtype)
-        mask[..., :num_cached] = 0
-        for row, node in enumerate(nodes):
-            mask[0, 0, row, num_cached + np.searchsorted(seen, paths[node])] = 0
-        keys = np.concatenate([np.arange(num_cached), num_cached + seen])
-        blocks.append(
-            AttentionBlock(
-                slice(start, nodes.stop),
-                None if len(seen) == length else torch.as_tensor(keys, device=device),
-                mask.to(device),
-            )
-        )
-    return blocks
+def _attention_block(
+    nodes: slice, seen: Tensor, *, first: Tensor, last: Tensor, num_cached: int, dtype: torch.dtype
+) -> AttentionBlock:
+    """A block of Q nodes from the nodes ``seen`` ``[S]`` and the intervals ``[L]`` of :meth:`_TokenTree.intervals`."""
+    numbers = first[nodes, None]
+    visible = (first[seen] <= numbers) & (numbers <= last[seen])  # (Q, S)
+    num_queries, num_keys = visible.shape
+    width = -(-(num_cached + num_keys) // MASK_ALIGNMENT) * MASK_ALIGNMENT
+    mask = torch.zeros((1, 1, num_queries, width), dtype=dtype, device=first.device)[..., : num_cached + num_keys]
+    mask[0, 0, :, num_cached:].masked_fill_(~visible, torch.finfo(dtype).min)
+    if num_keys == len(first):
+        return AttentionBlock(nodes, None, mask)
+    cached = torch.arange(num_cached, device=first.device)
+    return AttentionBlock(nodes, torch.cat([cached, num_cached + seen]), mask)
 
 
 def tree_attention(
@@ -212,7 +288,12 @@ def tree_attention(
 
 
 def register_tree_attention() -> str:
-    """Make :func:`tree_attention` known to transformers; returns its name for ``attn_implementation``."""
+    """Make :func:`tree_attention` known to transformers; returns its name for ``attn_implementation``.
+
+    It also turns off cuDNN's attention, which torch prefers on an H100: cuDNN builds an execution plan for each new
+    number of nodes, and this takes longer than a forward pass.
+    """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
@@ -233,6 +314,11 @@ def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> 
     Returns:
         ``[R, T]`` float32, zero where ``completion_mask`` is False. Gradients flow if they are enabled.
     """
+    return scatter_logprobs(predicted_logprobs(model, batch, past=past), batch)
+
+
+def predicted_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> Tensor:
+    """The log-probabilities of :func:`completion_logprobs` in reading order, ``[N]`` float32."""
     length = batch.input_ids.shape[1]
     num_keys = length + (past.get_seq_length() if past is not None else 0)
     logits = (
@@ -250,9 +336,76 @@ def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> 
         .float()
     )  # (P, V)
     # logsumexp is computed once for each node, since a node can predict the first token of many completions.
-    logprobs = logits[batch.index, batch.target] - torch.logsumexp(logits, dim=-1)[batch.index]  # (N,)
-    result = torch.zeros(batch.completion_mask.shape, dtype=torch.float32, device=logprobs.device)
-    return result.masked_scatter(batch.completion_mask, logprobs)
+    return logits[batch.index, batch.target] - torch.logsumexp(logits, dim=-1)[batch.index]
+
+
+def scatter_logprobs(logprobs: Tensor, batch: PackedBatch) -> Tensor:
+    """The log-probabilities ``[N]`` of the tokens of all completions as ``[R, T]``, zero elsewhere."""
+    result = torch.zeros(batch.completion_mask.numel(), dtype=torch.float32, device=logprobs.device)
+    return result.index_copy(0, batch.slots, logprobs).view(batch.completion_mask.shape)
+
+
+def padded_logprobs(model: Any, rows: Sequence[PromptRow], *, device: torch.device | str) -> tuple[Tensor, Tensor]:
+    """As :func:`pack` and :func:`completion_logprobs`, with one padded sequence for each row.
+
+    A sequence is a prompt and its completions, one after the other; a completion sees the prompt and itself only. Rows
+    share nothing, but the whole batch is a few large operations, and little is done in Python. On a GPU this is several
+    times as fast as the token tree if the rows have little in common.
+
+    Returns:
+        The log-probabilities ``[R, T]`` float32 and their ``completion_mask``.
+    """
+    num_prompt = max(len(row.prompt_ids) for row in rows)
+    branches = [[token for completion in row.completions for token in completion[:-1]] for row in rows]
+    width = num_prompt + max(map(len, branches))
+    ids = np.zeros((len(rows), width), np.int64)
+    positions = np.zeros((len(rows), width), np.int64)
+    branch = np.full((len(rows), width), -1, np.int64)  # -1: padding, 0: the prompt, k: completion k
+    predictors: list[int] = []  # of all completion tokens, as an index into [B * (width - num_prompt + 1)]
+    kept = width - num_prompt + 1  # the last column of the prompts, and the completions
+    for b, row in enumerate(rows):
+        start = num_prompt - len(row.prompt_ids)  # prompts end in the same column
+        ids[b, start:num_prompt] = row.prompt_ids
+        positions[b, start:num_prompt] = np.arange(len(row.prompt_ids))
+        branch[b, start:num_prompt] = 0
+        column = num_prompt
+        for k, completion in enumerate(row.completions, start=1):
+            inner = len(completion) - 1
+            ids[b, column : column + inner] = completion[:-1]
+            positions[b, column : column + inner] = len(row.prompt_ids) + np.arange(inner)
+            branch[b, column : column + inner] = k
+            first = b * kept + column - num_prompt + 1
+            predictors += [b * kept, *range(first, first + inner)]
+            column += inner
+    target = [token for row in rows for completion in row.completions for token in completion]
+    lengths = np.array([len(c) for row in rows for c in row.completions])
+    completion_mask = torch.as_tensor(np.arange(lengths.max()) < lengths[:, None], device=device)
+    logits = model(
+        input_ids=torch.as_tensor(ids, device=device),
+        attention_mask=_branch_mask(torch.as_tensor(branch, device=device)),
+        position_ids=torch.as_tensor(positions, device=device),
+        logits_to_keep=kept,
+        use_cache=False,
+    ).logits  # (B, kept, V)
+    used, index = np.unique(predictors, return_inverse=True)
+    logits = logits.flatten(0, 1)[torch.as_tensor(used, device=device)].float()  # (P, V)
+    at = torch.as_tensor(index, device=device)
+    logprobs = logits[at, torch.as_tensor(target, device=device)] - torch.logsumexp(logits, dim=-1)[at]
+    result = torch.zeros(completion_mask.shape, dtype=torch.float32, device=logprobs.device)
+    return result.masked_scatter(completion_mask, logprobs), completion_mask
+
+
+def _branch_mask(branch: Tensor) -> Tensor:
+    """The attention mask ``[B, 1, L, L]`` of sequences ``[B, L]``: True where a token (row) sees another (column).
+
+    A token sees the earlier ones of the prompt and of its own completion. Padding sees itself, so that no row is empty.
+    """
+    length = branch.shape[1]
+    own, other = branch[:, :, None], branch[:, None, :]
+    causal = torch.ones(length, length, dtype=torch.bool, device=branch.device).tril()
+    sees = causal & (own >= 0) & ((other == 0) | (other == own)) & (other >= 0)
+    sees |= torch.eye(length, dtype=torch.bool, device=branch.device)
+    return sees[:, None]
 
 
 def split_completions(token_logprobs: Tensor, completion_mask: Tensor) -> list[np.ndarray]:

@@ -10,6 +10,7 @@ from priorzero.envs.history import without_loops
 from priorzero.llm.chat_template import control_tokens, render_messages
 from priorzero.llm.packing import escape_special_tokens
 from priorzero.llm.priors import ANSWER_HEADING
+from priorzero.llm.tokenizing import token_ids
 from priorzero.settings import Settings
 from priorzero.types import GameState, HistoryStep
 
@@ -103,7 +104,7 @@ def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: Pr
     chunk = _chunk(style.history_length)
     for dropped in [*range(0, len(shown), chunk), len(shown)]:
         text = _render(state, shown[dropped:], style=style, tokenizer=tokenizer)
-        if len(tokenizer(text, add_special_tokens=False)["input_ids"]) <= style.max_tokens:
+        if len(token_ids(tokenizer, text)) <= style.max_tokens:
             return Prompt(text, dropped_history=dropped)
     return Prompt(text, dropped_history=len(shown), over_length=True)
 

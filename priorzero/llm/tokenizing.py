@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,13 +10,18 @@ from priorzero.llm.chat_template import control_tokens
 from priorzero.llm.packing import PromptRow
 
 
-def prompt_token_ids(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a rendered prompt. Spaces at its end are left out, because they belong to the first token after it.
+@functools.lru_cache(maxsize=512)
+def token_ids(tokenizer: Any, prompt: str) -> tuple[int, ...]:
+    """Token ids of a rendered prompt. The latest prompts are kept, since each is needed several times.
 
     The prompt contains its own special tokens, so the tokenizer adds none.
     """
-    ids: list[int] = tokenizer(prompt.rstrip(" "), add_special_tokens=False)["input_ids"]
-    return ids
+    return tuple(tokenizer(prompt, add_special_tokens=False)["input_ids"])
+
+
+def prompt_token_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Token ids of a prompt without the spaces at its end, because these belong to the first token after it."""
+    return list(token_ids(tokenizer, prompt.rstrip(" ")))
 
 
 def tokenize_row(tokenizer: Any, prompt: str, completions: Sequence[str]) -> PromptRow:

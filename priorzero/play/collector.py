@@ -187,12 +187,12 @@ class Collector:
                 outcomes = await gather_replies(
                     self._workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)
                 )
+            features = iter(self._player.features([o[0] for o in outcomes if not isinstance(o, GameWorkerError)]))
             for episode, decision, outcome in zip(playing, decisions, outcomes, strict=True):
                 if isinstance(outcome, GameWorkerError):
                     self._abandon(episode, decision, outcome, collected)
                 else:
-                    state, reward = outcome
-                    self._record(episode, decision, state, reward, collected)
+                    self._record(episode, decision, *outcome, next(features), collected)
 
     async def _begin(self, e: int) -> None:
         """Begin an episode in environment ``e``. If its game does not start twice, this is counted."""
@@ -229,15 +229,20 @@ class Collector:
             raise error
 
     def _record(
-        self, episode: Episode, decision: Decision, state: GameState, reward: float, collected: Collected
+        self,
+        episode: Episode,
+        decision: Decision,
+        state: GameState,
+        reward: float,
+        features: np.ndarray,
+        collected: Collected,
     ) -> None:
-        """Store a decision and its outcome."""
+        """Store a decision and its outcome: the next state, its features ``[F]`` and the reward."""
         e, cfg, counts = episode.env, self._player.settings.train, self._counts[episode.env % len(self._counts)]
         before, action = decision.state, decision.action_text
         counts.add(before=before, action=action, after=state, with_feedback=cfg.novelty_of == "feedback")
         shaping = shaped_reward(counts, before=before, action=action, after=state, cfg=cfg)
         record = decision.record(episode, reward=reward, shaping=shaping, done=state.done)
-        features = self._player.features(state)
         episode.advance(decision, reward=reward, state=state, features=features)
         self._exploration.observe(e, position=decision.chosen, after=state, history=episode.history)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)

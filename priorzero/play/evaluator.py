@@ -169,6 +169,7 @@ class Evaluator:
             outcomes = await gather_replies(
                 workers[ep.env].step(d.action_text) for ep, d in zip(playing, decisions, strict=True)
             )
+            features = iter(player.features([o[0] for o in outcomes if not isinstance(o, GameWorkerError)]))
             advanced = []
             for episode, decision, outcome in zip(playing, decisions, outcomes, strict=True):
                 if isinstance(outcome, GameWorkerError):
@@ -177,7 +178,7 @@ class Evaluator:
                 else:
                     state, reward = outcome
                     steps[episode.env].append(transcript_step(decision, reward=reward))
-                    episode.advance(decision, reward=reward, state=state, features=player.features(state))
+                    episode.advance(decision, reward=reward, state=state, features=next(features))
                     advanced.append(episode)
             finished += [episode for episode in advanced if episode.state.done]
             playing = [episode for episode in advanced if not episode.state.done]

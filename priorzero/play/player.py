@@ -85,13 +85,13 @@ class Player:
     def new_episode(self, env: int, state: GameState, *, rng: np.random.Generator, number: int = 0) -> Episode:
         """An episode at its beginning in environment ``env``, whose generator is ``rng``."""
         num_observations = self.settings.world_model.context_length // 2
-        features = deque([self.features(state)], maxlen=num_observations)
+        features = deque(self.features([state]), maxlen=num_observations)
         return Episode(env, number, state, features, deque(maxlen=num_observations - 1), rng)
 
-    def features(self, state: GameState) -> np.ndarray:
-        """The text encoder's features of a state, ``[F]``."""
+    def features(self, states: Sequence[GameState]) -> np.ndarray:
+        """The text encoder's features of n states, ``[n, F]``."""
         with self.timeline.span("text encoder"):
-            return self.encoder.features([state])[0]
+            return self.encoder.features(states)
 
     async def decide(
         self,

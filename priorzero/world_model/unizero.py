@@ -54,7 +54,7 @@ class UniZeroLearner(UniZeroPolicy):
             super().__init__(self.lightzero_config)
         self.network: Any = self._model
         self.target_network: Any = self._target_model._model  # inside DI-engine's wrapper for target networks
-        self.inference = WorldModelInference(self.network, to_scalar=self.inverse_scalar_transform_handle)
+        self.inference = WorldModelInference(self.network)
         self.features_are_fitted = False
         self.is_consistent = True
         for encoder in self._encoders():  # buffers, so that checkpoints contain them

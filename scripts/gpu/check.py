@@ -172,7 +172,7 @@ def run_checks(options: argparse.Namespace) -> int:
     """
     parts = names_from(options.parts, PARTS, flag="--parts")
     checks = load_checks(parts, options.only.split(",") if options.only else None)
-    context = Context(choose_device(options.device), options.llm, options.encoder, options.quick)
+    context = Context(choose_device(options.device), options.llm, options.encoder, options.quick, options.out)
     make_folder(options.out)
     logger.remove()
     logger.add(options.out / "check.log", level="DEBUG")

@@ -112,6 +112,7 @@ class Update:
         **changes: Any,
     ) -> None:
         llm_settings = {"kl_weight": 0.1, "grad_clip": 1e9, "micro_batch_size": 8, **changes}
+        torch.manual_seed(0)  # the same new adapters on every device
         self.llm = context.language_model(device, dtype=dtype, **llm_settings)
         perturb(self.llm.model)
         settings = context.settings({"llm": llm_settings})
@@ -338,7 +339,8 @@ def check_bfloat16_update(context: Context) -> Outcome:
 def memory_limit(device: torch.device, limit: float) -> Iterator[None]:
     """Let this process use at most ``limit`` bytes of the GPU's memory."""
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(device).total_memory)
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(limit / total)
     try:
         yield
     finally:

@@ -124,6 +124,7 @@ def search_outcome(figures: dict[str, Any], *, roots: int) -> Outcome:
     """Whether the searches agree."""
     values = [figures[name] for name in ("predicted_value", "root_value", "action_values")]
     ok = figures["policy_logits"] < FLOAT32 and all(difference < VALUES for difference in values)
+    ok = ok and figures["equal"] >= EQUAL_ROOTS * roots
     return Outcome(
         ok, {"roots": roots, **figures}, f"the visit counts of {figures['equal']} of {roots} roots are equal"
     )

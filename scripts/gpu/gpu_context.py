@@ -69,12 +69,14 @@ class Context:
         llm: ``random``, or a value of ``llm.path``.
         encoder: ``random``, or a value of ``encoder.path``.
         quick: small sizes.
+        out: folder of the results, for files that a check writes.
     """
 
     device: torch.device
     llm: str
     encoder: str
     quick: bool
+    out: Path = Path("gpu_results")
 
     def llm_path(self) -> str:
         """The value of ``llm.path``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from bench_tools import SMALL_SETTINGS
 
 from priorzero.config import resolve_settings
 from priorzero.llm.models import LanguageModel
-from priorzero.llm.packing import register_tree_attention
+from priorzero.llm.packing import PromptRow, register_tree_attention
 from priorzero.settings import Settings
 
 
@@ -36,3 +37,21 @@ def make_tiny_llm(tokenizer: Any, *, seed: int = 0, **changes: Any) -> LanguageM
     model = LlamaForCausalLM(config)
     model.set_attn_implementation(register_tree_attention())
     return LanguageModel(model.eval(), tokenizer, torch.float32)
+
+
+class SmallMemory:
+    """A language model on a GPU whose memory suffices for ``largest`` rows; records the rows of each forward pass."""
+
+    def __init__(self, llm: LanguageModel, *, largest: int) -> None:
+        self._llm = llm
+        self.largest = largest
+        self.num_rows: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._llm, name)
+
+    def token_logprobs(self, rows: Sequence[PromptRow], **kwargs: Any) -> Any:
+        self.num_rows.append(len(rows))
+        if len(rows) > self.largest:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self._llm.token_logprobs(rows, **kwargs)

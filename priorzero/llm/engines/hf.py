@@ -10,12 +10,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from loguru import logger
 
 from priorzero.llm.engines.base import PriorBuilder, PriorCache
 from priorzero.llm.engines.prompt_cache import PromptCache
 from priorzero.llm.packing import PromptRow, split_completions
+from priorzero.llm.scoring_graphs import GraphScorer
 from priorzero.runtime.concurrency import run_in_thread
-from priorzero.types import ActionPrior, PriorRequest, PromptTooLongError
+from priorzero.types import ActionPrior, EngineError, PriorRequest, PromptTooLongError
+
+# Limits of one forward pass. They bound its memory: about 3 GB for the logits (ten bytes each), and 1 to 5 GB for the
+# rest. A GPU has enough to compute with much fewer tokens, so a larger pass would not be faster.
+TOKENS_PER_FORWARD = 2**15
+LOGITS_PER_FORWARD = 2**28
 
 
 class _Cancelled(Exception):
@@ -29,24 +36,39 @@ class TransformersEngine:
     thread, one call at a time. A cancelled call stops before its next forward pass, and returns only when its thread no
     longer uses the model.
 
+    If a GPU's memory does not suffice for several requests at once, ``tokens_per_forward`` is halved. This does not
+    change the priors, except for rounding. If it does not suffice for one request, EngineError is raised.
+
     Args:
         builder: its ``llm`` computes the priors.
-        rows_per_forward: number of requests in one forward pass.
+        rows_per_forward: largest number of requests in one forward pass; None: any number.
+        tokens_per_forward: largest number of tokens of all requests in one forward pass. A single request may have
+            more. The number of logits is limited as well, to :data:`LOGITS_PER_FORWARD`.
         prompt_cache_tokens: ``score``: tokens of earlier prompts whose keys and values are cached; 0 for none. It
             requires ``rows_per_forward=1``.
     """
 
     exclusive = True
 
-    def __init__(self, builder: PriorBuilder, *, rows_per_forward: int = 4, prompt_cache_tokens: int = 0) -> None:
+    def __init__(
+        self,
+        builder: PriorBuilder,
+        *,
+        rows_per_forward: int | None = None,
+        tokens_per_forward: int = TOKENS_PER_FORWARD,
+        prompt_cache_tokens: int = 0,
+    ) -> None:
         if prompt_cache_tokens and rows_per_forward != 1:
             raise ValueError(f"prompt_cache_tokens={prompt_cache_tokens} requires rows_per_forward=1")
         self.version = 0
         self.builder = builder
         self.rows_per_forward = rows_per_forward
+        self.tokens_per_forward = tokens_per_forward
         self.cache = PriorCache(builder)
         self.prompt_cache = PromptCache(prompt_cache_tokens)
         self._uses_prompt_cache = prompt_cache_tokens > 0
+        is_cuda = builder.llm.device.type == "cuda"
+        self._token_logprobs = GraphScorer(builder.llm).token_logprobs if is_cuda else builder.llm.token_logprobs
         self._lock = asyncio.Lock()
         self._computed_tokens = 0
         self._computing_s = 0.0
@@ -97,17 +119,59 @@ class TransformersEngine:
                 fitting.append((request, tokenize(request)))
             except PromptTooLongError as error:
                 priors[request] = self.cache.too_long(request, error, version=self.version)
-        compute = self._score if scores else self._rank
-        for start in range(0, len(fitting), self.rows_per_forward):
+        while fitting:
             if stop.is_set():
                 raise _Cancelled
-            batch, inputs = zip(*fitting[start : start + self.rows_per_forward], strict=True)
-            for request, prior in zip(batch, compute(batch, inputs, stop), strict=True):
+            batch = fitting[: self._num_in_forward([inputs for _, inputs in fitting])]
+            computed = self._forward(batch, stop)
+            if computed is None:
+                continue  # with a smaller batch
+            for (request, _), prior in zip(batch, computed, strict=True):
                 # Cached at once, so that after a timeout the next attempt computes only the rest.
                 self.cache.put(request, prior)
                 priors[request] = prior
+            del fitting[: len(batch)]
         self._computing_s += time.perf_counter() - started
         return priors
+
+    def _num_in_forward(self, inputs: Sequence[Any]) -> int:
+        """How many of the first inputs, rows or prompts, one forward pass takes; at least one."""
+        vocab_size = self.builder.llm.model.config.get_text_config(decoder=True).vocab_size
+        tokens = logits = 0
+        for n, one in enumerate(inputs[: self.rows_per_forward]):
+            num_tokens, num_predicted = self._size(one)
+            tokens, logits = tokens + num_tokens, logits + num_predicted * vocab_size
+            if n and (tokens > self.tokens_per_forward or logits > LOGITS_PER_FORWARD):
+                return n
+        return len(inputs[: self.rows_per_forward])
+
+    def _size(self, one: Any) -> tuple[int, int]:
+        """Numbers of tokens of one row or prompt that are computed and that are predicted at the same time."""
+        if isinstance(one, PromptRow):
+            num_predicted = sum(map(len, one.completions))
+            return len(one.prompt_ids) + num_predicted, num_predicted
+        return len(one) + self.builder.generate_max_len, 1
+
+    def _forward(self, batch: Sequence[tuple[PriorRequest, Any]], stop: threading.Event) -> list[ActionPrior] | None:
+        """The priors of a batch of requests; None if the memory does not suffice for so many at once."""
+        requests, inputs = zip(*batch, strict=True)
+        compute = self._score if self.builder.style.mode == "score" else self._rank
+        try:
+            return compute(requests, inputs, stop)
+        except torch.OutOfMemoryError as error:
+            num_tokens = sum(self._size(one)[0] for one in inputs)
+            if len(batch) == 1:
+                raise EngineError(
+                    f"out of GPU memory while computing one prior, with {num_tokens} tokens; type --set "
+                    "llm.prompt_max_len=512, then --set llm.use_lora=true"
+                ) from error
+        self.tokens_per_forward = num_tokens // 2
+        torch.cuda.empty_cache()
+        logger.warning(
+            f"out of GPU memory while computing {len(batch)} priors; a forward pass now has at most "
+            f"{self.tokens_per_forward} tokens"
+        )
+        return None
 
     @torch.inference_mode()
     def _score(
@@ -120,8 +184,8 @@ class TransformersEngine:
             self._computed_tokens += past.get_seq_length() - num_cached
             self.prompt_cache.store(rows[0].prompt_ids, past)
         else:
-            token_logprobs, completion_mask = self.builder.llm.token_logprobs(rows)  # (R, T)
-            self._computed_tokens += sum(len(row.prompt_ids) for row in rows) + int(completion_mask.sum())
+            token_logprobs, completion_mask = self._token_logprobs(rows)  # (R, T)
+            self._computed_tokens += sum(self._size(row)[0] for row in rows)
         logprobs = iter(split_completions(token_logprobs, completion_mask))
         return [
             self.builder.from_logprobs(

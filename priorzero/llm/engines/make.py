@@ -31,7 +31,9 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
         if llm.device.type == "cpu":  # one row keeps a CPU busy and can use the prompt cache
             cached_tokens = settings.prior.prompt_cache_tokens
             return TransformersEngine(builder, rows_per_forward=1, prompt_cache_tokens=cached_tokens)
-        return TransformersEngine(builder, rows_per_forward=16)
+        # The time of a small forward pass on a GPU hardly depends on its number of tokens, so many requests at once
+        # save more than a prompt cache, which allows only one.
+        return TransformersEngine(builder)
     unsupported = unsupported_adapter_parts(llm.model) if hasattr(llm.model, "peft_config") else []
     if unsupported:
         raise UserError(

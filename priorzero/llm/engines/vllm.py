@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from loguru import logger
 
 from priorzero.llm.engines.base import PriorBuilder, PriorCache
@@ -149,6 +150,8 @@ class VLLMEngine:
 
     async def _start(self, weights: ExportedWeights) -> None:
         model = self.model if weights.folder is None or self._uses_lora else str(weights.folder)
+        # vLLM requires its share of the memory to be free, and fails if any is freed while it measures what it needs.
+        torch.cuda.empty_cache()
         try:
             await run_in_thread(lambda: self._start_process(model))
             if self._uses_lora:
@@ -406,6 +409,7 @@ class VLLMEngine:
     async def _load(self, weights: ExportedWeights) -> None:
         engine = self._engine
         if self._asleep:
+            torch.cuda.empty_cache()  # torch keeps the memory of the update, and vLLM needs it now
             await engine.wake_up(["weights"])
         if self._uses_lora:
             for adapter in await engine.list_loras():

@@ -1,0 +1,1 @@
+"""Pretraining of the language model on the walkthroughs of other games."""
