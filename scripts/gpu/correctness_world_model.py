@@ -156,6 +156,30 @@ def check_search_batch(context: Context) -> Outcome:
     return search_outcome(figures, roots=2 * len(chosen))
 
 
+def check_search_after_update(context: Context) -> Outcome:
+    """The search follows the parameters: after an update, and after the old parameters were loaded.
+
+    On a GPU it replays CUDA graphs, which contain the addresses of the parameters.
+    """
+    roots = search_roots(context)[:8]
+    layer = {"train": {"learning_rate": 1e-2}}
+    policy = context.policy(context.device, NO_DROPOUT, layer, feature_size=FEATURE_SIZE)
+    state = {name: tensor.clone() for name, tensor in policy.world_model_state().items()}
+    before = policy.search(roots, num_actions=256)
+    policy.learn_world_model(random_batch(policy), train_iter=0)
+    after = policy.search(roots, num_actions=256)
+    fresh = context.policy(context.device, NO_DROPOUT, layer, feature_size=FEATURE_SIZE)
+    fresh.load_world_model_state(policy.world_model_state())
+    updated = compare_searches(after, fresh.search(roots, num_actions=256))
+    policy.load_world_model_state(state)
+    loaded = compare_searches(policy.search(roots, num_actions=256), before)
+    change = compare_searches(after, before)["policy_logits"]
+    figures = {"change": change} | {f"loaded_{name}": value for name, value in loaded.items()} | updated
+    outcome = search_outcome(updated, roots=len(roots))
+    ok = bool(outcome.ok) and bool(search_outcome(loaded, roots=len(roots)).ok) and change > 100 * FLOAT32
+    return Outcome(ok, figures, outcome.note)
+
+
 # ---- features ----
 
 
@@ -172,5 +196,6 @@ CHECKS: dict[str, Callable[[Context], Outcome]] = {
     "world_model_update": check_world_model_update,
     "search": check_search,
     "search_batch": check_search_batch,
+    "search_after_update": check_search_after_update,
     "text_encoder": check_text_encoder,
 }
