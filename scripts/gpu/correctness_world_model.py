@@ -18,10 +18,10 @@ from priorzero.search.base import Root, SearchResult
 from priorzero.world_model.batch import ReplayBatch
 
 FLOAT32 = 1e-4
-FIRST_STEP = 0.05  # as for the LLM: AdamW's first step is discontinuous where a gradient is zero
-# LightZero's transformation of a value near zero subtracts 1 from a number near 1, and divides by 0.002. In float32 the
-# result is a multiple of 1.2e-4.
+# LightZero turns logits into a value v by ((sqrt(1 + 0.004 (|v'| + 1.001)) - 1) / 0.002)^2 - 1. In float32 the root is
+# near 1, with steps of 1.2e-7, so that values have steps of 1.2e-4 sqrt(1 + |v|), 4e-4 for |v| = 10.
 VALUES = 5e-4
+FIRST_STEP = 0.1  # as for the LLM: AdamW's first step is discontinuous where a gradient is zero
 # An action is selected by comparing scores. Where two are closer than the rounding errors, another one is selected, and
 # the visit counts of this root differ, without either being wrong. This happens at few roots.
 EQUAL_ROOTS = 0.9
@@ -122,8 +122,9 @@ def compare_searches(ours: Sequence[SearchResult], reference: Sequence[SearchRes
 
 def search_outcome(figures: dict[str, Any], *, roots: int) -> Outcome:
     """Whether the searches agree."""
-    values = max(figures[name] for name in ("predicted_value", "root_value", "action_values"))
-    ok = figures["equal"] >= EQUAL_ROOTS * roots and figures["policy_logits"] < FLOAT32 and values < VALUES
+    values = [figures[name] for name in ("predicted_value", "root_value", "action_values")]
+    ok = figures["policy_logits"] < FLOAT32 and all(difference < VALUES for difference in values)
+    ok = ok and figures["equal"] >= EQUAL_ROOTS * roots
     return Outcome(
         ok, {"roots": roots, **figures}, f"the visit counts of {figures['equal']} of {roots} roots are equal"
     )
@@ -155,6 +156,30 @@ def check_search_batch(context: Context) -> Outcome:
     return search_outcome(figures, roots=2 * len(chosen))
 
 
+def check_search_after_update(context: Context) -> Outcome:
+    """The search follows the parameters: after an update, and after the old parameters were loaded.
+
+    On a GPU it replays CUDA graphs, which contain the addresses of the parameters.
+    """
+    roots = search_roots(context)[:8]
+    layer = {"train": {"learning_rate": 1e-2}}
+    policy = context.policy(context.device, NO_DROPOUT, layer, feature_size=FEATURE_SIZE)
+    state = {name: tensor.clone() for name, tensor in policy.world_model_state().items()}
+    before = policy.search(roots, num_actions=256)
+    policy.learn_world_model(random_batch(policy), train_iter=0)
+    after = policy.search(roots, num_actions=256)
+    fresh = context.policy(context.device, NO_DROPOUT, layer, feature_size=FEATURE_SIZE)
+    fresh.load_world_model_state(policy.world_model_state())
+    updated = compare_searches(after, fresh.search(roots, num_actions=256))
+    policy.load_world_model_state(state)
+    loaded = compare_searches(policy.search(roots, num_actions=256), before)
+    change = compare_searches(after, before)["policy_logits"]
+    figures = {"change": change} | {f"loaded_{name}": value for name, value in loaded.items()} | updated
+    outcome = search_outcome(updated, roots=len(roots))
+    ok = bool(outcome.ok) and bool(search_outcome(loaded, roots=len(roots)).ok) and change > 100 * FLOAT32
+    return Outcome(ok, figures, outcome.note)
+
+
 # ---- features ----
 
 
@@ -171,5 +196,6 @@ CHECKS: dict[str, Callable[[Context], Outcome]] = {
     "world_model_update": check_world_model_update,
     "search": check_search,
     "search_batch": check_search_batch,
+    "search_after_update": check_search_after_update,
     "text_encoder": check_text_encoder,
 }
