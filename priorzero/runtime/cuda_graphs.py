@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -20,14 +21,17 @@ class _Graph(NamedTuple):
 class CudaGraphs:
     """Calls a function of CUDA tensors by replaying a graph. There is one graph for each combination of input shapes.
 
+    At most ``max_graphs`` are kept, the last used ones, because each has inputs and outputs of its own.
+
     The function computes no gradients and reads no result, for example with ``item()``. The graph contains the
     addresses of the parameters that the function uses, so these may be changed in place, but not replaced. Only one
     thread may call it at a time.
     """
 
-    def __init__(self, function: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, function: Callable[..., tuple[Tensor, ...]], *, max_graphs: int = 16) -> None:
         self._function = function
-        self._graphs: dict[tuple[torch.Size, ...], _Graph] = {}
+        self._max_graphs = max_graphs
+        self._graphs: OrderedDict[tuple[torch.Size, ...], _Graph] = OrderedDict()  # least recently used first
         self._pool: Any = None  # memory that the graphs share, since only one of them runs at a time
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -35,7 +39,10 @@ class CudaGraphs:
         with torch.inference_mode(False), torch.no_grad():
             shapes = tuple(x.shape for x in inputs)
             if shapes not in self._graphs:
+                if len(self._graphs) == self._max_graphs:
+                    self._graphs.popitem(last=False)
                 self._graphs[shapes] = self._record(inputs)
+            self._graphs.move_to_end(shapes)
             graph, static_inputs, outputs = self._graphs[shapes]
             for static, given in zip(static_inputs, inputs, strict=True):
                 static.copy_(given)
