@@ -124,11 +124,9 @@ class UniZeroLearner(UniZeroPolicy):
 
     def _before_step(self, *_: Any) -> None:
         """Runs before the optimiser step, which would apply gradients that are not finite."""
-        wrong = [
-            name
-            for name, p in self.trained_world_model_parameters()
-            if p.grad is not None and not p.grad.isfinite().all()
-        ]
+        gradients = {name: p.grad for name, p in self.trained_world_model_parameters() if p.grad is not None}
+        finite = torch.stack([gradient.isfinite().all() for gradient in gradients.values()]).tolist()  # waits once
+        wrong = [name for name, is_finite in zip(gradients, finite, strict=True) if not is_finite]
         if wrong:
             raise NonFiniteError(f"the gradient of {wrong[0]} and {len(wrong) - 1} other parameters is not finite")
         self.is_consistent = False
