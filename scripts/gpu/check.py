@@ -32,7 +32,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parents[1]))  # scripts/
 sys.path.insert(2, str(Path(__file__).resolve().parents[2]))  # the package, if it is not installed
 
 import torch
-from bench_tools import at_least, exit_code, make_folder, names_from, package_versions
+from bench_tools import RESULTS, at_least, exit_code, make_folder, names_from, package_versions
 from gpu_context import RANDOM, Context, Outcome
 from loguru import logger
 
@@ -201,7 +201,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser.add_argument("--only", help="names of checks, separated by commas; default: all of the parts")
     parser.add_argument("--llm", default=RANDOM, help="a value of llm.path; default: a model with random weights")
     parser.add_argument("--encoder", default=RANDOM, help="a value of encoder.path; default: random weights")
-    parser.add_argument("--out", type=Path, default=Path("gpu_results"), help="folder of results.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder of results.json")
     parser.add_argument("--limit", type=at_least(1), help="seconds for a check; default: 120, or what the part says")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     return parser.parse_args(arguments)
