@@ -15,6 +15,7 @@ from priorzero import pretrain
 from priorzero.envs.walkthrough_steps import WalkthroughStep, write_steps
 from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.models import load_language_model, load_tokenizer
+from priorzero.llm.packing import PromptRow, split_completions
 from priorzero.llm.prompts import prompt_style
 from priorzero.pretraining import run as pretraining_run
 from priorzero.pretraining.data import (
@@ -28,10 +29,19 @@ from priorzero.pretraining.data import (
     training_batches,
     unsearched_decisions,
 )
-from priorzero.pretraining.evaluation import Calibration, Outcome, figures, figures_by_game, fit_calibration, outcomes
+from priorzero.pretraining.evaluation import (
+    Calibration,
+    Outcome,
+    completion_scores,
+    figures,
+    figures_by_game,
+    fit_calibration,
+    outcomes,
+)
 from priorzero.pretraining.games import HELD_OUT, RESERVED, VALIDATION, jericho_games, textworld_games
 from priorzero.pretraining.plan import PretrainingPlan
 from priorzero.pretraining.training import Pretrainer
+from priorzero.types import UserError
 from tests.helpers.models import make_settings, make_tiny_llm
 
 
@@ -337,3 +347,31 @@ def test_outcomes_are_the_priors_of_the_engine(tokenizer):
     padded = outcomes(dataclasses.replace(llm, pads_rows=True), prompts, decisions, rows_per_forward=4)
     for outcome, prior in zip(padded, priors, strict=True):
         assert outcome.logprobs == pytest.approx(prior.logprobs, abs=1e-4)
+
+
+class LittleMemory:
+    """A language model on a GPU whose memory suffices for ``limit`` rows at a time."""
+
+    def __init__(self, llm, limit):
+        self.llm, self.limit, self.sizes = llm, limit, []
+
+    def token_logprobs(self, rows):
+        self.sizes.append(len(rows))
+        if len(rows) > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.llm.token_logprobs(rows)
+
+
+@torch.no_grad()
+def test_completion_scores_splits_the_rows_if_the_memory_is_too_small(tokenizer):
+    llm = make_tiny_llm(tokenizer)
+    rows = [PromptRow([5, 6, n], [[1, 2, n], [4]]) for n in range(5)]
+    small = LittleMemory(llm, 2)
+    scores = completion_scores(small, rows)
+    assert small.sizes == [5, 2, 3, 1, 2]
+    expected = split_completions(*llm.token_logprobs(rows[:5]))
+    assert len(scores) == 10
+    for got, want in zip(scores, expected, strict=True):
+        assert got == pytest.approx(want, abs=1e-5)
+    with pytest.raises(UserError, match="out of GPU memory while one state"):
+        completion_scores(LittleMemory(llm, 0), rows)

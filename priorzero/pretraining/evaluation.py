@@ -18,6 +18,7 @@ from priorzero.llm.models import LanguageModel
 from priorzero.llm.packing import PromptRow, split_completions
 from priorzero.llm.priors import uniform_prior
 from priorzero.pretraining.data import Decision, EvaluationData, PromptMaker
+from priorzero.types import UserError
 
 # Candidates of :func:`fit_calibration`.
 TEMPERATURES = tuple(float(t) for t in np.geomspace(0.1, 10.0, 21))
@@ -122,6 +123,26 @@ def group_means(rows: Mapping[str, Mapping[str, float]]) -> dict[str, dict[str, 
     return {name: mean_figures(own) for name, own in groups.items() if own}
 
 
+def completion_scores(llm: LanguageModel, rows: Sequence[PromptRow]) -> list[np.ndarray]:
+    """The token log-probabilities of each completion of some rows. If a GPU's memory is too small, rows are split.
+
+    Raises:
+        UserError: the memory is too small for one row.
+    """
+    try:
+        with torch.inference_mode():
+            return split_completions(*llm.token_logprobs(rows))
+    except torch.OutOfMemoryError as error:
+        if len(rows) == 1:
+            raise UserError(
+                "out of GPU memory while one state is evaluated; end other programs that use the GPU (nvidia-smi lists "
+                "them), or type --set llm.prompt_max_len=512"
+            ) from error
+    torch.cuda.empty_cache()
+    half = len(rows) // 2
+    return [*completion_scores(llm, rows[:half]), *completion_scores(llm, rows[half:])]
+
+
 def outcomes(
     llm: LanguageModel,
     prompts: PromptMaker,
@@ -157,8 +178,7 @@ def outcomes(
     for start in range(0, len(order), rows_per_forward):
         batch = order[start : start + rows_per_forward]
         own = [row for n in batch if (row := rows[n]) is not None]
-        with torch.inference_mode():
-            tokens = iter(split_completions(*llm.token_logprobs(own)))
+        tokens = iter(completion_scores(llm, own))
         for n, row in zip(batch, own, strict=True):
             scores = list(itertools.islice(tokens, len(row.completions)))
             logprobs[n] = builder.from_logprobs(scores, version=0).logprobs
