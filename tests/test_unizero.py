@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 
@@ -11,6 +12,7 @@ import torch
 
 from priorzero.search.base import Root
 from priorzero.types import NonFiniteError
+from priorzero.world_model.inference import WorldModelInference
 from tests.helpers.segments import FEATURE_SIZE, demo_segments
 from tests.helpers.world_models import make_policy_and_buffer, make_root, make_search_policy
 
@@ -227,3 +229,16 @@ def test_inference_drops_the_oldest_step_of_a_full_context(search_policy):
             assert contexts[0].length == 7
             assert torch.equal(contexts[0].tokens[:5], before[2:7])
             assert not contexts[0].tokens[7:].any()
+
+
+def test_inference_reads_no_result_in_a_forward_pass(search_policy):
+    """A CUDA graph cannot record a pass that does. On the device ``meta``, reading a value fails."""
+    network = copy.deepcopy(search_policy.network).to("meta")
+    inference = WorldModelInference(network)
+    tokens = torch.zeros(3, 8, 32, device="meta")
+    lengths, actions = torch.ones(2, 3, dtype=torch.long, device="meta")
+    with torch.no_grad():
+        policy_logits, values = inference.predict_tensors(tokens, lengths)
+        followed, rewards = inference.step_tensors(tokens, lengths, actions)
+    assert (policy_logits.shape, values.shape) == ((3, 16), (3,))
+    assert (followed.shape, rewards.shape) == ((3, 8, 32), (3,))

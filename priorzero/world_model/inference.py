@@ -49,10 +49,10 @@ class WorldModelInference:
         scale = self._world_model.config.support_size // 2
         self._support = torch.arange(-scale, scale + 1, dtype=torch.float32, device=self._device)
         self._is_cuda = self._device.type == "cuda"
-        self._run_step: Callable[..., tuple[Tensor, ...]] = self._step
-        self._run_predict: Callable[..., tuple[Tensor, ...]] = self._predict
+        self._run_step: Callable[..., tuple[Tensor, ...]] = self.step_tensors
+        self._run_predict: Callable[..., tuple[Tensor, ...]] = self.predict_tensors
         if self._is_cuda:
-            self._run_step, self._run_predict = CudaGraphs(self._step), CudaGraphs(self._predict)
+            self._run_step, self._run_predict = CudaGraphs(self.step_tensors), CudaGraphs(self.predict_tensors)
 
     def root_contexts(self, roots: Sequence[Root]) -> list[Context]:
         lengths = [2 * len(root.features) - 1 for root in roots]
@@ -110,13 +110,13 @@ class WorldModelInference:
 
     # ---- forward passes; they read no result, so that a CUDA graph can record them ----
 
-    def _predict(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def predict_tensors(self, tokens: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """Policy logits ``[n, A]`` and values ``[n]`` of contexts ``[n, t, E]`` with ``lengths`` ``[n]``."""
         hidden = self._hidden(tokens, lengths - 1)
         policy_logits = self._world_model.head_policy.head_module(hidden)
         return policy_logits, self._to_scalar(self._world_model.head_value.head_module(hidden))
 
-    def _step(self, tokens: Tensor, lengths: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
+    def step_tensors(self, tokens: Tensor, lengths: Tensor, actions: Tensor) -> tuple[Tensor, Tensor]:
         """The tokens ``[n, T, E]`` after one action ``[n]`` each, and the predicted rewards ``[n]``.
 
         ``tokens`` are ``[n, t, E]``, with ``t`` larger than the ``lengths`` ``[n]``.
