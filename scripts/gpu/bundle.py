@@ -65,7 +65,11 @@ def main(arguments: list[str]) -> int:
         print("usage: bundle.sh [OUT_DIR]", file=sys.stderr)
         return 2
     out = Path(arguments[0])
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"error: {out}: the folder cannot be made ({error.strerror}); give another folder", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory(dir=out, prefix=".making-") as folder:
         base, large = Path(folder) / "base", Path(folder) / "large"
         try:
