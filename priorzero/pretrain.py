@@ -24,7 +24,8 @@ EXAMPLES = """examples:
   python -m priorzero.pretrain --data DATA --collect_only                     only make the data (an hour on one core)
   python -m priorzero.pretrain --data DATA --out out --config configs/learning_jericho.yaml --set llm.lora_r=16
 
-An agent uses the result with --set llm.path=FOLDER and the same prompt.
+An agent uses the result with --set llm.path=FOLDER and the same prompt. The training is saved every five minutes and at
+evaluations. Ctrl-C ends it at once.
 """
 
 # The prompt that a small model can use, and how it is trained. A file changes the prompt, --set all settings.
@@ -89,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tune", action="store_true", help="evaluate on validation games, and do not learn from them")
     parser.add_argument("--games", default="", metavar="A,B", help="learn from these games only")
     parser.add_argument("--workers", type=int, help="processes that render prompts (default: cores - 2, at most 8)")
-    parser.add_argument("--resume", action="store_true", help="continue the training in --out")
+    parser.add_argument("--resume", action="store_true", help="continue the training in --out from its last save")
     parser.add_argument("--base_model", default="", help="what the adapter names as its base (default: llm.path)")
     parser.add_argument("--save_dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                         help="floating-point type of the adapter's file (default: %(default)s)")  # fmt: skip
@@ -145,8 +146,14 @@ def plan_from(arguments: argparse.Namespace) -> PretrainingPlan:
 def _pretrain(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     data = user_path(arguments.data, what="--data ") if arguments.data else user_cache_dir() / "pretraining"
     settings, plan = settings_from(arguments), plan_from(arguments)
+    if arguments.collect_only and arguments.no_collect:
+        raise UserError("--collect_only and --no_collect exclude each other; give one of them")
     if arguments.out is None and not arguments.collect_only:
         raise UserError("--out is missing; give a folder for the result, such as --out textgames")
+    out = user_path(arguments.out or ".", what="--out ")
+    existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"--out {arguments.out}: {existing} is a file; give another folder")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # prompts are rendered in processes of their own
     from priorzero.pretraining.run import PretrainingRun, make_data, pretrain  # late: imports torch
 
@@ -158,7 +165,7 @@ def _pretrain(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
         PretrainingRun(
             plan=plan,
             data=data,
-            out=user_path(arguments.out, what="--out "),
+            out=out,
             collects=not arguments.no_collect,
             seconds_per_game=arguments.seconds_per_game,
             tune=arguments.tune,

@@ -92,11 +92,17 @@ def find_episodes(options: argparse.Namespace) -> list[Episode]:
         if not options.no_collect:
             collect(games, data)
         return load_episodes(data, [split])
-    names = options.games.split(",")
-    collect([PretrainingGame(name.strip(), "held_out") for name in names], data / "chosen", require_all=True)
     from priorzero.envs import resolve_game
 
-    wanted = {resolve_game(name.strip()).name for name in names}
+    names = [name.strip() for name in options.games.split(",")]
+    wanted = {resolve_game(name).name for name in names}
+    if options.no_collect:
+        episodes = [episode for episode in load_episodes(data, [split]) if episode.game in wanted]
+        missing = wanted - {episode.game for episode in episodes}
+        if missing:
+            raise UserError(f"{data / split} contains no {', '.join(sorted(missing))}; leave --no_collect out")
+        return episodes
+    collect([PretrainingGame(name, "held_out") for name in names], data / "chosen", require_all=True)
     return [episode for episode in load_episodes(data / "chosen", ["held_out"]) if episode.game in wanted]
 
 

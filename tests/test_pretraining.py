@@ -300,7 +300,10 @@ def test_main_resumes_a_training_that_was_stopped(tmp_path, tiny_llm_folder, cap
         "llm.micro_batch_size=4",
     ]
     assert pretrain.main([*arguments, "--minutes", "1e-9"]) == 0, capsys.readouterr().err
-    assert "Training: 0 of 8 batches of 4 (stopped by --minutes)" in (out / "README.md").read_text()
+    assert (
+        "Training: 0 of 8 batches of 4 (not finished; --minutes 1e-09 limits the time)"
+        in (out / "README.md").read_text()
+    )
     assert pretrain.main(arguments) == 2
     assert "contains a pretraining already; type --resume" in capsys.readouterr().err
     assert pretrain.main([*arguments, "--resume", "--epochs", "3"]) == 2

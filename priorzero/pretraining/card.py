@@ -70,7 +70,8 @@ def write_card(
 ) -> None:
     """Write the model card: what was trained on which data, how, and the held-out figures."""
     kind = f"a LoRA adapter of rank {cfg.lora_r}" if cfg.use_lora else "all parameters"
-    stop = "" if progress.step >= num_steps else " (stopped by --minutes)"
+    unfinished = f"not finished; --minutes {plan.minutes:g} limits the time" if plan.minutes else "not finished"
+    stop = "" if progress.step >= num_steps else f" ({unfinished})"
     first, last = progress.evaluations[0], progress.evaluations[-1]
     lines = [
         "---",  # metadata in the format of the hub, which peft reads

@@ -19,7 +19,7 @@ from priorzero.pretraining.card import save_model, write_card, write_figures
 from priorzero.pretraining.collect import collect
 from priorzero.pretraining.data import Episode, describe, load_episodes
 from priorzero.pretraining.evaluation import table
-from priorzero.pretraining.games import Split, check_trainable, jericho_games, textworld_games
+from priorzero.pretraining.games import HELD_OUT, RESERVED, Split, check_trainable, jericho_games, textworld_games
 from priorzero.pretraining.plan import PretrainingPlan
 from priorzero.pretraining.training import Pretrainer, load_training, save_training
 from priorzero.settings import Settings
@@ -125,6 +125,8 @@ def choose_episodes(data: Path, *, tune: bool, games: tuple[str, ...] = ()) -> t
     if games:
         known = {episode.game for episode in training}
         unknown = [name for name in games if name not in known]
+        if unknown and unknown[0] in (*HELD_OUT, *RESERVED):
+            raise UserError(f"--games {unknown[0]}: this game is held out; allowed are {', '.join(sorted(known))}")
         if unknown:
             raise UserError(f"--games {unknown[0]}: not in {data}; allowed are {', '.join(sorted(known))}")
         training = [episode for episode in training if episode.game in games]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from loguru import logger
 from numba import njit
 
 
@@ -15,5 +16,6 @@ def cached_njit(function: Callable[..., Any]) -> Any:
     """
     try:
         return njit(cache=True, nogil=True)(function)
-    except RuntimeError:  # Numba finds no folder that it may write to
+    except RuntimeError as error:  # Numba finds no folder that it may write to
+        logger.debug(f"{function.__name__} is compiled in each process ({error})")
         return njit(nogil=True)(function)

@@ -37,6 +37,7 @@ from gpu_context import RANDOM, Context, Outcome
 from loguru import logger
 
 from priorzero.llm.models import choose_device
+from priorzero.types import UserError
 
 PARTS = ("correctness", "speed", "runs")
 PACKAGES = ("priorzero", "torch", "transformers", "peft", "vllm", "LightZero", "DI-engine", "numpy", "numba", "jericho")
@@ -172,16 +173,20 @@ def run_checks(options: argparse.Namespace) -> int:
     """
     parts = names_from(options.parts, PARTS, flag="--parts")
     checks = load_checks(parts, options.only.split(",") if options.only else None)
+    if options.device != "cpu" and not torch.cuda.is_available():
+        raise UserError("torch sees no GPU; type --device cpu --quick to try the checks themselves on a CPU")
     context = Context(choose_device(options.device), options.llm, options.encoder, options.quick, options.out)
     make_folder(options.out)
     logger.remove()
     logger.add(options.out / "check.log", level="DEBUG")
     machine, results = describe_machine(context.device), dict[str, Any]()
+    content = {"machine": machine, "arguments": sys.argv[1:], "results": results}
+    write_results(options.out, content)  # so that no results of an earlier call are left
     print(json.dumps(machine), flush=True)
     for name, (part, check, limit_s) in checks.items():
         result = run_check(check, context, limit_s=options.limit or limit_s)
         results[name] = {"part": part, **result}
-        write_results(options.out, {"machine": machine, "arguments": sys.argv[1:], "results": results})
+        write_results(options.out, content)
         print(line_of(name, result), flush=True)
         if not device_works(context.device):
             rest = list(checks)[list(checks).index(name) + 1 :]
@@ -198,17 +203,17 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", choices=("auto", "cuda", "cpu"), help="default: a GPU if any")
     parser.add_argument("--parts", default="correctness,speed", help=f"of {', '.join(PARTS)}; default: %(default)s")
-    parser.add_argument("--only", help="names of checks, separated by commas; default: all of the parts")
+    parser.add_argument("--only", help="names of checks of the parts, separated by commas; default: all")
     parser.add_argument("--llm", default=RANDOM, help="a value of llm.path; default: a model with random weights")
     parser.add_argument("--encoder", default=RANDOM, help="a value of encoder.path; default: random weights")
-    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="folder of results.json")
+    parser.add_argument("--out", type=Path, default=RESULTS / "gpu", help="default: %(default)s")
     parser.add_argument("--limit", type=at_least(1), help="seconds for a check; default: 120, or what the part says")
     parser.add_argument("--quick", action="store_true", help="small sizes, for a CPU")
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 if a check failed, or 2 after an error that the user can correct."""
+    """Returns the exit code: 0, 1 if a check failed, 2 after an error that the user can correct, 130 after Ctrl-C."""
     options = parse_arguments(arguments)
     failed = 0
 
@@ -216,7 +221,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         nonlocal failed
         failed = run_checks(options)
 
-    return exit_code(run, options) or (1 if failed else 0)
+    try:
+        return exit_code(run, options) or (1 if failed else 0)
+    except KeyboardInterrupt:
+        print(f"interrupted; the results so far are in {options.out / 'results.json'}", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -26,7 +26,10 @@ def main(arguments: list[str]) -> int:
         return 2
     shape, out = map(Path, arguments[:2])
     if not (shape / "config.json").is_file():
-        print(f"error: {shape} contains no config.json; give shapes/smollm2 or shapes/minilm", file=sys.stderr)
+        print(
+            f"error: {shape} contains no config.json; give shapes/smollm2 or shapes/minilm of the unpacked bundle",
+            file=sys.stderr,
+        )
         return 2
     changes = {key: parse(value) for key, _, value in (change.partition("=") for change in arguments[2:])}
     print(f"{out}: {make_random_model(shape, out, changes) / 1e6:.1f} million parameters")

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 BASE = "base.tar.xz"
+PYTHON_VERSION = (3, 12)  # bundle.py packs packages for it
 PIECE = re.compile(r"(?P<file>.+)\.(?P<number>\d+)of(?P<count>\d+)")
 
 
@@ -29,11 +30,19 @@ def main(arguments: list[str]) -> int:
     if missing:
         print(f"error: no such file: {', '.join(missing)}; give the parts that bundle.sh made", file=sys.stderr)
         return 2
+    if sys.version_info[:2] != PYTHON_VERSION:
+        have, need = (".".join(map(str, version)) for version in (sys.version_info[:2], PYTHON_VERSION))
+        print(f"error: the packages are for Python {need}, this is {have}; type PYTHON=python{need}", file=sys.stderr)
+        return 2
     start = time.perf_counter()
     target = target.absolute()
-    target.mkdir(parents=True, exist_ok=True)
-    for part in parts:
-        unpack(part, target)
+    try:
+        target.mkdir(parents=True, exist_ok=True)
+        for part in parts:
+            unpack(part, target)
+    except (OSError, EOFError, tarfile.TarError) as error:
+        print(f"error: {error}; give a folder, and parts that were copied completely", file=sys.stderr)
+        return 2
     waiting = sorted(str(file.relative_to(target)) for file in target.rglob("*") if PIECE.fullmatch(file.name))
     print(f"unpacked to {target} in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     if waiting:
