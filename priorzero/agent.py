@@ -23,7 +23,6 @@ from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
-from priorzero.search.tree import compile_functions
 from priorzero.settings import Settings
 from priorzero.types import PriorEngine, UserError
 from priorzero.world_model.replay import PriorZeroGameBuffer
@@ -88,9 +87,7 @@ def make_agent(
         encoder = make_encoder(settings, device=device)
     with announced("loading the LLM"):
         llm = load_language_model(settings.llm, device=device) if settings.prior.enabled else None
-    with announced("compiling the search, which is done once"):
-        compile_functions()
-    with announced("building the world model"):
+    with announced("building the world model and compiling the search"):
         policy = PriorZeroPolicy(settings, feature_size=encoder.feature_size, device=device.type, llm=llm)
     engine, prior = None, None
     if llm is not None:

@@ -15,6 +15,7 @@ from priorzero.llm.prompts import prompt_style
 from priorzero.search import mcts
 from priorzero.search.base import Root, SearchResult
 from priorzero.search.root import mix_root_logits, root_probs
+from priorzero.search.tree import compile_functions
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
 from priorzero.world_model.batch import ReplayBatch, SampledDecisions, SampledSequences
@@ -34,6 +35,7 @@ class PriorZeroPolicy(UniZeroLearner):
     def __init__(self, settings: Settings, *, feature_size: int, device: str, llm: LanguageModel | None) -> None:
         super().__init__(settings, feature_size=feature_size, device=device)
         self.search_cfg, self.prior_cfg = settings.search, settings.prior
+        compile_functions()
         self.llm_learner: LLMLearner | None = None
         if llm is not None:
             self.llm_learner = LLMLearner(

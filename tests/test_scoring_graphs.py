@@ -8,6 +8,7 @@ import torch
 from priorzero.llm import scoring_graphs
 from priorzero.llm.packing import PromptRow, pack, predicted_logprobs
 from priorzero.llm.scoring_graphs import GraphScorer, pad_batch, padded_size
+from priorzero.runtime.cuda_graphs import RecordingError
 from tests.helpers.models import make_tiny_llm
 
 ROWS = [
@@ -53,7 +54,7 @@ class PlainCalls:
 
 class NoGraphs(PlainCalls):
     def __call__(self, *inputs):
-        raise RuntimeError("operation not permitted when stream is capturing")
+        raise RecordingError("operation not permitted when stream is capturing")
 
 
 @torch.no_grad()

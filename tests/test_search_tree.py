@@ -8,7 +8,6 @@ import random
 import numpy as np
 import pytest
 
-from priorzero.runtime import compiling
 from priorzero.search.mcts import random_words, root_statistics, search
 from priorzero.search.root import LOGIT_FLOOR, floored_probs, mix_root_logits, root_probs
 from priorzero.search.tree import (
@@ -187,18 +186,6 @@ def test_add_leaves_adds_one_node_to_each_tree():
     assert trees.children[:, 0].tolist() == [[1, NO_NODE], [NO_NODE, 1]]
     assert np.array_equal(trees.prior[:, 1], priors)
     assert trees.value_sums.tolist() == [[2.5, 3.0], [4.0, 4.0]]
-
-
-def test_cached_njit_compiles_without_a_folder_for_the_cache(monkeypatch):
-    njit = compiling.njit
-
-    def no_folder(*, cache=False, **options):
-        if cache:
-            raise RuntimeError("cannot cache function: no locator available")
-        return njit(**options)
-
-    monkeypatch.setattr(compiling, "njit", no_folder)
-    assert compiling.cached_njit(lambda x: x + 1)(2) == 3
 
 
 class RewardModel:

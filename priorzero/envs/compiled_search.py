@@ -73,15 +73,12 @@ class CompiledSearch:
         self._cleaned: dict[tuple[bytes, int], tuple[bytes, bool]] = {}
         self._ends: dict[int, bool] = {}  # hash of a text -> whether it ends the game
         with _lock():
-            try:
-                interpreter.compile_functions()
-                if not interpreter.IS_CACHED:
-                    raise OSError("no folder is writable")
-            except OSError as error:
-                logger.warning(
-                    "The compiled Z-machine cannot be kept on disk (%s), so each process compiles it, which takes "
-                    "half a minute. NUMBA_CACHE_DIR=FOLDER selects another folder.", error,
-                )  # fmt: skip
+            reason = interpreter.compile_functions()
+        if reason is not None:
+            logger.warning(
+                "The compiled Z-machine cannot be kept on disk (%s), so each process compiles it, which takes half a "
+                "minute. NUMBA_CACHE_DIR=FOLDER selects another folder.", reason,
+            )  # fmt: skip
 
     @staticmethod
     def supports(story: bytes) -> bool:

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numba import njit
 
+from priorzero.runtime.compiling import cached_njit, compile_now
+
 STACK_WORDS = 1024
 STACK_MASK = 2 * STACK_WORDS - 1
 ADDRESS_MASK = (1 << 20) - 1  # a story has at most 512 KiB
@@ -1215,22 +1217,17 @@ def run_commands(mem, ram, stack, story, alphabet, registers, watch, lines, line
     return Results(status, scored, num_moved, changed, taken, changes, text[:text_start], text_ends, hashes)
 
 
-try:
-    run_commands = njit(cache=True, nogil=True)(run_commands)
-    IS_CACHED = True
-except RuntimeError:  # Numba finds no folder that it may write to
-    run_commands = njit(nogil=True)(run_commands)
-    IS_CACHED = False
+run_commands = cached_njit(run_commands)
 
 
-def compile_functions() -> None:
+def compile_functions() -> str | None:
     """Compile the functions, or load them from Numba's cache. Takes half a minute; later calls take no time.
 
-    Raises:
-        OSError: the result cannot be written to the cache. It is in memory nevertheless.
+    Returns why the result cannot be kept on disk; None if it is there.
     """
     story = Story(5, 0, 0, 0, 0, 0, 0)
     bytes_, numbers = np.zeros(0, np.uint8), np.zeros(0, np.int64)
     watch = Watch(np.zeros((0, 48), np.bool_), np.zeros((0, 48), np.bool_), numbers, numbers)
     stack = np.zeros(STACK_WORDS, np.uint16)
-    run_commands(bytes_, bytes_, stack, story, bytes_, Registers(0, 0, 0, 0, 0, 0, 0), watch, bytes_, numbers)
+    registers = Registers(0, 0, 0, 0, 0, 0, 0)
+    return compile_now(run_commands, bytes_, bytes_, stack, story, bytes_, registers, watch, bytes_, numbers)

@@ -237,7 +237,7 @@ class _Runs:
 def _attention_block(
     nodes: slice, seen: Tensor, *, first: Tensor, last: Tensor, num_cached: int, dtype: torch.dtype
 ) -> AttentionBlock:
-    """A block of Q nodes from the nodes ``seen`` ``[S]`` and the intervals ``[L]`` of :meth:`_TokenTree.intervals`."""
+    """A block of Q nodes from the nodes ``seen`` ``[S]`` and the intervals ``[L]`` of :meth:`_Runs.intervals`."""
     numbers = first[nodes, None]
     visible = (first[seen] <= numbers) & (numbers <= last[seen])  # (Q, S)
     num_queries, num_keys = visible.shape
@@ -314,7 +314,7 @@ def completion_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> 
     Returns:
         ``[R, T]`` float32, zero where ``completion_mask`` is False. Gradients flow if they are enabled.
     """
-    return scatter_logprobs(predicted_logprobs(model, batch, past=past), batch)
+    return scatter_logprobs(predicted_logprobs(model, batch, past=past), batch.slots, batch.completion_mask)
 
 
 def predicted_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> Tensor:
@@ -335,14 +335,24 @@ def predicted_logprobs(model: Any, batch: PackedBatch, *, past: Any = None) -> T
         .logits[0]
         .float()
     )  # (P, V)
-    # logsumexp is computed once for each node, since a node can predict the first token of many completions.
-    return logits[batch.index, batch.target] - torch.logsumexp(logits, dim=-1)[batch.index]
+    return _select(logits, batch.index, batch.target)
 
 
-def scatter_logprobs(logprobs: Tensor, batch: PackedBatch) -> Tensor:
-    """The log-probabilities ``[N]`` of the tokens of all completions as ``[R, T]``, zero elsewhere."""
-    result = torch.zeros(batch.completion_mask.numel(), dtype=torch.float32, device=logprobs.device)
-    return result.index_copy(0, batch.slots, logprobs).view(batch.completion_mask.shape)
+def _select(logits: Tensor, index: Tensor, target: Tensor) -> Tensor:
+    """The log-probability of each token ``target`` ``[N]`` by the logits ``[P, V]`` of the row ``index`` ``[N]``.
+
+    logsumexp is computed once for each row, since a node can predict the first token of many completions.
+    """
+    return logits[index, target] - torch.logsumexp(logits, dim=-1)[index]
+
+
+def scatter_logprobs(logprobs: Tensor, slots: Tensor, completion_mask: Tensor) -> Tensor:
+    """The log-probabilities ``[N]`` of the tokens of all completions as ``[R, T]``, zero elsewhere.
+
+    ``slots`` and ``completion_mask`` are those of a :class:`PackedBatch`.
+    """
+    result = torch.zeros(completion_mask.numel(), dtype=torch.float32, device=logprobs.device)
+    return result.index_copy(0, slots, logprobs).view(completion_mask.shape)
 
 
 def padded_logprobs(model: Any, rows: Sequence[PromptRow], *, device: torch.device | str) -> tuple[Tensor, Tensor]:
@@ -377,22 +387,24 @@ def padded_logprobs(model: Any, rows: Sequence[PromptRow], *, device: torch.devi
             first = b * kept + column - num_prompt + 1
             predictors += [b * kept, *range(first, first + inner)]
             column += inner
-    target = [token for row in rows for completion in row.completions for token in completion]
-    lengths = np.array([len(c) for row in rows for c in row.completions])
-    completion_mask = torch.as_tensor(np.arange(lengths.max()) < lengths[:, None], device=device)
+    completions = [completion for row in rows for completion in row.completions]
+    lengths = np.array([len(completion) for completion in completions])
+    mask = np.arange(lengths.max()) < lengths[:, None]  # (R, T)
+    arrays = [ids.ravel(), positions.ravel(), branch.ravel(), *np.unique(predictors, return_inverse=True)]
+    arrays += [np.concatenate(completions), np.flatnonzero(mask), mask.ravel()]
+    tensors = iter(_to_device(arrays, torch.device(device)))
+    input_ids, position_ids, branches_of = (next(tensors).view(ids.shape) for _ in range(3))
     logits = model(
-        input_ids=torch.as_tensor(ids, device=device),
-        attention_mask=_branch_mask(torch.as_tensor(branch, device=device)),
-        position_ids=torch.as_tensor(positions, device=device),
+        input_ids=input_ids,
+        attention_mask=_branch_mask(branches_of),
+        position_ids=position_ids,
         logits_to_keep=kept,
         use_cache=False,
     ).logits  # (B, kept, V)
-    used, index = np.unique(predictors, return_inverse=True)
-    logits = logits.flatten(0, 1)[torch.as_tensor(used, device=device)].float()  # (P, V)
-    at = torch.as_tensor(index, device=device)
-    logprobs = logits[at, torch.as_tensor(target, device=device)] - torch.logsumexp(logits, dim=-1)[at]
-    result = torch.zeros(completion_mask.shape, dtype=torch.float32, device=logprobs.device)
-    return result.masked_scatter(completion_mask, logprobs), completion_mask
+    used, index, target, slots, completion_mask = tensors
+    completion_mask = completion_mask.bool().view(mask.shape)
+    logprobs = _select(logits.flatten(0, 1)[used].float(), index, target)
+    return scatter_logprobs(logprobs, slots, completion_mask), completion_mask
 
 
 def _branch_mask(branch: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ from priorzero.llm.packing import (
     predicted_logprobs,
     scatter_logprobs,
 )
-from priorzero.runtime.cuda_graphs import CudaGraphs
+from priorzero.runtime.cuda_graphs import CudaGraphs, RecordingError
 
 MIN_SIZE = 64  # sizes below are padded to it
 
@@ -47,14 +47,12 @@ class GraphScorer:
                     *(padded.input_ids, padded.position_ids, padded.blocks[0].mask),
                     *(padded.predictors, padded.index, padded.target),
                 )
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:  # the model does something that a graph cannot record
+            except RecordingError as error:
                 self._graphs = None
-                reason = " ".join(str(error).split())[:200]
-                logger.warning(f"the LLM's forward pass cannot be recorded as a CUDA graph, so it is slower ({reason})")
+                logger.warning(f"the LLM's forward pass cannot be recorded as a CUDA graph, so it is slower ({error})")
             else:
-                return scatter_logprobs(logprobs[: len(batch.target)], batch), batch.completion_mask
+                logprobs = logprobs[: len(batch.target)]
+                return scatter_logprobs(logprobs, batch.slots, batch.completion_mask), batch.completion_mask
         with self._llm.autocast():
             return completion_logprobs(self._llm.model, batch), batch.completion_mask
 

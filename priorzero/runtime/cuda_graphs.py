@@ -12,6 +12,10 @@ from torch import Tensor
 NUM_WARM_UPS = 3  # calls before the recording, in which libraries allocate their work spaces
 
 
+class RecordingError(RuntimeError):
+    """The function does something that a graph cannot record."""
+
+
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
     inputs: tuple[Tensor, ...]
@@ -26,6 +30,8 @@ class CudaGraphs:
     The function computes no gradients and reads no result, for example with ``item()``. The graph contains the
     addresses of the parameters that the function uses, so these may be changed in place, but not replaced. Only one
     thread may call it at a time.
+
+    A call raises RecordingError if the function cannot be recorded.
     """
 
     def __init__(self, function: Callable[..., tuple[Tensor, ...]], *, max_graphs: int = 16) -> None:
@@ -61,6 +67,11 @@ class CudaGraphs:
             self._pool = torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
         # Other threads may use the GPU meanwhile; only this thread's operations are recorded.
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
-            outputs = self._function(*static_inputs)
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+                outputs = self._function(*static_inputs)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise RecordingError(" ".join(str(error).split())[:200]) from error
         return _Graph(graph, static_inputs, outputs)

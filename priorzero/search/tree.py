@@ -10,7 +10,7 @@ import numpy as np
 from loguru import logger
 from numba import njit
 
-from priorzero.runtime.compiling import cached_njit
+from priorzero.runtime.compiling import cached_njit, compile_now
 
 # LightZero's value_delta_max: a range of values below it is not stretched to [0, 1].
 MIN_VALUE_RANGE = 0.01
@@ -241,19 +241,17 @@ def add_leaves(
 
 
 def compile_functions() -> None:
-    """Compile the functions, or load them from Numba's cache. Takes a few seconds the first time."""
+    """Compile the functions, or load them from disk. Takes a few seconds the first time; later calls take no time."""
     trees = make_trees([np.ones(1)], num_simulations=2, num_actions=1)
-    puct, words = Puct(1.0, 1.0, 1.0), np.zeros(8, np.uint32)
-    one = np.ones(1)
-    for call in (
-        lambda: simulate_all(trees, puct),
-        lambda: simulate(trees, 0, puct, words),
-        lambda: add_leaves(trees, 1, np.ones((1, 1)), one, one, 1.0),
-    ):
-        try:
-            call()
-        except OSError as error:  # it is in memory nevertheless
-            logger.warning(
-                f"the compiled search cannot be kept on disk ({error}), so each process compiles it, which takes some "
-                "seconds. NUMBA_CACHE_DIR=FOLDER selects another folder."
-            )
+    puct, words, one = Puct(1.0, 1.0, 1.0), np.zeros(8, np.uint32), np.ones(1)
+    reasons = [
+        compile_now(simulate_all, trees, puct),
+        compile_now(simulate, trees, 0, puct, words),
+        compile_now(add_leaves, trees, 1, np.ones((1, 1)), one, one, 1.0),
+    ]
+    reason = next(filter(None, reasons), None)
+    if reason is not None:
+        logger.warning(
+            f"the compiled search cannot be kept on disk ({reason}), so each process compiles it, which takes some "
+            "seconds. NUMBA_CACHE_DIR=FOLDER selects another folder."
+        )

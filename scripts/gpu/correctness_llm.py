@@ -35,7 +35,7 @@ BFLOAT16_MEAN, BFLOAT16_MAX, BFLOAT16_PRIOR = 0.1, 0.5, 0.3
 BFLOAT16_GRADIENT = 0.15
 # The first step of AdamW moves each parameter by the learning rate in the direction of the gradient's sign. Few entries
 # are so close to zero that rounding changes their sign.
-FIRST_STEP = 0.1
+FIRST_STEP = 0.05
 
 
 # ---- inputs ----

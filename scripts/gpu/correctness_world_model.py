@@ -21,7 +21,7 @@ FLOAT32 = 1e-4
 # LightZero turns logits into a value v by ((sqrt(1 + 0.004 (|v'| + 1.001)) - 1) / 0.002)^2 - 1. In float32 the root is
 # near 1, with steps of 1.2e-7, so that values have steps of 1.2e-4 sqrt(1 + |v|), 4e-4 for |v| = 10.
 VALUES = 5e-4
-FIRST_STEP = 0.1  # as for the LLM: AdamW's first step is discontinuous where a gradient is zero
+FIRST_STEP = 0.05  # as for the LLM: AdamW's first step is discontinuous where a gradient is zero
 # An action is selected by comparing scores. Where two are closer than the rounding errors, another one is selected, and
 # the visit counts of this root differ, without either being wrong. This happens at few roots.
 EQUAL_ROOTS = 0.9

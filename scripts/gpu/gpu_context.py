@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_tools import RESULTS
 
 from priorzero.config import Layer, resolve_settings
 from priorzero.llm.model_files import resolve_model
@@ -76,7 +77,7 @@ class Context:
     llm: str
     encoder: str
     quick: bool
-    out: Path = Path("gpu_results")
+    out: Path = RESULTS / "gpu"
 
     def llm_path(self) -> str:
         """The value of ``llm.path``."""

@@ -27,7 +27,7 @@ def plain_interpreter() -> ModuleType:
     def njit(**options: Any) -> Callable[[Any], Any]:
         return lambda function: function
 
-    with mock.patch("numba.njit", njit):
+    with mock.patch("numba.njit", njit), mock.patch("priorzero.runtime.compiling.njit", njit):
         spec.loader.exec_module(module)
     module.MAX_INSTRUCTIONS = 1_000_000  # type: ignore[attr-defined]  # some seconds
     return module
