@@ -16,7 +16,7 @@ from priorzero.envs.frotz_keys import KEY_COMMANDS, is_key
 from priorzero.envs.games import GameSpec, make_game
 from priorzero.envs.jericho_game import JerichoGame
 from priorzero.envs.walkthrough_steps import WalkthroughStep
-from priorzero.types import UserError
+from priorzero.types import GameState, UserError
 
 NEVER = 10**9  # the walkthrough ends the episode
 COMPARE_TIMEOUT_S = 60.0
@@ -120,23 +120,29 @@ def _play(game: _RecordedGame, spec: GameSpec) -> list[WalkthroughStep]:
             break
         key_is_read = game.waits_for_key()
         before, (state, reward) = state, game.step_unchecked(command)
-        steps.append(
-            WalkthroughStep(
-                game=spec.name,
-                step=len(steps),
-                goal="",
-                feedback=before.feedback,
-                look=before.look,
-                inventory=before.inventory,
-                score=before.score,
-                max_score=before.max_score,
-                moves=before.moves,
-                reward=reward,
-                command=command,
-                action=_key_name(command) if key_is_read else command,
-            )
-        )
+        action = _key_name(command) if key_is_read else command
+        steps.append(_step(spec, len(steps), before, reward=reward, command=command, action=action))
     return steps
+
+
+def _step(
+    spec: GameSpec, number: int, state: GameState, *, reward: float, command: str, action: str
+) -> WalkthroughStep:
+    """The step with this number, without valid actions."""
+    return WalkthroughStep(
+        game=spec.name,
+        step=number,
+        goal=state.goal,
+        feedback=state.feedback,
+        look=state.look,
+        inventory=state.inventory,
+        score=state.score,
+        max_score=state.max_score,
+        moves=state.moves,
+        reward=reward,
+        command=command,
+        action=action,
+    )
 
 
 def _key_name(command: str) -> str:
@@ -217,24 +223,9 @@ def _collect_textworld(spec: GameSpec) -> list[WalkthroughStep]:
         if command not in state.valid_actions:
             continue  # a command that changes nothing
         before, (state, reward) = state, game.step(command)
-        steps.append(
-            WalkthroughStep(
-                game=spec.name,
-                step=len(steps),
-                goal=before.goal,
-                feedback=before.feedback,
-                look=before.look,
-                inventory=before.inventory,
-                score=before.score,
-                max_score=before.max_score,
-                moves=before.moves,
-                reward=reward,
-                command=command,
-                action=command,
-                valid_actions=before.valid_actions,
-                correct=before.valid_actions.index(command),
-            )
-        )
+        step = _step(spec, len(steps), before, reward=reward, command=command, action=command)
+        correct = before.valid_actions.index(command)
+        steps.append(dataclasses.replace(step, valid_actions=before.valid_actions, correct=correct))
     game.close()
     return steps
 
