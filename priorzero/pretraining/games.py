@@ -51,7 +51,7 @@ def jericho_games() -> list[PretrainingGame]:
     ]
 
 
-def textworld_games(*, train: int = 4, held_out: int = 2) -> list[PretrainingGame]:
+def textworld_games(*, train: int = 20, held_out: int = 2) -> list[PretrainingGame]:
     """Generated games of all families: ``train`` and ``held_out`` games of each of :data:`FAMILIES`."""
     parts: list[tuple[Split, int, int]] = [("held_out", HELD_OUT_SEED, held_out), ("train", TRAIN_SEED, train)]
     return [
