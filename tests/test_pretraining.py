@@ -18,12 +18,14 @@ from priorzero.llm.models import load_language_model, load_tokenizer
 from priorzero.llm.packing import PromptRow, split_completions
 from priorzero.llm.prompts import prompt_style
 from priorzero.pretraining import run as pretraining_run
+from priorzero.pretraining.collect import collect
 from priorzero.pretraining.data import (
     Decision,
     Episode,
     PromptMaker,
     SampleKey,
     TrainingData,
+    load_episodes,
     num_batches,
     searched_decisions,
     training_batches,
@@ -38,7 +40,14 @@ from priorzero.pretraining.evaluation import (
     fit_calibration,
     outcomes,
 )
-from priorzero.pretraining.games import HELD_OUT, RESERVED, VALIDATION, jericho_games, textworld_games
+from priorzero.pretraining.games import (
+    HELD_OUT,
+    RESERVED,
+    VALIDATION,
+    PretrainingGame,
+    jericho_games,
+    textworld_games,
+)
 from priorzero.pretraining.plan import PretrainingPlan
 from priorzero.pretraining.training import Pretrainer
 from priorzero.types import UserError
@@ -109,6 +118,20 @@ def test_games_that_are_evaluated_are_refused(tmp_path, capsys):
     data = make_data(tmp_path / "data", train=("zork1",))
     assert pretrain.main(["--data", str(data), "--no_collect", "--out", str(tmp_path / "out")]) == 2
     assert "zork1 is a game that agents are evaluated on" in capsys.readouterr().err
+
+
+def test_collect_leaves_out_games_that_cannot_be_played(tmp_path):
+    """TextWorld cannot generate the first game: the map does not permit a quest of this length."""
+    games = [
+        PretrainingGame("textworld:treasure-hunter?level=10&seed=5019", "train"),
+        PretrainingGame("no-such-story.z5", "train"),
+        PretrainingGame("textworld:coin-collector?level=3&seed=5001", "train"),
+    ]
+    collect(games, tmp_path)
+    (episode,) = load_episodes(tmp_path, ["train"])
+    assert (episode.game, len(episode.steps)) == ("textworld-coin-collector-level3-seed5001", 3)
+    with pytest.raises(UserError, match="no-such-story"):
+        collect(games[1:], tmp_path, require_all=True)
 
 
 # ---- data ----

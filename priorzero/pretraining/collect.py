@@ -27,8 +27,8 @@ def collect(
 ) -> None:
     """Write the walkthrough steps of each game to ``folder``, which has a folder for each split.
 
-    Games whose file exists are not played again. Jericho games whose story file is not found are left out,
-    unless all are required.
+    Games whose file exists are not played again. Games whose story file is not found and games that TextWorld cannot
+    generate are left out, unless all are required.
 
     Args:
         games: the games.
@@ -38,7 +38,7 @@ def collect(
         require_all: no game may be missing.
 
     Raises:
-        UserError: a generated game cannot be made, a required one is missing, or the folder cannot be written to.
+        UserError: a required game is missing, or the folder cannot be written to.
     """
     from priorzero.envs.walkthroughs import collect_walkthrough  # late: imports Jericho, which reading needs not
 
@@ -46,10 +46,11 @@ def collect(
     for number, game in enumerate(games, start=1):
         try:
             spec = resolve_game(game.env_id)
-        except UserError:
-            if require_all or game.env_id.startswith("textworld:"):
+        except UserError as error:
+            if require_all:
                 raise
             missing.append(game.env_id)
+            logger.debug(f"{game.env_id} is left out: {error}")
             continue
         file = data_file(folder, game.split, spec.name)
         if file.exists():
@@ -71,7 +72,10 @@ def collect(
             f"valid actions, which contain the command in {correct}; {time.monotonic() - started:.0f} s"
         )
     if missing:
-        logger.warning(f"no story file of {len(missing)} games, which are left out: {', '.join(missing)}")
+        logger.warning(
+            f"{len(missing)} games are left out, because their story file is not found or TextWorld cannot generate "
+            f"them: {', '.join(missing)}"
+        )
 
 
 def data_file(folder: Path, split: Split, name: str) -> Path:
