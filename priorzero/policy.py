@@ -14,7 +14,7 @@ from priorzero.llm.models import LanguageModel
 from priorzero.llm.prompts import prompt_style
 from priorzero.search import mcts
 from priorzero.search.base import Root, SearchResult
-from priorzero.search.root import mix_root_logits, root_probs
+from priorzero.search.root import entropy_bin, mix_root_logits, root_probs
 from priorzero.search.tree import compile_functions
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
@@ -59,19 +59,23 @@ class PriorZeroPolicy(UniZeroLearner):
         if not (np.isfinite(all_logits).all() and np.isfinite(values).all()):
             raise UserError("the world model's outputs are not finite; lower train.learning_rate or train.grad_clip")
         policy_logits = [logits[root.legal_actions] for root, logits in zip(roots, all_logits, strict=True)]
-        prior = self.prior_cfg
-        root_logits = [
-            mix_root_logits(logits, root.prior_logprobs, combine=prior.combine, alpha=prior.alpha, floor=prior.floor)
+        weights = [
+            0.0 if root.prior_weights is None else float(root.prior_weights[entropy_bin(logits)])
             for root, logits in zip(roots, policy_logits, strict=True)
+        ]
+        root_logits = [
+            mix_root_logits(logits, root.prior_logprobs, alpha=weight, floor=self.prior_cfg.floor)
+            for root, logits, weight in zip(roots, policy_logits, weights, strict=True)
+        ]
+        probs = [
+            root_probs(logits, root.noise, noise_weight=self.search_cfg.root_noise_weight)
+            for root, logits in zip(roots, root_logits, strict=True)
         ]
         trees = mcts.search(
             self.inference,
             contexts,
             legal_actions=[root.legal_actions for root in roots],
-            priors=[
-                root_probs(logits, root.noise, noise_weight=self.search_cfg.root_noise_weight)
-                for root, logits in zip(roots, root_logits, strict=True)
-            ],
+            priors=probs,
             seeds=[root.seed for root in roots],
             cfg=self.search_cfg,
             num_actions=num_actions,
@@ -82,11 +86,13 @@ class PriorZeroPolicy(UniZeroLearner):
                 visit_counts=root.visit_counts,
                 root_value=root.value,
                 predicted_value=float(value),
-                policy_logits=own,
-                root_logits=mixed,
+                policy_logits=policy_logits[b],
+                prior_weight=weights[b],
+                root_logits=root_logits[b],
+                root_probs=probs[b],
                 action_values=root.action_values,
             )
-            for root, value, own, mixed in zip(searched, values, policy_logits, root_logits, strict=True)
+            for b, (root, value) in enumerate(zip(searched, values, strict=True))
         ]
 
     def llm_decisions(self, sequences: SampledSequences) -> SampledDecisions:

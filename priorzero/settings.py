@@ -70,6 +70,15 @@ def _action_space_size(value: Any) -> Any:
     return _auto_or_whole(value, least=2, most=MAX_ACTIONS)
 
 
+def _alpha(value: Any) -> Any:
+    if value == AUTO:
+        return AUTO
+    number = _number(value)
+    if isinstance(number, bool) or not isinstance(number, (int, float)) or not 0 <= number <= 1:
+        raise ValueError  # what is allowed says it all
+    return float(number)
+
+
 def _max_episode_steps(value: Any) -> Any:
     if isinstance(value, str) and "=" in value:
         return steps_text(steps_by_game(value))
@@ -279,10 +288,12 @@ class PriorSettings(SettingsGroup):
         "score", description="score: the LLM scores each valid action; rank: the LLM writes a ranked list of actions"
     )
     use_cot: bool = Field(False, description="rank: the LLM writes a chain of thought before its list")
-    combine: Literal["mix", "replace"] = Field(
-        "mix", description="mix: mix the prior with the world model's policy at the root; replace: use the prior alone"
+    alpha: Annotated[float | str, BeforeValidator(_alpha)] = Field(
+        AUTO,
+        description="weight of the prior in the root's probabilities; the world model's policy has the rest; auto: "
+        "learned for each game from how well both predict the search's visits and the commands that gain points",
+        json_schema_extra={"allowed": "auto, or a number between 0 and 1"},
     )
-    alpha: Number = Field(0.5, ge=0, le=1, description="mix: weight of the prior in the root's probabilities")
     temperature: Number = Field(1.0, gt=0, description="temperature of the prior over the valid actions")
     floor: Number = Field(0.02, ge=0, le=1, description="weight of a uniform distribution that is mixed into the prior")
     prompt_cache_tokens: Whole = Field(

@@ -119,7 +119,7 @@ async def _train(prepared: Preparation, *, device: torch.device) -> RunSummary:
         player=agent.player,
         seed=collector_seed,
         groups=2 if overlap else 1,
-        num_games=len(games),
+        games=[game.name for game in games],
     )
     evaluators = make_evaluators(settings, games=games, unseen=prepared.unseen, player=agent.player)
     run = TrainingRun(

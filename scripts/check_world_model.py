@@ -111,7 +111,7 @@ async def play(agent: Agent, settings: Settings, *, env_steps: int, seed: int) -
         workers,
         player=agent.player,
         seed=np.random.SeedSequence(seed),
-        num_games=len(games),
+        games=[game.name for game in games],
     )
     try:
         collected = await collector.collect(env_steps)

@@ -122,7 +122,7 @@ def test_collector_calls_the_exploration_strategy_in_order(monkeypatch, explorat
             return call
 
     monkeypatch.setattr(priorzero.play.collector, "make_exploration", Recorder)
-    collector, _, _ = make_collector(num_games=2, length=3, search={"exploration": exploration})
+    collector, _, _ = make_collector(num_games=2, length=3, search={"exploration": exploration}, prior={"alpha": 0.5})
     records = records_of(collect(collector, 12))
     (counts,) = given
     assert counts.actions.total() == 12  # the strategy has the counts that the collector updates
@@ -132,8 +132,8 @@ def test_collector_calls_the_exploration_strategy_in_order(monkeypatch, explorat
         own = [r for r in records if r.episode % 2 == env]
         asked = [args for name, args, _ in calls[env] if name == "root_noise"]
         observed = [kwargs for name, _, kwargs in calls[env] if name == "observe"]
-        for r, (state, prior), outcome in zip(own, asked, observed, strict=True):
-            assert state == r.state and prior is r.prior
+        for r, (state, probs), outcome in zip(own, asked, observed, strict=True):
+            assert state == r.state and probs == pytest.approx(0.98 * np.exp(r.prior.logprobs) + 0.02 / len(probs))
             assert (outcome["position"], outcome["history"][r.step].reward) == (r.chosen, r.reward)
             assert outcome["history"][r.step].action == r.action_text
         for outcome, (following, _) in zip(observed, asked[1:], strict=False):

@@ -13,7 +13,7 @@ import torch
 from priorzero.play.exploration import Dirichlet, Exploration, make_exploration
 from priorzero.play.novelty import NoveltyCounts
 from priorzero.settings import EVAL_MODES, SearchSettings
-from priorzero.types import ActionPrior, GameState
+from priorzero.types import GameState
 from tests.helpers.collecting import CountingGame, collect, evaluate, make_collector
 from tests.helpers.exploring import ScriptedEpisode, at
 from tests.helpers.models import make_settings
@@ -28,9 +28,9 @@ def make(name: str) -> tuple[Exploration, list[NoveltyCounts]]:
     return make_exploration(make_settings({"search": {"exploration": name, "deviation_prob": 1.0}}), counts), counts
 
 
-def prior_of(num_actions: int) -> ActionPrior:
+def prior_of(num_actions: int) -> np.ndarray:
     probs = np.arange(1.0, num_actions + 1)
-    return ActionPrior(np.log(probs / probs.sum()).astype(np.float32), source="score", version=0)
+    return probs / probs.sum()
 
 
 class Corridor:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from priorzero.play.exploration import GoExplore
 from priorzero.play.exploration.go_explore import Archive
 from priorzero.play.novelty import NoveltyCounts
-from priorzero.types import ActionPrior, GameState
+from priorzero.types import GameState
 from tests.helpers.exploring import ScriptedEpisode, at, steps
 
 # ---- the archive ----
@@ -237,9 +237,9 @@ def room(place, score, **changes) -> GameState:
     return dataclasses.replace(at(place, score, ACTIONS), **changes)
 
 
-def make_strategy(history=MAIN_PATH, *, now=None, counts=None, deviation_prob=0.0, prior_floor=0.02) -> GoExplore:
+def make_strategy(history=MAIN_PATH, *, now=None, counts=None, deviation_prob=0.0) -> GoExplore:
     """The strategy for one game, whose archive knows one trajectory."""
-    strategy = GoExplore(counts or [NoveltyCounts()], deviation_prob=deviation_prob, prior_floor=prior_floor)
+    strategy = GoExplore(counts or [NoveltyCounts()], deviation_prob=deviation_prob)
     if history:
         strategy.archives[0].add_reward(history, now=now or at("d", 9.0))
     return strategy
@@ -286,13 +286,10 @@ def test_go_explore_explores_an_action_in_proportion_to_prior_over_squared_count
     state = room("a", 1.0)
     counts.actions["a", 1.0, "go"] = 3
     counts.actions["a", 2.0, "up"] = 9  # with another score
-    expected, prior = np.full(4, 0.25), None
-    if with_prior:  # with a floor of 0.5
-        probs = np.array([0.1, 0.8, 0.1, 1e-9])
-        prior = ActionPrior(np.log(probs).astype(np.float32), source="score", version=0)
-        expected = 0.5 * probs + 0.5 / 4
+    prior = np.array([0.175, 0.525, 0.175, 0.125]) if with_prior else None
+    expected = np.full(4, 0.25) if prior is None else prior.copy()
     expected[0] /= (1 + 3) ** 2
-    episode = begin(make_strategy(None, counts=[counts], prior_floor=0.5), state)
+    episode = begin(make_strategy(None, counts=[counts]), state)
     noises = [episode.ask(prior) for _ in range(4000)]
     probs = np.array([noise.probs for noise in noises])
     assert ((probs == 1.0).sum(axis=1) == 1).all() and (probs.sum(axis=1) == 1.0).all()

@@ -31,7 +31,8 @@ class FixedSearch:
 
     def search(self, roots, *, num_actions):
         self.roots += roots
-        return [SearchResult(self.visits, 0.0, 0.0, np.zeros(3), np.zeros(3), np.zeros(3)) for _ in roots]
+        zeros, uniform = np.zeros(3), np.full(3, 1 / 3)
+        return [SearchResult(self.visits, 0.0, 0.0, zeros, 0.5, zeros, uniform, zeros) for _ in roots]
 
 
 class FixedNoise:
@@ -40,13 +41,13 @@ class FixedNoise:
     def __init__(self, *probs: float, temperature_scale: float = 1.0) -> None:
         self.noise = RootNoise(np.array(probs), temperature_scale)
 
-    def root_noise(self, env, state, prior, *, rng):
+    def root_noise(self, env, state, prior_probs, *, rng):
         return self.noise
 
 
 def decide(player, *, times=1, state=STATE, **arguments):
     """Decisions in one state, each in an episode of its own."""
-    episodes = [player.new_episode(e, state, rng=np.random.default_rng(e)) for e in range(times)]
+    episodes = [player.new_episode(e, state, game="counting", rng=np.random.default_rng(e)) for e in range(times)]
     return asyncio.run(player.decide(episodes, **arguments))
 
 
@@ -73,7 +74,7 @@ def test_player_roots_hold_the_prior_and_the_noise():
 def test_player_roots_hold_the_latest_observations():
     """With context_length=4 these are two observations and the action between them."""
     player = with_search(1, 2, 3)
-    episode = player.new_episode(0, STATE, rng=np.random.default_rng(0))
+    episode = player.new_episode(0, STATE, game="counting", rng=np.random.default_rng(0))
     for moves in (1, 2, 3):
         state = state_of(0, FIRST_ROOM, moves=moves, length=9)
         indices = player.indexer.indices(STATE.valid_actions)

@@ -90,25 +90,26 @@ def test_search_takes_only_actions_of_the_vocabulary_below_the_root(policy, monk
     assert len(taken) == 4 * 16 and set(taken) <= set(range(6)) and max(taken) > 2
 
 
-@pytest.mark.parametrize("combine", ["replace", "mix"])
-def test_search_visits_the_action_that_the_prior_favours(combine):
-    policy = make_search_policy(num_simulations=32, prior={"combine": combine})
+@pytest.mark.parametrize("prior_weight", [1.0, 0.5])
+def test_search_visits_the_action_that_the_prior_favours(prior_weight):
+    policy = make_search_policy(num_simulations=32)
     zero_heads(policy, "value", "rewards")  # the visits follow the root logits
     for favourite in range(4):
         prior = np.full(4, 0.01)
         prior[favourite] = 0.97
-        result = policy.search([make_root(prior=prior)], num_actions=NUM_ACTIONS)[0]
-        assert result.visit_counts.argmax() == favourite
-        if combine == "replace":
+        root = make_root(prior=prior, prior_weight=prior_weight)
+        result = policy.search([root], num_actions=NUM_ACTIONS)[0]
+        assert result.visit_counts.argmax() == favourite and result.prior_weight == prior_weight
+        if prior_weight == 1.0:
             assert np.exp(result.root_logits) == pytest.approx(prior, rel=1e-3)
             assert result.visit_counts[favourite] > 25
 
 
 def test_search_gives_each_valid_action_its_own_prior_whatever_its_index():
-    policy = make_search_policy(prior={"combine": "replace"})
+    policy = make_search_policy()
     prior = [0.1, 0.2, 0.3, 0.4]
     for legal in ((0, 3, 5, 9), (9, 5, 3, 0), (11, 0, 10, 1)):
-        result = policy.search([make_root(legal=legal, prior=prior)], num_actions=NUM_ACTIONS)[0]
+        result = policy.search([make_root(legal=legal, prior=prior, prior_weight=1.0)], num_actions=NUM_ACTIONS)[0]
         assert np.exp(result.root_logits) == pytest.approx(prior, rel=1e-3)
 
 

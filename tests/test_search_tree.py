@@ -55,19 +55,17 @@ def set_path(trees, *nodes, position):
 
 
 def test_mix_root_logits_by_hand():
-    mixed = mix_root_logits(LOGITS + 7, PRIOR, combine="mix", alpha=0.25, floor=0.0)
+    mixed = mix_root_logits(LOGITS + 7, PRIOR, alpha=0.25, floor=0.0)
     assert np.exp(mixed) == pytest.approx([0.4, 0.2125, 0.3875])
-    assert np.exp(mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.0)) == pytest.approx(
-        np.exp(PRIOR)
-    )
-    assert np.exp(mix_root_logits(LOGITS, None, combine="mix", alpha=0.25, floor=0.5)) == pytest.approx(np.exp(LOGITS))
-    floored = mix_root_logits(LOGITS, PRIOR, combine="replace", alpha=0.25, floor=0.3)
+    assert np.exp(mix_root_logits(LOGITS, PRIOR, alpha=1.0, floor=0.0)) == pytest.approx(np.exp(PRIOR))
+    assert np.exp(mix_root_logits(LOGITS, None, alpha=0.25, floor=0.5)) == pytest.approx(np.exp(LOGITS))
+    floored = mix_root_logits(LOGITS, PRIOR, alpha=1.0, floor=0.3)
     assert np.exp(floored) == pytest.approx(0.7 * np.exp(PRIOR) + 0.1)
 
 
 def test_mix_root_logits_has_a_lower_bound():
     prior = np.array([0.0, -1e9, -np.inf])
-    mixed = mix_root_logits(np.zeros(3), prior, combine="replace", alpha=1.0, floor=0.0)
+    mixed = mix_root_logits(np.zeros(3), prior, alpha=1.0, floor=0.0)
     assert mixed.tolist() == [0.0, LOGIT_FLOOR, LOGIT_FLOOR]
 
 

@@ -32,7 +32,9 @@ def test_transcript_step_holds_the_whole_decision():
         root_value=0.5,
         predicted_value=math.nan,
         policy_logits=np.array([0.0, math.log(4)]),
+        prior_weight=0.5,
         root_logits=np.zeros(2),
+        root_probs=np.full(2, 0.5),
         action_values=np.array([math.nan, 1 / 3]),
     )
     decision = make_decision(prior=prior, result=result, prompt=Prompt("What now?"))

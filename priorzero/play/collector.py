@@ -39,6 +39,7 @@ class Collected:
     env_steps: int = 0
     visit_entropies: list[float] = field(default_factory=list)
     prior_entropies: list[float] = field(default_factory=list)
+    prior_weights: list[float] = field(default_factory=list)
     agreements: list[bool] = field(default_factory=list)
     dropped_history: int = 0
     over_length_prompts: int = 0
@@ -48,6 +49,8 @@ class Collected:
         self.visit_entropies.append(entropy(record.visit_probs()))
         if decision.prior is None or decision.prompt is None:
             return
+        assert decision.result is not None
+        self.prior_weights.append(decision.result.prior_weight)
         self.prior_entropies.append(entropy(np.exp(decision.prior.logprobs)))
         self.agreements.append(agreement(decision.prior, record.visit_counts))
         self.dropped_history += decision.prompt.dropped_history
@@ -57,6 +60,7 @@ class Collected:
         """Metrics: means over the decisions."""
         scalars = {"collector_iter/visit_entropy_mean": float(np.mean(self.visit_entropies or [0.0]))}
         if self.prior_entropies:
+            scalars["prior/weight_mean"] = float(np.mean(self.prior_weights))
             scalars["prior/entropy_mean"] = float(np.mean(self.prior_entropies))
             scalars["prior/agreement"] = float(np.mean(self.agreements))
             scalars["prior/dropped_history"] = float(self.dropped_history)
@@ -92,7 +96,7 @@ class Collector:
         seed: seed of the environments' generators.
         groups: number of groups. With one group, equal parameters and seeds give equal episodes.
         first_episode: number of the first episode. Collectors that share a replay buffer need different numbers.
-        num_games: number of different games; environment ``e`` plays game ``e % num_games``.
+        games: names of the games; environment ``e`` plays game ``e % len(games)``.
     """
 
     def __init__(
@@ -103,7 +107,7 @@ class Collector:
         seed: np.random.SeedSequence,
         groups: int = 1,
         first_episode: int = 0,
-        num_games: int = 1,
+        games: Sequence[str] = ("game",),
     ) -> None:
         self._workers = workers
         self._player = player
@@ -114,7 +118,8 @@ class Collector:
         self._episodes: list[Episode | None] = [None] * len(workers)
         self._next_episode = first_episode
         self._failed_starts = [0] * len(workers)  # in a row
-        self._counts = [NoveltyCounts() for _ in range(num_games)]
+        self._games = list(games)
+        self._counts = [NoveltyCounts() for _ in games]
         self._exploration = make_exploration(player.settings, self._counts)
         self.env_steps = 0
         self.num_episodes = 0
@@ -211,8 +216,13 @@ class Collector:
                     self._count_failed_start(e, second_error)
                     return
         self._failed_starts[e] = 0
-        self._episodes[e] = self._player.new_episode(e, state, rng=self._rngs[e], number=number)
+        self._episodes[e] = self._new_episode(e, state, number=number)
+        self._player.prior_weights.begin_episode(e)
         self._exploration.begin_episode(e, state, rng=self._rngs[e])
+
+    def _new_episode(self, e: int, state: GameState, *, number: int = 0) -> Episode:
+        game = self._games[e % len(self._games)]
+        return self._player.new_episode(e, state, game=game, rng=self._rngs[e], number=number)
 
     def _is_given_up(self, e: int) -> bool:
         return self._failed_starts[e] >= MAX_FAILED_STARTS
@@ -243,6 +253,7 @@ class Collector:
         counts.add(before=before, action=action, after=state, with_feedback=cfg.novelty_of == "feedback")
         shaping = shaped_reward(counts, before=before, action=action, after=state, cfg=cfg)
         record = decision.record(episode, reward=reward, shaping=shaping, done=state.done)
+        self._player.prior_weights.observe(e, episode.game, decision, reward=reward)
         episode.advance(decision, reward=reward, state=state, features=features)
         self._exploration.observe(e, position=decision.chosen, after=state, history=episode.history)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
@@ -290,6 +301,7 @@ class Collector:
             "recent_returns": list(self.recent_returns),
             "counts": [counts.state_dict() for counts in self._counts],
             "exploration": self._exploration.state_dict(),
+            "prior_weights": self._player.prior_weights.state_dict(),
             "collected": self.collected.state_dict(table),
         }
 
@@ -310,6 +322,7 @@ class Collector:
         for counts, own in zip(self._counts, state["counts"], strict=True):
             counts.load_state_dict(own)
         self._exploration.load_state_dict(state["exploration"])
+        self._player.prior_weights.load_state_dict(state["prior_weights"])
         self.collected = Collected.from_state_dict(state["collected"], records, config=self._config)
         saved = [(e, episode) for e, episode in enumerate(state["episodes"]) if episode is not None]
         await asyncio.gather(*(self._replay(e, episode) for e, episode in saved))
@@ -319,7 +332,7 @@ class Collector:
         expected = GameState(*episode_state["state"])
         try:
             state = await self._workers[e].reset()
-            episode = self._player.new_episode(e, state, rng=self._rngs[e])
+            episode = self._new_episode(e, state)
             episode.load_state_dict(episode_state)
             for step in episode.history:
                 state, _ = await self._workers[e].step(step.action)

@@ -18,6 +18,7 @@ class Episode:
 
     Attributes:
         env: index of its environment.
+        game: name of the game.
         number: unique among the collected episodes of a run; 0 in an evaluation.
         state: the present state.
         features: features of the latest observations, ``[F]`` each, the present one last.
@@ -29,6 +30,7 @@ class Episode:
     """
 
     env: int
+    game: str
     number: int
     state: GameState
     features: deque[np.ndarray]
@@ -47,7 +49,7 @@ class Episode:
         self.state = state
 
     def state_dict(self) -> Plain:
-        """Everything except ``env`` and ``rng``, which outlive the episode."""
+        """Everything except ``env``, ``game`` and ``rng``, which outlive the episode."""
         return {
             "number": self.number,
             "state": dataclasses.astuple(self.state),

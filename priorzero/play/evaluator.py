@@ -161,7 +161,7 @@ class Evaluator:
                 logger.warning(f"a game of the evaluation could not start ({state})")
                 failure = state
             else:
-                playing.append(player.new_episode(e, state, rng=np.random.default_rng(child)))
+                playing.append(player.new_episode(e, state, game=self.game, rng=np.random.default_rng(child)))
         finished = []
         steps: dict[int, list[TranscriptStep]] = {episode.env: [] for episode in playing}
         while playing:

@@ -16,6 +16,7 @@ from priorzero.llm.prompts import Prompt, PromptStyle, render_prompt
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.episode import Episode
 from priorzero.play.exploration import Exploration, RootNoise
+from priorzero.play.prior_weights import PriorWeights
 from priorzero.play.text_encoder import TextEncoder
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.concurrency import OwnerThread
@@ -68,6 +69,7 @@ class Player:
         tokenizer: the LLM's tokenizer; None without an LLM.
         world_model_thread: the thread that searches run in.
         timeline: records the time of features, searches and games.
+        prior_weights: weights of the prior at the root. The collector lets them learn.
     """
 
     settings: Settings
@@ -80,13 +82,20 @@ class Player:
     tokenizer: Any
     world_model_thread: OwnerThread
     timeline: Timeline
+    prior_weights: PriorWeights = field(init=False)
     _warned_of_length: bool = field(default=False, init=False)
 
-    def new_episode(self, env: int, state: GameState, *, rng: np.random.Generator, number: int = 0) -> Episode:
-        """An episode at its beginning in environment ``env``, whose generator is ``rng``."""
+    def __post_init__(self) -> None:
+        cfg = self.settings.prior
+        self.prior_weights = PriorWeights(cfg.alpha, floor=cfg.floor)
+
+    def new_episode(
+        self, env: int, state: GameState, *, game: str, rng: np.random.Generator, number: int = 0
+    ) -> Episode:
+        """An episode of ``game`` at its beginning in environment ``env``, whose generator is ``rng``."""
         num_observations = self.settings.world_model.context_length // 2
         features = deque(self.features([state]), maxlen=num_observations)
-        return Episode(env, number, state, features, deque(maxlen=num_observations - 1), rng)
+        return Episode(env, game, number, state, features, deque(maxlen=num_observations - 1), rng)
 
     def features(self, states: Sequence[GameState]) -> np.ndarray:
         """The text encoder's features of n states, ``[n, F]``."""
@@ -130,9 +139,10 @@ class Player:
             for b, (episode, state, prior) in enumerate(zip(episodes, states, priors, strict=True)):
                 tie_seed = 0
                 if exploration is not None:
-                    noises[b] = exploration.root_noise(episode.env, state, prior, rng=episode.rng)
+                    probs = None if prior is None else self.prior_weights.exploration_probs(episode.game, prior)
+                    noises[b] = exploration.root_noise(episode.env, state, probs, rng=episode.rng)
                     tie_seed = int(episode.rng.integers(2**31))
-                roots.append(_make_root(episode, indices[b], prior=prior, noise=noises[b], seed=tie_seed))
+                roots.append(self._make_root(episode, indices[b], prior=prior, noise=noises[b], seed=tie_seed))
             results = await self.world_model_thread.run(
                 "search", self.policy.search, roots, num_actions=self.indexer.num_used
             )
@@ -166,6 +176,25 @@ class Player:
             )
         return prompts
 
+    def _make_root(
+        self,
+        episode: Episode,
+        indices: np.ndarray,
+        *,
+        prior: ActionPrior | None,
+        noise: RootNoise | None,
+        seed: int,
+    ) -> Root:
+        return Root(
+            features=np.stack(episode.features),
+            actions=np.array(episode.actions, dtype=np.int64),
+            legal_actions=indices,
+            prior_logprobs=prior.logprobs if prior is not None else None,
+            prior_weights=self.prior_weights.of_game(episode.game).copy() if prior is not None else None,
+            noise=noise.probs if noise is not None else None,
+            seed=seed,
+        )
+
     def _weights(
         self,
         state: GameState,
@@ -185,19 +214,6 @@ class Player:
         if prior is not None:
             return np.exp(prior.logprobs.astype(np.float64))
         return np.ones(len(state.valid_actions))
-
-
-def _make_root(
-    episode: Episode, indices: np.ndarray, *, prior: ActionPrior | None, noise: RootNoise | None, seed: int
-) -> Root:
-    return Root(
-        features=np.stack(episode.features),
-        actions=np.array(episode.actions, dtype=np.int64),
-        legal_actions=indices,
-        prior_logprobs=prior.logprobs if prior is not None else None,
-        noise=noise.probs if noise is not None else None,
-        seed=seed,
-    )
 
 
 def _choose(weights: np.ndarray, *, rng: np.random.Generator | None) -> tuple[int, float]:

@@ -19,6 +19,8 @@ class Root:
         actions: indices of the actions between them, ``[n - 1]``.
         legal_actions: indices of the valid actions, ``[K]``.
         prior_logprobs: the LLM's log-probabilities of the valid actions, ``[K]``; None without an LLM.
+        prior_weights: weight of the prior by :func:`~priorzero.search.root.entropy_bin` of the policy, ``[NUM_BINS]``;
+            None without an LLM.
         noise: exploration noise, a distribution over the valid actions, ``[K]``; None for none.
         seed: seed of the generator that breaks ties between actions.
     """
@@ -27,6 +29,7 @@ class Root:
     actions: np.ndarray
     legal_actions: np.ndarray
     prior_logprobs: np.ndarray | None = None
+    prior_weights: np.ndarray | None = None
     noise: np.ndarray | None = None
     seed: int = 0
 
@@ -40,7 +43,9 @@ class SearchResult:
         root_value: value of the root after the search.
         predicted_value: the network's value of the root before the search.
         policy_logits: the world model's, ``[K]``.
+        prior_weight: weight of the LLM's prior at the root; 0 without an LLM.
         root_logits: policy and prior combined, before noise, ``[K]``.
+        root_probs: the probabilities that the search started from: ``root_logits`` with noise, ``[K]``.
         action_values: mean value of the simulations through each action, with its predicted reward, ``[K]``; NaN for
             actions without visits.
     """
@@ -49,7 +54,9 @@ class SearchResult:
     root_value: float
     predicted_value: float
     policy_logits: np.ndarray
+    prior_weight: float
     root_logits: np.ndarray
+    root_probs: np.ndarray
     action_values: np.ndarray
 
 

@@ -8,6 +8,7 @@ from scipy.special import log_softmax
 
 # A finite floor: probabilities below e^-30 do not affect a search, but minus infinity would.
 LOGIT_FLOOR = -30.0
+NUM_BINS = 4  # of the policy's entropy
 
 
 def floored_probs(prior_logprobs: np.ndarray, *, floor: float) -> np.ndarray:
@@ -15,17 +16,28 @@ def floored_probs(prior_logprobs: np.ndarray, *, floor: float) -> np.ndarray:
     return (1.0 - floor) * np.exp(prior_logprobs.astype(np.float64)) + floor / len(prior_logprobs)
 
 
+def entropy_bin(policy_logits: np.ndarray) -> int:
+    """The interval of the policy's entropy: 0 (certain) to ``NUM_BINS - 1`` (nearly uniform).
+
+    The entropy over the K actions, ``policy_logits`` ``[K]``, is divided by ``log K``; the intervals are equal.
+    """
+    num_actions = len(policy_logits)
+    if num_actions == 1:
+        return 0
+    logprobs = log_softmax(policy_logits.astype(np.float64))
+    relative = -float(np.exp(logprobs) @ logprobs) / np.log(num_actions)
+    return min(NUM_BINS - 1, int(NUM_BINS * relative))
+
+
 def mix_root_logits(
-    policy_logits: np.ndarray, prior_logprobs: np.ndarray | None, *, combine: str, alpha: float, floor: float
+    policy_logits: np.ndarray, prior_logprobs: np.ndarray | None, *, alpha: float, floor: float
 ) -> np.ndarray:
     """Combine the world model's policy and the LLM's prior over the valid actions.
 
     Args:
         policy_logits: the world model's logits of the valid actions, ``[K]``.
         prior_logprobs: the LLM's log-probabilities of the valid actions, ``[K]``; None: the world model alone.
-        combine: ``"replace"`` takes the prior; ``"mix"`` takes ``alpha * prior + (1 - alpha) * policy``, both as
-            probabilities.
-        alpha: weight of the prior.
+        alpha: weight of the prior: the result is ``alpha * prior + (1 - alpha) * policy``, as probabilities.
         floor: weight of a uniform distribution in the prior, so that no valid action gets probability zero.
 
     Returns:
@@ -36,9 +48,8 @@ def mix_root_logits(
         mixed = policy_logprobs
     else:
         prior = floored_probs(prior_logprobs, floor=floor)
-        weight = 1.0 if combine == "replace" else alpha
         with np.errstate(divide="ignore"):  # log(0) becomes LOGIT_FLOOR
-            mixed = np.log(weight * prior + (1.0 - weight) * np.exp(policy_logprobs))
+            mixed = np.log(alpha * prior + (1.0 - alpha) * np.exp(policy_logprobs))
     return np.maximum(mixed, LOGIT_FLOOR).astype(np.float32)
 
 

@@ -150,7 +150,7 @@ def make_collector(
 
     Args:
         num_games: number of environments.
-        different: the argument ``num_games`` of the collector.
+        different: number of different games.
         groups: number of groups.
         length: number of actions in an episode.
         fail_at: the steps of game 1 that fail.
@@ -158,7 +158,13 @@ def make_collector(
     """
     player = make_player(**changes)
     games = [CountingGame(g, length=length, fail_at=fail_at if g == 1 else ()) for g in range(num_games)]
-    collector = Collector(games, player=player, seed=np.random.SeedSequence(0), groups=groups, num_games=different)
+    collector = Collector(
+        games,
+        player=player,
+        seed=np.random.SeedSequence(0),
+        groups=groups,
+        games=[f"counting {n}" for n in range(different)],
+    )
     return collector, games, player
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from priorzero.play.exploration import Exploration, RootNoise
-from priorzero.types import ActionPrior, GameState, HistoryStep
+from priorzero.types import GameState, HistoryStep
 
 
 def steps(*decisions: tuple[str, float, str, float]) -> list[HistoryStep]:
@@ -41,9 +41,9 @@ class ScriptedEpisode:
         self.noise: RootNoise | None = None
         self.ask()
 
-    def ask(self, prior: ActionPrior | None = None) -> RootNoise:
+    def ask(self, prior_probs: np.ndarray | None = None) -> RootNoise:
         """The strategy's noise for the present decision, sampled anew."""
-        self.noise = self.strategy.root_noise(self.env, self.state, prior, rng=self.rng)
+        self.noise = self.strategy.root_noise(self.env, self.state, prior_probs, rng=self.rng)
         return self.noise
 
     def take(self, action: str, after: GameState, reward: float = 0.0) -> None:

@@ -10,7 +10,7 @@ import torch
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.quiet import quiet
 from priorzero.search.base import Root
-from priorzero.search.root import mix_root_logits
+from priorzero.search.root import entropy_bin, mix_root_logits
 from priorzero.search.tree import MIN_VALUE_RANGE
 
 with quiet():
@@ -57,11 +57,10 @@ def lightzero_search(policy: PriorZeroPolicy, root: Root, *, num_actions: int) -
 
 
 def _make_roots(policy: PriorZeroPolicy, root: Root, *, logits: np.ndarray, num_actions: int) -> ptree_mz.Roots:
-    prior, legal = policy.prior_cfg, root.legal_actions
+    legal = root.legal_actions
     full = np.zeros(num_actions, dtype=np.float32)
-    full[legal] = mix_root_logits(
-        logits[legal], root.prior_logprobs, combine=prior.combine, alpha=prior.alpha, floor=prior.floor
-    )
+    weight = 0.0 if root.prior_weights is None else root.prior_weights[entropy_bin(logits[legal])]
+    full[legal] = mix_root_logits(logits[legal], root.prior_logprobs, alpha=weight, floor=policy.prior_cfg.floor)
     roots = ptree_mz.Roots(1, [legal.tolist()])
     if root.noise is None:
         roots.prepare_no_noise([0.0], [full.tolist()], [-1])

@@ -11,6 +11,7 @@ from priorzero.config import resolve_settings
 from priorzero.llm.models import LanguageModel
 from priorzero.policy import PriorZeroPolicy
 from priorzero.search.base import Root
+from priorzero.search.root import NUM_BINS
 from priorzero.world_model.replay import PriorZeroGameBuffer
 from tests.helpers.segments import FEATURE_SIZE, WORLD_MODEL, demo_segments
 
@@ -35,19 +36,17 @@ def make_policy_and_buffer(
     return policy, buffer
 
 
-def make_search_policy(*, prior: dict[str, Any] | None = None, **search: Any) -> PriorZeroPolicy:
+def make_search_policy(**search: Any) -> PriorZeroPolicy:
     """A policy without an LLM whose world model predicts different values for different actions.
 
-    Args:
-        prior: changes to the ``prior`` settings.
-        search: changes to the ``search`` settings.
+    ``search`` are changes to the ``search`` settings.
     """
     settings = resolve_settings(
         {
             "env": {"action_space_size": 16},
             "world_model": {**WORLD_MODEL, "embed_dim": 32, "context_length": 8, "dropout": 0.1},
             "search": {"num_simulations": 16, **search},
-            "prior": {"enabled": False, "floor": 0.0, "alpha": 0.5, **(prior or {})},
+            "prior": {"enabled": False, "floor": 0.0},
             "train": {"batch_size": 4, "td_steps": 2},
             "eval": {"modes": ["world_model"]},
         }
@@ -70,7 +69,14 @@ def zero_heads(policy: PriorZeroPolicy, *names: str) -> None:
 
 
 def make_root(
-    seed: int = 0, *, num_actions: int = 12, length: int = 1, legal: Any = (0, 3, 5, 9), prior: Any = None, noise=False
+    seed: int = 0,
+    *,
+    num_actions: int = 12,
+    length: int = 1,
+    legal: Any = (0, 3, 5, 9),
+    prior: Any = None,
+    prior_weight: float = 0.5,
+    noise: bool = False,
 ) -> Root:
     """A root with a history of ``length`` random observations; ``prior`` and ``noise`` are over ``legal``."""
     rng = np.random.default_rng(seed)
@@ -79,6 +85,7 @@ def make_root(
         actions=rng.integers(num_actions, size=length - 1),
         legal_actions=np.array(legal),
         prior_logprobs=None if prior is None else np.log(np.array(prior)).astype(np.float32),
+        prior_weights=None if prior is None else np.full(NUM_BINS, prior_weight),
         noise=rng.dirichlet(np.ones(len(legal))) if noise else None,
         seed=seed,
     )

@@ -155,7 +155,7 @@ class CollectorProcess:
             player=self._player,
             seed=collector_seed,
             first_episode=number * EPISODES_PER_COLLECTOR,
-            num_games=len(games),
+            games=[game.name for game in games],
         )
         self._is_loaded = True
 

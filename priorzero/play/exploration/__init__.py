@@ -19,5 +19,5 @@ def make_exploration(settings: Settings, counts: Sequence[NoveltyCounts]) -> Exp
     if name == "dirichlet":
         return Dirichlet(settings.search.root_dirichlet_alpha)
     if name == "go_explore":
-        return GoExplore(counts, deviation_prob=settings.search.deviation_prob, prior_floor=settings.prior.floor)
+        return GoExplore(counts, deviation_prob=settings.search.deviation_prob)
     raise ValueError(f"search.exploration={name!r} is unknown; add it to make_exploration")

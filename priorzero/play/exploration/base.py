@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from priorzero.types import ActionPrior, GameState, HistoryStep, Plain
+from priorzero.types import GameState, HistoryStep, Plain
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,15 @@ class Exploration:
         """A new episode begins in environment ``env``."""
 
     def root_noise(
-        self, env: int, state: GameState, prior: ActionPrior | None, *, rng: np.random.Generator
+        self, env: int, state: GameState, prior_probs: np.ndarray | None, *, rng: np.random.Generator
     ) -> RootNoise:
         """Exploration for the next decision.
 
         Args:
             env: index of the environment.
             state: its state, with the K valid actions that the search considers.
-            prior: the LLM's prior over them; None without an LLM.
+            prior_probs: the LLM's prior over them, a distribution ``[K]`` without zeros (if ``prior.floor`` is
+                positive); None without an LLM.
             rng: the environment's generator.
         """
         raise NotImplementedError

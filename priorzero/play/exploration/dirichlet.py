@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from priorzero.play.exploration.base import Exploration, RootNoise
-from priorzero.types import ActionPrior, GameState
+from priorzero.types import GameState
 
 
 class Dirichlet(Exploration):
@@ -19,6 +19,6 @@ class Dirichlet(Exploration):
         self._alpha = alpha
 
     def root_noise(
-        self, env: int, state: GameState, prior: ActionPrior | None, *, rng: np.random.Generator
+        self, env: int, state: GameState, prior_probs: np.ndarray | None, *, rng: np.random.Generator
     ) -> RootNoise:
         return RootNoise(rng.dirichlet(np.full(len(state.valid_actions), self._alpha)))

@@ -25,8 +25,7 @@ import numpy as np
 from priorzero.envs.history import without_loops
 from priorzero.play.exploration.base import Exploration, RootNoise
 from priorzero.play.novelty import NoveltyCounts
-from priorzero.search.root import floored_probs
-from priorzero.types import ActionPrior, GameState, HistoryStep, Plain
+from priorzero.types import GameState, HistoryStep, Plain
 
 RETURN_TEMPERATURE_SCALE = 0.5  # with search.temperature=1, actions are sampled from the squared visit counts
 
@@ -180,10 +179,9 @@ class _EpisodeProgress:
 class GoExplore(Exploration):
     """The strategy, see the module's docstring. Environment ``e`` plays the game of ``counts[e % len(counts)]``."""
 
-    def __init__(self, counts: Sequence[NoveltyCounts], *, deviation_prob: float, prior_floor: float) -> None:
+    def __init__(self, counts: Sequence[NoveltyCounts], *, deviation_prob: float) -> None:
         self._counts = counts
         self._deviation_prob = deviation_prob
-        self._prior_floor = prior_floor
         self.archives = [Archive() for _ in counts]
         self._progress: dict[int, _EpisodeProgress] = {}
 
@@ -212,17 +210,15 @@ class GoExplore(Exploration):
         return begin, begin + 1 + int(rng.integers(best.length))
 
     def root_noise(
-        self, env: int, state: GameState, prior: ActionPrior | None, *, rng: np.random.Generator
+        self, env: int, state: GameState, prior_probs: np.ndarray | None, *, rng: np.random.Generator
     ) -> RootNoise:
         progress = self._progress[env]
         progress.plan = self._archive(env).plan(state, off_path_reward=progress.off_path_reward)
         known = progress.plan.actions
         if known.any() and not progress.deviates:
             return RootNoise(known / known.sum(), RETURN_TEMPERATURE_SCALE)
-        weights = np.ones(len(known))
-        if prior is not None:
-            weights = floored_probs(prior.logprobs, floor=self._prior_floor)
-        weights /= (1.0 + self._counts[env % len(self._counts)].of_actions(state)) ** 2
+        weights = np.ones(len(known)) if prior_probs is None else prior_probs
+        weights = weights / (1.0 + self._counts[env % len(self._counts)].of_actions(state)) ** 2
         chosen = rng.choice(len(known), p=weights / weights.sum())
         return RootNoise(np.eye(len(known))[chosen])
 
