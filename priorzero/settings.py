@@ -287,7 +287,10 @@ class PriorSettings(SettingsGroup):
     mode: Literal["score", "rank"] = Field(
         "score", description="score: the LLM scores each valid action; rank: the LLM writes a ranked list of actions"
     )
-    use_cot: bool = Field(False, description="rank: the LLM writes a chain of thought before its list")
+    use_cot: bool = Field(
+        False,
+        description="the LLM first writes a chain of thought; with score, the valid actions are scored behind it",
+    )
     alpha: Annotated[float | str, BeforeValidator(_alpha)] = Field(
         AUTO,
         description="weight of the prior in the root's probabilities; the world model's policy has the rest; auto: "
@@ -375,7 +378,9 @@ class LLMSettings(SettingsGroup):
     prompt_max_len: Whole = Field(
         2048, ge=64, description="largest number of tokens in a prompt; the oldest history is dropped first"
     )
-    generate_max_len: Whole = Field(256, ge=8, description="rank: largest number of tokens that the LLM writes")
+    generate_max_len: Whole = Field(
+        256, ge=8, description="rank or prior.use_cot: largest number of tokens that the LLM writes"
+    )
     objective: Literal["auto", "tokens", "actions"] = Field(
         "auto",
         description="distribution that the LLM's losses train; actions: the prior over the valid actions; tokens: the "

@@ -181,8 +181,10 @@ class ActionPrior:
         logprobs: normalised log-probabilities ``[K]``, float32.
         source: ``"score"``, ``"rank"``, or ``"uniform"`` (the engine failed, or the prompt is too long).
         version: number of LLM updates of the parameters that computed the prior.
-        completion: the text that the LLM generated (``rank`` only).
-        parsed: False if no valid action could be read from the completion.
+        completion: the text that the LLM generated (``rank``), or the chain of thought behind which the actions were
+            scored (``score`` with ``prior.use_cot``); otherwise None.
+        parsed: False if no valid action could be read from the completion, or if the LLM wrote no "Answer:" heading
+            below its thought (``score`` with ``prior.use_cot``).
         rollout_logprobs: log-probability of each action's text, the sum over its tokens, ``[K]`` (``score`` only).
     """
 

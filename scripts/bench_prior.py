@@ -101,9 +101,9 @@ class RecordingEngine:
         recorded = self.logprobs
 
         class RecordingBuilder(PriorBuilder):
-            def from_logprobs(self, logprobs: Sequence[np.ndarray], *, version: int):
+            def from_logprobs(self, logprobs: Sequence[np.ndarray], **arguments):
                 recorded.append(list(logprobs))
-                return super().from_logprobs(logprobs, version=version)
+                return super().from_logprobs(logprobs, **arguments)
 
         self.builder = RecordingBuilder(llm, style)
         self._engine = TransformersEngine(

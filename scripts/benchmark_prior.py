@@ -76,7 +76,10 @@ def settings_for(prompt: str, options: argparse.Namespace) -> Settings:
     """
     llm = PROMPTS[prompt] | ({} if options.llm is None else {"path": options.llm})
     layers = [read_config_file(options.config), {"prior": {"mode": "score"}, "llm": llm}]
-    return resolve_settings(*layers, parse_assignments(options.assignments))
+    settings = resolve_settings(*layers, parse_assignments(options.assignments))
+    if settings.prior.use_cot:
+        raise UserError("prior.use_cot=True: the benchmark generates no thoughts; type --set prior.use_cot=false")
+    return settings
 
 
 def find_episodes(options: argparse.Namespace) -> list[Episode]:

@@ -207,6 +207,11 @@ def exit_code_of(main, arguments):
             "--prompts poem: unknown; known are config, question, quest",
         ),
         (benchmark_prior, ["--games", "nowhere.z5"], "nowhere.z5"),
+        (
+            benchmark_prior,
+            ["--prompts", "question", "--set", "prior.use_cot=true"],
+            "the benchmark generates no thoughts; type --set prior.use_cot=false",
+        ),
         (benchmark_prior, ["--llm", "./nowhere", "--games", "textworld:simple?seed=7"], "llm.path=./nowhere: no such"),
         (
             sweep_pretraining,

@@ -111,6 +111,7 @@ def test_ray_entry_reads_flags_and_debug_mode():
     [
         ({"prior": {"enabled": False}, "eval": {"modes": ["world_model"]}}, r"PPO has no LLM to train"),
         ({"prior": {"mode": "rank"}}, r"type --set prior\.mode=score --set llm\.objective=actions"),
+        ({"prior": {"use_cot": True}}, r"type --set prior\.use_cot=false"),
         ({"ppo": {"sharding": "fsdp"}, "llm": {"use_lora": True}}, r"type --set ppo\.sharding=ddp"),
         ({"ppo": {"engine": "orz"}}, r"needs ppo\.credit=none"),
         (

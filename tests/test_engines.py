@@ -31,8 +31,8 @@ def llm(tiny_llm):
     return tiny_llm
 
 
-def make_engine(llm, *, mode="score", rows_per_forward=4, **kwargs):
-    style = prompt_style(make_settings({"prior": {"mode": mode}}))
+def make_engine(llm, *, mode="score", use_cot=False, rows_per_forward=4, **kwargs):
+    style = prompt_style(make_settings({"prior": {"mode": mode, "use_cot": use_cot}}))
     return TransformersEngine(PriorBuilder(llm, style, **kwargs), rows_per_forward=rows_per_forward)
 
 
@@ -51,11 +51,14 @@ def change_parameters(llm):
             p += 0.3 * torch.randn_like(p)
 
 
-def test_transformers_engine_scores_are_the_models_log_probabilities(smollm2):
-    engine = make_engine(smollm2, temperature=2.0)
+@pytest.mark.parametrize("use_cot", [False, True])
+def test_transformers_engine_scores_are_the_models_log_probabilities(smollm2, use_cot):
+    engine = make_engine(smollm2, use_cot=use_cot, temperature=2.0, generate_max_len=24)
     request = make_request(engine)
     prior = compute(engine, request)[0]
-    prompt_ids = smollm2.tokenizer(request.prompt, add_special_tokens=False)["input_ids"]
+    context = request.prompt + prior.completion if use_cot else request.prompt
+    assert not use_cot or (prior.completion.endswith("\nAnswer:\n") and len(prior.completion) > 30)
+    prompt_ids = smollm2.tokenizer(context, add_special_tokens=False)["input_ids"]
     scores = []
     for action in STATE.valid_actions:  # the slow reference: one sequence for each action
         ids = [*smollm2.tokenizer(action, add_special_tokens=False)["input_ids"], smollm2.tokenizer.eos_token_id]
@@ -145,6 +148,73 @@ def test_transformers_engine_rank_ignores_the_models_repetition_penalty(llm):
     assert compute(make_engine(llm, mode="rank", generate_max_len=12), request)[0].completion == without
 
 
+def generate_texts(llm, monkeypatch, *texts):
+    """Let the model generate these texts, one for each prompt; returns the number of prompts of each call."""
+    ids = [[*llm.tokenizer(text, add_special_tokens=False)["input_ids"], llm.tokenizer.eos_token_id] for text in texts]
+    width, num_prompts = max(map(len, ids)), []
+
+    def generate(input_ids, pad_token_id, **kwargs):
+        num_prompts.append(len(input_ids))
+        own = [row + [pad_token_id] * (width - len(row)) for row in ids[: len(input_ids)]]
+        return torch.cat([input_ids, torch.tensor(own)], dim=1)
+
+    monkeypatch.setattr(llm.model, "generate", generate)
+    return num_prompts
+
+
+@pytest.mark.parametrize(
+    ("text", "completion", "has_heading"),
+    [
+        ("A mailbox can be opened.\nAnswer:\nopen mailbox", "A mailbox can be opened.\nAnswer:\n", True),
+        ("I would first of all", "I would first of all\nAnswer:\n", False),
+        ("", "Answer:\n", False),
+    ],
+)
+def test_transformers_engine_scores_behind_the_thought(llm, monkeypatch, text, completion, has_heading):
+    generate_texts(llm, monkeypatch, text)
+    engine = make_engine(llm, use_cot=True)
+    request = make_request(engine)
+    retrying = RetryingPrior(engine, PriorSettings(attempts=1, backoff_s=0, timeout_s=60))
+    (prior,) = asyncio.run(retrying.priors([request]))
+    assert (prior.source, prior.completion, prior.parsed) == ("score", completion, has_heading)
+    want = compute(make_engine(llm), PriorRequest(request.prompt + completion, STATE.valid_actions))[0]
+    assert prior.logprobs == pytest.approx(want.logprobs, abs=1e-5)
+    assert prior.rollout_logprobs == pytest.approx(want.rollout_logprobs, abs=1e-4)
+    scalars = retrying.take_statistics()
+    assert scalars["prior/parse_rate"] == has_heading and scalars["prior/fallbacks"] == 0
+
+
+def test_transformers_engine_generates_all_thoughts_of_a_batch_and_then_scores_them(llm, monkeypatch):
+    texts = ["Go.\nAnswer:\ngo north", "Open it.\nAnswer:\nopen mailbox", "I do not know"]
+    num_prompts = generate_texts(llm, monkeypatch, *texts)
+    memory = SmallMemory(llm, largest=2)
+    style = prompt_style(make_settings({"prior": {"use_cot": True}}))
+    engine = TransformersEngine(PriorBuilder(memory, style, generate_max_len=8))
+    requests = [make_request(engine, dataclasses.replace(STATE, feedback=f"Room {n}")) for n in range(3)]
+    priors = compute(engine, *requests)
+    assert [prior.completion for prior in priors] == [
+        "Go.\nAnswer:\n",
+        "Open it.\nAnswer:\n",
+        "I do not know\nAnswer:\n",
+    ]
+    assert num_prompts == [3]
+    assert memory.num_rows[0] == 3 and sum(memory.num_rows[1:]) == 3  # the memory sufficed for two; none is repeated
+    for request, prior in zip(requests, priors, strict=True):
+        want = compute(make_engine(llm), PriorRequest(request.prompt + prior.completion, request.valid_actions))[0]
+        assert prior.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+    again = compute(engine, *requests)  # from the cache
+    assert num_prompts == [3] and [p.completion for p in again] == [p.completion for p in priors]
+
+
+def test_transformers_engine_gives_a_uniform_prior_if_the_actions_do_not_fit_behind_the_thought(llm, monkeypatch):
+    engine = make_engine(llm, use_cot=True, generate_max_len=8)  # the model has 1024 positions
+    prompt = "word " * 1010
+    generate_texts(llm, monkeypatch, *["One two three four five six seven"] * 2)
+    priors = compute(engine, PriorRequest(prompt, ("go", "stay " * 6)), make_request(engine))
+    assert [(prior.source, prior.completion is None) for prior in priors] == [("uniform", True), ("score", False)]
+    assert engine.take_statistics()["prior/too_long"] == 1
+
+
 @pytest.mark.parametrize("mode", ["score", "rank"])
 def test_transformers_engine_gives_a_uniform_prior_to_a_prompt_that_is_too_long(llm, mode):
     engine = make_engine(llm, mode=mode, generate_max_len=8)  # the model has 1024 positions
@@ -198,12 +268,7 @@ def test_transformers_engine_counts_actions_that_the_tokenizer_changes(llm, mode
 )
 def test_transformers_engine_rank_builds_a_prior_from_the_generated_text(llm, monkeypatch, text, weights):
     """The weight of rank r is 1/r. Without a ranking, the prior is uniform."""
-    ids = [*llm.tokenizer(text, add_special_tokens=False)["input_ids"], llm.tokenizer.eos_token_id]
-
-    def generate(input_ids, **kwargs):
-        return torch.cat([input_ids, torch.tensor([ids] * len(input_ids))], dim=1)
-
-    monkeypatch.setattr(llm.model, "generate", generate)
+    generate_texts(llm, monkeypatch, text)
     engine = RetryingPrior(make_engine(llm, mode="rank"), PriorSettings(attempts=1, backoff_s=0, timeout_s=60))
     (prior,) = asyncio.run(engine.priors([PriorRequest("What now?", ("open door", "", "wait"))]))
     assert prior.completion == text and prior.source == "rank" and prior.parsed == (max(weights) > 1)
@@ -213,15 +278,15 @@ def test_transformers_engine_rank_builds_a_prior_from_the_generated_text(llm, mo
 
 
 def slow_down(engine, monkeypatch, *, seconds):
-    """Delay each forward pass; returns the list of the requests that have been computed."""
-    score, computed = engine._score, []
+    """Delay each forward pass that scores; returns the list of the prompts that have been computed."""
+    score, computed = engine._completion_logprobs, []
 
-    def slow_score(batch, rows, stop):
-        computed.extend(batch)
+    def slow_score(rows, stop):
+        computed.extend(engine.builder.llm.tokenizer.decode(row.prompt_ids) for row in rows)
         time.sleep(seconds)
-        return score(batch, rows, stop)
+        return score(rows, stop)
 
-    monkeypatch.setattr(engine, "_score", slow_score)
+    monkeypatch.setattr(engine, "_completion_logprobs", slow_score)
     return computed
 
 
@@ -238,14 +303,17 @@ async def test_transformers_engine_stops_after_a_cancelled_call(llm, monkeypatch
     assert 1 <= num_computed < 20 and prior.source == "score"
 
 
-def test_transformers_engine_keeps_the_priors_computed_before_a_timeout(llm, monkeypatch):
-    engine = make_engine(llm, rows_per_forward=1)
+@pytest.mark.parametrize("use_cot", [False, True])
+def test_transformers_engine_keeps_the_priors_computed_before_a_timeout(llm, monkeypatch, use_cot):
+    engine = make_engine(llm, rows_per_forward=1, use_cot=use_cot)
+    generate_texts(llm, monkeypatch, "Answer:")
     computed = slow_down(engine, monkeypatch, seconds=0.1)
     requests = [PriorRequest(f"prompt {n}", ("go north", "go south")) for n in range(6)]
     prior = RetryingPrior(engine, PriorSettings(attempts=10, backoff_s=0, timeout_s=0.35))
     priors = asyncio.run(prior.priors(requests))
     assert [p.source for p in priors] == ["score"] * 6
-    assert prior.statistics.timeouts >= 1 and sorted(r.prompt for r in computed) == [r.prompt for r in requests]
+    suffix = "Answer:\n" if use_cot else ""
+    assert prior.statistics.timeouts >= 1 and sorted(computed) == [r.prompt + suffix for r in requests]
 
 
 def choose(engine, device):

@@ -246,6 +246,25 @@ def test_samples_normalise_advantages_over_the_usable_decisions(smollm2):
     assert make_learner(smollm2).samples([record(prompt="")], np.array([1.0])) == ([], 1)
 
 
+@pytest.mark.parametrize("objective", ["actions", "tokens"])
+def test_samples_have_the_log_probabilities_of_the_engine_behind_the_thought(smollm2, objective):
+    settings = make_settings({"prior": {"use_cot": True}, "llm": {"objective": objective, "sft_top_actions": 4}})
+    learner = LLMLearner(make_tiny_llm(smollm2.tokenizer), settings.llm, style=prompt_style(settings))
+    builder = PriorBuilder(learner.llm, learner.style, generate_max_len=12)
+    requests = [PriorRequest(r.prompt, r.state.valid_actions) for r in RECORDS]
+    priors = asyncio.run(TransformersEngine(builder).priors(requests))
+    records = [dataclasses.replace(r, prior=prior) for r, prior in zip(RECORDS, priors, strict=True)]
+    samples, skipped = learner.samples(records, RETURNS)
+    assert skipped == 0 and len({prior.completion for prior in priors}) > 1
+    for made, prior, sample in zip(records, priors, samples, strict=True):
+        assert smollm2.tokenizer.decode(sample.row.prompt_ids) == made.prompt + prior.completion
+        with torch.no_grad():
+            logprobs, _ = learner.objective_logprobs([sample], *learner.llm.token_logprobs([sample.row]))
+        own = logprobs.sum(dim=1).numpy()[sample.chosen]  # the order of the others depends on the objective
+        want = (prior.logprobs if objective == "actions" else prior.rollout_logprobs)[made.chosen]
+        assert own == pytest.approx(want, abs=1e-4) and sample.rollout_logprob == pytest.approx(want, abs=1e-6)
+
+
 def test_samples_with_chain_of_thought_need_an_answer_heading(smollm2):
     settings = make_settings({"prior": {"mode": "rank", "use_cot": True}})
     learner = LLMLearner(make_tiny_llm(smollm2.tokenizer), settings.llm, style=prompt_style(settings))

@@ -336,7 +336,8 @@ def test_main_resumes_a_training_that_was_stopped(tmp_path, tiny_llm_folder, cap
     assert not (out / "training_state.pt").exists()
 
 
-RANKED = ["--out", "o", "--no_collect", "--set", "prior.mode=rank", "--set", "llm.prompt_layout=transcript"]
+TRANSCRIPT = ["--out", "o", "--no_collect", "--set", "llm.prompt_layout=transcript"]
+RANKED = [*TRANSCRIPT, "--set", "prior.mode=rank"]
 
 
 @pytest.mark.parametrize(
@@ -346,6 +347,7 @@ RANKED = ["--out", "o", "--no_collect", "--set", "prior.mode=rank", "--set", "ll
         (["--no_collect"], "--out is missing"),
         (["--out", "o", "--data", "nowhere", "--no_collect"], "contains no games; type python -m priorzero.pretrain"),
         (RANKED, "pretraining is for priors that score the valid actions; type --set prior.mode=score"),
+        ([*TRANSCRIPT, "--set", "prior.use_cot=true"], "solutions contain no thoughts; type --set prior.use_cot=false"),
         (["--out", "o", "--no_collect", "--resume", "--data", "data", "--device", "cpu"], "training_state.pt does not"),
         (["--out", "o", "--no_collect", "--data", "data", "--games", "five"], "--games five: not in"),
     ],

@@ -121,8 +121,9 @@ def test_prompt_cache_works_with_adapters_and_bfloat16(smollm2, kind):
     assert cache.take_hit_rate() > 0.3
 
 
-def make_engine(llm, *, tokens):
-    builder = PriorBuilder(llm, prompt_style(make_settings()))
+def make_engine(llm, *, tokens, use_cot=False):
+    style = prompt_style(make_settings({"prior": {"use_cot": use_cot}}))
+    builder = PriorBuilder(llm, style, generate_max_len=12)
     return TransformersEngine(builder, rows_per_forward=1, prompt_cache_tokens=tokens)
 
 
@@ -138,11 +139,12 @@ def episode(llm, *, steps):
     return requests
 
 
-def test_transformers_engine_finds_most_of_each_prompt_in_the_cache(llm):
-    with_cache, without = make_engine(llm, tokens=4096), make_engine(llm, tokens=0)
+@pytest.mark.parametrize("use_cot", [False, True])
+def test_transformers_engine_finds_most_of_each_prompt_in_the_cache(llm, use_cot):
+    with_cache, without = (make_engine(llm, tokens=tokens, use_cot=use_cot) for tokens in (4096, 0))
     for request in episode(llm, steps=6):
         got, want = (asyncio.run(engine.priors([request]))[0] for engine in (with_cache, without))
-        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+        assert got.logprobs == pytest.approx(want.logprobs, abs=1e-4) and got.completion == want.completion
     assert with_cache.take_statistics()["prior/prefix_cache_hit_rate"] > 0.5  # short prompts, and a new one first
     assert without.take_statistics()["prior/prefix_cache_hit_rate"] == 0
 

@@ -14,6 +14,7 @@ from priorzero.llm.prompts import (
     build_messages,
     completion_text,
     first_shown,
+    read_thought,
     render_prompt,
     training_context,
 )
@@ -69,8 +70,19 @@ def test_build_messages_follows_the_style():
     assert "- go north" not in user_message(list_commands=False)
     assert "- go north" in user_message(list_commands=False, mode="rank")
     assert "Answer:" in user_message(mode="rank", use_cot=True) and "Answer:" not in user_message(mode="rank")
+    assert user_message(use_cot=True).endswith("Then write a line 'Answer:' and below it the next command.")
     assert "reward" not in user_message(history=[HistoryStep("x", "y", 0.0)])
     assert "Goal" not in user_message(dataclasses.replace(STATE, goal=""))
+
+
+@pytest.mark.parametrize(
+    ("mode", "use_cot", "only_a_command"),
+    [("score", False, True), ("score", True, False), ("rank", False, False), ("rank", True, False)],
+)
+def test_build_messages_asks_for_a_command_alone_only_without_a_thought(mode, use_cot, only_a_command):
+    style = dataclasses.replace(STYLE, mode=mode, use_cot=use_cot)
+    system = build_messages(STATE, [], style=style)[0]["content"]
+    assert ("the next command and nothing else" in system) == only_a_command and style.generates != only_a_command
 
 
 def test_build_messages_states_the_goal_once():
@@ -146,6 +158,36 @@ def test_training_context_ends_with_the_last_answer_heading(completion, context)
     style = dataclasses.replace(STYLE, mode="rank", use_cot=True)
     assert training_context("P", completion, style=style) == context
     assert training_context("P", completion, style=STYLE) == "P"  # without chain of thought
+
+
+@pytest.mark.parametrize(
+    ("generated", "thought", "has_heading"),
+    [
+        ("I go.\nAnswer:\ngo north", "I go.\nAnswer:\n", True),
+        ("I go.\n\nFinal answer: go north\nAnswer:\nwait", "I go.\nAnswer:\n", True),  # the first heading counts
+        ("Answer: go north", "Answer:\n", True),
+        (" I go. The answer:", "I go. The answer:\nAnswer:\n", False),  # not at the start of a line
+        ("I would go\n", "I would go\nAnswer:\n", False),
+        ("<|im_end|> I go", "< |im_end|> I go\nAnswer:\n", False),
+        ("\n ", "Answer:\n", False),
+        ("", "Answer:\n", False),
+    ],
+)
+def test_read_thought_always_ends_with_the_same_heading(smollm2, generated, thought, has_heading):
+    found = read_thought(generated, tokenizer=smollm2.tokenizer)
+    assert (found.text, found.has_heading) == (thought, has_heading)
+
+
+pieces = st.lists(
+    st.sampled_from(["answer", "Answer", "final", ":", "\n", " ", "commands", "go", "<|im_end|>", "\x1c"])
+)
+
+
+@given(generated=pieces.map("".join))
+def test_training_context_is_the_prompt_and_the_whole_thought(smollm2, generated):
+    """The learner cuts the completion at a heading, and must not cut a thought behind which actions were scored."""
+    text = read_thought(generated, tokenizer=smollm2.tokenizer).text
+    assert training_context("P", text, style=dataclasses.replace(STYLE, use_cot=True)) == "P" + text
 
 
 WALKTHROUGH = dataclasses.replace(STYLE, layout="walkthrough", list_commands=False)

@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent.parent
         ("llm.use_lora=true llm.trained_layers=2", "llm.trained_layers=2 needs llm.use_lora=false"),
         ("cluster.num_learners=3", "cluster.num_learners=3 must divide llm.batch_size=32"),
         ("replay.buffer_size=100", "must be at least train.batch_size + replay.segment_length = 264"),
-        ("prior.use_cot=true", "prior.use_cot=True needs prior.mode=rank"),
+        ("prior.use_cot=true llm.prompt_layout=walkthrough", "prior.use_cot=True needs llm.prompt_layout=transcript"),
         ("llm.rft_clip=0.2 prior.mode=rank", "llm.rft_clip=0.2 needs prior.mode=score"),
         ("llm.objective=actions prior.mode=rank", "llm.objective=actions needs prior.mode=score"),
         ("llm.prompt_layout=walkthrough prior.mode=rank", "llm.prompt_layout=walkthrough needs prior.mode=score"),
@@ -77,7 +77,9 @@ def test_settings_that_are_not_text_are_refused():
             resolve_settings({"llm": {"path": value}})
 
 
-@pytest.mark.parametrize("assignments", ["vllm.sync_every=3 vllm.max_staleness=2", "train.overlap=always"])
+@pytest.mark.parametrize(
+    "assignments", ["vllm.sync_every=3 vllm.max_staleness=2", "train.overlap=always", "prior.use_cot=true"]
+)
 def test_settings_that_go_together_are_accepted(assignments):
     layer = parse_assignments(assignments.split(" "))
     assert differences(resolve_settings(layer)) == layer

@@ -101,10 +101,11 @@ def test_train_writes_checkpoints_that_can_be_loaded(tmp_path, tiny_llm_folder):
     }  # fmt: skip
 
 
-def test_train_with_rankings_and_adapters(tmp_path, tiny_llm_folder):
+@pytest.mark.parametrize("prior", [{"mode": "rank"}, {"mode": "score", "use_cot": True}])
+def test_train_with_generated_text_and_adapters(tmp_path, tiny_llm_folder, prior):
     layer = {
         "run": {"max_iter": 3},
-        "prior": {"mode": "rank"},
+        "prior": prior,
         "llm": {"path": str(tiny_llm_folder), "use_lora": True, "generate_max_len": 16},
         "eval": {"modes": ["world_model"]},
     }

@@ -191,6 +191,17 @@ def test_vllm_engine_rank_generates_the_same_text_as_the_transformers_engine(run
         assert prior.logprobs == pytest.approx(reference.logprobs)
 
 
+def test_vllm_engine_scores_behind_the_same_thought_as_the_transformers_engine(runner, engine, requests, monkeypatch):
+    style = prompt_style(make_settings(SETTINGS, {"prior": {"use_cot": True}}))
+    monkeypatch.setattr(engine, "builder", dataclasses.replace(engine.builder, style=style))
+    priors, references = runner.run(engine.priors(requests[:3])), reference_priors(engine, requests[:3])
+    for prior, reference in zip(priors, references, strict=True):
+        assert prior.source == "score" and prior.completion == reference.completion
+        assert prior.completion.endswith("Answer:\n") and prior.parsed == reference.parsed
+        assert prior.rollout_logprobs == pytest.approx(reference.rollout_logprobs, abs=1e-2)
+    assert max_difference(priors, references) < 1e-3
+
+
 def test_vllm_engine_aborts_requests_that_time_out(runner, engine, requests):
     prior = RetryingPrior(engine, PriorSettings(attempts=2, backoff_s=0.01, timeout_s=0.05))
     priors = runner.run(prior.priors(requests))

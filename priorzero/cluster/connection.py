@@ -53,6 +53,10 @@ def check_settings(settings: Settings) -> None:
         raise UserError(
             "PPO trains the prior over the valid actions; type --set prior.mode=score --set llm.objective=actions"
         )
+    if settings.prior.use_cot:
+        raise UserError(
+            "prior.use_cot=True: PPO trains a prior that depends on the prompt alone; type --set prior.use_cot=false"
+        )
     if settings.ppo.sharding == "fsdp" and settings.llm.use_lora:
         raise UserError("ppo.sharding=fsdp does not support llm.use_lora=true; type --set ppo.sharding=ddp")
     if settings.run.max_env_step == 0:

@@ -111,8 +111,8 @@ class LLMLearner:
     ) -> tuple[list[LLMSample], int]:
         """Convert n decisions, their discounted returns ``[n]`` and their importance weights ``[n]`` to samples.
 
-        Also returns the number of decisions that cannot be used: no prompt, no "Answer:" heading (chain of thought),
-        too long for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
+        Also returns the number of decisions that cannot be used: no prompt, no thought (chain of thought), too long
+        for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
         """
         samples, kept = self.prepare(records)
         if not samples:

@@ -18,6 +18,10 @@ SYSTEM = "You are an expert player of text adventure games. You choose commands 
 # Part of the system message, so that it belongs to the prefix that all prompts share (prefix caching).
 ANSWER_WITH_ONE = " Answer with the next command and nothing else."
 ASK_ONE = "Next command?"
+ASK_ONE_COT = (
+    "First think in one or two sentences about what to do next. Then write a line 'Answer:' and below it the next "
+    "command."
+)
 ASK_RANKING = (
     "Rank the {count} best commands for this moment, best first, one a line, numbered, each exactly as it is listed. "
     "Write nothing else."
@@ -70,6 +74,11 @@ class PromptStyle:
     def ends_turn(self) -> bool:
         """Whether a completion ends with the end-of-turn token; otherwise it ends with a newline."""
         return self.mode == "score" and self.layout == "transcript"
+
+    @property
+    def generates(self) -> bool:
+        """Whether the LLM generates text: a ranking, or a chain of thought, behind which the actions are scored."""
+        return self.mode == "rank" or self.use_cot
 
 
 def prompt_style(settings: Settings) -> PromptStyle:
@@ -148,11 +157,11 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
     if style.list_commands or style.mode == "rank":
         parts.append("Possible commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
     if style.mode == "score":
-        parts.append(ASK_ONE)
+        parts.append(ASK_ONE_COT if style.use_cot else ASK_ONE)
     else:
         ask = ASK_RANKING_COT if style.use_cot else ASK_RANKING
         parts.append(ask.format(count=min(5, len(state.valid_actions))))
-    system = SYSTEM + (ANSWER_WITH_ONE if style.mode == "score" else "")
+    system = SYSTEM if style.generates else SYSTEM + ANSWER_WITH_ONE
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
@@ -194,8 +203,28 @@ def _one_line(text: str) -> str:
     return " ".join(text.split())
 
 
+@dataclass(frozen=True)
+class Thought:
+    """The LLM's chain of thought in ``score`` mode. The prompt and ``text`` are the context of the actions."""
+
+    text: str  # ends with the line "Answer:"
+    has_heading: bool  # False if the LLM wrote no such heading, and it was appended
+
+
+def read_thought(generated: str, *, tokenizer: Any) -> Thought:
+    """The thought in a generated text: all before the first "Answer:" heading, then this heading.
+
+    What the LLM wrote below the heading is dropped. The heading always has the same form, so that the log-probabilities
+    of the actions do not depend on how the LLM writes it. Text that would be read as a special token is escaped.
+    """
+    heading = ANSWER_HEADING.search(generated)
+    thought = generated if heading is None else generated[: heading.start()]
+    thought = escape_special_tokens(thought, control_tokens(tokenizer)).strip()
+    return Thought(f"{thought}\nAnswer:\n" if thought else "Answer:\n", heading is not None)
+
+
 def training_context(prompt: str, completion: str | None, *, style: PromptStyle) -> str | None:
-    """The text after which the LLM is trained to write an action.
+    """The text after which the LLM is trained to write an action. In ``score`` mode, the actions were scored behind it.
 
     It is the prompt. With chain of thought it is the prompt and the completion's thought, up to and including the last
     "Answer:" heading; None if there is no such heading.

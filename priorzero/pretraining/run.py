@@ -149,6 +149,8 @@ def _check(settings: Settings, run: PretrainingRun) -> None:
             f"prior.mode={settings.prior.mode}: pretraining is for priors that score the valid actions; type --set "
             "prior.mode=score"
         )
+    if settings.prior.use_cot:
+        raise UserError("prior.use_cot=True: solutions contain no thoughts; type --set prior.use_cot=false")
     if run.save_dtype not in SAVED_TYPES:
         raise UserError(f"--save_dtype {run.save_dtype}: allowed are {', '.join(SAVED_TYPES)}")
     has_state = (run.out / "training_state.pt").exists()

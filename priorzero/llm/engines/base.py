@@ -13,7 +13,7 @@ from priorzero.llm.chat_template import control_tokens
 from priorzero.llm.models import LanguageModel
 from priorzero.llm.packing import PromptRow, escape_special_tokens
 from priorzero.llm.priors import parse_ranking, prior_from_ranking, prior_from_scores, uniform_prior
-from priorzero.llm.prompts import PromptStyle, completion_text
+from priorzero.llm.prompts import PromptStyle, Thought, completion_text, read_thought, training_context
 from priorzero.llm.tokenizing import prompt_token_ids
 from priorzero.types import ActionPrior, PriorRequest
 
@@ -24,7 +24,7 @@ MAX_CACHED_PRIORS = 4096
 class PriorBuilder:
     """Tokenizes requests for ``llm``, the training copy, and builds priors from its output.
 
-    ``generate_max_len`` limits the tokens that ``rank`` generates. Generation is greedy, so equal requests have equal
+    ``generate_max_len`` limits the tokens of a generated text. Generation is greedy, so equal requests have equal
     priors under the same parameters.
     """
 
@@ -34,18 +34,23 @@ class PriorBuilder:
     temperature: float = 1.0
     generate_max_len: int = 128
 
-    def row(self, request: PriorRequest) -> PromptRow:
+    def row(self, request: PriorRequest, thought: Thought | None = None) -> PromptRow:
         """``score``: token ids of the prompt and of each valid action, with the end of the turn or a newline.
+
+        With chain of thought, the ``thought`` follows the prompt, as in training.
 
         Raises PromptTooLongError if the row does not fit into the model.
         """
         if not request.valid_actions:
             raise ValueError("a prior needs at least one valid action")
+        completion = None if thought is None else thought.text
+        context = training_context(request.prompt, completion, style=self.style)
+        assert context is not None, "chain of thought without a thought"
         completions = [completion_text(action, style=self.style) for action in request.valid_actions]
-        return self.llm.row(request.prompt, completions, end_of_turn=self.style.ends_turn)
+        return self.llm.row(context, completions, end_of_turn=self.style.ends_turn)
 
     def prompt_ids(self, request: PriorRequest) -> list[int]:
-        """``rank``: token ids of the prompt.
+        """``rank`` and chain of thought: token ids of the prompt, behind which text is generated.
 
         Raises PromptTooLongError if the prompt and ``generate_max_len`` tokens do not fit into the model.
         """
@@ -64,14 +69,25 @@ class PriorBuilder:
         decoded = tokenizer.batch_decode(ids, clean_up_tokenization_spaces=False)
         return [action for action, a, b in zip(request.valid_actions, escaped, decoded, strict=True) if a != b]
 
-    def from_logprobs(self, logprobs: Sequence[np.ndarray], *, version: int) -> ActionPrior:
-        """``score``: the prior from the token log-probabilities of each action (K arrays ``[T_k]``)."""
+    def thought(self, text: str) -> Thought:
+        """``score`` with chain of thought: the thought in the generated text."""
+        return read_thought(text, tokenizer=self.llm.tokenizer)
+
+    def from_logprobs(
+        self, logprobs: Sequence[np.ndarray], *, version: int, thought: Thought | None = None
+    ) -> ActionPrior:
+        """``score``: the prior from the token log-probabilities of each action (K arrays ``[T_k]``).
+
+        ``thought`` is that of the row.
+        """
         sums = np.array([tokens.sum() for tokens in logprobs], dtype=np.float32)
         scores = sums / [len(tokens) for tokens in logprobs]
         return ActionPrior(
             logprobs=prior_from_scores(scores, temperature=self.temperature),
             source="score",
             version=version,
+            completion=None if thought is None else thought.text,
+            parsed=thought is None or thought.has_heading,
             rollout_logprobs=sums,
         )
 

@@ -6,15 +6,17 @@ import asyncio
 import itertools
 import threading
 import time
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from loguru import logger
 
 from priorzero.llm.engines.base import PriorBuilder, PriorCache
 from priorzero.llm.engines.prompt_cache import PromptCache
 from priorzero.llm.packing import PromptRow, split_completions
+from priorzero.llm.prompts import Thought
 from priorzero.llm.scoring_graphs import GraphScorer
 from priorzero.runtime.concurrency import run_in_thread
 from priorzero.types import ActionPrior, EngineError, PriorRequest, PromptTooLongError
@@ -23,6 +25,8 @@ from priorzero.types import ActionPrior, EngineError, PriorRequest, PromptTooLon
 # rest. A GPU has enough to compute with much fewer tokens, so a larger pass would not be faster.
 TOKENS_PER_FORWARD = 2**15
 LOGITS_PER_FORWARD = 2**28
+
+Output = TypeVar("Output")
 
 
 class _Cancelled(Exception):
@@ -110,29 +114,70 @@ class TransformersEngine:
 
     def _compute(self, requests: list[PriorRequest], stop: threading.Event) -> dict[PriorRequest, ActionPrior]:
         started = time.perf_counter()
-        priors = {}
-        fitting: list[tuple[PriorRequest, Any]] = []
-        scores = self.builder.style.mode == "score"
-        tokenize = self.builder.row if scores else self.builder.prompt_ids
-        for request in requests:
-            try:
-                fitting.append((request, tokenize(request)))
-            except PromptTooLongError as error:
-                priors[request] = self.cache.too_long(request, error, version=self.version)
-        while fitting:
-            if stop.is_set():
-                raise _Cancelled
-            batch = fitting[: self._num_in_forward([inputs for _, inputs in fitting])]
-            computed = self._forward(batch, stop)
-            if computed is None:
-                continue  # with a smaller batch
-            for (request, _), prior in zip(batch, computed, strict=True):
-                # Cached at once, so that after a timeout the next attempt computes only the rest.
-                self.cache.put(request, prior)
-                priors[request] = prior
-            del fitting[: len(batch)]
+        style = self.builder.style
+        # Priors are cached after each forward pass, so that after a timeout the next attempt computes only the rest.
+        priors: dict[PriorRequest, ActionPrior] = {}
+        prompts = self._tokenize(requests, self.builder.prompt_ids, priors) if style.generates else {}
+        for texts in self._in_batches(prompts, self._generate, stop):
+            if style.mode == "rank":
+                self._rank(texts, priors)
+            else:
+                self._score({request: self.builder.thought(text) for request, text in texts.items()}, priors, stop)
+        if not style.generates:
+            self._score(dict.fromkeys(requests), priors, stop)
         self._computing_s += time.perf_counter() - started
         return priors
+
+    def _rank(self, texts: Mapping[PriorRequest, str], priors: dict[PriorRequest, ActionPrior]) -> None:
+        """Add the priors of requests to ``priors``; ``texts`` contain the rankings."""
+        for request, text in texts.items():
+            priors[request] = self.builder.from_text(text, request, version=self.version)
+            self.cache.put(request, priors[request])
+
+    def _score(
+        self,
+        thoughts: Mapping[PriorRequest, Thought | None],
+        priors: dict[PriorRequest, ActionPrior],
+        stop: threading.Event,
+    ) -> None:
+        """Add the priors of requests to ``priors``; the valid actions are scored behind the prompt and the thought."""
+        rows = self._tokenize(thoughts, lambda request: self.builder.row(request, thoughts[request]), priors)
+        for batch in self._in_batches(rows, self._completion_logprobs, stop):
+            for request, logprobs in batch.items():
+                priors[request] = self.builder.from_logprobs(logprobs, version=self.version, thought=thoughts[request])
+                self.cache.put(request, priors[request])
+
+    def _tokenize(
+        self,
+        requests: Iterable[PriorRequest],
+        tokenize: Callable[[PriorRequest], Any],
+        priors: dict[PriorRequest, ActionPrior],
+    ) -> dict[PriorRequest, Any]:
+        """The tokenized inputs of the requests; the priors of those that are too long are added to ``priors``."""
+        inputs = {}
+        for request in requests:
+            try:
+                inputs[request] = tokenize(request)
+            except PromptTooLongError as error:
+                priors[request] = self.cache.too_long(request, error, version=self.version)
+        return inputs
+
+    def _in_batches(
+        self,
+        inputs: Mapping[PriorRequest, Any],
+        compute: Callable[[Sequence[Any], threading.Event], list[Output]],
+        stop: threading.Event,
+    ) -> Iterator[dict[PriorRequest, Output]]:
+        """Compute inputs, rows or prompts, in batches that fit into the memory; yields the outputs of each batch."""
+        remaining = list(inputs.items())
+        while remaining:
+            if stop.is_set():
+                raise _Cancelled
+            batch = dict(remaining[: self._num_in_forward([one for _, one in remaining])])
+            outputs = self._forward(list(batch.values()), compute, stop)
+            if outputs is not None:  # otherwise it is repeated with a smaller batch
+                yield dict(zip(batch, outputs, strict=True))
+                del remaining[: len(batch)]
 
     def _num_in_forward(self, inputs: Sequence[Any]) -> int:
         """How many of the first inputs, rows or prompts, one forward pass takes; at least one."""
@@ -152,15 +197,18 @@ class TransformersEngine:
             return len(one.prompt_ids) + num_predicted, num_predicted
         return len(one) + self.builder.generate_max_len, 1
 
-    def _forward(self, batch: Sequence[tuple[PriorRequest, Any]], stop: threading.Event) -> list[ActionPrior] | None:
-        """The priors of a batch of requests; None if the memory does not suffice for so many at once."""
-        requests, inputs = zip(*batch, strict=True)
-        compute = self._score if self.builder.style.mode == "score" else self._rank
+    def _forward(
+        self,
+        inputs: Sequence[Any],
+        compute: Callable[[Sequence[Any], threading.Event], list[Output]],
+        stop: threading.Event,
+    ) -> list[Output] | None:
+        """The outputs of a batch of inputs; None if the memory does not suffice for so many at once."""
         try:
-            return compute(requests, inputs, stop)
+            return compute(inputs, stop)
         except torch.OutOfMemoryError as error:
             num_tokens = sum(self._size(one)[0] for one in inputs)
-            if len(batch) == 1:
+            if len(inputs) == 1:
                 raise EngineError(
                     f"out of GPU memory while computing one prior, with {num_tokens} tokens; type --set "
                     "llm.prompt_max_len=512, then --set llm.use_lora=true"
@@ -168,15 +216,14 @@ class TransformersEngine:
         self.tokens_per_forward = num_tokens // 2
         torch.cuda.empty_cache()
         logger.warning(
-            f"out of GPU memory while computing {len(batch)} priors; a forward pass now has at most "
+            f"out of GPU memory while computing {len(inputs)} priors; a forward pass now has at most "
             f"{self.tokens_per_forward} tokens"
         )
         return None
 
     @torch.inference_mode()
-    def _score(
-        self, requests: Sequence[PriorRequest], rows: Sequence[PromptRow], stop: threading.Event
-    ) -> list[ActionPrior]:
+    def _completion_logprobs(self, rows: Sequence[PromptRow], stop: threading.Event) -> list[list[np.ndarray]]:
+        """Token log-probabilities of each completion of each row."""
         if self._uses_prompt_cache:
             past = self.prompt_cache.lookup(rows[0].prompt_ids)
             num_cached = past.get_seq_length()
@@ -187,17 +234,11 @@ class TransformersEngine:
             token_logprobs, completion_mask = self._token_logprobs(rows)  # (R, T)
             self._computed_tokens += sum(self._size(row)[0] for row in rows)
         logprobs = iter(split_completions(token_logprobs, completion_mask))
-        return [
-            self.builder.from_logprobs(
-                list(itertools.islice(logprobs, len(request.valid_actions))), version=self.version
-            )
-            for request in requests
-        ]
+        return [list(itertools.islice(logprobs, len(row.completions))) for row in rows]
 
     @torch.inference_mode()
-    def _rank(
-        self, requests: Sequence[PriorRequest], prompts: Sequence[list[int]], stop: threading.Event
-    ) -> list[ActionPrior]:
+    def _generate(self, prompts: Sequence[list[int]], stop: threading.Event) -> list[str]:
+        """The text that the LLM writes behind each prompt."""
         from transformers import StoppingCriteria
 
         class StopWhenCancelled(StoppingCriteria):
@@ -223,9 +264,6 @@ class TransformersEngine:
             )
         if stop.is_set():
             raise _Cancelled
-        texts = llm.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
         self._computed_tokens += sum(map(len, prompts)) + output[:, width:].numel()
-        return [
-            self.builder.from_text(text, request, version=self.version)
-            for request, text in zip(requests, texts, strict=True)
-        ]
+        texts: list[str] = llm.tokenizer.batch_decode(output[:, width:], skip_special_tokens=True)
+        return texts

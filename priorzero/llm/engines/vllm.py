@@ -223,23 +223,28 @@ class VLLMEngine:
     async def _prior(self, request: PriorRequest) -> ActionPrior:
         try:
             if self.builder.style.mode == "score":
-                row = self.builder.row(request)
-                self._check_length(len(row.prompt_ids) + max(map(len, row.completions)) + 1)
-                prior = self.builder.from_logprobs(await self._row_logprobs(row), version=self.version)
+                prior = await self._scored_prior(request)
             else:
-                text = await self._ranking_text(request)
+                text = await self._generated_text(request)
                 prior = self.builder.from_text(text, request, version=self.version)
         except PromptTooLongError as error:
             return self.cache.too_long(request, error, version=self.version)
         self.cache.put(request, prior)  # at once, so that after a timeout the next attempt computes only the rest
         return prior
 
+    async def _scored_prior(self, request: PriorRequest) -> ActionPrior:
+        use_cot = self.builder.style.use_cot
+        thought = self.builder.thought(await self._generated_text(request)) if use_cot else None
+        row = self.builder.row(request, thought)
+        self._check_length(len(row.prompt_ids) + max(map(len, row.completions)) + 1)
+        return self.builder.from_logprobs(await self._row_logprobs(row), version=self.version, thought=thought)
+
     def _check_length(self, length: int) -> None:
         limit = self.cfg.max_model_len
         if length > limit:
             raise PromptTooLongError(f"{length} tokens do not fit into vLLM's limit of {limit} tokens")
 
-    async def _ranking_text(self, request: PriorRequest) -> str:
+    async def _generated_text(self, request: PriorRequest) -> str:
         prompt_ids = self.builder.prompt_ids(request)
         self._check_length(len(prompt_ids) + self.builder.generate_max_len)
         llm = self.builder.llm
