@@ -113,6 +113,7 @@ def test_ray_entry_reads_flags_and_debug_mode():
         ({"prior": {"mode": "rank"}}, r"type --set prior\.mode=score --set llm\.objective=actions"),
         ({"ppo": {"sharding": "fsdp"}, "llm": {"use_lora": True}}, r"type --set ppo\.sharding=ddp"),
         ({"ppo": {"engine": "orz"}}, r"needs ppo\.credit=none"),
+        ({"ppo": {"engine": "orz", "credit": "none"}, "llm": {"adapter": "x"}}, r"and no llm\.adapter"),
         (
             {"ppo": {"engine": "orz", "credit": "none"}},
             r"orz\.ppo\.trainer cannot be imported; get https:.*--ppo_engine torch",
