@@ -18,14 +18,15 @@ from priorzero.settings import Settings
 from priorzero.types import UserError
 
 EXAMPLES = """examples:
-  python -m priorzero.pretrain --out textgames                                an adapter for SmolLM2-135M-Instruct
-  python -m priorzero.pretrain --out textgames --minutes 20                   stop after 20 minutes of training
-  python -m priorzero.pretrain --out textgames --resume                       continue a training that was stopped
+  python -m priorzero.pretrain --out my_adapter                               an adapter for SmolLM2-135M-Instruct
+  python -m priorzero.pretrain --out my_adapter --minutes 20                  stop after 20 minutes of training
+  python -m priorzero.pretrain --out my_adapter --resume                      continue a training that was stopped
   python -m priorzero.pretrain --data DATA --collect_only                     only make the data (an hour on one core)
   python -m priorzero.pretrain --data DATA --out out --config configs/learning_jericho.yaml --set llm.lora_r=16
+  python -m priorzero.pretrain --out out --set llm.adapter=my_adapter         train an adapter further
 
-An agent uses the result with --set llm.path=FOLDER and the same prompt. The training is saved every five minutes and at
-evaluations. Ctrl-C ends it at once.
+An agent uses the result with --set llm.path=FOLDER and the same prompt, which is in FOLDER/prompt.json (--config takes
+this file). The training is saved every five minutes and at evaluations. Ctrl-C ends it at once.
 """
 
 # The prompt that a small model can use, and how it is trained. A file changes the prompt, --set all settings.
@@ -149,7 +150,7 @@ def _pretrain(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
     if arguments.collect_only and arguments.no_collect:
         raise UserError("--collect_only and --no_collect exclude each other; give one of them")
     if arguments.out is None and not arguments.collect_only:
-        raise UserError("--out is missing; give a folder for the result, such as --out textgames")
+        raise UserError("--out is missing; give a folder for the result, such as --out my_adapter")
     out = user_path(arguments.out or ".", what="--out ")
     existing = next(folder for folder in (out, *out.absolute().parents) if folder.exists())
     if not existing.is_dir():

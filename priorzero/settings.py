@@ -348,6 +348,11 @@ class LLMSettings(SettingsGroup):
         "Qwen/Qwen2.5-0.5B-Instruct",
         description="language model: package:NAME (an installed Python package), a folder (also an adapter), a hub id",
     )
+    adapter: Text = Field(
+        "",
+        description="LoRA adapter that is applied to llm.path: the name of one that ships with PriorZero, or a folder; "
+        "empty: none",
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="floating-point type; auto: float32 on a CPU, bfloat16 on a GPU"
     )

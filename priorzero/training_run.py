@@ -11,6 +11,7 @@ from loguru import logger
 from priorzero.agent import Agent
 from priorzero.envs import GameSpec
 from priorzero.learning import Learner
+from priorzero.llm.model_files import warn_of_other_prompt
 from priorzero.llm.models import warn_of_long_prompts
 from priorzero.play.collector import Collected, Collector
 from priorzero.play.evaluator import Evaluation, Evaluators
@@ -120,6 +121,8 @@ class TrainingRun:
         log_start(settings, games=self.games_text, where=str(agent.device), folder=self.folder)
         if agent.llm is not None:
             warn_of_long_prompts(agent.llm, settings.llm)
+            if self._checkpoint is None:  # a resumed run keeps its prompt
+                warn_of_other_prompt(settings.llm)
         with announced("loading the checkpoint"):
             saved = None if self._checkpoint is None else await self._restore(self._checkpoint)
         self._logger = RunLogger(self.folder, settings.run, state=saved, env_steps=lambda: self._env_steps)

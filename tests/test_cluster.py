@@ -114,6 +114,7 @@ def test_ray_entry_reads_flags_and_debug_mode():
         ({"prior": {"use_cot": True}}, r"type --set prior\.use_cot=false"),
         ({"ppo": {"sharding": "fsdp"}, "llm": {"use_lora": True}}, r"type --set ppo\.sharding=ddp"),
         ({"ppo": {"engine": "orz"}}, r"needs ppo\.credit=none"),
+        ({"ppo": {"engine": "orz", "credit": "none"}, "llm": {"adapter": "x"}}, r"and no llm\.adapter"),
         (
             {"ppo": {"engine": "orz", "credit": "none"}},
             r"orz\.ppo\.trainer cannot be imported; get https:.*--ppo_engine torch",

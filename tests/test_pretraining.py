@@ -13,6 +13,7 @@ import torch
 
 from priorzero import pretrain
 from priorzero.envs.walkthrough_steps import WalkthroughStep, write_steps
+from priorzero.llm.adapter_files import PROMPT_SETTINGS
 from priorzero.llm.engines import PriorBuilder, TransformersEngine
 from priorzero.llm.models import load_language_model, load_tokenizer
 from priorzero.llm.packing import PromptRow, split_completions
@@ -304,6 +305,9 @@ def test_main_writes_an_adapter_that_llm_path_takes(tmp_path, tiny_llm_folder, c
     content = json.loads((out / "figures.json").read_text())
     assert len(content["evaluations"]) == 2 and content["plan"]["epochs"] == 1
     assert not (out / "training_state.pt").exists()
+    assert f"`--set llm.path={tiny_llm_folder} --set llm.adapter=out`" in card
+    prompt = json.loads((out / "prompt.json").read_text())["llm"]
+    assert prompt == {name: content["llm"][name] for name in PROMPT_SETTINGS} and prompt["history"] == "loop_free"
     settings = make_settings({"llm": {"path": str(out), "use_lora": False}})
     llm = load_language_model(settings.llm, device=torch.device("cpu"))
     assert llm.has_merged_adapter
@@ -334,6 +338,29 @@ def test_main_resumes_a_training_that_was_stopped(tmp_path, tiny_llm_folder, cap
     assert pretrain.main([*arguments, "--resume"]) == 0
     assert "Training: 8 of 8 batches of 4," in (out / "README.md").read_text()
     assert not (out / "training_state.pt").exists()
+
+
+def test_main_trains_an_adapter_further(tmp_path, tiny_llm_folder, capsys):
+    """The third training begins with the figures of the second, which differ from those of the first."""
+    data = make_data(tmp_path / "data")
+    common = ["--data", str(data), "--no_collect", "--device", "cpu", "--workers", "0", "--evaluations", "0"]
+    common += ["--set", "llm.batch_size=4", "--set", "llm.micro_batch_size=4", "--set", "llm.learning_rate=0.01"]
+    starts = [[f"llm.path={tiny_llm_folder}"], [f"llm.path={tiny_llm_folder}", f"llm.adapter={tmp_path / 'out0'}"]]
+    starts.append([f"llm.path={tmp_path / 'out1'}"])
+    figures = []
+    for n, start in enumerate(starts):
+        out = tmp_path / f"out{n}"
+        arguments = [*common, "--out", str(out), *(word for text in start for word in ("--set", text))]
+        assert pretrain.main(arguments) == 0, capsys.readouterr().err
+        evaluations = json.loads((out / "figures.json").read_text())["evaluations"]
+        figures.append([evaluation["games"]["three"]["logprob"] for evaluation in evaluations])
+        named = json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"]
+        assert named == str(tiny_llm_folder)
+    (before, first), (second, third), (fourth, _) = figures
+    assert abs(first - before) > 0.01 and abs(third - second) > 0.01
+    assert second == pytest.approx(first, abs=1e-4) and fourth == pytest.approx(third, abs=1e-4)
+    assert pretrain.main([*common, "--out", str(tmp_path / "r"), "--set", "llm.lora_r=4", "--set", starts[2][0]]) == 2
+    assert "type --set llm.lora_r=8 --set llm.lora_alpha=16 to continue" in capsys.readouterr().err
 
 
 TRANSCRIPT = ["--out", "o", "--no_collect", "--set", "llm.prompt_layout=transcript"]

@@ -74,10 +74,10 @@ def check_settings(settings: Settings) -> None:
 
 
 def _check_orz(settings: Settings) -> None:
-    if settings.ppo.credit != "none" or settings.llm.use_lora:
+    if settings.ppo.credit != "none" or settings.llm.use_lora or settings.llm.adapter:
         raise UserError(
-            "ppo.engine=orz needs ppo.credit=none and llm.use_lora=false: its trainer has neither sample weights "
-            "nor adapters"
+            "ppo.engine=orz needs ppo.credit=none, llm.use_lora=false and no llm.adapter: its trainer has neither "
+            "sample weights nor adapters"
         )
     longest = settings.env.longest_episode
     if settings.replay.segment_length < longest:

@@ -1,7 +1,12 @@
-"""Finds and checks the files of a low-rank adapter (LoRA) that was saved without its base model. Imports no torch."""
+"""Finds and checks the files of a low-rank adapter (LoRA) that was saved without its base model. Imports no torch.
+
+An adapter is a folder in ``llm.adapter`` or ``llm.path``, or one of those in ``priorzero/adapters/``, which ship with
+the package. The pretraining writes the settings of the prompt beside it, in the form of a ``--config`` file.
+"""
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,13 @@ from priorzero.types import UserError
 
 CONFIG = "adapter_config.json"
 WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
+PROMPT_FILE = "prompt.json"
+SHIPPED = Path(__file__).parent.parent / "adapters"  # contains a folder for each adapter that ships
+# The settings that make the prompt. An agent should use the same as the pretraining.
+PROMPT_SETTINGS = (
+    "prompt_layout", "history", "history_length", "history_chars", "show_observation", "observation_chars",
+    "list_commands", "prompt_max_len",
+)  # fmt: skip
 # The types of the entries that are read here, or that peft uses without a check.
 ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {
     "base_model_name_or_path": ((str,), "a text"),
@@ -37,59 +49,101 @@ class AdapterFiles:
     """An adapter whose files are on this machine.
 
     Attributes:
-        path: as the user gave it.
+        setting: ``llm.path`` or ``llm.adapter``.
+        path: its value.
         folder: contains the adapter.
         config: the contents of adapter_config.json.
     """
 
+    setting: str
     path: str
     folder: Path
     config: dict[str, Any]
 
     @property
     def base(self) -> str:
-        """The base model: a folder, a hub id, or ``package:NAME``."""
+        """The base model that the adapter names: a folder, a hub id, or ``package:NAME``."""
         return str(self.config["base_model_name_or_path"])
 
     @property
     def what(self) -> str:
         """How a message about the adapter begins."""
-        return f"llm.path={self.path}"
+        return f"{self.setting}={self.path}"
 
 
-def find_adapter(path: str) -> AdapterFiles | None:
-    """The adapter in a folder; None if ``path`` is not a folder with an adapter and without a model.
+def shipped_adapters() -> list[str]:
+    """The names of the adapters that ship with the package."""
+    return sorted(file.parent.name for file in SHIPPED.glob(f"*/{CONFIG}"))
+
+
+def find_adapter(cfg: LLMSettings) -> AdapterFiles | None:
+    """The adapter of ``llm.adapter``, or the one in the folder ``llm.path``; None if there is none.
+
+    A folder in ``llm.path`` that also contains a model is a model.
 
     Raises:
-        UserError: the adapter is not a LoRA adapter, does not name its base model, or has an entry of another type.
+        UserError: there are two adapters; or there is none of this name, it is not a LoRA adapter, does not name its
+            base model, or has an entry of another type.
     """
-    folder = user_path(path, what="llm.path=")
-    if not (folder / CONFIG).is_file() or (folder / "config.json").is_file():
-        return None
-    config = read_json(folder / CONFIG, what=f"llm.path={path}")
-    kind = config.get("peft_type")
+    folder = user_path(cfg.path, what="llm.path=")
+    is_adapter = (folder / CONFIG).is_file() and not (folder / "config.json").is_file()
+    if not cfg.adapter:
+        return _read_adapter(folder, setting="llm.path", path=cfg.path) if is_adapter else None
+    if is_adapter:
+        raise UserError(
+            f"llm.adapter={cfg.adapter}: llm.path={cfg.path} is an adapter, too, but only one can be used; leave "
+            "llm.adapter out, or give the base model as llm.path"
+        )
+    return _read_adapter(_adapter_folder(cfg.adapter), setting="llm.adapter", path=cfg.adapter)
+
+
+def _adapter_folder(value: str) -> Path:
+    """The folder of ``llm.adapter``. A name that ships wins over a folder of the same name; ``./NAME`` is the folder.
+
+    Raises:
+        UserError: there is no such adapter.
+    """
+    names = shipped_adapters()
+    if value in names:
+        return SHIPPED / value
+    folder = user_path(value, what="llm.adapter=")
+    if (folder / CONFIG).is_file():
+        return folder
+    problem = "no adapter of this name ships with PriorZero, and there is no such folder"
+    if folder.exists():
+        problem = f"the folder contains no {CONFIG}" if folder.is_dir() else "this is a file"
+    raise UserError(
+        f"llm.adapter={value}: {problem}; give one of the names that ship ({', '.join(names) or 'none in this version'}"
+        "), or a folder with an adapter, as python -m priorzero.pretrain --out FOLDER writes it"
+    )
+
+
+def _read_adapter(folder: Path, *, setting: str, path: str) -> AdapterFiles:
+    """Read and check adapter_config.json in a folder; ``path`` is the value of ``setting``."""
+    adapter = AdapterFiles(setting, path, folder.absolute(), read_json(folder / CONFIG, what=f"{setting}={path}"))
+    kind = adapter.config.get("peft_type")
     if kind != "LORA":
         raise UserError(
-            f"llm.path={path}: the folder contains an adapter of type {kind}; only LoRA adapters can be loaded. If "
+            f"{adapter.what}: the folder contains an adapter of type {kind}; only LoRA adapters can be loaded. If "
             "peft can merge it, give the merged model: merge_and_unload(), then save_pretrained(FOLDER)"
         )
-    if not config.get("base_model_name_or_path"):
+    if not adapter.config.get("base_model_name_or_path"):
         raise UserError(
-            f"llm.path={path}: {folder / CONFIG} does not name the adapter's base model; set base_model_name_or_path "
+            f"{adapter.what}: {folder / CONFIG} does not name the adapter's base model; set base_model_name_or_path "
             "in this file to a folder, a hub id, or package:NAME"
         )
-    _check_entries(config, file=folder / CONFIG, path=path)
-    return AdapterFiles(path, folder.absolute(), config)
+    _check_entries(adapter)
+    return adapter
 
 
 def check_adapter(adapter: AdapterFiles, cfg: LLMSettings) -> dict[str, tuple[int, ...]]:
-    """Check an adapter's weights and that the settings can continue to train it.
+    """Check an adapter's weights and prompt file, and that the settings can continue to train it.
 
     Returns:
         The shapes of its tensors; empty if they are not in safetensors format.
 
     Raises:
-        UserError: the weights are missing or damaged, or ``llm.use_lora=true`` does not fit the adapter.
+        UserError: a file is missing or damaged, or ``llm.use_lora=true`` does not fit the adapter.
     """
     files = [adapter.folder / name for name in WEIGHTS if (adapter.folder / name).is_file()]
     if not files:
@@ -98,6 +152,7 @@ def check_adapter(adapter: AdapterFiles, cfg: LLMSettings) -> dict[str, tuple[in
         )
     if cfg.use_lora:
         _check_lora_settings(adapter, cfg)
+    _prompt_settings(adapter)
     is_readable = files[0].name == WEIGHTS[0]
     return tensor_shapes(files[0], what=adapter.what) if is_readable else {}
 
@@ -133,13 +188,46 @@ def _check_lora_settings(adapter: AdapterFiles, cfg: LLMSettings) -> None:
         )
 
 
-def _check_entries(config: dict[str, Any], *, file: Path, path: str) -> None:
+def _check_entries(adapter: AdapterFiles) -> None:
     """Raise UserError if an entry that we read has another type than peft writes."""
     for name, (types, allowed) in ENTRIES.items():
-        value = config.get(name)
+        value = adapter.config.get(name)
         is_bool = isinstance(value, bool) and bool not in types  # bool is a subclass of int
         if value is not None and (is_bool or not isinstance(value, types)):
             raise UserError(
-                f"llm.path={path}: {file} has {name}={value!r}, but {name} must be {allowed}; correct this file, or "
-                "copy the adapter again"
+                f"{adapter.what}: {adapter.folder / CONFIG} has {name}={value!r}, but {name} must be {allowed}; "
+                "correct this file, or copy the adapter again"
             )
+
+
+# ---- the prompt ----
+
+
+def write_prompt_settings(folder: Path, cfg: LLMSettings) -> None:
+    """Write the settings of the prompt that an LLM is trained with into its folder."""
+    prompt = {"llm": {name: getattr(cfg, name) for name in PROMPT_SETTINGS}}
+    (folder / PROMPT_FILE).write_text(json.dumps(prompt, indent=2) + "\n", encoding="utf-8")
+
+
+def other_prompt_settings(adapter: AdapterFiles, cfg: LLMSettings) -> dict[str, Any]:
+    """The settings of an adapter's prompt that differ from ``cfg``; empty if its folder does not contain its prompt.
+
+    The largest number of tokens is left out, since it changes long prompts only.
+    """
+    prompt = _prompt_settings(adapter)
+    names = [name for name in PROMPT_SETTINGS if name in prompt and name != "prompt_max_len"]
+    return {name: prompt[name] for name in names if prompt[name] != getattr(cfg, name)}
+
+
+def _prompt_settings(adapter: AdapterFiles) -> dict[str, Any]:
+    """What :func:`write_prompt_settings` wrote; empty if the file does not exist."""
+    file = adapter.folder / PROMPT_FILE
+    if not file.is_file():
+        return {}
+    prompt = read_json(file, what=adapter.what).get("llm")
+    if not isinstance(prompt, dict):
+        raise UserError(
+            f'{adapter.what}: {file} is not of the form {{"llm": {{"history_length": 20, ...}}}}; copy the adapter '
+            "again, or remove this file"
+        )
+    return prompt

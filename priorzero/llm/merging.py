@@ -41,7 +41,7 @@ def merge_adapter(model: Any, adapter: AdapterFiles, *, token_ids: Sequence[int]
     difference = float((_logprobs(merged, ids) - before).abs().max())
     if difference >= TOLERANCE:  # False for NaN, which is reported when the whole model is checked
         raise _not_merged(adapter, f"its log-probabilities would change by up to {difference:.2g} nats")
-    logger.info(f"merged the adapter {adapter.path} into {adapter.base}; llm.use_lora=false")
+    logger.info(f"merged the adapter {adapter.folder} into {adapter.base}; llm.use_lora=false")
     return merged.requires_grad_(True)
 
 

@@ -21,7 +21,7 @@ from typing import Any
 from loguru import logger
 
 from priorzero.llm.adapter_files import CONFIG as ADAPTER_CONFIG
-from priorzero.llm.adapter_files import AdapterFiles, check_adapter, find_adapter
+from priorzero.llm.adapter_files import AdapterFiles, check_adapter, find_adapter, other_prompt_settings
 from priorzero.llm.chat_template import usable_template
 from priorzero.llm.hub import PACKAGES, check_hub, snapshot_folder
 from priorzero.llm.weight_files import read_json, tensor_shapes
@@ -46,7 +46,7 @@ class ModelFiles:
     Attributes:
         config: the contents of config.json.
         shapes: shape of each tensor by name; empty if the weights are not in safetensors format.
-        adapter_shapes: those of the adapter, if ``llm.path`` is an adapter.
+        adapter_shapes: those of the adapter, if there is one.
     """
 
     config: dict[str, Any]
@@ -108,19 +108,73 @@ class LLMSource:
     adapter: AdapterFiles | None
 
 
-def find_llm(path: str) -> LLMSource:
-    """Find the LLM of ``llm.path``: a model as in :func:`resolve_model`, or a folder with an adapter.
+def find_llm(cfg: LLMSettings) -> LLMSource:
+    """Find the model of ``llm.path``, as in :func:`resolve_model`, and the adapter of ``llm.path`` or ``llm.adapter``.
 
     Raises:
-        UserError: the model, the adapter or its base model is missing.
+        UserError: the model, the adapter or its base model is missing, or they do not belong together.
     """
-    adapter = find_adapter(path)
-    if adapter is None:
-        model = resolve_model(path, setting="llm.path")
-        return LLMSource(model, model, None)
+    base, adapter = base_and_adapter(cfg)
     with _errors_of_base_model(adapter):
-        model = resolve_model(_base_model(adapter), setting="llm.path")
-    return LLMSource(model, str(adapter.folder) if _has_tokenizer(adapter.folder) else model, adapter)
+        model = resolve_model(base, setting="llm.path")
+    tokenizer = str(adapter.folder) if adapter is not None and _has_tokenizer(adapter.folder) else model
+    return LLMSource(model, tokenizer, adapter)
+
+
+def base_and_adapter(cfg: LLMSettings) -> tuple[str, AdapterFiles | None]:
+    """What ``llm.path`` and ``llm.adapter`` mean: the model without an adapter, and the adapter if there is one.
+
+    Everything that loads or checks the LLM begins here. The model is a value of ``llm.path``.
+
+    Raises:
+        UserError: the adapter is missing or malformed, or names another base model than ``llm.path``.
+    """
+    adapter = find_adapter(cfg)
+    if adapter is None:
+        return cfg.path, None
+    if adapter.setting == "llm.path":
+        return _base_model(adapter), adapter
+    _check_base_model(adapter, path=cfg.path)
+    return cfg.path, adapter
+
+
+def _check_base_model(adapter: AdapterFiles, *, path: str) -> None:
+    """Raise UserError if the base model that an adapter names is not the model ``path``.
+
+    A named folder that is on this machine must be the same one. Otherwise the last parts of the names must be equal,
+    since a folder can have moved, or contain the model of a hub id.
+    """
+    named = _base_model(adapter)
+    found = _find(path, setting="llm.path")
+    folder = found.folder if isinstance(found, Package) else Path(found)
+    if Path(named).is_dir():
+        is_same = Path(named).resolve() == folder.resolve()
+    else:
+        is_same = named == path or Path(named).name == folder.name
+    if not is_same:
+        raise UserError(
+            f"{adapter.what}: this adapter was trained on the model {named}, but llm.path={path}; type --set "
+            f"llm.path={named}, or leave llm.adapter out. If both are the same model, correct base_model_name_or_path "
+            f"in {adapter.folder / ADAPTER_CONFIG}"
+        )
+
+
+def warn_of_other_prompt(cfg: LLMSettings) -> None:
+    """Log a warning if the LLM's adapter was trained with other settings of the prompt."""
+    _, adapter = base_and_adapter(cfg)
+    other = other_prompt_settings(adapter, cfg) if adapter is not None else {}
+    if adapter is not None and other:
+        own = ", ".join(f"llm.{name}={_as_typed(getattr(cfg, name))}" for name in other)
+        advice = " ".join(f"--set llm.{name}={_as_typed(value)}" for name, value in other.items())
+        logger.warning(
+            f"{adapter.what}: this adapter was trained with another prompt than that of {own}, so its priors may be "
+            f"worse; for its own prompt, type {advice}"
+        )
+
+
+def _as_typed(value: Any) -> str:
+    """A setting's value on the command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _base_model(adapter: AdapterFiles) -> str:
@@ -132,11 +186,13 @@ def _base_model(adapter: AdapterFiles) -> str:
 
 
 @contextlib.contextmanager
-def _errors_of_base_model(adapter: AdapterFiles) -> Iterator[None]:
-    """Say in errors that they concern the base model of an adapter, and which file names it."""
+def _errors_of_base_model(adapter: AdapterFiles | None) -> Iterator[None]:
+    """Say in errors that they concern the base model of an adapter in ``llm.path``, and which file names it."""
     try:
         yield
     except UserError as error:
+        if adapter is None or adapter.setting != "llm.path":
+            raise
         raise UserError(
             f"{adapter.what}: the base model of this adapter cannot be used ({error}). It is named by "
             f"base_model_name_or_path in {adapter.folder / ADAPTER_CONFIG}"
@@ -294,10 +350,9 @@ def check_llm(cfg: LLMSettings) -> ModelFiles | None:
 
 
 def _check_llm(cfg: LLMSettings) -> ModelFiles | None:
-    adapter = find_adapter(cfg.path)
+    base, adapter = base_and_adapter(cfg)
     adapter_shapes = check_adapter(adapter, cfg) if adapter is not None else {}
-    with contextlib.nullcontext() if adapter is None else _errors_of_base_model(adapter):
-        base = cfg.path if adapter is None else _base_model(adapter)
+    with _errors_of_base_model(adapter):
         folder = _local_folder(base, setting="llm.path")
         if folder is None:
             return None

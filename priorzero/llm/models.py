@@ -259,7 +259,7 @@ def load_tokenizer(cfg: LLMSettings) -> Any:
     Raises:
         UserError: it cannot be found or loaded, or has no usable chat template.
     """
-    return _load_tokenizer(find_llm(cfg.path).tokenizer, cfg)
+    return _load_tokenizer(find_llm(cfg).tokenizer, cfg)
 
 
 def _load_tokenizer(name: str, cfg: LLMSettings) -> Any:
@@ -300,15 +300,15 @@ def _check_commands(tokenizer: Any, *, path: str) -> None:
 
 
 def load_language_model(cfg: LLMSettings, *, device: torch.device) -> LanguageModel:
-    """Load the LLM and its tokenizer. Its low-rank adapters are new, or come from ``llm.path``.
+    """Load the LLM and its tokenizer. Its low-rank adapters are new, or come from ``llm.path`` or ``llm.adapter``.
 
     The model is in eval mode, also during training, so that training sees the same log-probabilities as the search.
-    If ``llm.path`` is an adapter, it is trained further with ``llm.use_lora``, and otherwise merged into its base.
+    An adapter from files is trained further with ``llm.use_lora``, and otherwise merged into its base.
 
     Raises:
         UserError: it cannot be found or loaded, has no chat template, or cannot score packed rows.
     """
-    source = find_llm(cfg.path)
+    source = find_llm(cfg)
     is_new = not Path(source.model).is_dir() and not loading_arguments(source.model)
     tokenizer = _load_tokenizer(source.tokenizer, cfg)
     model = _load_model(source.model, cfg)
@@ -467,7 +467,7 @@ def _add_trained_adapter(model: Any, adapter: AdapterFiles, cfg: LLMSettings) ->
         wrapped = get_peft_model(model, config)
         load_adapter_weights(wrapped, adapter.folder)
     if cfg.use_lora:
-        logger.info(f"continuing the adapter {adapter.path} of {adapter.base}")
+        logger.info(f"continuing the adapter {adapter.folder} of {adapter.base}; llm.use_lora=true")
     return wrapped.eval()
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from priorzero.llm.adapter_files import CONFIG, WEIGHTS
+from priorzero.llm.adapter_files import CONFIG, PROMPT_FILE, PROMPT_SETTINGS, WEIGHTS
 from priorzero.llm.models import LanguageModel, save_parameters
 from priorzero.pretraining.data import Episode, describe
 from priorzero.pretraining.evaluation import MEAN, group_means
@@ -21,15 +21,10 @@ from priorzero.settings import LLMSettings
 
 FIGURES = "figures.json"
 CARD = "README.md"
-# The settings that make the prompt. An agent should use the same.
-PROMPT_SETTINGS = (
-    "prompt_layout", "history", "history_length", "history_chars", "show_observation", "observation_chars",
-    "list_commands", "prompt_max_len",
-)  # fmt: skip
 
 
 def save_model(llm: LanguageModel, folder: Path, *, base_model: str, dtype: torch.dtype) -> None:
-    """Write an LLM so that ``llm.path`` takes the folder: the adapter, or all parameters and the tokenizer.
+    """Write an LLM so that ``llm.path`` takes the folder: the adapter (also ``llm.adapter``), or all parameters.
 
     Args:
         llm: the language model.
@@ -69,7 +64,6 @@ def write_card(
     num_steps: int,
 ) -> None:
     """Write the model card: what was trained on which data, how, and the held-out figures."""
-    kind = f"a LoRA adapter of rank {cfg.lora_r}" if cfg.use_lora else "all parameters"
     unfinished = f"not finished; --minutes {plan.minutes:g} limits the time" if plan.minutes else "not finished"
     stop = "" if progress.step >= num_steps else f" ({unfinished})"
     first, last = progress.evaluations[0], progress.evaluations[-1]
@@ -81,7 +75,7 @@ def write_card(
         "",
         f"# {base_model}, pretrained on walkthroughs of text games",
         "",
-        f"This folder contains {kind} for `{base_model}`. PriorZero loads it with `--set llm.path={folder.name}`.",
+        _contents(folder, base_model=base_model, cfg=cfg),
         "The language model was trained to give the next command of a walkthrough a high probability among the valid "
         "actions. It knows no game that is held out, and no game of the same series.",
         "",
@@ -96,7 +90,7 @@ def write_card(
         f"- Training: {progress.step} of {num_steps} batches of {cfg.batch_size}{stop}, {progress.seconds / 60:.1f} "
         f"minutes, AdamW, learning rate {cfg.learning_rate:g} with {plan.decay} decay, seed {plan.seed}.",
         f"- Objective: command among at most {plan.negatives} other valid actions. Commands as text: {plan.tokens}.",
-        f"- Prompt: {', '.join(f'llm.{name}={getattr(cfg, name)}' for name in PROMPT_SETTINGS)}.",
+        f"- Prompt ({PROMPT_FILE}): {', '.join(f'llm.{name}={getattr(cfg, name)}' for name in PROMPT_SETTINGS)}.",
         "",
         "## Held-out games",
         "",
@@ -117,6 +111,16 @@ def write_card(
         ),
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def _contents(folder: Path, *, base_model: str, cfg: LLMSettings) -> str:
+    """What the folder contains, and the settings with which it is loaded."""
+    if cfg.use_lora:
+        kind = f"a LoRA adapter of rank {cfg.lora_r}"
+        loading = f"--set llm.path={base_model} --set llm.adapter={folder.name}"
+    else:
+        kind, loading = "all parameters", f"--set llm.path={folder.name}"
+    return f"This folder contains {kind} for `{base_model}`. PriorZero loads it with `{loading}`."
 
 
 def _figure_lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterable[str]:

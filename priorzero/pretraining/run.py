@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from loguru import logger
 
+from priorzero.llm.adapter_files import write_prompt_settings
+from priorzero.llm.model_files import base_and_adapter, warn_of_other_prompt
 from priorzero.llm.models import LanguageModel, choose_device, load_language_model, warn_of_long_prompts
 from priorzero.llm.prompts import prompt_style
 from priorzero.pretraining.card import save_model, write_card, write_figures
@@ -41,7 +43,7 @@ class PretrainingRun:
         tune: hold the validation games back from the training, and evaluate on them instead of on the held-out games.
         games: names of the games to learn from; empty: all.
         resume: continue the training in ``out``.
-        base_model: what an adapter names as its base model; "": ``llm.path``.
+        base_model: what an adapter names as its base model; "": ``llm.path``, or what an adapter in it names.
         save_dtype: floating-point type of a saved adapter.
         command: the command line, for the model card.
     """
@@ -139,6 +141,7 @@ def load_for_training(settings: Settings, *, device: torch.device) -> LanguageMo
     """The LLM of the settings. On a GPU it scores padded rows, since these have little in common."""
     llm = load_language_model(settings.llm, device=device)
     warn_of_long_prompts(llm, settings.llm)
+    warn_of_other_prompt(settings.llm)
     return dataclasses.replace(llm, pads_rows=device.type == "cuda")
 
 
@@ -160,9 +163,10 @@ def _check(settings: Settings, run: PretrainingRun) -> None:
 
 
 def _write(settings: Settings, run: PretrainingRun, pretrainer: Pretrainer, training: list[Episode]) -> None:
-    """Write the model, the figures and the card."""
-    base_model = run.base_model or settings.llm.path
+    """Write the model, the settings of its prompt, the figures and the card."""
+    base_model = run.base_model or base_and_adapter(settings.llm)[0]
     save_model(pretrainer.llm, run.out, base_model=base_model, dtype=SAVED_TYPES[run.save_dtype])
+    write_prompt_settings(run.out, settings.llm)
     details: dict[str, Any] = {
         "command": run.command,
         "plan": dataclasses.asdict(run.plan),

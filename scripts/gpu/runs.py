@@ -209,10 +209,11 @@ def quick_test(context: Context) -> Run:
 def check_quick_test(context: Context) -> Outcome:
     """``--quick_test`` on the device, LLM in this process, to its end."""
     from priorzero.llm.model_files import find_llm
+    from priorzero.settings import LLMSettings
 
     run = quick_test(context)
     figures = examine(run)
-    figures |= moved(Path(find_llm(_models(context)["llm"]).model), run.checkpoints[-1])
+    figures |= moved(Path(find_llm(LLMSettings(path=_models(context)["llm"])).model), run.checkpoints[-1])
     ok = is_sound(figures) and all_moved(figures) and f"on {context.device.type}" in run.log()
     return Outcome(ok, figures, f"{_models(context)['llm']}; {len(run.checkpoints)} checkpoints")
 

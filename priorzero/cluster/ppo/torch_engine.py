@@ -18,6 +18,7 @@ from priorzero.cluster.connection import Share
 from priorzero.cluster.ppo.engine import PPOResult, SendParameters
 from priorzero.cluster.ppo.learner import PPOLearner
 from priorzero.cluster.ppo.trajectories import Trajectory
+from priorzero.llm.model_files import warn_of_other_prompt
 from priorzero.llm.models import load_language_model, save_parameters
 from priorzero.llm.prompts import prompt_style
 from priorzero.runs.checkpoint import read_state, save_checkpoint, save_tensors
@@ -60,6 +61,8 @@ class LearnerProcess:
             )
         torch.manual_seed(settings.run.seed)  # new adapters start with the same parameters in all learners
         llm = load_language_model(settings.llm, device=self._device)
+        if self._rank == 0:
+            warn_of_other_prompt(settings.llm)
         self.learner = PPOLearner(llm, settings, style=prompt_style(settings), group=group)
         return self.learner.version
 

@@ -34,11 +34,13 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
         # The time of a small forward pass on a GPU hardly depends on its number of tokens, so many requests at once
         # save more than a prompt cache, which allows only one.
         return TransformersEngine(builder)
+    source = find_llm(settings.llm)
     unsupported = unsupported_adapter_parts(llm.model) if hasattr(llm.model, "peft_config") else []
     if unsupported:
+        what = source.adapter.what if source.adapter is not None else f"llm.path={settings.llm.path}"
         raise UserError(
-            f"llm.path={settings.llm.path}: vLLM cannot serve an adapter with {', '.join(unsupported)}; type --engine "
-            "transformers, or --set llm.use_lora=false to merge the adapter into its base model"
+            f"{what}: vLLM cannot serve an adapter with {', '.join(unsupported)}; type --engine transformers, or "
+            "--set llm.use_lora=false to merge the adapter into its base model"
         )
     max_model_len = max(4096, 2 * (settings.llm.prompt_max_len + settings.llm.generate_max_len))
     if llm.max_length is not None:
@@ -50,7 +52,7 @@ def make_engine(settings: Settings, *, llm: LanguageModel, vllm_log: Path) -> Pr
             )
     return VLLMEngine(
         builder,
-        model=local_model(find_llm(settings.llm.path).model),
+        model=local_model(source.model),
         cfg=settings.vllm.model_copy(update={"max_model_len": settings.vllm.max_model_len or max_model_len}),
         log_file=vllm_log,
         trust_remote_code=settings.llm.trust_remote_code,
