@@ -17,11 +17,13 @@ from priorzero.envs.worker import gather_replies
 from priorzero.llm.priors import agreement, entropy
 from priorzero.play.episode import Episode, EpisodeResult
 from priorzero.play.exploration import make_exploration
+from priorzero.play.memory import GameMemory
 from priorzero.play.novelty import NoveltyCounts, shaped_reward
 from priorzero.play.player import Decision, Player
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import gather_or_cancel
 from priorzero.types import GameState, GameWorkerError, Plain, StepRecord
+from priorzero.world_model.best_episodes import BestEpisodes
 from priorzero.world_model.records import RecordTable
 from priorzero.world_model.segment import PriorZeroGameSegment, SegmentWriter
 
@@ -93,6 +95,10 @@ class Collector:
         groups: number of groups. With one group, equal parameters and seeds give equal episodes.
         first_episode: number of the first episode. Collectors that share a replay buffer need different numbers.
         num_games: number of different games; environment ``e`` plays game ``e % num_games``.
+        best_episodes: gets all decisions, to keep those of the best episodes.
+
+    Attributes:
+        memories: what the episodes of each game taught; empty unless prompts contain it (``llm.memory_lines``).
     """
 
     def __init__(
@@ -104,6 +110,7 @@ class Collector:
         groups: int = 1,
         first_episode: int = 0,
         num_games: int = 1,
+        best_episodes: BestEpisodes | None = None,
     ) -> None:
         self._workers = workers
         self._player = player
@@ -116,6 +123,9 @@ class Collector:
         self._failed_starts = [0] * len(workers)  # in a row
         self._counts = [NoveltyCounts() for _ in range(num_games)]
         self._exploration = make_exploration(player.settings, self._counts)
+        self._best_episodes = best_episodes
+        uses_memory = player.prior is not None and player.settings.llm.memory_lines > 0
+        self.memories = [GameMemory()] * num_games if uses_memory else []
         self.env_steps = 0
         self.num_episodes = 0
         self.num_game_failures = 0
@@ -211,8 +221,11 @@ class Collector:
                     self._count_failed_start(e, second_error)
                     return
         self._failed_starts[e] = 0
-        self._episodes[e] = self._player.new_episode(e, state, rng=self._rngs[e], number=number)
+        self._episodes[e] = self._player.new_episode(e, state, rng=self._rngs[e], number=number, memory=self._memory(e))
         self._exploration.begin_episode(e, state, rng=self._rngs[e])
+
+    def _memory(self, e: int) -> GameMemory | None:
+        return self.memories[e % len(self.memories)] if self.memories else None
 
     def _is_given_up(self, e: int) -> bool:
         return self._failed_starts[e] >= MAX_FAILED_STARTS
@@ -243,6 +256,8 @@ class Collector:
         counts.add(before=before, action=action, after=state, with_feedback=cfg.novelty_of == "feedback")
         shaping = shaped_reward(counts, before=before, action=action, after=state, cfg=cfg)
         record = decision.record(episode, reward=reward, shaping=shaping, done=state.done)
+        if self._best_episodes is not None:
+            self._best_episodes.add(e, record)
         episode.advance(decision, reward=reward, state=state, features=features)
         self._exploration.observe(e, position=decision.chosen, after=state, history=episode.history)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
@@ -254,7 +269,12 @@ class Collector:
     def _finish(self, episode: Episode, collected: Collected) -> None:
         """The episode has ended."""
         state = episode.state
+        game = episode.env % len(self._counts)
         self._exploration.end_episode(episode.env, state, episode.history)
+        if self._best_episodes is not None:
+            self._best_episodes.end_episode(episode.env, state, game=game)
+        if self.memories:
+            self.memories[game] = self.memories[game].after_episode(episode.history, state)
         collected.episodes.append(
             EpisodeResult(
                 total_reward=episode.total_reward,
@@ -290,6 +310,7 @@ class Collector:
             "recent_returns": list(self.recent_returns),
             "counts": [counts.state_dict() for counts in self._counts],
             "exploration": self._exploration.state_dict(),
+            "memories": [memory.outcomes for memory in self.memories],
             "collected": self.collected.state_dict(table),
         }
 
@@ -310,6 +331,8 @@ class Collector:
         for counts, own in zip(self._counts, state["counts"], strict=True):
             counts.load_state_dict(own)
         self._exploration.load_state_dict(state["exploration"])
+        if self.memories:
+            self.memories = [GameMemory(outcomes) for outcomes in state["memories"]]
         self.collected = Collected.from_state_dict(state["collected"], records, config=self._config)
         saved = [(e, episode) for e, episode in enumerate(state["episodes"]) if episode is not None]
         await asyncio.gather(*(self._replay(e, episode) for e, episode in saved))
@@ -319,7 +342,7 @@ class Collector:
         expected = GameState(*episode_state["state"])
         try:
             state = await self._workers[e].reset()
-            episode = self._player.new_episode(e, state, rng=self._rngs[e])
+            episode = self._player.new_episode(e, state, rng=self._rngs[e], memory=self._memory(e))
             episode.load_state_dict(episode_state)
             for step in episode.history:
                 state, _ = await self._workers[e].step(step.action)
