@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
+import torch
+
 import priorzero.play.memory
 from priorzero.play.evaluator import Evaluator, Evaluators
 from priorzero.play.memory import GameMemory
 from priorzero.types import Attempt
+from priorzero.world_model.records import RecordTable, read_records
 from tests.helpers.collecting import CountingGame, collect, make_collector, make_player, records_of
 from tests.helpers.exploring import at, steps
 
@@ -112,6 +115,22 @@ def test_collector_does_not_change_the_memory_of_an_episode():
     assert of_second[0].state.room == ended_meanwhile[0].state.room
     later = [each for each in records if each.episode == 4]
     assert attempts_in(later[0].prompt)
+
+
+async def test_collector_restores_the_memory_of_the_game_and_of_each_episode(tmp_path):
+    """When it is saved, game 1 is in an episode that began before the last end of an episode of game 0."""
+    collector, games, _ = make_collector(num_games=2, length=3, fail_at=(2,), llm={"memory_lines": 9})
+    games[1].number = 0
+    await collector.collect(8)
+    table = RecordTable()
+    torch.save({"collector": collector.state_dict(table), "records": table.state_dict()}, tmp_path / "state.pt")
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    other, games, _ = make_collector(num_games=2, length=3, llm={"memory_lines": 9})
+    games[1].number = 0
+    await other.load_state_dict(state["collector"], read_records(state["records"]))
+    assert other.memories == collector.memories and other.num_game_failures == 1  # the one before it was saved
+    own, saved = (c.state_dict(RecordTable())["episodes"][1]["memory"] for c in (other, collector))
+    assert own == saved == {} and len(other.memories[0].outcomes) == 3
 
 
 def test_evaluation_reads_the_memory_of_seen_games_and_does_not_change_it():
