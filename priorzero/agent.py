@@ -25,6 +25,7 @@ from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import Settings
 from priorzero.types import PriorEngine, UserError
+from priorzero.world_model.best_episodes import BestEpisodes
 from priorzero.world_model.replay import PriorZeroGameBuffer
 
 FIRST_EVALUATION_SEED = 10_000  # seeds of games: collection counts from run.seed, evaluation from run.seed + this
@@ -42,6 +43,7 @@ class Agent:
         policy: the world model and the LLM's learner.
         player: makes decisions.
         buffer: the replay buffer.
+        best_episodes: the best episode of each game; None unless ``llm.imitation_share`` is set.
         llm: the training copy of the LLM; None for UniZero alone, like ``engine`` and ``prior``.
         engine: computes the LLM's priors.
         prior: the engine with retries.
@@ -54,6 +56,7 @@ class Agent:
     policy: PriorZeroPolicy
     player: Player
     buffer: PriorZeroGameBuffer
+    best_episodes: BestEpisodes | None
     llm: LanguageModel | None
     engine: PriorEngine | None
     prior: RetryingPrior | None
@@ -75,7 +78,7 @@ def make_agent(
     Args:
         settings: all settings.
         device: device of the models.
-        buffer_seed: seed of the replay buffer's samples.
+        buffer_seed: seed of the samples of the replay buffer and of the best episodes.
         vllm_log: vLLM's log file.
 
     Raises:
@@ -116,6 +119,7 @@ def make_agent(
         policy=policy,
         player=player,
         buffer=PriorZeroGameBuffer(policy.lightzero_config, rng=np.random.default_rng(buffer_seed)),
+        best_episodes=make_best_episodes(settings, seed=buffer_seed.spawn(1)[0]),
         llm=llm,
         engine=engine,
         prior=prior,
@@ -123,6 +127,12 @@ def make_agent(
         world_model_thread=world_model_thread,
         llm_thread=OwnerThread("llm", timeline),
     )
+
+
+def make_best_episodes(settings: Settings, *, seed: np.random.SeedSequence) -> BestEpisodes | None:
+    """The store of the best episodes, empty; None if the LLM does not imitate them."""
+    uses_them = settings.prior.enabled and settings.llm.imitation_share > 0
+    return BestEpisodes(rng=np.random.default_rng(seed)) if uses_them else None
 
 
 # ---- models ----

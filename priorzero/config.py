@@ -273,6 +273,11 @@ def _engine_conflicts(s: Settings) -> list[str]:
 
 def _batch_conflicts(s: Settings) -> list[str]:
     errors, llm = [], s.llm
+    if llm.imitation_share and not (llm.enable_sft and llm.llm_loss_weight):
+        errors.append(
+            f"llm.imitation_share={llm.imitation_share:g} needs llm.enable_sft=true and a positive "
+            "llm.llm_loss_weight: SFT imitates the best episodes"
+        )
     if llm.use_lora and llm.trained_layers:
         errors.append(f"llm.trained_layers={llm.trained_layers} needs llm.use_lora=false: adapters are in all layers")
     if llm.batch_size % llm.micro_batch_size:

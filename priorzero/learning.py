@@ -11,8 +11,8 @@ from priorzero.runs.counters import Counters
 from priorzero.runs.nonfinite import NonFiniteUpdates
 from priorzero.runtime.activity import announced
 from priorzero.settings import Settings
-from priorzero.types import NonFiniteError
-from priorzero.world_model.batch import ReplayBatch, SampledSequences
+from priorzero.types import NonFiniteError, StepRecord
+from priorzero.world_model.batch import ReplayBatch, SampledDecisions, SampledSequences
 from priorzero.world_model.replay import PriorZeroGameBuffer
 
 
@@ -111,11 +111,17 @@ class Learner:
                 sequences = await agent.world_model_thread.run(
                     "replay", lambda: agent.buffer.sample(self._settings.train.batch_size, agent.policy).sequences
                 )
+            decisions = agent.policy.llm_decisions(sequences, self._imitated())
             metrics.update(
-                await agent.llm_thread.run("LLM update", update_llm, agent.policy, sequences, self._nonfinite)
+                await agent.llm_thread.run("LLM update", update_llm, agent.policy, decisions, self._nonfinite)
             )
         self._counters.llm_version = agent.policy.llm_version
         return metrics
+
+    def _imitated(self) -> list[StepRecord]:
+        """Decisions of best episodes for the next LLM update: ``llm.imitation_share`` of its batch, at least one."""
+        best, cfg = self._agent.best_episodes, self._settings.llm
+        return [] if best is None else best.sample(max(1, round(cfg.imitation_share * cfg.batch_size)))
 
 
 def update_world_model(
@@ -147,13 +153,12 @@ def update_world_model(
     return batch, metrics
 
 
-def update_llm(policy: PriorZeroPolicy, sequences: SampledSequences, nonfinite: NonFiniteUpdates) -> dict[str, float]:
+def update_llm(policy: PriorZeroPolicy, decisions: SampledDecisions, nonfinite: NonFiniteUpdates) -> dict[str, float]:
     """One update of the LLM; returns the metrics, none if the update was skipped.
 
     Raises:
         UserError: too many updates in a row were skipped.
     """
-    decisions = policy.llm_decisions(sequences)
     try:
         metrics = policy.learn_llm(decisions)
     except NonFiniteError as error:

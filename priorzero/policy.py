@@ -17,7 +17,7 @@ from priorzero.search.base import Root, SearchResult
 from priorzero.search.root import entropy_bin, mix_root_logits, root_probs
 from priorzero.search.tree import compile_functions
 from priorzero.settings import Settings
-from priorzero.types import Plain, UserError
+from priorzero.types import Plain, StepRecord, UserError
 from priorzero.world_model.batch import ReplayBatch, SampledDecisions, SampledSequences
 from priorzero.world_model.lightzero import register_policy
 from priorzero.world_model.unizero import UniZeroLearner, set_learning_rate
@@ -95,9 +95,10 @@ class PriorZeroPolicy(UniZeroLearner):
             for b, (root, value) in enumerate(zip(searched, values, strict=True))
         ]
 
-    def llm_decisions(self, sequences: SampledSequences) -> SampledDecisions:
-        """The decisions of a sample that the LLM learns from: ``llm.batch_size`` in runs of ``llm.run_length``."""
-        return sequences.decisions(self.llm_cfg.batch_size, run_length=self.llm_cfg.run_length)
+    def llm_decisions(self, sequences: SampledSequences, imitated: Sequence[StepRecord] = ()) -> SampledDecisions:
+        """The ``llm.batch_size`` decisions that the LLM learns from: ``imitated`` and, in runs, those of a sample."""
+        count = self.llm_cfg.batch_size - len(imitated)
+        return sequences.decisions(count, run_length=self.llm_cfg.run_length).with_imitated(imitated)
 
     def learn_llm(self, decisions: SampledDecisions) -> dict[str, float]:
         """Update the LLM once; returns metrics under ``train/``.
@@ -106,7 +107,9 @@ class PriorZeroPolicy(UniZeroLearner):
             NonFiniteError: a loss or a gradient is not finite. The LLM is unchanged.
         """
         assert self.llm_learner is not None
-        samples, skipped = self.llm_learner.samples(decisions.records, decisions.returns, weights=decisions.weights)
+        samples, skipped = self.llm_learner.samples(
+            decisions.records, decisions.returns, weights=decisions.weights, num_imitated=decisions.num_imitated
+        )
         if not samples:
             logger.warning(
                 f"skipped an LLM update: none of its {skipped} decisions can be used, because each has no prompt, "

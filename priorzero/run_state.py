@@ -53,6 +53,7 @@ class RunState:
             "policy": policy.training_state(),
             "buffer": agent.buffer.state_dict(table),
             "collector": self.collector.state_dict(table),
+            "best_episodes": agent.best_episodes and agent.best_episodes.state_dict(table),
             "random": global_random_state(),
         }
         save_tensors({**state, "records": table.state_dict()}, folder / TRAINING_STATE)
@@ -71,6 +72,8 @@ class RunState:
         records = read_records(state["records"])
         self.agent.buffer.load_state_dict(state["buffer"], records)
         await self.collector.load_state_dict(state["collector"], records)
+        if self.agent.best_episodes is not None:
+            self.agent.best_episodes.load_state_dict(state["best_episodes"], records)
         set_global_random_state(state["random"])
         loop: Plain = state["loop"]
         return loop

@@ -380,6 +380,12 @@ class LLMSettings(SettingsGroup):
     )
     observation_chars: Whole = Field(0, ge=0, description="characters of the current observation in the prompt; 0: all")
     list_commands: bool = Field(False, description="list the valid actions in the prompt (rank always does)")
+    memory_lines: Whole = Field(
+        0,
+        ge=0,
+        description="largest number of commands in the prompt that earned points or lost the game in this room in "
+        "earlier training episodes; 0: none",
+    )
     prompt_max_len: Whole = Field(
         2048, ge=64, description="largest number of tokens in a prompt; the oldest history is dropped first"
     )
@@ -422,6 +428,13 @@ class LLMSettings(SettingsGroup):
         ge=1,
         description="decisions in one forward and backward pass; alias: llm.gradient_accumulation_steps, "
         "whose value N means batch_size / N",
+    )
+    imitation_share: Number = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of a batch that consists of decisions of the best episode of each game so far; SFT imitates "
+        "their actions (Oh et al. 2018), and RFT does not use them; 0: none",
     )
     update_every: Whole = Field(1, ge=1, description="iterations between trainings of the LLM")
     updates_per_turn: Whole = Field(1, ge=1, description="LLM updates per training, each on a new sample")

@@ -120,6 +120,7 @@ async def _train(prepared: Preparation, *, device: torch.device) -> RunSummary:
         seed=collector_seed,
         groups=2 if overlap else 1,
         games=[game.name for game in games],
+        best_episodes=agent.best_episodes,
     )
     evaluators = make_evaluators(settings, games=games, unseen=prepared.unseen, player=agent.player)
     run = TrainingRun(

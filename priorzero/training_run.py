@@ -182,10 +182,14 @@ class TrainingRun:
 
     def log(self, collected: Collected) -> None:
         """Log an iteration."""
-        prior = self.agent.prior
+        prior, best = self.agent.prior, self.agent.best_episodes
         self.logger.log_iteration(
             self.counters,
-            scalars={**self.collector.scalars(collected), **self.agent.buffer.scalars()},
+            scalars={
+                **self.collector.scalars(collected),
+                **self.agent.buffer.scalars(),
+                **(best.scalars() if best is not None else {}),
+            },
             prior=prior.take_statistics() if prior is not None else None,
             time_usage=self.agent.timeline.finish_interval(),
             episodes=collected.episodes,
@@ -198,7 +202,7 @@ class TrainingRun:
 
     async def evaluate(self) -> None:
         """Evaluate. If a stop is requested, the evaluation is cancelled and remains due."""
-        results = await self.stop.run_or_cancel(self.evaluators.evaluate())
+        results = await self.stop.run_or_cancel(self.evaluators.evaluate(self.collector.memories))
         if results is None:
             await self.agent.world_model_thread.drain()  # a search may still run
             return

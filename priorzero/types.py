@@ -166,6 +166,15 @@ class HistoryStep:
 
 
 @dataclass(frozen=True, slots=True)
+class Attempt:
+    """What an action led to in earlier episodes: the most points that it earned, and whether it lost the game."""
+
+    action: str
+    points: float = 0.0
+    lost_game: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class PriorRequest:
     """A request for a prior: the rendered prompt and the valid actions."""
 

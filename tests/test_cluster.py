@@ -132,6 +132,10 @@ def test_ray_entry_reads_flags_and_debug_mode():
             r"must be at least env\.max_episode_steps=a=30, b=70; type --set replay\.segment_length=70",
         ),
         ({"llm": {"enable_rft": False}}, r"no effect on a cluster.*: llm\.enable_rft;"),
+        (
+            {"llm": {"imitation_share": 0.5}},
+            r"no effect on a cluster, where PPO .*: llm\.imitation_share; leave them out",
+        ),
         ({"run": {"max_env_step": 0}}, r"run\.max_env_step=0 only evaluates"),
     ],
 )

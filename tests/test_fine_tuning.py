@@ -96,6 +96,32 @@ def test_learn_counts_a_decision_by_its_weight(smollm2, objective):
     torch.testing.assert_close(after_weighted, after_repeated, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize(("objective", "num_actions"), [("tokens", 1), ("actions", 4)])
+def test_samples_of_imitated_decisions_aim_at_the_taken_action_and_have_no_advantage(smollm2, objective, num_actions):
+    learner = make_learner(smollm2, objective=objective)
+    weights = np.arange(1.0, 9.0)
+    samples, skipped = learner.samples(RECORDS, RETURNS, weights=weights, num_imitated=3)
+    assert len(samples) == 8 and skipped == 0 and [s.weight for s in samples] == weights.tolist()
+    plain, _ = learner.samples(RECORDS[:5], RETURNS[:5], weights=weights[:5])
+    for sample, other in zip(samples[:5], plain, strict=True):  # the imitated ones do not influence the others
+        assert sample.advantage == other.advantage != 0 and sample.target_probs == pytest.approx(other.target_probs)
+    for sample, imitated in zip(samples[5:], RECORDS[5:], strict=True):
+        assert sample.advantage == 0 and len(sample.target_probs) == num_actions
+        assert sample.target_probs.tolist() == [float(k == sample.chosen) for k in range(num_actions)]
+        assert sample.chosen == (0 if objective == "tokens" else imitated.chosen)
+    assert all(r.chosen != int(r.visit_counts.argmax()) for r in RECORDS[5:])  # SFT on the visits has other targets
+    only, _ = learner.samples(RECORDS[:2], RETURNS[:2], num_imitated=2)
+    assert [s.advantage for s in only] == [0, 0]
+
+
+def test_samples_keep_the_order_when_decisions_cannot_be_used(smollm2):
+    learner = make_learner(smollm2, objective="actions")
+    records = [RECORDS[0], record(prompt=""), RECORDS[2], record(prompt=""), RECORDS[4]]
+    samples, skipped = learner.samples(records, RETURNS[:5], num_imitated=2)
+    assert skipped == 2 and [s.advantage for s in samples] == [1.0, -1.0, 0.0]
+    assert [s.target_probs.max() == 1.0 for s in samples] == [False, False, True]
+
+
 def test_learn_scales_the_gradient_by_the_loss_weights(smollm2):
     def norm(**llm):
         learner = make_learner(smollm2, **llm)

@@ -9,7 +9,7 @@ import torch
 from priorzero.search.base import Root
 from priorzero.types import UserError
 from tests.helpers.models import make_tiny_llm
-from tests.helpers.segments import FEATURE_SIZE
+from tests.helpers.segments import FEATURE_SIZE, demo_record
 from tests.helpers.world_models import make_policy_and_buffer
 
 
@@ -55,7 +55,7 @@ def test_forward_learn_leaves_the_llm_alone_when_not_asked_for(smollm2):
 
 def test_forward_learn_reports_no_llm_loss_if_no_decision_can_be_used(smollm2, monkeypatch):
     policy, buffer = make_policy_and_buffer(make_tiny_llm(smollm2.tokenizer))
-    monkeypatch.setattr(policy.llm_learner, "samples", lambda records, returns, weights: ([], len(records)))
+    monkeypatch.setattr(policy.llm_learner, "samples", lambda records, returns, **_: ([], len(records)))
     metrics = policy._forward_learn((buffer.sample(8, policy), 0, True))
     assert metrics["train/llm_samples_skipped"] == 4 and "train/llm_loss" not in metrics
     assert metrics["train/total_loss"] == metrics["train/wm_total_loss"] and policy.llm_version == 0
@@ -94,3 +94,25 @@ def test_training_state_restores_optimisers_and_counters_but_not_the_learning_ra
         assert {group["lr"] for group in again[name]["param_groups"]} == {1e-2}
         moments = zip(again[name]["state"].values(), state[name]["state"].values(), strict=True)
         assert all(torch.equal(a["exp_avg"], b["exp_avg"]) for a, b in moments)
+
+
+@pytest.mark.parametrize("num_imitated", [0, 1, 4])
+def test_llm_decisions_are_those_of_the_sample_and_the_imitated_ones(smollm2, num_imitated):
+    """``llm.batch_size`` is 4. The imitated decisions replace the last ones of the sample."""
+    policy, buffer = make_policy_and_buffer(make_tiny_llm(smollm2.tokenizer))
+    sequences = buffer.sample(8, policy).sequences
+    imitated = [demo_record(step, episode=99) for step in range(num_imitated)]
+    decisions = policy.llm_decisions(sequences, imitated)
+    count = 4 - num_imitated
+    assert decisions.num_imitated == num_imitated
+    assert [record.episode == 99 for record in decisions.records] == [False] * count + [True] * num_imitated
+    assert len(decisions.returns) == len(decisions.weights) == 4
+    assert decisions.weights[count:].tolist() == [1.0] * num_imitated
+    if count:
+        own = sequences.decisions(count, run_length=policy.llm_cfg.run_length)
+        assert decisions.records[:count] == own.records
+        assert decisions.returns[:count].tolist() == own.returns.tolist()
+        assert decisions.weights[:count].tolist() == own.weights.tolist()
+    metrics = policy.learn_llm(decisions)
+    assert metrics["train/llm_samples_skipped"] == 0 and metrics["train/llm_sft_loss"] > 0
+    assert (metrics["train/llm_rft_loss"] == 0) == (count == 0)

@@ -18,7 +18,7 @@ from priorzero.llm.prompts import (
     render_prompt,
     training_context,
 )
-from priorzero.types import GameState, HistoryStep
+from priorzero.types import Attempt, GameState, HistoryStep
 
 STATE = GameState(
     feedback="Behind House\nA window is slightly ajar.",
@@ -83,6 +83,25 @@ def test_build_messages_asks_for_a_command_alone_only_without_a_thought(mode, us
     style = dataclasses.replace(STYLE, mode=mode, use_cot=use_cot)
     system = build_messages(STATE, [], style=style)[0]["content"]
     assert ("the next command and nothing else" in system) == only_a_command and style.generates != only_a_command
+
+
+ATTEMPTS = [Attempt("open egg", 5.0), Attempt("wait", 1.0, True), Attempt("go north", 0.0, True)]
+ATTEMPTS_LINE = (
+    'In this place, earlier attempts: "open egg" earned 5 points; "wait" earned 1 point and ended the game; '
+    '"go north" ended the game.'
+)
+
+
+def test_build_messages_tells_earlier_attempts_after_the_score():
+    _, message = build_messages(STATE, HISTORY[-1:], style=STYLE, attempts=ATTEMPTS)
+    assert message["content"] == (
+        "Goal: Find the twenty treasures.\n\n"
+        "The game so far:\nRoom number 5\n> command 5 (reward +5)\n"
+        "Behind House A window is slightly ajar. You are carrying a leaflet.\n\n"
+        f"Score: 10 of 350.\n\n{ATTEMPTS_LINE}\n\n"
+        "Possible commands:\n- open window\n- go north\n\nNext command?"
+    )
+    assert message["content"].replace(f"{ATTEMPTS_LINE}\n\n", "") == user_message(history=HISTORY[-1:])
 
 
 def test_build_messages_states_the_goal_once():
@@ -217,6 +236,19 @@ def test_render_prompt_walkthrough_ends_with_the_past_commands():
     assert "[user] Goal: Find the twenty treasures.\nBehind House" in text
     assert text.endswith("[assistant] open box\nwait\ntake lamp\n")
     assert text == render_text(history=history[:-1]) + "take lamp\n"  # extends the previous prompt
+
+
+def test_render_prompt_walkthrough_tells_earlier_attempts_after_the_observation():
+    def text(style):
+        return render_prompt(STATE, HISTORY[:1], style=style, tokenizer=TagTokenizer(), attempts=ATTEMPTS).text
+
+    observation = "Behind House A window is slightly ajar. You are carrying a leaflet.\n"
+    end = "[assistant] command 0\n"
+    goal = "[user] Goal: Find the twenty treasures.\n"
+    assert text(WALKTHROUGH).endswith(f"{goal}{observation}{ATTEMPTS_LINE}\n{end}")
+    assert text(WALKTHROUGH).replace(f"{ATTEMPTS_LINE}\n", "") == render_text(history=HISTORY[:1])
+    hidden = dataclasses.replace(WALKTHROUGH, show_observation=False)
+    assert text(hidden).endswith(f"{goal}{ATTEMPTS_LINE}\n{end}")
 
 
 def test_render_prompt_loop_free_leaves_out_loops():

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from priorzero.entry import main
+from priorzero.policy import PriorZeroPolicy
 from priorzero.runs.checkpoint import read_checkpoint, saved_checkpoints
 from priorzero.runs.folder import lock_folder
 from priorzero.runs.logger import RunLogger
@@ -61,6 +62,7 @@ def learned(folder):
         prints["llm"] = hash((folder / "llm" / "model.safetensors").read_bytes())
     arrays = {name: fingerprint({"values": p["values"]}) for name, p in state["records"]["arrays"].items()}
     rngs = [state["buffer"]["rng"], state["collector"]["rngs"], state["collector"]["exploration"]]
+    rngs += [state["best_episodes"], state["collector"]["memories"]]
     counters = state["loop"]["counters"]
     return prints, arrays, state["records"]["scalars"], rngs, state["random"]["python"], counters
 
@@ -92,6 +94,41 @@ def test_resumed_run_with_an_llm_equals_a_run_that_was_never_stopped(tmp_path, t
     assert whole.rows["LLM updates"] > first.rows["LLM updates"] > 0
     assert whole.metrics.keys() == second.metrics.keys()
     assert_equal_runs(whole.folder, second.folder, at="iteration_4")
+
+
+def test_resumed_run_keeps_the_best_episodes_and_the_memory(tmp_path, tiny_llm_folder, monkeypatch):
+    """Half of each LLM batch is imitated, and prompts contain what earlier episodes taught."""
+    batches, learn_llm = [], PriorZeroPolicy.learn_llm
+
+    def recorded(self, decisions):
+        batches.append((len(decisions.records), decisions.num_imitated))
+        return learn_llm(self, decisions)
+
+    monkeypatch.setattr(PriorZeroPolicy, "learn_llm", recorded)
+    layer = {
+        "run": {"env_id": "toy,toy2", "max_iter": 6, "checkpoint_every": 2},
+        "env": {"collector_env_num": 4},
+        "train": {"collect_env_steps": 20},
+        "llm": {
+            "path": str(tiny_llm_folder),
+            "learning_rate": 1e-3,
+            "batch_size": 4,
+            "imitation_share": 0.5,
+            "memory_lines": 3,
+        },
+        "replay": {"buffer_size": 40},
+        "eval": {"every": 2, "modes": ["prior"], "unseen": "toy3"},
+    }
+    whole = run(tmp_path / "whole", layer)
+    assert set(batches[1:]) == {(4, 2)} and len(batches) >= 5
+    first = run(tmp_path / "parts", layer, {"run": {"max_iter": 4}})
+    second = resume(first.folder, layer)
+    assert_equal_runs(whole.folder, second.folder, at="iteration_6")
+    assert read_events(whole.folder)["buffer/imitation_decisions"][-1] >= 2
+    state = torch.load(first.folder / "checkpoints" / "iteration_4" / "training.pt", weights_only=True)
+    assert state["best_episodes"]["best"].keys() == {0, 1} and all(state["collector"]["memories"])
+    assert any(episode and episode["history"] and episode["memory"] for episode in state["collector"]["episodes"])
+    assert any("earlier attempts" in prompt for prompt in state["records"]["scalars"]["prompt"])
 
 
 def test_resumed_run_repeats_what_came_after_the_checkpoint(whole_run, tmp_path):

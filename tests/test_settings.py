@@ -57,6 +57,8 @@ ROOT = Path(__file__).parent.parent
         ("replay.buffer_size=100", "must be at least train.batch_size + replay.segment_length = 264"),
         ("prior.use_cot=true llm.prompt_layout=walkthrough", "prior.use_cot=True needs llm.prompt_layout=transcript"),
         ("llm.rft_clip=0.2 prior.mode=rank", "llm.rft_clip=0.2 needs prior.mode=score"),
+        ("llm.imitation_share=0.1 llm.enable_sft=false", "llm.imitation_share=0.1 needs llm.enable_sft=true"),
+        ("llm.imitation_share=0.1 llm.llm_loss_weight=0", "and a positive llm.llm_loss_weight: SFT"),
         ("llm.objective=actions prior.mode=rank", "llm.objective=actions needs prior.mode=score"),
         ("llm.prompt_layout=walkthrough prior.mode=rank", "llm.prompt_layout=walkthrough needs prior.mode=score"),
         ("prior.enabled=false", "need an LLM, but prior.enabled is false; type --set eval.modes=world_model"),

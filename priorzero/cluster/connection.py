@@ -37,7 +37,7 @@ UNUSED_SETTINGS = {
     "vllm": ("sync_every", "max_staleness"),
     "llm": (
         *("updates_per_turn", "enable_sft", "enable_rft", "rft_clip", "rft_baseline"),
-        *("llm_loss_weight", "rft_loss_weight"),
+        *("llm_loss_weight", "rft_loss_weight", "imitation_share"),
     ),
 }
 

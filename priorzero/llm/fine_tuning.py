@@ -54,6 +54,13 @@ def select_actions(record: StepRecord, *, top: int) -> tuple[list[int], np.ndarr
     return positions, probs.astype(np.float32)
 
 
+def _with_taken_action(record: StepRecord) -> StepRecord:
+    """The decision as it is imitated: all visits are those of the action that was taken."""
+    visit_counts = np.zeros_like(record.visit_counts)
+    visit_counts[record.chosen] = 1
+    return dataclasses.replace(record, visit_counts=visit_counts)
+
+
 class _Scorer(torch.nn.Module):
     """``LanguageModel.token_logprobs`` as a module, which a :class:`ProcessGroup` can wrap (DDP, FSDP)."""
 
@@ -107,18 +114,30 @@ class LLMLearner:
         return any(weight > 0 for weight in self._loss_weights.values())
 
     def samples(
-        self, records: Sequence[StepRecord], returns: np.ndarray, *, weights: np.ndarray | None = None
+        self,
+        records: Sequence[StepRecord],
+        returns: np.ndarray,
+        *,
+        weights: np.ndarray | None = None,
+        num_imitated: int = 0,
     ) -> tuple[list[LLMSample], int]:
         """Convert n decisions, their discounted returns ``[n]`` and their importance weights ``[n]`` to samples.
+
+        The last ``num_imitated`` decisions are imitated: SFT's target is the action that was taken, the advantage is 0,
+        and their returns have no influence on the advantages of the others.
 
         Also returns the number of decisions that cannot be used: no prompt, no thought (chain of thought), too long
         for the model, or no log-probability of the chosen action although ``rft_clip`` needs it.
         """
-        samples, kept = self.prepare(records)
+        own = len(records) - num_imitated
+        samples, kept = self.prepare([*records[:own], *map(_with_taken_action, records[own:])])
         if not samples:
             return [], len(records)
-        values = [records[i].predicted_value if self.cfg.rft_baseline == "value" else 0.0 for i in kept]
-        advantages = normalised_advantages(np.asarray(returns)[kept], np.array(values))
+        by_return = [i for i in kept if i < own]
+        values = [records[i].predicted_value if self.cfg.rft_baseline == "value" else 0.0 for i in by_return]
+        advantages = np.zeros(len(samples))
+        if by_return:
+            advantages[: len(by_return)] = normalised_advantages(np.asarray(returns)[by_return], np.array(values))
         samples = self.with_advantages(samples, advantages)
         if weights is not None:
             samples = [dataclasses.replace(s, weight=float(w)) for s, w in zip(samples, weights[kept], strict=True)]

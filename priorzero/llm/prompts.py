@@ -12,7 +12,7 @@ from priorzero.llm.packing import escape_special_tokens
 from priorzero.llm.priors import ANSWER_HEADING
 from priorzero.llm.tokenizing import token_ids
 from priorzero.settings import Settings
-from priorzero.types import GameState, HistoryStep
+from priorzero.types import Attempt, GameState, HistoryStep
 
 SYSTEM = "You are an expert player of text adventure games. You choose commands that raise the score."
 # Part of the system message, so that it belongs to the prefix that all prompts share (prefix caching).
@@ -97,33 +97,48 @@ def prompt_style(settings: Settings) -> PromptStyle:
     )
 
 
-def render_prompt(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> Prompt:
+def render_prompt(
+    state: GameState,
+    history: Sequence[HistoryStep],
+    *,
+    style: PromptStyle,
+    tokenizer: Any,
+    attempts: Sequence[Attempt] = (),
+) -> Prompt:
     """Render the prompt for a state, whose ``valid_actions`` must not be empty. Equal arguments give equal texts.
 
     ``history`` holds the earlier decisions of the episode, oldest first; at most the last ``history_length`` are shown.
+    ``attempts`` is what earlier episodes taught about this place; all of them are shown.
 
     The text is laid out for prefix caching. The parts that never change come first, then a transcript that only grows,
-    then the parts that depend on the current state alone (score, commands). The transcript ends with the current
-    observation, whose first ``history_chars`` characters appear in the next prompt at the same place. The start of the
-    transcript moves in large steps (:func:`first_shown`), because each move invalidates the prefix.
+    then the parts that depend on the current state alone (score, attempts, commands). The transcript ends with the
+    current observation, whose first ``history_chars`` characters appear in the next prompt at the same place. The start
+    of the transcript moves in large steps (:func:`first_shown`), because each move invalidates the prefix.
     """
     if style.history == "loop_free":
         history = without_loops(history, now=state)
     shown = history[first_shown(len(history), style.history_length) :]
     chunk = _chunk(style.history_length)
     for dropped in [*range(0, len(shown), chunk), len(shown)]:
-        text = _render(state, shown[dropped:], style=style, tokenizer=tokenizer)
+        text = _render(state, shown[dropped:], style=style, tokenizer=tokenizer, attempts=attempts)
         if len(token_ids(tokenizer, text)) <= style.max_tokens:
             return Prompt(text, dropped_history=dropped)
     return Prompt(text, dropped_history=len(shown), over_length=True)
 
 
-def _render(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, tokenizer: Any) -> str:
+def _render(
+    state: GameState,
+    history: Sequence[HistoryStep],
+    *,
+    style: PromptStyle,
+    tokenizer: Any,
+    attempts: Sequence[Attempt],
+) -> str:
     special_tokens = control_tokens(tokenizer)
     # Escaped after the messages are built, because removing the goal from a text can join two halves of a token.
     messages = [
         {**message, "content": escape_special_tokens(message["content"], special_tokens)}
-        for message in build_messages(state, history, style=style)
+        for message in build_messages(state, history, style=style, attempts=attempts)
     ]
     text = render_messages(tokenizer, messages)
     if style.layout == "walkthrough":
@@ -142,18 +157,22 @@ def _chunk(history_length: int) -> int:
     return max(1, (history_length + 1) // 2)
 
 
-def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle) -> list[dict[str, str]]:
+def build_messages(
+    state: GameState, history: Sequence[HistoryStep], *, style: PromptStyle, attempts: Sequence[Attempt] = ()
+) -> list[dict[str, str]]:
     """The prompt as chat messages, before the model's chat template is applied.
 
     In the walkthrough layout the messages do not contain ``history``: its commands are the start of the LLM's turn.
     """
     if style.layout == "walkthrough":
-        return _walkthrough_messages(state, style=style)
+        return _walkthrough_messages(state, style=style, attempts=attempts)
     lines = [_past_step(step, goal=state.goal, chars=style.history_chars) for step in history]
     observation = _current_observation(state, style=style)
     parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
     parts.append("\n".join(["The game so far:", *lines, *([observation] if observation else [])]))
     parts.append(f"Score: {state.score:g} of {state.max_score:g}." if state.max_score else f"Score: {state.score:g}.")
+    if attempts:
+        parts.append(_past_attempts(attempts))
     if style.list_commands or style.mode == "rank":
         parts.append("Possible commands:\n" + "\n".join(f"- {action}" for action in state.valid_actions))
     if style.mode == "score":
@@ -165,16 +184,20 @@ def build_messages(state: GameState, history: Sequence[HistoryStep], *, style: P
     return [{"role": "system", "content": system}, {"role": "user", "content": "\n\n".join(parts)}]
 
 
-def _walkthrough_messages(state: GameState, *, style: PromptStyle) -> list[dict[str, str]]:
+def _walkthrough_messages(state: GameState, *, style: PromptStyle, attempts: Sequence[Attempt]) -> list[dict[str, str]]:
     parts = [f"Goal: {_one_line(state.goal)}"] if state.goal else []
     observation = _current_observation(state, style=style)
     if style.list_commands:
         parts.append("Possible commands: " + ", ".join(state.valid_actions))
+    if observation:
+        parts.append(observation)
+    if attempts:
+        parts.append(_past_attempts(attempts))
     return [
         {"role": "system", "content": SYSTEM_WALKTHROUGH},
         {"role": "user", "content": EXAMPLE_GOAL},
         {"role": "assistant", "content": EXAMPLE_COMMANDS},
-        {"role": "user", "content": "\n".join([*parts, *([observation] if observation else [])]) or "Go on."},
+        {"role": "user", "content": "\n".join(parts) or "Go on."},
     ]
 
 
@@ -182,6 +205,17 @@ def _current_observation(state: GameState, *, style: PromptStyle) -> str:
     if state.goal and not style.show_observation:
         return ""
     return _shorten(state.raw_obs_text, goal=state.goal, chars=style.observation_chars)
+
+
+def _past_attempts(attempts: Sequence[Attempt]) -> str:
+    """One line: ``In this place, earlier attempts: "open egg" earned 5 points; "go north" ended the game.``"""
+    return f"In this place, earlier attempts: {'; '.join(map(_past_attempt, attempts))}."
+
+
+def _past_attempt(attempt: Attempt) -> str:
+    earned = [f"earned {attempt.points:g} point{'' if attempt.points == 1 else 's'}"] if attempt.points else []
+    outcome = " and ".join([*earned, *(["ended the game"] if attempt.lost_game else [])])
+    return f'"{attempt.action}" {outcome}'
 
 
 def _past_step(step: HistoryStep, *, goal: str, chars: int) -> str:

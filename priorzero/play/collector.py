@@ -17,11 +17,13 @@ from priorzero.envs.worker import gather_replies
 from priorzero.llm.priors import agreement, entropy
 from priorzero.play.episode import Episode, EpisodeResult
 from priorzero.play.exploration import make_exploration
+from priorzero.play.memory import GameMemory
 from priorzero.play.novelty import NoveltyCounts, shaped_reward
 from priorzero.play.player import Decision, Player
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import gather_or_cancel
 from priorzero.types import GameState, GameWorkerError, Plain, StepRecord
+from priorzero.world_model.best_episodes import BestEpisodes
 from priorzero.world_model.records import RecordTable
 from priorzero.world_model.segment import PriorZeroGameSegment, SegmentWriter
 
@@ -97,6 +99,10 @@ class Collector:
         groups: number of groups. With one group, equal parameters and seeds give equal episodes.
         first_episode: number of the first episode. Collectors that share a replay buffer need different numbers.
         games: names of the games; environment ``e`` plays game ``e % len(games)``.
+        best_episodes: gets all decisions, to keep those of the best episodes.
+
+    Attributes:
+        memories: what the episodes of each game taught; empty unless prompts contain it (``llm.memory_lines``).
     """
 
     def __init__(
@@ -108,6 +114,7 @@ class Collector:
         groups: int = 1,
         first_episode: int = 0,
         games: Sequence[str] = ("game",),
+        best_episodes: BestEpisodes | None = None,
     ) -> None:
         self._workers = workers
         self._player = player
@@ -121,6 +128,9 @@ class Collector:
         self._games = list(games)
         self._counts = [NoveltyCounts() for _ in games]
         self._exploration = make_exploration(player.settings, self._counts)
+        self._best_episodes = best_episodes
+        uses_memory = player.prior is not None and player.settings.llm.memory_lines > 0
+        self.memories = [GameMemory()] * len(games) if uses_memory else []
         self.env_steps = 0
         self.num_episodes = 0
         self.num_game_failures = 0
@@ -221,8 +231,14 @@ class Collector:
         self._exploration.begin_episode(e, state, rng=self._rngs[e])
 
     def _new_episode(self, e: int, state: GameState, *, number: int = 0) -> Episode:
-        game = self._games[e % len(self._games)]
-        return self._player.new_episode(e, state, game=game, rng=self._rngs[e], number=number)
+        return self._player.new_episode(
+            e,
+            state,
+            game=self._games[e % len(self._games)],
+            rng=self._rngs[e],
+            number=number,
+            memory=self.memories[e % len(self.memories)] if self.memories else None,
+        )
 
     def _is_given_up(self, e: int) -> bool:
         return self._failed_starts[e] >= MAX_FAILED_STARTS
@@ -254,6 +270,8 @@ class Collector:
         shaping = shaped_reward(counts, before=before, action=action, after=state, cfg=cfg)
         record = decision.record(episode, reward=reward, shaping=shaping, done=state.done)
         self._player.prior_weights.observe(e, episode.game, decision, reward=reward)
+        if self._best_episodes is not None:
+            self._best_episodes.add(e, record)
         episode.advance(decision, reward=reward, state=state, features=features)
         self._exploration.observe(e, position=decision.chosen, after=state, history=episode.history)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
@@ -265,7 +283,12 @@ class Collector:
     def _finish(self, episode: Episode, collected: Collected) -> None:
         """The episode has ended."""
         state = episode.state
+        game = episode.env % len(self._counts)
         self._exploration.end_episode(episode.env, state, episode.history)
+        if self._best_episodes is not None:
+            self._best_episodes.end_episode(episode.env, state, game=game)
+        if self.memories:
+            self.memories[game] = self.memories[game].after_episode(episode.history, state)
         collected.episodes.append(
             EpisodeResult(
                 total_reward=episode.total_reward,
@@ -302,6 +325,7 @@ class Collector:
             "counts": [counts.state_dict() for counts in self._counts],
             "exploration": self._exploration.state_dict(),
             "prior_weights": self._player.prior_weights.state_dict(),
+            "memories": [memory.outcomes for memory in self.memories],
             "collected": self.collected.state_dict(table),
         }
 
@@ -323,6 +347,8 @@ class Collector:
             counts.load_state_dict(own)
         self._exploration.load_state_dict(state["exploration"])
         self._player.prior_weights.load_state_dict(state["prior_weights"])
+        if self.memories:
+            self.memories = [GameMemory(outcomes) for outcomes in state["memories"]]
         self.collected = Collected.from_state_dict(state["collected"], records, config=self._config)
         saved = [(e, episode) for e, episode in enumerate(state["episodes"]) if episode is not None]
         await asyncio.gather(*(self._replay(e, episode) for e, episode in saved))

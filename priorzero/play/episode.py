@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from priorzero.play.memory import GameMemory
 from priorzero.types import ActionChoice, GameState, HistoryStep, Plain
 
 
@@ -27,6 +28,7 @@ class Episode:
             not influence each other.
         history: all earlier decisions.
         total_reward: undiscounted return so far.
+        memory: what episodes of this game that ended before taught; None if prompts do not contain it.
     """
 
     env: int
@@ -38,6 +40,7 @@ class Episode:
     rng: np.random.Generator
     history: list[HistoryStep] = field(default_factory=list)
     total_reward: float = 0.0
+    memory: GameMemory | None = None
 
     def advance(self, choice: ActionChoice, *, reward: float, state: GameState, features: np.ndarray) -> None:
         """Append the outcome of an action: the points that it gained, the new state and its features ``[F]``."""
@@ -57,6 +60,7 @@ class Episode:
             "actions": list(self.actions),
             "history": [dataclasses.astuple(step) for step in self.history],
             "total_reward": self.total_reward,
+            "memory": self.memory and self.memory.outcomes,
         }
 
     def load_state_dict(self, state: Plain) -> None:
@@ -68,6 +72,8 @@ class Episode:
         self.actions.extend(state["actions"])
         self.history = [HistoryStep(*step) for step in state["history"]]
         self.total_reward = state["total_reward"]
+        if self.memory is not None:
+            self.memory = GameMemory(state["memory"])
 
 
 @dataclass(frozen=True)

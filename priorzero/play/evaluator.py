@@ -13,6 +13,7 @@ from loguru import logger
 from priorzero.envs import GameWorker
 from priorzero.envs.worker import gather_replies
 from priorzero.play.episode import Episode
+from priorzero.play.memory import GameMemory
 from priorzero.play.player import Player
 from priorzero.play.transcript import Transcript, TranscriptStep, transcript, transcript_step
 from priorzero.runtime.activity import announced
@@ -113,10 +114,11 @@ class Evaluator:
     episodes: int
     seed: int
 
-    async def evaluate(self, mode: EvalMode) -> Evaluation:
+    async def evaluate(self, mode: EvalMode, *, memory: GameMemory | None = None) -> Evaluation:
         """Play the episodes of one mode. Episodes of games that fail are replaced.
 
-        Training is not affected: new actions get indices in a copy of the vocabulary.
+        Training is not affected: new actions get indices in a copy of the vocabulary, and ``memory``, which the prompts
+        contain, is not changed.
 
         Raises:
             GameWorkerError: no game could finish its episode.
@@ -129,7 +131,7 @@ class Evaluator:
         seed = np.random.SeedSequence(self.seed)
         while len(finished) < self.episodes:
             workers = self.workers[: self.episodes - len(finished)]
-            episodes, transcripts, error = await self._play(workers, player, seed, mode=mode)
+            episodes, transcripts, error = await self._play(workers, player, seed, mode=mode, memory=memory)
             failure = error or failure
             if not episodes:
                 assert failure is not None
@@ -146,7 +148,13 @@ class Evaluator:
         )
 
     async def _play(
-        self, workers: Sequence[GameWorker], player: Player, seed: np.random.SeedSequence, *, mode: EvalMode
+        self,
+        workers: Sequence[GameWorker],
+        player: Player,
+        seed: np.random.SeedSequence,
+        *,
+        mode: EvalMode,
+        memory: GameMemory | None,
     ) -> tuple[list[Episode], list[Transcript], GameWorkerError | None]:
         """One episode in each worker; episodes of failed games are left out.
 
@@ -161,7 +169,8 @@ class Evaluator:
                 logger.warning(f"a game of the evaluation could not start ({state})")
                 failure = state
             else:
-                playing.append(player.new_episode(e, state, game=self.game, rng=np.random.default_rng(child)))
+                rng = np.random.default_rng(child)
+                playing.append(player.new_episode(e, state, game=self.game, rng=rng, memory=memory))
         finished = []
         steps: dict[int, list[TranscriptStep]] = {episode.env: [] for episode in playing}
         while playing:
@@ -202,15 +211,20 @@ class Evaluators:
         """The processes of all games."""
         return [worker for evaluator in [*self.seen, *self.unseen] for worker in evaluator.workers]
 
-    async def evaluate(self) -> Evaluations:
-        """Evaluate all modes on all games. A game that cannot be played is left out, and this is logged."""
+    async def evaluate(self, memories: Sequence[GameMemory] = ()) -> Evaluations:
+        """Evaluate all modes on all games. A game that cannot be played is left out, and this is logged.
+
+        Args:
+            memories: the memory of each game that is trained on; empty if prompts contain none.
+        """
         results: dict[tuple[str, bool], dict[str, Evaluation]] = {}
         for unseen, evaluators in ((False, self.seen), (True, self.unseen)):
             for mode in self.modes:
-                for evaluator in evaluators:
+                for game, evaluator in enumerate(evaluators):
+                    memory = memories[game] if memories and not unseen else None
                     try:
                         with announced(f"evaluating: {MODE_NAMES[mode]}"):
-                            evaluation = await evaluator.evaluate(mode)
+                            evaluation = await evaluator.evaluate(mode, memory=memory)
                     except GameWorkerError as error:
                         logger.error(f"evaluation, {mode}: {evaluator.game} is skipped ({error})")
                     else:

@@ -16,6 +16,7 @@ from priorzero.llm.prompts import Prompt, PromptStyle, render_prompt
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.episode import Episode
 from priorzero.play.exploration import Exploration, RootNoise
+from priorzero.play.memory import GameMemory
 from priorzero.play.prior_weights import PriorWeights
 from priorzero.play.text_encoder import TextEncoder
 from priorzero.policy import PriorZeroPolicy
@@ -90,12 +91,19 @@ class Player:
         self.prior_weights = PriorWeights(cfg.alpha, floor=cfg.floor)
 
     def new_episode(
-        self, env: int, state: GameState, *, game: str, rng: np.random.Generator, number: int = 0
+        self,
+        env: int,
+        state: GameState,
+        *,
+        game: str,
+        rng: np.random.Generator,
+        number: int = 0,
+        memory: GameMemory | None = None,
     ) -> Episode:
         """An episode of ``game`` at its beginning in environment ``env``, whose generator is ``rng``."""
         num_observations = self.settings.world_model.context_length // 2
         features = deque(self.features([state]), maxlen=num_observations)
-        return Episode(env, game, number, state, features, deque(maxlen=num_observations - 1), rng)
+        return Episode(env, game, number, state, features, deque(maxlen=num_observations - 1), rng, memory=memory)
 
     def features(self, states: Sequence[GameState]) -> np.ndarray:
         """The text encoder's features of n states, ``[n, F]``."""
@@ -165,7 +173,13 @@ class Player:
 
     def _render_prompts(self, episodes: Sequence[Episode], states: Sequence[GameState]) -> list[Prompt]:
         prompts = [
-            render_prompt(state, episode.history, style=self.style, tokenizer=self.tokenizer)
+            render_prompt(
+                state,
+                episode.history,
+                style=self.style,
+                tokenizer=self.tokenizer,
+                attempts=episode.memory.attempts(state, limit=self.settings.llm.memory_lines) if episode.memory else (),
+            )
             for state, episode in zip(states, episodes, strict=True)
         ]
         if not self._warned_of_length and any(prompt.over_length for prompt in prompts):

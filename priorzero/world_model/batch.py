@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,17 +14,29 @@ from priorzero.world_model.segment import PriorZeroGameSegment
 
 @dataclass(frozen=True)
 class SampledDecisions:
-    """n decisions, in runs of consecutive decisions of an episode.
+    """n decisions of the replay buffer, in runs of consecutive decisions of an episode, and decisions of best episodes.
 
     Attributes:
         records: the decisions.
-        returns: the return of each, ``[n]``.
+        returns: the return of each, ``[n]``; 0 for those of best episodes.
         weights: importance weight of each, ``[n]``; all are 1 if ``run_length`` is 1.
+        num_imitated: the last ``num_imitated`` decisions are those of best episodes. SFT imitates the actions that were
+            taken in them, and RFT does not use them.
     """
 
     records: list[StepRecord]
     returns: np.ndarray
     weights: np.ndarray
+    num_imitated: int = 0
+
+    def with_imitated(self, records: Sequence[StepRecord]) -> SampledDecisions:
+        """These decisions of the replay buffer, and then those of best episodes, each with the weight 1."""
+        return SampledDecisions(
+            [*self.records, *records],
+            np.append(self.returns, np.zeros(len(records))),
+            np.append(self.weights, np.ones(len(records))),
+            num_imitated=len(records),
+        )
 
 
 @dataclass(frozen=True)
@@ -58,6 +71,8 @@ class SampledSequences:
         not drawn in proportion to its priority. The importance weights correct this: the expected sum of the weights of
         each decision is proportional to its priority. In segments with fewer decisions, runs are shorter.
         """
+        if count == 0:
+            return SampledDecisions([], np.zeros(0), np.zeros(0))
         num_runs = -(-count // run_length)
         records, returns, weights = [], [], []
         for b, own in enumerate(np.array_split(np.arange(count), num_runs)):

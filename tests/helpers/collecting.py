@@ -20,6 +20,7 @@ from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import EvalMode, PriorSettings
 from priorzero.types import ActionPrior, GameState, GameWorkerError, PriorEngine, StepRecord
+from priorzero.world_model.best_episodes import BestEpisodes
 from priorzero.world_model.records import RecordTable
 from tests.helpers.models import make_settings
 
@@ -144,7 +145,14 @@ def make_player(**changes) -> Player:
 
 
 def make_collector(
-    *, num_games: int = 3, different: int = 1, groups: int = 1, length: int = 7, fail_at: Iterable[int] = (), **changes
+    *,
+    num_games: int = 3,
+    different: int = 1,
+    groups: int = 1,
+    length: int = 7,
+    fail_at: Iterable[int] = (),
+    best_episodes: BestEpisodes | None = None,
+    **changes,
 ) -> tuple[Collector, list[CountingGame], Player]:
     """A collector, its games and its player.
 
@@ -154,6 +162,7 @@ def make_collector(
         groups: number of groups.
         length: number of actions in an episode.
         fail_at: the steps of game 1 that fail.
+        best_episodes: an argument of the collector.
         changes: groups of settings on top of :data:`SETTINGS`.
     """
     player = make_player(**changes)
@@ -164,6 +173,7 @@ def make_collector(
         seed=np.random.SeedSequence(0),
         groups=groups,
         games=[f"counting {n}" for n in range(different)],
+        best_episodes=best_episodes,
     )
     return collector, games, player
 

@@ -113,7 +113,7 @@ class CollectorProcess:
             settings = self._settings
             games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
             self._evaluators = make_evaluators(settings, games=games, unseen=unseen, player=self._player)
-        results = self._loop.run_until_complete(self._evaluators.evaluate())
+        results = self._loop.run_until_complete(self._evaluators.evaluate(self._collector.memories))
         self._player.timeline.discard_interval()
         self._prior.take_statistics()  # drop them, so that the next iteration does not count them
         return results
