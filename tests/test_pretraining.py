@@ -437,9 +437,8 @@ def test_pretraining_on_generated_games_lifts_held_out_ones(tmp_path, capsys):
     """SmolLM2 learns from seven cooking games. Two others have other rooms, ingredients and recipes."""
     family = "textworld:cooking?recipe=2&take=1&go=6&open=1&cook=1&cut=1&seed="
     games = [PretrainingGame(f"{family}{5001 + n}", "train") for n in range(7)]
-    collect(
-        [*games, PretrainingGame(f"{family}6001", "held_out"), PretrainingGame(f"{family}6002", "held_out")], tmp_path
-    )
+    games += [PretrainingGame(f"{family}{6001 + n}", "held_out") for n in range(2)]
+    collect(games, tmp_path)
     settings = ["llm.dtype=bfloat16", "llm.learning_rate=1e-3", "llm.batch_size=8", "llm.micro_batch_size=8"]
     command = ["--data", str(tmp_path), "--no_collect", "--out", str(tmp_path / "out"), "--device", "cpu"]
     command += ["--epochs", "1", "--evaluations", "0", "--negatives", "7", *(f"--set={text}" for text in settings)]
