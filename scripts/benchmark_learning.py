@@ -68,8 +68,6 @@ GAME_SETS: dict[str, tuple[str, ...]] = {
     "textworld-tuning-brief": _simple_games(TUNING_SEEDS, "brief"),
     "textworld-tuning-none": _simple_games(TUNING_SEEDS, "none"),
     "coin-collector": tuple(f"textworld:coin-collector?level=5&seed={n}" for n in (1, 2, 3)),
-    # No setting was chosen on the first four. All are held out from the pretraining.
-    "jericho": ("pentari.z5", "inhumane.z5", "omniquest.z5", "ludicorp.z5", "detective.z5", "zork1.z5"),
     "detective": ("detective.z5",),
     "zork1": ("zork1.z5",),
 }
