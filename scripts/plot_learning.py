@@ -56,7 +56,7 @@ class Row:
     @property
     def name(self) -> str:
         """Agent and label."""
-        return f"{self.agent} ({self.label})" if self.label else self.agent
+        return row_name(self.lines[0])
 
     @property
     def learns(self) -> bool:
@@ -81,6 +81,11 @@ class Row:
 # ---- reading ----
 
 
+def row_name(line: Line) -> str:
+    """Agent and label of a run, as they are named in tables."""
+    return f"{line['agent']} ({line['label']})" if line["label"] else str(line["agent"])
+
+
 def read_rows(files: Sequence[Path]) -> list[Row]:
     """The rows of all files: sets of games in the order of their first line, agents in the order of ``AGENTS``.
 
@@ -89,7 +94,7 @@ def read_rows(files: Sequence[Path]) -> list[Row]:
             runs of the agent random.
     """
     by_row: dict[tuple[str, str, str, int], list[Line]] = {}
-    for line in _latest_lines(files):
+    for line in latest_lines(files):
         key = game_set_of(line["game"]), line["agent"], line["label"], line["env_steps"]
         by_row.setdefault(key, []).append(line)
     rows = [Row(*key, lines) for key, lines in by_row.items()]
@@ -105,7 +110,7 @@ def read_rows(files: Sequence[Path]) -> list[Row]:
     return sorted(rows, key=lambda r: (sets.index(r.game_set), agents.index(r.agent), r.label, r.env_steps))
 
 
-def _latest_lines(files: Sequence[Path]) -> list[Line]:
+def latest_lines(files: Sequence[Path]) -> list[Line]:
     """The lines of all files; of several lines of the same run, the last."""
     latest: dict[tuple[Any, ...], Line] = {}
     for file in files:
@@ -209,7 +214,7 @@ def main_table(rows: Sequence[Row], by: int) -> str:
     for row in rows:
         max_scores.setdefault(row.game_set, []).extend(line["max_score"] for line in row.lines)
     scores = "; ".join(f"{name} {_range(values)}" for name, values in max_scores.items())
-    return _markdown(head, [table_cells(row, by) for row in rows]) + (
+    return markdown(head, [table_cells(row, by) for row in rows]) + (
         "\nScores are fractions of a game's maximum score: the mean of all training episodes, the mean of those in the "
         "last 25% of the env steps, and the best episode of each run (random and prior do not train: all their "
         "episodes). ± is the standard deviation over seeds. A run is solved at the first of five consecutive wins. "
@@ -232,7 +237,7 @@ def run_table(rows: Sequence[Row], figure: str) -> str:
         titles = [f"{row.name}, {row.env_steps} steps" if row.learns else row.name for row in columns]
         games = dict.fromkeys(game for row in columns for game in row.games)
         cells = [[game, *(_run_cell(row, game, figure) for row in columns)] for game in games]
-        tables.append(_markdown([f"{game_set}: {figure}", *titles], cells))
+        tables.append(markdown([f"{game_set}: {figure}", *titles], cells))
     return "\n".join(tables)
 
 
@@ -241,7 +246,8 @@ def _run_cell(row: Row, game: str, figure: str) -> str:
     return ", ".join("-" if by_seed.get(seed) is None else f"{by_seed[seed]:.4g}" for seed in row.seeds)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [head, ["---"] * len(head), *rows])
 
 

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import benchmark_learning as bench
+import compare_learning as compare
 import plot_learning as plot
 import pytest
 
@@ -380,3 +381,42 @@ def test_plot_reports_missing_matplotlib(write, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     assert plot.main([str(write(*two_games_two_seeds())), "--plot", str(tmp_path / "a.png")]) == 2
     assert "pip install matplotlib" in capsys.readouterr().err
+
+
+# ---- scripts/compare_learning.py ----
+
+
+def test_area_under_the_learning_curve_by_hand():
+    """Twenty bins of five steps: eleven with 0, six with 4, three with 8."""
+    line = line_of("unizero", A, 0, [(20, 0.0, False, 5.0), (60, 4.0, False, 20.0), (90, 8.0, False, 40.0)])
+    assert compare.area(line) == pytest.approx((6 * 4 + 3 * 8) / 20)
+
+
+def test_sign_test_by_hand():
+    """Five of six: p = 2 * (1 + 6) / 2^6."""
+    assert compare.sign_test([1, 2, 3, 4, 5, -1, 0]) == (5, 1, 1, pytest.approx(14 / 64))
+    assert compare.sign_test([0.0]) == (0, 0, 1, 1.0)
+
+
+def test_compare_prints_games_and_pairs(write, capsys):
+    baseline = [line_of("unizero", game, seed, [(5, 2.0, False, 1.0)]) for game in (A, B) for seed in (0, 1)]
+    agent = [
+        {**line_of("priorzero_frozen", game, seed, [(5, score, False, 1.0)]), "label": "x"}
+        for game, seed, score in ((A, 0, 3.0), (A, 1, 5.0), (B, 0, 1.0))  # one run is missing
+    ]
+    arguments = [str(write(*baseline, *agent)), "--agent", "priorzero_frozen (x)"]
+    assert compare.main(arguments) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert f"| {A} (10) | 2 | 4.0, 2.0 | nan, nan | 4.0, 2.0 |" in table
+    assert f"| {B} (10) | 1 | 1.0, 2.0 | nan, nan | 1.0, 2.0 |" in table
+    # Gains: (4 / 2 - 1) and (1 / 2 - 1); two pairs of three are ahead.
+    assert "| last 25% | 0 | 0 | 0 | 1 | - |" in table
+    assert "| area | 2 | 1 | 0 | 1 | +25% |" in table and "| best | 2 | 1 | 0 | 1 | +25% |" in table
+
+
+def test_compare_reports_missing_runs(write, capsys):
+    file = str(write(*two_games_two_seeds()))
+    assert compare.main([file, "--agent", "priorzero"]) == 2
+    assert capsys.readouterr().err == "error: there are no runs of priorzero; the files have runs of unizero\n"
+    assert compare.main([file, "--agent", "random"]) == 2
+    assert "no run with the same game, seed and number of environment steps" in capsys.readouterr().err
