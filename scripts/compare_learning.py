@@ -103,12 +103,11 @@ def _mean_gain(pairs: Pairs, figure: Callable[[Line], float]) -> str:
         ours, theirs = (statistics.fmean(figure(pair[k]) for pair in own) for k in (0, 1))
         if theirs > 0 and not math.isnan(ours):
             gains.append(ours / theirs - 1.0)
-    left_out = len(pairs) - len(gains)
     if not gains:
         return "-"
-    return f"{statistics.fmean(gains):+.0%}" + (
-        f" (without {left_out} games: baseline not above 0)" if left_out else ""
-    )
+    left_out = len(pairs) - len(gains)
+    note = f" (without {left_out} games, whose baseline is not above 0)" if left_out else ""
+    return f"{statistics.fmean(gains):+.0%}{note}"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
