@@ -136,8 +136,8 @@ def _merge(merged: dict[str, dict[str, Any]], layer: Layer, errors: list[str]) -
             errors.append(f"group '{group}' must contain settings, such as '{group}: {{{example}: ...}}'")
         else:
             own = merged.setdefault(group, {})
-            if group == "llm" and "path" in values and "adapter" not in values:
-                own.pop("adapter", None)  # it belongs to the path of an earlier layer
+            if group == "llm" and "adapter" not in values and values.get("path", own.get("path")) != own.get("path"):
+                own.pop("adapter", None)  # it belongs to the model of an earlier layer
             if group == "llm" and not MICRO_BATCH_NAMES.isdisjoint(values):
                 for name in MICRO_BATCH_NAMES:  # a later layer wins, whichever of the two names it uses
                     own.pop(name, None)

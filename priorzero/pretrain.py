@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import shlex
 import sys
@@ -25,8 +26,9 @@ EXAMPLES = """examples:
   python -m priorzero.pretrain --data DATA --out out --config configs/learning_jericho.yaml --set llm.lora_r=16
   python -m priorzero.pretrain --out out --set llm.adapter=my_adapter         train an adapter further
 
-An agent uses the result with --set llm.path=FOLDER and the same prompt, which is in FOLDER/prompt.json (--config takes
-this file). The training is saved every five minutes and at evaluations. Ctrl-C ends it at once.
+An agent uses the adapter with --set llm.adapter=FOLDER (all parameters: --set llm.path=FOLDER) and the same prompt,
+which is in FOLDER/prompt.json (--config takes this file). The training is saved every five minutes and at evaluations.
+Ctrl-C ends it at once.
 """
 
 # The prompt that a small model can use, and how it is trained. A file changes the prompt, --set all settings.
@@ -89,10 +91,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--evaluations", type=int, default=plan.evaluations, help="during the training")
     parser.add_argument("--eval_states", type=int, default=plan.eval_states, help="of each game (default: %(default)s)")
     parser.add_argument("--tune", action="store_true", help="evaluate on validation games, and do not learn from them")
-    parser.add_argument("--games", default="", metavar="A,B", help="learn from these games only")
+    parser.add_argument("--games", metavar="A,B", help="learn from these games only")
     parser.add_argument("--workers", type=int, help="processes that render prompts (default: cores - 2, at most 8)")
     parser.add_argument("--resume", action="store_true", help="continue the training in --out from its last save")
-    parser.add_argument("--base_model", default="", help="what the adapter names as its base (default: llm.path)")
+    parser.add_argument("--base_model", help="what the adapter names as its base (default: llm.path)")
     parser.add_argument("--save_dtype", choices=("float32", "bfloat16", "float16"), default="float32",
                         help="floating-point type of the adapter's file (default: %(default)s)")  # fmt: skip
     return parser
@@ -120,15 +122,16 @@ def plan_from(arguments: argparse.Namespace) -> PretrainingPlan:
     for name, lowest in (
         ("epochs", 1),
         ("minutes", 0),
+        ("seconds_per_game", 0),
+        ("seed", 0),
+        ("workers", 0),
         ("negatives", 1),
         ("borrow", 0),
         ("evaluations", 0),
         ("eval_states", 1),
     ):
-        if getattr(arguments, name) < lowest:
+        if not lowest <= (getattr(arguments, name) or 0) < math.inf:
             raise UserError(f"--{name} {getattr(arguments, name)}: give a number of at least {lowest}")
-    if arguments.seed < 0 or (arguments.workers or 0) < 0:
-        raise UserError("--seed and --workers must be at least 0")
     cores = len(os.sched_getaffinity(0))
     return PretrainingPlan(
         epochs=arguments.epochs,
@@ -144,7 +147,16 @@ def plan_from(arguments: argparse.Namespace) -> PretrainingPlan:
     )
 
 
+def _refuse_empty(arguments: argparse.Namespace) -> None:
+    """Raise UserError if an argument is an empty text, such as an unset variable of the shell."""
+    for name in ("out", "data", "config", "games", "base_model"):
+        value = getattr(arguments, name)
+        if value is not None and not value.strip(" ,"):
+            raise UserError(f"--{name} is empty; give a value, or leave --{name} out")
+
+
 def _pretrain(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
+    _refuse_empty(arguments)
     data = user_path(arguments.data, what="--data ") if arguments.data else user_cache_dir() / "pretraining"
     settings, plan = settings_from(arguments), plan_from(arguments)
     if arguments.collect_only and arguments.no_collect:
@@ -170,9 +182,9 @@ def _pretrain(arguments: argparse.Namespace, argv: Sequence[str]) -> None:
             collects=not arguments.no_collect,
             seconds_per_game=arguments.seconds_per_game,
             tune=arguments.tune,
-            games=tuple(name.strip() for name in arguments.games.split(",") if name.strip()),
+            games=tuple(name.strip() for name in (arguments.games or "").split(",") if name.strip()),
             resume=arguments.resume,
-            base_model=arguments.base_model,
+            base_model=arguments.base_model or "",
             save_dtype=arguments.save_dtype,
             command=shlex.join(["python", "-m", "priorzero.pretrain", *argv]),
         ),

@@ -351,7 +351,7 @@ class LLMSettings(SettingsGroup):
     adapter: Text = Field(
         "",
         description="LoRA adapter that is applied to llm.path: the name of one that ships with PriorZero, or a folder; "
-        "empty: none. A preset's or file's adapter is left out if llm.path is given later",
+        "empty: none. A preset's or file's adapter is left out if another llm.path is given later",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="floating-point type; auto: float32 on a CPU, bfloat16 on a GPU"

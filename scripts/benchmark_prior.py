@@ -1,7 +1,8 @@
 """Benchmark of priors: where a language model puts the commands of walkthroughs among the valid actions.
 
     python scripts/benchmark_prior.py                                   # held-out games, the prompt of --config
-    python scripts/benchmark_prior.py --llm FOLDER                      # another LLM, such as a pretrained one
+    python scripts/benchmark_prior.py --set llm.adapter=                # without the adapter of --config
+    python scripts/benchmark_prior.py --llm FOLDER                      # another LLM
     python scripts/benchmark_prior.py --prompts all --states 10         # all prompts, less states
     python scripts/benchmark_prior.py --games "zork1.z5,textworld:simple?seed=101&goal=brief"
 
@@ -31,6 +32,7 @@ import numpy as np
 from bench_tools import RESULTS, ROOT, at_least, exit_code, make_folder, names_from, write_json
 
 from priorzero.config import parse_assignments, read_config_file, resolve_settings
+from priorzero.llm.model_files import warn_of_other_prompt
 from priorzero.llm.models import LanguageModel, choose_device, load_language_model
 from priorzero.llm.prompts import prompt_style
 from priorzero.pretraining.collect import collect
@@ -100,11 +102,15 @@ def find_episodes(options: argparse.Namespace) -> list[Episode]:
     names = [name.strip() for name in options.games.split(",")]
     wanted = {resolve_game(name).name for name in names}
     if options.no_collect:
-        episodes = [episode for episode in load_episodes(data, [split]) if episode.game in wanted]
-        missing = wanted - {episode.game for episode in episodes}
+        folders = [(data, split), (data / "chosen", "held_out")]
+        found = [
+            episode for folder, part in folders if (folder / part).is_dir() for episode in load_episodes(folder, [part])
+        ]
+        by_name = {episode.game: episode for episode in found if episode.game in wanted}
+        missing = wanted - by_name.keys()
         if missing:
-            raise UserError(f"{data / split} contains no {', '.join(sorted(missing))}; leave --no_collect out")
-        return episodes
+            raise UserError(f"{data} contains no {', '.join(sorted(missing))}; leave --no_collect out")
+        return list(by_name.values())
     collect([PretrainingGame(name, "held_out") for name in names], data / "chosen", require_all=True)
     return [episode for episode in load_episodes(data / "chosen", ["held_out"]) if episode.game in wanted]
 
@@ -158,6 +164,8 @@ def run(options: argparse.Namespace) -> None:
     decisions = searched_decisions(episodes, per_game=options.states)
     if not decisions:
         raise UserError("the walkthroughs have no state whose command is a valid action; name other games")
+    for name in names:
+        warn_of_other_prompt(settings[name].llm)
     file = options.out / "prior.json"
     states = {episode.game: sum(d.episode == n for d in decisions) for n, episode in enumerate(episodes)}
     rows = read_rows(file, {"states": states})

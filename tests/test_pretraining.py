@@ -305,7 +305,7 @@ def test_main_writes_an_adapter_that_llm_path_takes(tmp_path, tiny_llm_folder, c
     content = json.loads((out / "figures.json").read_text())
     assert len(content["evaluations"]) == 2 and content["plan"]["epochs"] == 1
     assert not (out / "training_state.pt").exists()
-    assert f"`--set llm.path={tiny_llm_folder} --set llm.adapter=out`" in card
+    assert f"`--set llm.path={tiny_llm_folder} --set llm.adapter={out}`" in card
     prompt = json.loads((out / "prompt.json").read_text())["llm"]
     assert prompt == {name: content["llm"][name] for name in PROMPT_SETTINGS} and prompt["history"] == "loop_free"
     settings = make_settings({"llm": {"path": str(out), "use_lora": False}})
@@ -372,6 +372,11 @@ RANKED = [*TRANSCRIPT, "--set", "prior.mode=rank"]
     [
         (["--out", "o", "--epochs", "0"], "--epochs 0: give a number of at least 1"),
         (["--no_collect"], "--out is missing"),
+        (["--out", ""], "--out is empty"),
+        (["--out", "o", "--games", ","], "--games is empty"),
+        (["--out", "o", "--minutes", "nan"], "--minutes nan: give a number of at least 0"),
+        (["--out", "o", "--workers", "-1"], "--workers -1: give a number of at least 0"),
+        (["--out", "o", "--no_collect", "--set", "llm.memory_lines=3"], "llm.memory_lines=3: walkthroughs have no"),
         (["--out", "o", "--data", "nowhere", "--no_collect"], "contains no games; type python -m priorzero.pretrain"),
         (RANKED, "pretraining is for priors that score the valid actions; type --set prior.mode=score"),
         ([*TRANSCRIPT, "--set", "prior.use_cot=true"], "solutions contain no thoughts; type --set prior.use_cot=false"),

@@ -23,7 +23,7 @@ SHIPPED = Path(__file__).parent.parent / "adapters"  # contains a folder for eac
 # The settings that make the prompt. An agent should use the same as the pretraining.
 PROMPT_SETTINGS = (
     "prompt_layout", "history", "history_length", "history_chars", "show_observation", "observation_chars",
-    "list_commands", "prompt_max_len",
+    "list_commands", "prompt_max_len", "memory_lines",
 )  # fmt: skip
 # The types of the entries that are read here, or that peft uses without a check.
 ENTRIES: dict[str, tuple[tuple[type, ...], str]] = {

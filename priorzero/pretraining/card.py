@@ -117,9 +117,9 @@ def _contents(folder: Path, *, base_model: str, cfg: LLMSettings) -> str:
     """What the folder contains, and the settings with which it is loaded."""
     if cfg.use_lora:
         kind = f"a LoRA adapter of rank {cfg.lora_r}"
-        loading = f"--set llm.path={base_model} --set llm.adapter={folder.name}"
+        loading = f"--set llm.path={base_model} --set llm.adapter={folder}"
     else:
-        kind, loading = "all parameters", f"--set llm.path={folder.name}"
+        kind, loading = "all parameters", f"--set llm.path={folder}"
     return f"This folder contains {kind} for `{base_model}`. PriorZero loads it with `{loading}`."
 
 

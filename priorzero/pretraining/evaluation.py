@@ -199,10 +199,10 @@ def table(rows: Mapping[str, Mapping[str, float]]) -> str:
     width = max(len(MEAN), *map(len, rows))
     lines = [f"{'game':{width}}  states  place (uniform)  first (uniform)  log-prob (uniform)  calibrated"]
     for name, row in rows.items():
-        calibrated = row.get("calibrated_logprob", float("nan"))
+        calibrated = f"{row['calibrated_logprob']:.2f}" if "calibrated_logprob" in row else "-"
         lines.append(
             f"{name:{width}}  {row['states']:6.0f}  {row['place']:5.2f} ({row['uniform_place']:6.2f})  "
             f"{row['first']:5.0%} ({row['uniform_first']:6.0%})  "
-            f"{row['logprob']:8.2f} ({row['uniform_logprob']:6.2f})  {calibrated:10.2f}"
+            f"{row['logprob']:8.2f} ({row['uniform_logprob']:6.2f})  {calibrated:>10}"
         )
     return "\n".join(lines)

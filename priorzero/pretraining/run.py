@@ -153,7 +153,11 @@ def _check(settings: Settings, run: PretrainingRun) -> None:
             "prior.mode=score"
         )
     if settings.prior.use_cot:
-        raise UserError("prior.use_cot=True: solutions contain no thoughts; type --set prior.use_cot=false")
+        raise UserError("prior.use_cot=true: solutions contain no thoughts; type --set prior.use_cot=false")
+    for name in ("memory_lines", "imitation_share"):
+        value = getattr(settings.llm, name)
+        if value:
+            raise UserError(f"llm.{name}={value:g}: walkthroughs have no earlier episodes; type --set llm.{name}=0")
     if run.save_dtype not in SAVED_TYPES:
         raise UserError(f"--save_dtype {run.save_dtype}: allowed are {', '.join(SAVED_TYPES)}")
     has_state = (run.out / "training_state.pt").exists()
