@@ -144,9 +144,8 @@ def float64_gradient(learner: LLMLearner, samples: Sequence[LLMSample]) -> list[
 def prompt_cases() -> dict[str, Settings]:
     """The settings whose prompts are compared."""
     return {
-        "walkthrough": resolve_settings(
-            PRESETS["quick_test"], {"llm": {"adapter": "", "show_observation": False}}
-        ),  # the prompt of configs/learning_textworld.yaml
+        # The prompt of configs/learning_textworld.yaml.
+        "walkthrough": resolve_settings(PRESETS["quick_test"], {"llm": {"adapter": "", "show_observation": False}}),
         "short": resolve_settings(SMALL_SETTINGS),
         "default": resolve_settings(
             {"env": {"action_space_size": 256}, "llm": {"path": SMALL_SETTINGS["llm"]["path"]}},
