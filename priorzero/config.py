@@ -73,6 +73,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             **TEXTGAMES_LLM,
             "generate_max_len": 128,
             "learning_rate": 5e-5,
+            "update_every": 2,  # an update takes about ten seconds on one core
             "batch_size": 8,
             "micro_batch_size": 8,
             "sft_top_actions": 4,
