@@ -435,22 +435,3 @@ def test_completion_scores_splits_the_rows_if_the_memory_is_too_small(tokenizer)
         assert got == pytest.approx(want, abs=1e-5)
     with pytest.raises(UserError, match="out of GPU memory while one state"):
         completion_scores(LittleMemory(llm, 0), rows)
-
-
-@pytest.mark.slow
-def test_pretraining_on_generated_games_lifts_held_out_ones(tmp_path, capsys):
-    """SmolLM2 learns from seven cooking games. Two others have other rooms, ingredients and recipes."""
-    family = "textworld:cooking?recipe=2&take=1&go=6&open=1&cook=1&cut=1&seed="
-    games = [PretrainingGame(f"{family}{5001 + n}", "train") for n in range(7)]
-    games += [PretrainingGame(f"{family}{6001 + n}", "held_out") for n in range(2)]
-    collect(games, tmp_path)
-    settings = ["llm.dtype=bfloat16", "llm.learning_rate=1e-3", "llm.batch_size=8", "llm.micro_batch_size=8"]
-    command = ["--data", str(tmp_path), "--no_collect", "--out", str(tmp_path / "out"), "--device", "cpu"]
-    command += ["--epochs", "1", "--evaluations", "0", "--negatives", "7", *(f"--set={text}" for text in settings)]
-    assert pretrain.main(command) == 0, capsys.readouterr().err
-    before, after = json.loads((tmp_path / "out" / "figures.json").read_text())["evaluations"]
-    assert len(after["games"]) == 2
-    for game, row in after["games"].items():
-        assert row["logprob"] > before["games"][game]["logprob"] + 0.5
-        assert row["logprob"] > row["uniform_logprob"] + 0.3
-        assert row["place"] < 0.7 * before["games"][game]["place"]
