@@ -106,7 +106,7 @@ def test_prior_weights_are_bounded():
 
 
 def test_prior_weights_learn_from_commands_before_points():
-    """The visits say nothing here. A command counts with 0.9 to the power of its distance from the points."""
+    """The visits say nothing here. A command counts ten times 0.9 to the power of its distance from the points."""
     early, late = (decision(prior=[0.9, 0.1], policy=[0.5, 0.5], chosen=k, behaviour_prob=0.5) for k in (1, 0))
     weights = learned()
     weights.observe(0, "game", early, reward=0.0)
@@ -117,8 +117,8 @@ def test_prior_weights_learn_from_commands_before_points():
     # Counts: 3 decisions with a target of the search, then one more for each command.
     count, expected = 20.0 + 3, 0.5
     for excess, weight in ((0.45 / 0.7 - 0.5, 1.0), (0.05 / 0.3 - 0.5, 0.6 * 0.9)):
-        count += weight
-        expected += weight / count * excess
+        count += 10 * weight
+        expected += min(0.3, 10 * weight / count) * excess
     assert weights.of_game("game")[UNCERTAIN] == pytest.approx(expected, abs=1e-6)
     after = weights.of_game("game")[UNCERTAIN]
     weights.observe(0, "game", late, reward=0.0)

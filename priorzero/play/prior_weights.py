@@ -8,9 +8,10 @@ the log-likelihood of recent targets under the mixture. There are two kinds of t
 
 - **Search.** The visit counts, divided by the factor by which exploration noise has changed the root's probabilities.
   If the search does not prefer any action, this target is the mixture itself, r is alpha, and the weight stays.
-- **Points.** When a command gains points, it and the commands before it are targets, with a weight that decays by
-  :data:`TRACE_DECAY` per command and with a truncated importance weight ``min(1, mixture / probability with which the
-  command was sampled)``. So commands that exploration has chosen do not count for the prior that suggested them.
+- **Points.** When a command gains points, it and the commands before it are targets. Their weight is
+  :data:`POINTS_WEIGHT`, times :data:`TRACE_DECAY` for each command of distance, times a truncated importance weight,
+  ``min(1, mixture / probability with which the command was sampled)``. So commands that exploration has chosen do not
+  count for the prior that suggested them.
 
 The prior knows more than the policy in new states, and less in states that the policy has learned. So there is one
 weight for each of :data:`NUM_BINS` equal intervals of the policy's entropy, relative to that of a uniform distribution.
@@ -36,6 +37,8 @@ MEMORY = 200.0  # targets; older ones are forgotten
 BOUNDS = (0.02, 0.98)
 TRACE_LENGTH = 20  # commands before points that are targets
 TRACE_DECAY = 0.9
+POINTS_WEIGHT = 10.0  # of a command that gains points, relative to the visits of a decision; points are rare
+MAX_STEP = 0.3
 
 
 class Responsibility(NamedTuple):
@@ -102,7 +105,7 @@ class PriorWeights:
             self._observe_decision(env, game, decision)
         if reward > 0:
             for distance, past in enumerate(reversed(self._traces.pop(env, deque()))):
-                self._move(game, past.bin, past.excess, weight=past.weight * TRACE_DECAY**distance)
+                self._move(game, past.bin, past.excess, weight=POINTS_WEIGHT * past.weight * TRACE_DECAY**distance)
 
     def _observe_decision(self, env: int, game: str, decision: Decision) -> None:
         result, prior, chosen = decision.result, decision.prior, decision.chosen
@@ -122,7 +125,7 @@ class PriorWeights:
         weights = self._weights.setdefault(game, np.full(NUM_BINS, self._initial))
         counts = self._counts.setdefault(game, np.zeros(NUM_BINS))
         counts[own_bin] += weight
-        step = weight / min(MEMORY, INITIAL_COUNT + counts[own_bin])
+        step = min(MAX_STEP, weight / min(MEMORY, INITIAL_COUNT + counts[own_bin]))
         weights[own_bin] = np.clip(weights[own_bin] + step * excess, *BOUNDS)
 
     def state_dict(self) -> Plain:
