@@ -251,7 +251,7 @@ def _prior_mode_conflicts(s: Settings) -> list[str]:
             errors.append(f"llm.rft_clip={llm.rft_clip:g} needs prior.mode=score: a ranking has no probabilities")
     elif s.prior.use_cot and llm.prompt_layout == "walkthrough":
         errors.append(
-            "prior.use_cot=True needs llm.prompt_layout=transcript: in the layout walkthrough, the LLM continues a "
+            "prior.use_cot=true needs llm.prompt_layout=transcript: in the layout walkthrough, the LLM continues a "
             "list of commands; type --set llm.prompt_layout=transcript"
         )
     if not s.prior.enabled and not set(s.eval.modes) <= set(MODES_WITHOUT_LLM):

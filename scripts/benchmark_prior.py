@@ -80,7 +80,7 @@ def settings_for(prompt: str, options: argparse.Namespace) -> Settings:
     layers = [read_config_file(options.config), {"prior": {"mode": "score"}, "llm": llm}]
     settings = resolve_settings(*layers, parse_assignments(options.assignments))
     if settings.prior.use_cot:
-        raise UserError("prior.use_cot=True: the benchmark generates no thoughts; type --set prior.use_cot=false")
+        raise UserError("prior.use_cot=true: the benchmark generates no thoughts; type --set prior.use_cot=false")
     return settings
 
 
@@ -102,11 +102,10 @@ def find_episodes(options: argparse.Namespace) -> list[Episode]:
     names = [name.strip() for name in options.games.split(",")]
     wanted = {resolve_game(name).name for name in names}
     if options.no_collect:
-        folders = [(data, split), (data / "chosen", "held_out")]
-        found = [
-            episode for folder, part in folders if (folder / part).is_dir() for episode in load_episodes(folder, [part])
-        ]
-        by_name = {episode.game: episode for episode in found if episode.game in wanted}
+        by_name: dict[str, Episode] = {}
+        for folder, part in (data, split), (data / "chosen", "held_out"):
+            found = load_episodes(folder, [part]) if (folder / part).is_dir() else []
+            by_name |= {episode.game: episode for episode in found if episode.game in wanted}
         missing = wanted - by_name.keys()
         if missing:
             raise UserError(f"{data} contains no {', '.join(sorted(missing))}; leave --no_collect out")

@@ -25,6 +25,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from bench_tools import exit_code
 from plot_learning import ENV_STEP, SCORE, Line, bin_means, last_quarter_score, latest_lines, markdown, row_name
 from scipy.stats import binomtest
 
@@ -51,8 +52,10 @@ def pairs_from(lines: Sequence[Line], *, agent: str, baseline: str) -> Pairs:
     """The pairs of runs of two agents, by game.
 
     Raises:
-        UserError: there are no runs of an agent, or no pairs.
+        UserError: both agents are the same, there are no runs of an agent, or no pairs.
     """
+    if agent == baseline:
+        raise UserError(f"--agent and --baseline are both {agent}; give two different ones")
     runs: dict[str, dict[tuple[str, int, int], Line]] = {agent: {}, baseline: {}}
     for line in lines:
         if row_name(line) in runs:
@@ -65,10 +68,8 @@ def pairs_from(lines: Sequence[Line], *, agent: str, baseline: str) -> Pairs:
     for key in runs[agent].keys() & runs[baseline].keys():
         pairs.setdefault(key[0], []).append((runs[agent][key], runs[baseline][key]))
     num_unpaired = len(runs[agent].keys() ^ runs[baseline].keys())
-    if agent == baseline:
-        raise UserError(f"--agent and --baseline are both {agent}; give two different ones")
     if num_unpaired:
-        print(f"{num_unpaired} runs have no partner and are left out", file=sys.stderr)
+        print(f"runs without a partner, which are left out: {num_unpaired}", file=sys.stderr)
     if not pairs:
         raise UserError(f"{agent} and {baseline} have no run with the same game, seed and number of environment steps")
     return dict(sorted(pairs.items()))
@@ -115,20 +116,23 @@ def _mean_gain(pairs: Pairs, figure: Callable[[Line], float]) -> str:
     return f"{statistics.fmean(gains):+.0%}{note}"
 
 
+def run(options: argparse.Namespace) -> None:
+    """Print the tables.
+
+    Raises:
+        UserError: a file is missing, or there are no pairs.
+    """
+    lines = latest_lines(options.results)
+    print(tables(pairs_from(lines, agent=options.agent, baseline=options.baseline)), end="")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error that the user can correct."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="+", type=Path, help="results.jsonl of scripts/benchmark_learning.py")
     parser.add_argument("--agent", default="priorzero_frozen", help="default: %(default)s")
     parser.add_argument("--baseline", default="unizero", help="default: %(default)s")
-    options = parser.parse_args(argv)
-    try:
-        lines = latest_lines(options.results)
-        print(tables(pairs_from(lines, agent=options.agent, baseline=options.baseline)), end="")
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

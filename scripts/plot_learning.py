@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_tools import at_least
+from bench_tools import at_least, exit_code
 from benchmark_learning import AGENTS, GAME_SETS, MODE_OF, game_set_of, key_of, read_results, solved_index
 
 from priorzero.types import UserError
@@ -386,6 +386,25 @@ def _picture(text: str) -> Path:
     return Path(text)
 
 
+def run(options: argparse.Namespace) -> None:
+    """Print or write the tables, and draw the curves.
+
+    Raises:
+        UserError: the results cannot be read or compared, or matplotlib is missing.
+    """
+    by = ENV_STEP if options.by == "steps" else WALL_S
+    rows = read_rows(options.results)
+    table = main_table(rows, by)
+    if options.each is not None:
+        table += "\n" + run_table(rows, options.each)
+    if options.table is None:
+        print(table, end="")
+    else:
+        options.table.write_text(table, encoding="utf-8")
+    if options.plot is not None:
+        draw(rows, options.plot, by=by, bins=options.bins)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, or 2 after an error that the user can correct."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
@@ -397,23 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--by", choices=("steps", "wall"), default="steps", help="unit of the x axis and of the time to solved"
     )
     parser.add_argument("--bins", type=at_least(1), default=20, help="number of bins of the x axis (default: 20)")
-    options = parser.parse_args(argv)
-    by = ENV_STEP if options.by == "steps" else WALL_S
-    try:
-        rows = read_rows(options.results)
-        table = main_table(rows, by)
-        if options.each is not None:
-            table += "\n" + run_table(rows, options.each)
-        if options.table is None:
-            print(table, end="")
-        else:
-            options.table.write_text(table, encoding="utf-8")
-        if options.plot is not None:
-            draw(rows, options.plot, by=by, bins=options.bins)
-    except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(run, parser.parse_args(argv))
 
 
 if __name__ == "__main__":

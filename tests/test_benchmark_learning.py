@@ -408,7 +408,7 @@ def test_compare_prints_games_and_pairs(write, capsys):
     assert compare.main(arguments) == 0
     printed = capsys.readouterr()
     table = printed.out.splitlines()
-    assert printed.err == "1 runs have no partner and are left out\n"
+    assert printed.err == "runs without a partner, which are left out: 1\n"
     assert f"| {A} (10) | 2 | 4.0, 2.0 | nan, nan | 4.0, 2.0 |" in table
     assert f"| {B} (10) | 1 | 1.0, 2.0 | nan, nan | 1.0, 2.0 |" in table
     # Gains: (4 / 2 - 1) and (1 / 2 - 1); two pairs of three are ahead.
@@ -420,5 +420,7 @@ def test_compare_reports_missing_runs(write, capsys):
     file = str(write(*two_games_two_seeds()))
     assert compare.main([file, "--agent", "priorzero"]) == 2
     assert capsys.readouterr().err == "error: there are no runs of priorzero; the files have runs of unizero\n"
+    assert compare.main([file, "--agent", "unizero"]) == 2
+    assert capsys.readouterr().err.startswith("error: --agent and --baseline are both unizero")
     assert compare.main([file, "--agent", "random"]) == 2
     assert "no run with the same game, seed and number of environment steps" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 
 import numpy as np
@@ -94,6 +95,26 @@ def test_prior_weights_stay_if_the_search_prefers_no_action(noise_weight):
             0, "game", decision(prior=prior, policy=policy, noise=noise, noise_weight=noise_weight), reward=0.0
         )
     assert weights.of_game("game") == pytest.approx(np.full(NUM_BINS, 0.5), abs=1e-6)
+
+
+def test_prior_weights_do_not_learn_from_visits_that_follow_the_noise_alone():
+    """With search.root_noise_weight=1, the other actions have the probability 0."""
+    weights, noise = learned(), [0.0, 1.0]
+    searched = decision(prior=[0.3, 0.7], policy=[0.5, 0.5], noise=noise, noise_weight=1.0, visits=[2, 14])
+    weights.observe(0, "game", searched, reward=0.0)
+    assert weights.of_game("game").tolist() == [0.5] * NUM_BINS
+    weights.observe(0, "game", searched, reward=1.0)
+    assert 0.0 < weights.of_game("game")[UNCERTAIN] < 0.5  # from the points of action 0
+
+
+def test_prior_weights_do_not_learn_from_the_uniform_prior_of_a_failed_request():
+    weights = learned()
+    searched = decision(prior=[0.5, 0.5], policy=[0.4, 0.6], visits=[16, 0])
+    failed = dataclasses.replace(searched, prior=dataclasses.replace(searched.prior, source="uniform"))
+    weights.observe(0, "game", failed, reward=1.0)
+    assert weights.of_game("game").tolist() == [0.5] * NUM_BINS
+    weights.observe(0, "game", searched, reward=0.0)
+    assert weights.of_game("game")[UNCERTAIN] > 0.5
 
 
 def test_prior_weights_are_bounded():

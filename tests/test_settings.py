@@ -55,7 +55,7 @@ ROOT = Path(__file__).parent.parent
         ("llm.use_lora=true llm.trained_layers=2", "llm.trained_layers=2 needs llm.use_lora=false"),
         ("cluster.num_learners=3", "cluster.num_learners=3 must divide llm.batch_size=32"),
         ("replay.buffer_size=100", "must be at least train.batch_size + replay.segment_length = 264"),
-        ("prior.use_cot=true llm.prompt_layout=walkthrough", "prior.use_cot=True needs llm.prompt_layout=transcript"),
+        ("prior.use_cot=true llm.prompt_layout=walkthrough", "prior.use_cot=true needs llm.prompt_layout=transcript"),
         ("llm.rft_clip=0.2 prior.mode=rank", "llm.rft_clip=0.2 needs prior.mode=score"),
         ("llm.imitation_share=0.1 llm.enable_sft=false", "llm.imitation_share=0.1 needs llm.enable_sft=true"),
         ("llm.imitation_share=0.1 llm.llm_loss_weight=0", "and a positive llm.llm_loss_weight: SFT"),

@@ -55,7 +55,7 @@ def check_settings(settings: Settings) -> None:
         )
     if settings.prior.use_cot:
         raise UserError(
-            "prior.use_cot=True: PPO trains a prior that depends on the prompt alone; type --set prior.use_cot=false"
+            "prior.use_cot=true: PPO trains a prior that depends on the prompt alone; type --set prior.use_cot=false"
         )
     if settings.ppo.sharding == "fsdp" and settings.llm.use_lora:
         raise UserError("ppo.sharding=fsdp does not support llm.use_lora=true; type --set ppo.sharding=ddp")

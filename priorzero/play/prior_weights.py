@@ -23,7 +23,6 @@ from collections import defaultdict, deque
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from scipy.special import softmax
 
 from priorzero.search.root import NUM_BINS, entropy_bin, floored_probs
 from priorzero.types import ActionPrior, Plain
@@ -97,11 +96,13 @@ class PriorWeights:
     def observe(self, env: int, game: str, decision: Decision, *, reward: float) -> None:
         """Learn from a decision in environment ``env``, which plays ``game``, and from the points that it gained.
 
-        A decision without a prior, or with one valid action only, is no target.
+        A decision is no target if it has one valid action only, or no prior of the LLM (also if all attempts to compute
+        it failed).
         """
         if not self.learns:
             return
-        if decision.prior is not None and len(decision.action_indices) > 1:
+        has_prior = decision.prior is not None and decision.prior.source != "uniform"
+        if has_prior and len(decision.action_indices) > 1:
             self._observe_decision(env, game, decision)
         if reward > 0:
             for distance, past in enumerate(reversed(self._traces.pop(env, deque()))):
@@ -110,13 +111,13 @@ class PriorWeights:
     def _observe_decision(self, env: int, game: str, decision: Decision) -> None:
         result, prior, chosen = decision.result, decision.prior, decision.chosen
         assert result is not None and prior is not None
-        own_bin = entropy_bin(result.policy_logits)
-        alpha = float(self.of_game(game)[own_bin])
-        from_prior = alpha * floored_probs(prior.logprobs, floor=self._floor)
-        mixture = from_prior + (1.0 - alpha) * softmax(result.policy_logits.astype(np.float64))
-        shares = from_prior / mixture  # responsibility of the prior for each action, [K]
-        target = result.visit_counts * mixture / result.root_probs
-        self._move(game, own_bin, float(target @ shares / target.sum()) - alpha, weight=1.0)
+        own_bin, alpha = entropy_bin(result.policy_logits), result.prior_weight
+        mixture = np.exp(result.root_logits.astype(np.float64))
+        # Responsibility of the prior for each action, [K].
+        shares = alpha * floored_probs(prior.logprobs, floor=self._floor) / mixture
+        if result.root_probs.min() > 0.0:  # with search.root_noise_weight=1, the visits follow the noise alone
+            target = result.visit_counts * mixture / result.root_probs
+            self._move(game, own_bin, float(target @ shares / target.sum()) - alpha, weight=1.0)
         importance = min(1.0, float(mixture[chosen]) / decision.behaviour_prob)
         self._traces[env].append(Responsibility(own_bin, float(shares[chosen]) - alpha, importance))
 
