@@ -22,7 +22,7 @@ from priorzero.config import dump_settings, read_config_file, resolve_settings
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
 
-FORMAT = 8  # raise it when a change makes older checkpoints unreadable
+FORMAT = 9  # raise it when a change makes older checkpoints unreadable
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training.pt"
