@@ -39,6 +39,14 @@ MICRO_BATCH_NAMES = {"micro_batch_size", "gradient_accumulation_steps"}
 
 MAX_CONFIG_BYTES = 1_000_000
 
+# Settings of earlier versions: what to type instead.
+REPLACED_SETTINGS = {
+    "prior.combine": "type --set prior.alpha=1 for replace, or --set prior.alpha=0.5 for mix",
+    "search.return_first": "type --set search.exploration=go_explore for true, or dirichlet for false",
+    "search.explore_share": "the new name is 'search.deviation_prob'",
+    "train.max_not_finite": "the new name is 'train.max_nonfinite_updates'",
+}
+
 QUICK_TEST_GAME = "textworld:simple?seed=7"
 
 # SmolLM2-135M with the adapter that ships with the package, and the prompt that the adapter was trained with.
@@ -324,7 +332,9 @@ def _nearest_group(group: str, *, value: Any) -> str:
 
 
 def _nearest_setting(group: str, key: str) -> str:
-    """The same key of another group, a name that is spelled similarly, or all settings of the group."""
+    """What replaced the setting, the same key of another group, a name that is spelled similarly, or all settings of the group."""
+    if f"{group}.{key}" in REPLACED_SETTINGS:
+        return REPLACED_SETTINGS[f"{group}.{key}"]
     known = [f"{g}.{k}" for g in Settings.model_fields for k in group_type(g).model_fields]
     close = [name for name in known if name.endswith(f".{key}")]
     # The key alone is compared, because a long name of the group would make any two names similar.

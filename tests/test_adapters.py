@@ -317,6 +317,12 @@ def test_check_llm_refuses_a_damaged_prompt_file(adapter, tiny_llm_folder, text)
         check_llm(llm_settings(tiny_llm_folder, adapter=adapter))
 
 
+def test_check_llm_refuses_a_folder_in_place_of_the_prompt_file(adapter, tiny_llm_folder):
+    (adapter / "prompt.json").mkdir()
+    with pytest.raises(UserError, match=r"^llm\.adapter=.*prompt\.json cannot be read"):
+        check_llm(llm_settings(tiny_llm_folder, adapter=adapter))
+
+
 # ---- where the base model and the tokenizer are ----
 
 

@@ -84,6 +84,8 @@ def test_resolve_settings_reports_all_problems_in_one_message():
         ("llm.bach_size", "did you mean 'llm.batch_size'?"),
         ("train.llm_loss_weight", "did you mean 'llm.llm_loss_weight'?"),
         ("encoder.standardise", "the settings of 'encoder' are path"),
+        ("prior.combine", "type --set prior.alpha=1 for replace"),
+        ("search.explore_share", "the new name is 'search.deviation_prob'"),
         ("llm.lr", "the settings of 'llm' are"),  # not 'llm.lora_r'
         ("lm.batch_size", "did you mean 'llm'?"),
         ("x.y", "the groups are run, env, encoder"),

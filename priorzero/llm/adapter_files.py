@@ -222,7 +222,7 @@ def other_prompt_settings(adapter: AdapterFiles, cfg: LLMSettings) -> dict[str, 
 def _prompt_settings(adapter: AdapterFiles) -> dict[str, Any]:
     """What :func:`write_prompt_settings` wrote; empty if the file does not exist."""
     file = adapter.folder / PROMPT_FILE
-    if not file.is_file():
+    if not file.exists():
         return {}
     prompt = read_json(file, what=adapter.what).get("llm")
     if not isinstance(prompt, dict):
