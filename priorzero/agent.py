@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from priorzero.envs import GameSpec, GameWorker, make_workers
-from priorzero.llm.engines import RetryingPrior
+from priorzero.llm.engines import RetryingPrior, cores_for_training
 from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.prompts import prompt_style
@@ -138,6 +138,14 @@ def make_best_episodes(settings: Settings, *, seed: np.random.SeedSequence) -> B
 # ---- models ----
 
 
+def set_num_threads(settings: Settings, *, device: torch.device) -> None:
+    """Set torch's CPU threads: ``run.num_threads``, or half of the cores if vLLM runs on the CPU, too."""
+    if settings.run.num_threads:
+        torch.set_num_threads(settings.run.num_threads)
+    elif settings.prior.enabled and settings.prior.engine == "vllm" and device.type == "cpu":
+        torch.set_num_threads(cores_for_training())
+
+
 def make_encoder(settings: Settings, *, device: torch.device) -> TextEncoder:
     """The frozen text encoder."""
     return TextEncoder(settings.encoder.path, device=device, with_look=settings.env.look_and_inventory)
@@ -169,13 +177,28 @@ async def start_workers(workers: Sequence[GameWorker], *, meanwhile: Callable[[]
 
 
 def make_evaluators(
-    settings: Settings, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec], player: Player
+    settings: Settings,
+    *,
+    games: Sequence[GameSpec],
+    unseen: Sequence[GameSpec],
+    player: Player,
+    step_limit: int | None = None,
 ) -> Evaluators:
-    """Evaluators for the games that are trained on and for the unseen ones. Their workers are not started."""
+    """Evaluators for the games that are trained on and for the unseen ones. Their workers are not started.
+
+    ``step_limit`` is that of :class:`~priorzero.play.evaluator.Evaluator`.
+    """
     first_seed = settings.run.seed + FIRST_EVALUATION_SEED
 
     def make(game: GameSpec) -> Evaluator:
         workers = make_workers(settings, [game], count=settings.env.evaluator_env_num, first_seed=first_seed)
-        return Evaluator(game.name, workers, player=player, episodes=settings.eval.episodes, seed=first_seed)
+        return Evaluator(
+            game.name,
+            workers,
+            player=player,
+            episodes=settings.eval.episodes,
+            seed=first_seed,
+            step_limit=step_limit,
+        )
 
     return Evaluators(settings.eval.modes, [make(game) for game in games], [make(game) for game in unseen])

@@ -27,9 +27,9 @@ FLOORS: list[set[str]] = [
     {"preflight"},
     {"agent", "pretraining"},
     {"learning", "run_state"},
-    {"training_run"},
+    {"training_run", "saved_agent"},
     {"train", "cluster"},
-    {"entry", "report", "pretrain"},
+    {"entry", "evaluate", "report", "pretrain"},
     {"ray_entry"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
