@@ -209,7 +209,7 @@ def test_truncate_files_cuts_to_the_sizes_of_the_checkpoint(tmp_path):
     names = ("episodes.jsonl", "evaluations.jsonl", "events.out.tfevents.1.a", "events.out.tfevents.2.a", "notes.jsonl")
     for name in names:
         (tmp_path / name).write_text("12345")
-    truncate_files(tmp_path, {"episodes.jsonl": 3, "events.out.tfevents.1.a": 5, "missing.jsonl": 4})
+    truncate_files(tmp_path, {"episodes.jsonl": 3, "events.out.tfevents.1.a": 5, "missing.jsonl": 4}, env_step=8)
     left = {path.name: path.read_text() for path in tmp_path.iterdir()}
     assert left == {"episodes.jsonl": "123", "events.out.tfevents.1.a": "12345", "notes.jsonl": "12345"}
 

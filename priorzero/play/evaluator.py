@@ -192,7 +192,9 @@ class Evaluator:
             finished += [episode for episode in advanced if episode.state.done]
             playing = [episode for episode in advanced if not episode.state.done]
         transcripts = [
-            transcript(steps[episode.env], final=episode.state, total_reward=episode.total_reward)
+            transcript(
+                steps[episode.env], final=episode.state, total_reward=episode.total_reward, settings=player.settings
+            )
             for episode in finished
         ]
         return finished, transcripts, failure
