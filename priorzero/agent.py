@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from priorzero.envs import GameSpec, GameWorker, make_workers
-from priorzero.llm.engines import RetryingPrior
+from priorzero.llm.engines import RetryingPrior, cores_for_training
 from priorzero.llm.engines.make import make_engine
 from priorzero.llm.models import LanguageModel, load_language_model
 from priorzero.llm.prompts import prompt_style
@@ -136,6 +136,14 @@ def make_best_episodes(settings: Settings, *, seed: np.random.SeedSequence) -> B
 
 
 # ---- models ----
+
+
+def set_num_threads(settings: Settings, *, device: torch.device) -> None:
+    """Set torch's CPU threads: ``run.num_threads``, or half of the cores if vLLM runs on the CPU, too."""
+    if settings.run.num_threads:
+        torch.set_num_threads(settings.run.num_threads)
+    elif settings.prior.enabled and settings.prior.engine == "vllm" and device.type == "cpu":
+        torch.set_num_threads(cores_for_training())
 
 
 def make_encoder(settings: Settings, *, device: torch.device) -> TextEncoder:

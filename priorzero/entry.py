@@ -176,7 +176,7 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
         UserError: there is no such run, or the settings are invalid.
     """
     from priorzero.runs.folder import rename_unsaved  # late, since most runs are not resumed
-    from priorzero.runs.resume import find_checkpoint
+    from priorzero.runs.resume import check_trusted, find_checkpoint
 
     base, flags = layers_from(arguments)
     gives_all_settings = arguments.preset is not None or arguments.config is not None
@@ -199,13 +199,7 @@ def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | N
         _check_same_folder(checkpoint.run_folder, run, given=given)
     if gives_all_settings:
         return settings_from(arguments), checkpoint
-    llm = checkpoint.settings.llm
-    if llm.trust_remote_code and not any("trust_remote_code" in layer.get("llm", {}) for layer in flags):
-        # A checkpoint, and its configuration with it, may come from anyone.
-        raise UserError(
-            f"{checkpoint.folder}: its configuration runs code that comes with a model ({llm.path}); if you trust "
-            "it, type --set llm.trust_remote_code=true"
-        )
+    check_trusted(checkpoint, flags)
     return resolve_settings(checkpoint.settings, *flags), checkpoint
 
 

@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from priorzero.envs import GameSpec, GameWorker, check_max_score, check_names, make_workers, resolve_games
 from priorzero.envs.games import TEXTWORLD_PREFIX
@@ -21,6 +22,7 @@ from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.folder import check_run_folder, new_run_folder
 from priorzero.runs.resume import keep_limits, prepare_resume
+from priorzero.runs.saved import agent_settings, find_agent, was_trained_on
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
 from priorzero.runtime.paths import user_cache_dir, user_path
@@ -87,6 +89,63 @@ def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iter
         finally:
             for worker in workers:
                 worker.kill()
+
+
+@dataclass(frozen=True)
+class AgentPreparation:
+    """A trained agent whose checkpoint was found, and the games that it is to play. Nothing is loaded yet.
+
+    Attributes:
+        checkpoint: the agent's.
+        settings: the settings that it plays with. ``run.env_id`` and ``eval.unseen`` name the games.
+        trained: the games that it was trained on.
+        unseen: the other games.
+    """
+
+    checkpoint: Checkpoint
+    settings: Settings
+    trained: Sequence[GameSpec]
+    unseen: Sequence[GameSpec]
+
+    @property
+    def games(self) -> list[GameSpec]:
+        """All games."""
+        return [*self.trained, *self.unseen]
+
+
+def prepare_agent(
+    where: str | Path,
+    *,
+    what: str = "",
+    games: str | None = None,
+    overrides: Sequence[Mapping[str, Mapping[str, Any]]] = (),
+) -> AgentPreparation:
+    """Find a trained agent, and check everything that can be checked before its models are loaded.
+
+    Args:
+        where: the folder of a run or of a checkpoint, see :func:`~priorzero.runs.saved.find_agent`.
+        what: the command, as the beginning of messages.
+        games: names of the games that the agent plays, separated by commas; None for those of its run,
+            ``run.env_id`` and ``eval.unseen``.
+        overrides: layers of settings that win over those of the run.
+
+    Raises:
+        UserError: an error that the user can correct. No file was written in the run's folder.
+    """
+    checkpoint = find_agent(where, what=what)
+    settings = agent_settings(checkpoint, overrides)
+    if games is not None:
+        settings.run.env_id, settings.eval.unseen = games, ""
+        if not any("max_score" in layer.get("env", {}) for layer in overrides):
+            settings.env.max_score = 0  # it belongs to the game of the run
+    settings.env.collector_env_num = max(1, len(check_names(settings.run.env_id)))  # nothing is collected
+    seen, unseen = check_inputs(settings)
+    if any("max_episode_steps" in layer.get("env", {}) for layer in overrides):
+        check_step_names(settings.env, (*seen, *unseen))
+    resolve_limits(settings.env, seen, unseen=unseen)
+    named = [*seen, *unseen]
+    trained = [game for game in named if was_trained_on(checkpoint, game)]
+    return AgentPreparation(checkpoint, settings, trained, [game for game in named if game not in trained])
 
 
 @contextlib.contextmanager

@@ -8,9 +8,8 @@ import functools
 import numpy as np
 import torch
 
-from priorzero.agent import make_agent, make_evaluators, start_workers
+from priorzero.agent import make_agent, make_evaluators, set_num_threads, start_workers
 from priorzero.llm.engine_choice import choose_engine
-from priorzero.llm.engines import cores_for_training
 from priorzero.llm.models import choose_device
 from priorzero.play.collector import Collector
 from priorzero.preflight import Preparation, prepare
@@ -105,7 +104,7 @@ async def _train(prepared: Preparation, *, device: torch.device) -> RunSummary:
     """Build everything, run the loop, and close everything. After an error, what was learned is saved."""
     settings, games, folder = prepared.settings, prepared.games, prepared.folder
     workers = prepared.workers
-    _set_num_threads(settings, device=device)
+    set_num_threads(settings, device=device)
     # All random numbers come from one seed, in independent streams.
     *global_seeds, buffer_seed, collector_seed = np.random.SeedSequence(settings.run.seed).spawn(5)
     seed_globals(global_seeds)
@@ -153,11 +152,3 @@ def _overlaps(settings: Settings) -> bool:
     uses_vllm = settings.prior.enabled and settings.prior.engine == "vllm"
     automatic = uses_vllm and not settings.vllm.sleep
     return settings.train.overlap == "always" or (settings.train.overlap == "auto" and automatic)
-
-
-def _set_num_threads(settings: Settings, *, device: torch.device) -> None:
-    """The CPU threads of torch: ``run.num_threads``, or half of the cores if vLLM runs on the CPU, too."""
-    if settings.run.num_threads:
-        torch.set_num_threads(settings.run.num_threads)
-    elif settings.prior.enabled and settings.prior.engine == "vllm" and device.type == "cpu":
-        torch.set_num_threads(cores_for_training())

@@ -27,7 +27,7 @@ FLOORS: list[set[str]] = [
     {"preflight"},
     {"agent", "pretraining"},
     {"learning", "run_state"},
-    {"training_run"},
+    {"training_run", "saved_agent"},
     {"train", "cluster"},
     {"entry", "report", "pretrain"},
     {"ray_entry"},

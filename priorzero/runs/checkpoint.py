@@ -26,7 +26,8 @@ FORMAT = 8  # raise it when a change makes older checkpoints unreadable
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training.pt"
-REQUIRED_FILES = (TRAINING_STATE, "world_model.pt", "actions.json", "config.yaml")
+AGENT_FILES = ("world_model.pt", "actions.json", "config.yaml")  # in the checkpoints of both training loops
+REQUIRED_FILES = (TRAINING_STATE, *AGENT_FILES)  # for resuming
 PACKAGES = ("priorzero", "torch", "transformers", "LightZero", "numpy")
 # iteration_N, or iteration_N+STEPS in the middle of a collection; "~" marks a version that is being replaced.
 CHECKPOINT_NAME = re.compile(r"iteration_(\d+)(?:\+(\d+))?(~?)")
@@ -174,20 +175,29 @@ def saved_checkpoints(run_folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
-def read_checkpoint(folder: Path) -> Checkpoint:
+def read_checkpoint(folder: Path, *, resumable: bool = True) -> Checkpoint:
     """Read and verify a checkpoint.
+
+    Args:
+        folder: the checkpoint's.
+        resumable: a run must be able to continue from it. Otherwise its agent must be complete, which is also true of
+            a checkpoint of a run on a Ray cluster.
 
     Raises:
         ValueError: it is damaged or incomplete; the message says how.
     """
     try:
         manifest = _verified_manifest(folder)
-        if TRAINING_STATE not in manifest["files"] and any(name.startswith("llm/") for name in manifest["files"]):
+        if (
+            resumable
+            and TRAINING_STATE not in manifest["files"]
+            and any(name.startswith("llm/") for name in manifest["files"])
+        ):
             raise ValueError(
                 "it belongs to a run on a Ray cluster, which cannot be resumed; a new run can start from its LLM: "
                 f"--set llm.path={folder / 'llm'}"
             )
-        for name in REQUIRED_FILES:
+        for name in REQUIRED_FILES if resumable else AGENT_FILES:
             if name not in manifest["files"]:
                 raise ValueError(f"{name} is missing")
         settings = resolve_settings(read_config_file(folder / "config.yaml"))

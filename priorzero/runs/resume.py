@@ -48,13 +48,25 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
         UserError: there is none.
     """
     try:
+        return newest_intact(run_folder, resumable=True)
+    except ValueError as error:
+        raise UserError(f"--resume {run_folder}: {error}; start a new run instead") from error
+
+
+def newest_intact(run_folder: Path, *, resumable: bool) -> Checkpoint:
+    """As :func:`newest_checkpoint`; ``resumable`` as in :func:`~priorzero.runs.checkpoint.read_checkpoint`.
+
+    Raises:
+        ValueError: there is none; the message says why.
+    """
+    try:
         found = saved_checkpoints(run_folder)
     except OSError as error:
-        raise UserError(f"--resume {run_folder}: its checkpoints cannot be read ({error})") from error
+        raise ValueError(f"its checkpoints cannot be read ({error})") from error
     notes, reason = list[str](), ""
     for folder in reversed(found):
         try:
-            checkpoint = read_checkpoint(folder)
+            checkpoint = read_checkpoint(folder, resumable=resumable)
         except ValueError as error:
             notes.append(f"{folder} cannot be used ({error}); the checkpoint before it is used")
             reason = reason or f" (the newest: {error})"
@@ -62,8 +74,7 @@ def newest_checkpoint(run_folder: Path) -> Checkpoint:
         checkpoint.damaged.extend(found[found.index(folder) + 1 :])
         checkpoint.notes.extend(notes)
         return checkpoint
-    what = f"none of its {len(found)} checkpoints can be used{reason}" if found else "it has no checkpoint"
-    raise UserError(f"--resume {run_folder}: {what}; start a new run instead")
+    raise ValueError(f"none of its {len(found)} checkpoints can be used{reason}" if found else "it has no checkpoint")
 
 
 def find_checkpoint(where: str, *, output_dir: str, exp_name: str, wanted: Mapping[str, Any]) -> Checkpoint | None:
@@ -103,7 +114,7 @@ def _saved_runs(folders: Iterable[Path]) -> Iterator[tuple[Path, list[Path], flo
             if saved:
                 yield folder, saved, (saved[-1] / MANIFEST).stat().st_mtime
         except OSError as error:
-            logger.warning(f"--resume leaves {folder} out, since it cannot be read ({error.strerror})")
+            logger.warning(f"{folder} is left out, since it cannot be read ({error.strerror})")
 
 
 def _named_checkpoint(where: str) -> Checkpoint:
@@ -119,16 +130,31 @@ def _named_checkpoint(where: str) -> Checkpoint:
                 f"--resume {shlex.quote(str(run_folder))}, or copy the run's folder without the later checkpoints"
             )
         folder = run_folder
-    elif not (folder / CHECKPOINTS).exists() and (runs := list(_saved_runs(folder.glob("*")))):
+    else:
+        check_is_run(folder, what=f"--resume {where}", advice="name a run's folder, or auto")
+    return newest_checkpoint(folder)
+
+
+def check_is_run(folder: Path, *, what: str, advice: str) -> None:
+    """Check that a folder exists and does not contain runs instead of checkpoints.
+
+    Args:
+        folder: where a run is expected.
+        what: how the folder was given, as the beginning of a message.
+        advice: what to give instead of a path that is no folder.
+
+    Raises:
+        UserError: it is not there, or contains runs.
+    """
+    if not (folder / CHECKPOINTS).exists() and (runs := list(_saved_runs(folder.glob("*")))):
         newest, *_ = max(runs, key=lambda run: run[2])
         raise UserError(
-            f"--resume {where}: this is not a run's folder, but it contains {len(runs)} of them; name one, such as "
+            f"{what}: this is not a run's folder, but it contains {len(runs)} of them; name one, such as "
             f"{shlex.quote(str(newest))}"
         )
     if not folder.is_dir():
         problem = "this is a file" if folder.exists() else "there is no such folder"
-        raise UserError(f"--resume {where}: {problem}; name a run's folder, or auto")
-    return newest_checkpoint(folder)
+        raise UserError(f"{what}: {problem}; {advice}")
 
 
 def _saved_setting(checkpoints: Sequence[Path], key: str) -> Any:
@@ -139,6 +165,26 @@ def _saved_setting(checkpoints: Sequence[Path], key: str) -> Any:
         except (UserError, KeyError, TypeError):
             continue  # damaged
     return None
+
+
+def check_trusted(checkpoint: Checkpoint, flags: Iterable[Mapping[str, Mapping[str, Any]]]) -> None:
+    """Check that the user has agreed to run code that comes with the LLM of a checkpoint.
+
+    A checkpoint, and its configuration with it, may come from anyone.
+
+    Args:
+        checkpoint: its settings are used.
+        flags: settings that the user gave.
+
+    Raises:
+        UserError: the configuration runs such code, and ``flags`` do not say whether to trust it.
+    """
+    llm = checkpoint.settings.llm
+    if llm.trust_remote_code and not any("trust_remote_code" in layer.get("llm", {}) for layer in flags):
+        raise UserError(
+            f"{checkpoint.folder}: its configuration runs code that comes with a model ({llm.path}); if you trust "
+            "it, type --set llm.trust_remote_code=true"
+        )
 
 
 def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Sequence[GameSpec]) -> None:
@@ -163,6 +209,11 @@ def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Seque
             + "\n".join(f"  - {difference}" for difference in different)
             + "\nleave these settings out, or start a new run without --resume"
         )
+    note_changed_versions(checkpoint)
+
+
+def note_changed_versions(checkpoint: Checkpoint) -> None:
+    """Add a note to a checkpoint if versions of packages have changed since it was written."""
     saved_versions = checkpoint.manifest.get("versions", {})
     changed = [
         f"{name} {saved_versions.get(name)} to {version}"

@@ -1,0 +1,74 @@
+"""Finds the checkpoint that a trained agent is loaded from, and the settings that it plays with. Imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from priorzero.config import resolve_settings
+from priorzero.envs import GameSpec
+from priorzero.runs.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, read_checkpoint
+from priorzero.runs.folder import given_folder
+from priorzero.runs.resume import check_is_run, check_trusted, newest_intact, note_changed_versions
+from priorzero.settings import Settings
+from priorzero.types import UserError
+
+LLM_FOLDER = "llm"  # in a checkpoint
+
+
+def find_agent(where: str | Path, *, what: str = "") -> Checkpoint:
+    """The checkpoint of a trained agent, from either training loop. No file is changed.
+
+    Args:
+        where: a run's folder, whose newest intact checkpoint is taken, or the folder of a checkpoint.
+        what: the command, as the beginning of messages.
+
+    Raises:
+        UserError: there is no intact checkpoint.
+    """
+    folder = given_folder(where, what=what)
+    if folder.name == CHECKPOINTS and folder.is_dir():
+        folder = folder.parent
+    advice = "name a run's folder, or a folder RUN/checkpoints/iteration_N"
+    try:
+        if (folder / MANIFEST).is_file():
+            checkpoint = read_checkpoint(folder, resumable=False)
+        else:
+            check_is_run(folder, what=f"{what}{where}", advice=advice)
+            checkpoint = newest_intact(folder, resumable=False)
+    except ValueError as error:
+        raise UserError(f"{what}{where}: {error}; {advice}") from error
+    note_changed_versions(checkpoint)
+    return checkpoint
+
+
+def agent_settings(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapping[str, Any]]] = ()) -> Settings:
+    """The settings that a trained agent plays with: those of its run, with the LLM of the checkpoint.
+
+    Nothing is trained, so the copy of the LLM for the KL penalty is left out.
+
+    Args:
+        checkpoint: the agent's.
+        overrides: layers as of :func:`~priorzero.config.resolve_settings`, which win. Another ``llm.path`` replaces the
+            LLM of the checkpoint.
+
+    Raises:
+        UserError: the settings are invalid, or contain code of others that nobody has allowed to run.
+    """
+    check_trusted(checkpoint, overrides)
+    llm: dict[str, Any] = {"kl_weight": 0.0, "imitation_share": 0.0}
+    if (checkpoint.folder / LLM_FOLDER).is_dir():
+        llm |= {"path": str((checkpoint.folder / LLM_FOLDER).absolute()), "adapter": ""}
+    return resolve_settings(checkpoint.settings, {"llm": llm, "run": {"max_env_step": 0}}, *overrides)
+
+
+def was_trained_on(checkpoint: Checkpoint, game: GameSpec) -> bool:
+    """Whether the agent was trained on a game: the same name and the same file.
+
+    The checkpoints of runs on a Ray cluster do not contain the files. There the names in ``run.env_id`` are compared.
+    """
+    games = checkpoint.manifest.get("games")
+    if games is not None:
+        return bool(games.get(game.name) == game.md5)
+    return game.env_id in [name.strip() for name in checkpoint.settings.run.env_id.split(",")]

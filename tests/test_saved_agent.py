@@ -1,0 +1,143 @@
+"""Loading a trained agent: it plays as in its run's own evaluations, any games, and changes nothing in the run."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import shutil
+
+import pytest
+import torch
+
+from priorzero.agent import make_evaluators
+from priorzero.preflight import prepare_agent
+from priorzero.runs.checkpoint import save_checkpoint
+from priorzero.saved_agent import loaded_agent
+from priorzero.types import UserError
+from tests.helpers.runs import NO_LLM, lines, short_settings, train
+from tests.helpers.toy_game import toy_games
+
+MODES = ["world_model", "world_model_with_prior", "prior", "prior_sampled", "random"]
+# The engine's prompt cache may change log-probabilities by 1e-6, and what it holds depends on the past.
+WITH_LLM = {
+    "run": {"env_id": "toy,coins", "max_iter": 4, "checkpoint_every": 2},
+    "prior": {"prompt_cache_tokens": 0},
+    "llm": {"memory_lines": 3, "learning_rate": 1e-2, "kl_weight": 0.1},
+    "eval": {"every": 2, "episodes": 3, "modes": MODES, "unseen": "other"},
+}
+
+
+def evaluate(where, **kwargs):
+    """Evaluations of a saved agent, as the lines of ``evaluations.jsonl``."""
+
+    async def play():
+        async with loaded_agent(prepare_agent(where, **kwargs)) as saved:
+            evaluators = make_evaluators(saved.settings, games=saved.trained, unseen=saved.unseen, player=saved.player)
+            results = await evaluators.evaluate(saved.memories)
+        return [
+            {"game": game, "unseen": unseen, **evaluation.results()}
+            for (_, unseen), of_games in results.items()
+            for game, evaluation in of_games.items()
+        ]
+
+    threads = torch.get_num_threads()
+    try:
+        return asyncio.run(play())
+    finally:
+        torch.set_num_threads(threads)
+
+
+def reported(folder):
+    """The evaluations of a run, by environment step."""
+    found = {}
+    for line in lines(folder, "evaluations.jsonl"):
+        found.setdefault(line.pop("env_step"), []).append(line)
+    return found
+
+
+def contents(folder):
+    return {
+        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.md5(path.read_bytes()).hexdigest())
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("use_lora", [False, True])
+def test_loaded_agent_plays_as_in_its_runs_evaluations(tmp_path, tiny_llm_folder, use_lora):
+    layer = {"llm": {"path": str(tiny_llm_folder), "use_lora": use_lora}}
+    with toy_games():
+        run = train(short_settings(tmp_path, WITH_LLM, layer))
+        of_run, before = reported(run.folder), contents(run.folder)
+        middle, last = (run.folder / "checkpoints" / f"iteration_{n}" for n in (2, 4))
+        assert evaluate(run.folder) == evaluate(last) == of_run[max(of_run)]
+        earlier = evaluate(middle)
+        assert earlier == of_run[min(of_run)]
+    assert earlier != of_run[max(of_run)], "the agent has not learned anything, so this test could not fail"
+    assert contents(run.folder) == before
+
+
+def test_loaded_agent_plays_other_games_without_the_games_of_training(tmp_path):
+    with toy_games():
+        run = train(short_settings(tmp_path, NO_LLM, {"run": {"env_id": "gone"}}))
+        copy = shutil.copytree(run.folder / "checkpoints" / "iteration_6", tmp_path / "copy")
+        shutil.rmtree(run.folder)
+        (line,) = evaluate(copy, games="new", overrides=[{"eval": {"episodes": 5}, "search": {"num_simulations": 2}}])
+    assert line["game"] == "new" and line["unseen"] and len(line["returns"]) == 5
+
+
+def test_loaded_agent_of_a_run_on_a_cluster(tmp_path):
+    """Such a checkpoint has no ``training.pt`` and no games in its manifest."""
+
+    def write(folder):
+        shutil.copytree(of_run, folder, dirs_exist_ok=True)
+        (folder / "training.pt").unlink()
+        (folder / "manifest.json").unlink()
+
+    with toy_games():
+        run = train(short_settings(tmp_path, NO_LLM))
+        of_run = run.folder / "checkpoints" / "iteration_6"
+        save_checkpoint(tmp_path / "ray" / "checkpoints" / "iteration_6", write=write, about={"counters": {}})
+        found = evaluate(tmp_path / "ray")
+        assert found == evaluate(run.folder) and not found[0]["unseen"]
+
+
+def test_loaded_agent_takes_the_newest_intact_checkpoint(tmp_path):
+    with toy_games():
+        run = train(short_settings(tmp_path, NO_LLM))
+        first, last = (run.folder / "checkpoints" / f"iteration_{n}" for n in (3, 6))
+        with (last / "world_model.pt").open("ab") as file:
+            file.write(b"x")
+        assert prepare_agent(run.folder).checkpoint.folder == first
+        with pytest.raises(UserError, match=r"evaluate .*iteration_6: world_model.pt has a wrong checksum; name a run"):
+            prepare_agent(last, what="evaluate ")
+        shutil.rmtree(first)
+        with pytest.raises(UserError, match="none of its 1 checkpoints can be used"):
+            prepare_agent(run.folder)
+
+
+def test_loaded_agent_refuses_a_world_model_of_another_shape(tmp_path):
+    with toy_games():
+        run = train(short_settings(tmp_path, NO_LLM))
+        with pytest.raises(UserError, match="its world model does not fit these settings"):
+            evaluate(run.folder, overrides=[{"world_model": {"embed_dim": 32}}])
+
+
+def test_prepare_agent_asks_before_it_runs_code_of_others(tmp_path):
+    with toy_games():
+        run = train(short_settings(tmp_path, NO_LLM, {"llm": {"trust_remote_code": True}}))
+        with pytest.raises(UserError, match=r"if you trust it, type --set llm\.trust_remote_code=true"):
+            prepare_agent(run.folder)
+        assert prepare_agent(run.folder, overrides=[{"llm": {"trust_remote_code": False}}])
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [("nothing", "there is no such folder"), ("file", "this is a file"), ("empty", "it has no checkpoint")],
+)
+def test_prepare_agent_says_what_is_wrong_with_the_folder(tmp_path, where, message):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=message):
+        prepare_agent(tmp_path / where)
