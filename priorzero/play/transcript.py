@@ -227,7 +227,31 @@ def read_transcripts(path: Path) -> tuple[int, list[EvaluationTranscript]]:
     content = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"{path.name} does not have the format {FORMAT}")
-    return content["env_step"], content["episodes"]
+    env_step, episodes = content.get("env_step"), content.get("episodes")
+    if not isinstance(env_step, int) or not isinstance(episodes, list):
+        raise ValueError(f"{path.name} has no env_step or no episodes")
+    for number, episode in enumerate(episodes, 1):
+        if (problem := _problem(episode)) is not None:
+            raise ValueError(f"{path.name}: episode {number} {problem}")
+    return env_step, episodes
+
+
+def _problem(episode: Any) -> str | None:
+    """What is wrong with a transcript that was read from a file; None if it has all that its type requires."""
+    if not isinstance(episode, dict) or not isinstance(episode.get("steps"), list):
+        return "has no steps"
+    if missing := sorted(EvaluationTranscript.__required_keys__ - episode.keys()):
+        return f"has no {missing[0]}"
+    for name in ("score", "max_score", "total_reward"):
+        if not isinstance(episode[name], (int, float, type(None))):
+            return f"has a {name} that is no number"
+    for n, step in enumerate(episode["steps"], 1):
+        missing = sorted(TranscriptStep.__required_keys__ - step.keys()) if isinstance(step, dict) else ["content"]
+        if missing:
+            return f"has no {missing[0]} in step {n}"
+        if not isinstance(step["valid_actions"], list) or step["chosen"] not in range(len(step["valid_actions"])):
+            return f"has no chosen action in step {n}"
+    return None
 
 
 def _softmax(logits: np.ndarray) -> np.ndarray:

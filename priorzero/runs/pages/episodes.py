@@ -11,7 +11,7 @@ from typing import Any
 
 from jinja2 import Environment
 
-from priorzero.play.transcript import ALL_MODE_NAMES, EvaluationTranscript, real_values
+from priorzero.play.transcript import ALL_MODE_NAMES, EvaluationTranscript, Transcript, real_values
 from priorzero.runs.pages import make_environment
 from priorzero.runtime.paths import replace_text
 
@@ -36,7 +36,7 @@ def episode_data(episodes: Sequence[EvaluationTranscript], *, max_chars: int = M
     return data, note
 
 
-def outcome(episode: EvaluationTranscript) -> str:
+def outcome(episode: Transcript) -> str:
     """How an episode ended, in words."""
     if episode["won"]:
         return "won"
