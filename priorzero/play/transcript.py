@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from priorzero.play.player import Decision
 
 FORMAT = 1
+# Keys that files of earlier versions, or of evaluations, do not have.
+OPTIONAL = {"tree", "predicted_reward", "discount_factor", "reward_scale", "episode", "env_step"}
 TRAINING, HUMAN = "training", "human"  # modes besides those of an evaluation
 ALL_MODE_NAMES = {**MODE_NAMES, TRAINING: "training, with exploration", HUMAN: "a person"}
 
@@ -240,14 +242,15 @@ def _problem(episode: Any) -> str | None:
     """What is wrong with a transcript that was read from a file; None if it has all that its type requires."""
     if not isinstance(episode, dict) or not isinstance(episode.get("steps"), list):
         return "has no steps"
-    if missing := sorted(EvaluationTranscript.__required_keys__ - episode.keys()):
+    if missing := sorted(EvaluationTranscript.__annotations__.keys() - OPTIONAL - episode.keys()):
         return f"has no {missing[0]}"
     for name in ("score", "max_score", "total_reward"):
         if not isinstance(episode[name], (int, float, type(None))):
             return f"has a {name} that is no number"
     for n, step in enumerate(episode["steps"], 1):
-        missing = sorted(TranscriptStep.__required_keys__ - step.keys()) if isinstance(step, dict) else ["content"]
-        if missing:
+        if not isinstance(step, dict):
+            return f"has no content in step {n}"
+        if missing := sorted(TranscriptStep.__annotations__.keys() - OPTIONAL - step.keys()):
             return f"has no {missing[0]} in step {n}"
         if not isinstance(step["valid_actions"], list) or step["chosen"] not in range(len(step["valid_actions"])):
             return f"has no chosen action in step {n}"

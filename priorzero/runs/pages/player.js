@@ -20,7 +20,7 @@
 
   const isNumber = (value) => value !== null && value !== undefined;
 
-  function number(value, digits = 2) {
+  function number(value, digits = Math.abs(value) < 0.1 ? 3 : 2) {
     return isNumber(value) ? String(Number(value.toFixed(digits))) : "–";
   }
 
