@@ -16,7 +16,7 @@ import numpy as np
 from priorzero.config import parse_assignments
 from priorzero.runs.progress import terminal_output
 from priorzero.runtime.activity import announced
-from priorzero.runtime.concurrency import exit_immediately_on_signal
+from priorzero.runtime.concurrency import exit_immediately_on_signal, only_run_of_process
 from priorzero.runtime.paths import user_path
 from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.settings import EVAL_MODES, MODES_WITHOUT_LLM
@@ -204,7 +204,8 @@ def _watch_agent(arguments: argparse.Namespace, *, out: Path | None) -> None:
                 return await _play(saved, arguments, mode=mode, games=_games(prepared, arguments))
 
         try:
-            episodes = asyncio.run(play())
+            with only_run_of_process():
+                episodes = asyncio.run(play())
         except (GameWorkerError, EngineError) as error:
             raise UserError(_advice(error, prepared)) from error
     if out is not None or not in_terminal:

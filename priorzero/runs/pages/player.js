@@ -140,9 +140,13 @@
     at("text").scrollTop = 0;
     at("outcome").textContent = "";
     showActions(step);
+    const scale = episode.reward_scale || 1;
     showPredictions([
       ["value of the state", [step.predicted_value, step.root_value, real]],
-      ["reward of the action", [step.predicted_reward, null, isNumber(step.reward) ? step.reward * (episode.reward_scale || 1) : null]],
+      [
+        scale === 1 ? "reward of the action" : `reward of the action × ${number(scale)}`,
+        [step.predicted_reward, null, isNumber(step.reward) ? step.reward * scale : null],
+      ],
     ]);
     showValues([
       ["score before the action", scoreText(step.score)],
@@ -248,7 +252,7 @@
     ];
     const values = episode.steps.flatMap((step) => (step.action_values || []).filter(isNumber));
     range = [values.reduce((a, b) => Math.min(a, b), 0), values.reduce((a, b) => Math.max(a, b), 0)];
-    if (range[0] === range[1]) range[1] += 1;
+    range[1] = Math.max(range[1], range[0] + 0.01); // smaller differences mean nothing
   }
 
   // ---- stepping ----
