@@ -83,16 +83,21 @@ class PriorZeroPolicy(UniZeroLearner):
         searched = mcts.root_statistics(trees, discount=self.search_cfg.discount_factor)
         return [
             SearchResult(
-                visit_counts=root.visit_counts,
-                root_value=root.value,
+                visit_counts=found.visit_counts,
+                root_value=found.value,
                 predicted_value=float(value),
                 policy_logits=policy_logits[b],
                 prior_weight=weights[b],
                 root_logits=root_logits[b],
                 root_probs=probs[b],
-                action_values=root.action_values,
+                action_values=found.action_values,
+                tree=mcts.search_tree(
+                    trees, b, legal_actions=root.legal_actions, discount=self.search_cfg.discount_factor
+                )
+                if root.with_tree
+                else None,
             )
-            for b, (root, value) in enumerate(zip(searched, values, strict=True))
+            for b, (root, found, value) in enumerate(zip(roots, searched, values, strict=True))
         ]
 
     def llm_decisions(self, sequences: SampledSequences, imitated: Sequence[StepRecord] = ()) -> SampledDecisions:

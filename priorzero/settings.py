@@ -168,6 +168,12 @@ class RunSettings(SettingsGroup):
     )
     checkpoint_every: Whole = Field(500, ge=0, description="iterations between checkpoints; 0: only at the end")
     keep_checkpoints: Whole = Field(3, ge=0, description="number of checkpoints to keep; 0: all")
+    record_every: Whole = Field(
+        0,
+        ge=0,
+        description="record the first training episode and every N-th after it into recordings/, for python -m "
+        "priorzero.watch; 0: none. A recording takes about 5 kB per step",
+    )
 
 
 class EnvSettings(SettingsGroup):

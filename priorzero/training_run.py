@@ -144,7 +144,7 @@ class TrainingRun:
         self.nonfinite.load_state_dict(loop["nonfinite"])
         self._initial_fingerprints = loop["initial_fingerprints"]
         self.saver.resumed_from(checkpoint.folder, about=self._about(loop["evaluation_due"]))
-        truncate_files(self.folder, loop["logger"]["sizes"])
+        truncate_files(self.folder, loop["logger"]["sizes"], env_step=self.counters.env_step)
         logger.info(f"resumed from {checkpoint.folder.name}: {self.counters.describe()}")
         if loop["evaluation_due"]:
             self.set_due()
@@ -193,6 +193,7 @@ class TrainingRun:
             prior=prior.take_statistics() if prior is not None else None,
             time_usage=self.agent.timeline.finish_interval(),
             episodes=collected.episodes,
+            recordings=collected.recordings,
         )
         log_segments(collected.segments, iteration=self.counters.iteration)
         self._unlogged = None

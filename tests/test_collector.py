@@ -300,3 +300,43 @@ def test_collector_warns_once_when_the_action_vocabulary_is_full():
     assert player.indexer.num_overflows > 0
     (message,) = messages
     assert message.startswith("the action vocabulary is full (env.action_space_size=20)")
+
+
+def test_collector_records_every_nth_episode_with_its_trees():
+    collector, _, player = make_collector(num_games=2, length=4, run={"record_every": 3})
+    collected = collect(collector, 32)  # eight episodes, of which the numbers 0, 3 and 6 are recorded
+    plain, _, _ = make_collector(num_games=2, length=4)
+    other = collect(plain, 32)
+    assert [r.chosen for r in records_of(collected)] == [r.chosen for r in records_of(other)] and not other.recordings
+    assert [(r["episode"], r["env_step"]) for r in collected.recordings] == [(1, 7), (4, 16), (7, 31)]
+    texts = set(player.indexer.texts().values())
+    by_episode = {}
+    for record in records_of(collected):
+        by_episode.setdefault(record.episode + 1, []).append(record)
+    for recording in collected.recordings:
+        assert (recording["mode"], recording["game"], recording["unseen"]) == ("training", "counting 0", False)
+        records = by_episode[recording["episode"]]
+        assert [s["chosen"] for s in recording["steps"]] == [r.chosen for r in records] and len(records) == 4
+        assert [s["reward"] for s in recording["steps"]] == [r.reward for r in records]
+        for step in recording["steps"]:
+            counts = dict(zip(step["valid_actions"], step["visit_counts"], strict=True))
+            assert {node["action"]: node["visit_count"] for node in step["tree"]} == {
+                a: n for a, n in counts.items() if n
+            }
+            assert {child["action"] for node in step["tree"] for child in node["children"]} <= texts
+
+
+async def test_collector_continues_a_recording_after_a_checkpoint(tmp_path):
+    whole, _, _ = make_collector(length=7, run={"record_every": 2})
+    expected = (await whole.collect(40)).recordings
+    collector, _, player = make_collector(length=7, run={"record_every": 2})
+    first = await collector.collect(10)  # in the middle of the first episodes
+    table = RecordTable()
+    state, models = collector.state_dict(table), player.indexer.state_dict()
+    torch.save({"collector": state, "records": table.state_dict()}, tmp_path / "state.pt")
+    loaded = torch.load(tmp_path / "state.pt", weights_only=True)
+    resumed, _, player = make_collector(length=7, run={"record_every": 2})
+    player.indexer.load_state_dict(models)
+    await resumed.load_state_dict(loaded["collector"], read_records(loaded["records"]))
+    assert first.recordings == []
+    assert (await resumed.collect(30)).recordings == expected and len(expected) >= 2

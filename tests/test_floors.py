@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"learning", "run_state"},
     {"training_run", "saved_agent"},
     {"train", "cluster"},
-    {"entry", "evaluate", "report", "pretrain"},
+    {"entry", "evaluate", "pretrain", "report", "watch"},
     {"ray_entry"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -90,7 +90,7 @@ def test_report_shows_the_numbers_of_the_files(tmp_path):
     assert "World model: value 4 → 0.4" in page.text["losses"]
     assert "LLM: RFT on rewards -0.5 → -0.05" in page.text["losses"] and "KL" not in page.text["losses"]
     assert "LLM update 60.0% 1 min 0 s idle 25.0% 25 s search 15.0% 15 s" in page.text["time"]
-    assert page.data["episodes"] == [make_episode()]
+    assert page.data["episodes"] == [{**make_episode(), "real_values": [1.75, 1.5, 1.0]}]
 
 
 def test_report_of_a_run_with_one_evaluation_has_one_column(tmp_path):

@@ -5,35 +5,8 @@ from __future__ import annotations
 import pytest
 
 from priorzero.runs.report import write_report
-from tests.helpers.browser import run_in_browser
+from tests.helpers.browser import run_in_browser, see
 from tests.helpers.reports import evaluation_line, make_episode, make_run
-
-# What a reader sees of the present step.
-TOOLS = """
-    const at = (id) => document.getElementById(id);
-    const key = (name, more = {}) => {
-        const event = new KeyboardEvent("keydown", { key: name, bubbles: true, cancelable: true, ...more });
-        document.body.dispatchEvent(event);
-    };
-    const cells = (row) => row.innerText.trim().split(/\\s*\\t\\s*/);
-    const rows = () => [...at("actions").querySelectorAll("tr")].map(cells);
-    const see = () => ({
-        where: at("where").innerText, text: at("text").innerText, outcome: at("outcome").innerText,
-        rows: rows(), chosen: at("actions").querySelectorAll(".chosen").length,
-        bars: [...at("actions").querySelectorAll(".bar i")].map((bar) => bar.style.width),
-        values: at("values").innerText.replace(/\\s+/g, " "),
-        prompt: at("prompt").hidden ? null : at("prompt").querySelector("pre").textContent,
-        slider: [at("slider").value, at("slider").max],
-        disabled: ["first", "previous", "next", "last"].filter((id) => at(id).disabled),
-    });
-"""
-
-
-def see(page, script):
-    """Run a script in a page that logs nothing to the console."""
-    result, messages = run_in_browser(page, TOOLS + script)
-    assert messages == []
-    return result
 
 
 @pytest.fixture(scope="module")
@@ -53,14 +26,19 @@ def test_page_shows_the_first_step_with_its_bars(page):
     step = see(page, "return see();")
     assert step["where"] == "step 1 of 6" and step["text"] == "You wait." and step["slider"] == ["0", "6"]
     assert step["rows"] == [
-        ["action", "LLM prior", "policy", "visits", "value"],
+        ["action", "LLM prior", "policy", "visits", "Q"],
         ["➤ take 0", "50%", "25%", "7", "1.5"],
         ["wait 0", "38%", "50%", "2", "–"],
         ["go 0", "13%", "25%", "1", "0.1"],
     ]
-    assert step["bars"] == ["50%", "25%", "70%", "37.5%", "50%", "20%", "12.5%", "25%", "10%"]
+    assert step["bars"] == ["50%", "25%", "70%", "100%", "37.5%", "50%", "20%", "0%", "12.5%", "25%", "10%", "6.66667%"]
     assert step["chosen"] == 1 and step["prompt"] == "Prompt of step 0" and step["disabled"] == ["first", "previous"]
-    assert step["values"] == "reward of the action 1 score before it 0 of 7 predicted value 0.75 searched value 1.25"
+    assert step["predictions"] == [
+        ["", "predicted", "searched", "real"],
+        ["value of the state", "0.75", "1.25", "1.97"],  # 1 + 1/2 + ... + 1/32
+        ["reward of the action", "–", "–", "1"],
+    ]
+    assert step["values"] == "score before the action 0 of 7" and step["tree"] is None
 
 
 def test_page_steps_with_keys_buttons_and_slider(page):
@@ -108,8 +86,8 @@ def test_page_shows_the_columns_of_each_mode(page):
         """,
     )
     assert modes == [
-        ["LLM and world model: score 6", "step 1 of 6", ["action", "LLM prior", "policy", "visits", "value"], 9],
-        ["world model alone: score 5", "step 1 of 5", ["action", "policy", "visits", "value"], 6],
+        ["LLM and world model: score 6", "step 1 of 6", ["action", "LLM prior", "policy", "visits", "Q"], 12],
+        ["world model alone: score 5", "step 1 of 5", ["action", "policy", "visits", "Q"], 9],
         ["LLM alone: score 4", "step 1 of 4", ["action", "LLM prior"], 3],
         ["random actions: score 3", "step 1 of 3", ["action"], 0],
     ]

@@ -17,6 +17,7 @@ import torch
 from priorzero.entry import main
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runs.checkpoint import read_checkpoint, saved_checkpoints
+from priorzero.runs.files import recording_path
 from priorzero.runs.folder import lock_folder
 from priorzero.runs.logger import RunLogger
 from priorzero.runs.progress import Progress
@@ -42,6 +43,12 @@ def resume(run_folder, *layers):
 
 
 # ---- a resumed run equals one that was never stopped ----
+
+RECORDED = {"run": {"record_every": 2}}
+
+
+def recordings(folder):
+    return {path.name: path.read_text() for path in (folder / "recordings").iterdir()}
 
 
 def timeless_events(folder):
@@ -77,7 +84,7 @@ def assert_equal_runs(one, other, *, at):
 @pytest.fixture(scope="module")
 def whole_run(tmp_path_factory):
     """Six iterations without a stop; checkpoints after three and six."""
-    return run(tmp_path_factory.mktemp("whole"), NO_LLM)
+    return run(tmp_path_factory.mktemp("whole"), NO_LLM, RECORDED)
 
 
 def test_resumed_run_with_an_llm_equals_a_run_that_was_never_stopped(tmp_path, tiny_llm_folder):
@@ -135,10 +142,12 @@ def test_resumed_run_repeats_what_came_after_the_checkpoint(whole_run, tmp_path)
     """As after a crash: the run's files are ahead of the last checkpoint."""
     crashed = shutil.copytree(whole_run.folder, tmp_path / "run")
     shutil.rmtree(crashed / "checkpoints" / "iteration_6")
-    second = resume(crashed, NO_LLM)
+    recording_path(crashed, env_step=61, episode=9).write_text("of an iteration that is not repeated in the same way")
+    second = resume(crashed, NO_LLM, RECORDED)
     assert second.folder == crashed and second.rows["iterations"] == whole_run.rows["iterations"] == 6
     assert second.rows["environment steps"] == whole_run.rows["environment steps"] >= 60
     assert whole_run.metrics.keys() == second.metrics.keys() and not whole_run.stopped
+    assert recordings(crashed) == recordings(whole_run.folder) and len(recordings(crashed)) == 3
     assert_equal_runs(whole_run.folder, crashed, at="iteration_6")
 
 

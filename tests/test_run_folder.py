@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from priorzero.runs.files import recording_path
 from priorzero.runs.folder import (
     check_run_folder,
     create_files,
@@ -209,9 +210,15 @@ def test_truncate_files_cuts_to_the_sizes_of_the_checkpoint(tmp_path):
     names = ("episodes.jsonl", "evaluations.jsonl", "events.out.tfevents.1.a", "events.out.tfevents.2.a", "notes.jsonl")
     for name in names:
         (tmp_path / name).write_text("12345")
-    truncate_files(tmp_path, {"episodes.jsonl": 3, "events.out.tfevents.1.a": 5, "missing.jsonl": 4})
-    left = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    (tmp_path / "recordings").mkdir()
+    recordings = [recording_path(tmp_path, env_step=step, episode=step // 4) for step in (4, 8, 12)]
+    for path in (*recordings, tmp_path / "recordings" / "mine.json"):
+        path.write_text("{}")
+    truncate_files(tmp_path, {"episodes.jsonl": 3, "events.out.tfevents.1.a": 5, "missing.jsonl": 4}, env_step=8)
+    left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     assert left == {"episodes.jsonl": "123", "events.out.tfevents.1.a": "12345", "notes.jsonl": "12345"}
+    kept = {path.name for path in (tmp_path / "recordings").iterdir()}
+    assert kept == {"step0000004_episode000001.json", "step0000008_episode000002.json", "mine.json"}
 
 
 def test_lock_folder_admits_one_process(tmp_path):

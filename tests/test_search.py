@@ -143,3 +143,25 @@ def test_lightzeros_cpp_tree_still_ignores_the_prior_at_the_first_visit_of_a_nod
         _, _, [action], _ = mz_tree.batch_traverse(roots, 19652, 1.25, 0.97, stats, mz_tree.ResultsWrapper(num=1), [-1])
         actions.add(action)
     assert len(actions) > 1
+
+
+def test_search_returns_its_tree_only_if_the_root_asks(policy, monkeypatch):
+    root = make_root(2, length=2)
+    asking = dataclasses.replace(root, with_tree=True)
+    result, other = policy.search([asking, root], num_actions=NUM_ACTIONS)
+    assert_same(result, other)
+    assert other.tree is None
+    by_action = {node.action: node for node in result.tree}
+    for k, action in enumerate(root.legal_actions.tolist()):
+        count = result.visit_counts[k]
+        assert (action in by_action) == (count > 0)
+        if count:
+            node = by_action[action]
+            assert (node.visit_count, node.action_value) == (count, pytest.approx(result.action_values[k]))
+            assert node.prior == pytest.approx(result.root_probs[k])
+            # One simulation created the node; each of the others went through one of its children.
+            assert sum(child.visit_count for child in node.children) == count - 1
+    depths = [len(result.tree[0].children), *(len(child.children) for node in result.tree for child in node.children)]
+    assert sum(depths) > 0
+    monkeypatch.setattr("priorzero.search.mcts.search_tree", None)  # it costs nothing otherwise
+    assert_same(policy.search([root], num_actions=NUM_ACTIONS)[0], other)

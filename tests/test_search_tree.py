@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
 import numpy as np
 import pytest
 
-from priorzero.search.mcts import random_words, root_statistics, search
+from priorzero.search.base import SearchNode
+from priorzero.search.mcts import random_words, root_statistics, search, search_tree
 from priorzero.search.root import LOGIT_FLOOR, floored_probs, mix_root_logits, root_probs
 from priorzero.search.tree import (
     NO_NODE,
@@ -249,3 +251,20 @@ def test_root_statistics_are_reward_plus_discounted_value():
     assert root.visit_counts.tolist() == [1, 0, 2] and root.value == 1.5
     values = root.action_values
     assert values[0] == -2.0 and math.isnan(values[1]) and values[2] == 2.5  # 0 + 0.5 * -4, and 1 + 0.5 * 3
+
+
+def test_search_tree_by_hand():
+    trees = make_tree(0.5, 0.25, 0.25, visit_count=5)
+    attach(trees, 0, 2, 1, prior=(0.75, 0.25), visit_count=3, value_sum=6.0, reward=1.0)
+    attach(trees, 0, 0, 2, visit_count=1, value_sum=4.0, reward=0.0)
+    attach(trees, 1, 1, 3, visit_count=2, value_sum=2.0, reward=0.5)
+    attach(trees, 3, 0, 4, visit_count=1, value_sum=8.0, reward=0.25)
+    # The root's actions have other indices than positions; Q is the reward plus 0.5 times the mean value.
+    third = SearchNode(action=0, prior=1.0, visit_count=1, reward=0.25, action_value=4.25)
+    second = SearchNode(action=1, prior=0.25, visit_count=2, reward=0.5, action_value=1.0, children=(third,))
+    first = SearchNode(action=9, prior=0.25, visit_count=3, reward=1.0, action_value=2.0, children=(second,))
+    other = SearchNode(action=4, prior=0.5, visit_count=1, reward=0.0, action_value=2.0)
+    legal = np.array([4, 7, 9])
+    assert search_tree(trees, 0, legal_actions=legal, discount=0.5) == (other, first)
+    cut = dataclasses.replace(first, children=(dataclasses.replace(second, children=()),))
+    assert search_tree(trees, 0, legal_actions=legal, discount=0.5, depth=2) == (other, cut)

@@ -10,8 +10,8 @@ import pytest
 
 from priorzero.llm.prompts import Prompt
 from priorzero.play.player import Decision
-from priorzero.play.transcript import read_transcripts, transcript_step, write_transcripts
-from priorzero.search.base import SearchResult
+from priorzero.play.transcript import read_transcripts, real_values, transcript_step, write_transcripts
+from priorzero.search.base import SearchNode, SearchResult
 from priorzero.types import ActionPrior, GameState
 from tests.helpers.collecting import FIRST_ROOM, CountingGame, evaluate, make_player, outcome_of
 from tests.helpers.reports import make_episode
@@ -19,9 +19,30 @@ from tests.helpers.reports import make_episode
 STATE = GameState("You wait.", ("north", "wait"), 3.0, 7.0, 1, look="A hall.", inventory="A lamp.")
 
 
-def make_decision(*, prior=None, result=None, prompt=None, chosen=1):
+def make_decision(*, prior=None, result=None, prompt=None, chosen=1, action_texts=None):
     return Decision(
-        state=STATE, action_indices=np.array([4, 9]), prior=prior, chosen=chosen, prompt=prompt, result=result
+        state=STATE,
+        action_indices=np.array([4, 9]),
+        prior=prior,
+        chosen=chosen,
+        prompt=prompt,
+        result=result,
+        action_texts=action_texts,
+    )
+
+
+def make_result(tree=None):
+    """A search that visited only the second action."""
+    return SearchResult(
+        visit_counts=np.array([0, 5]),
+        root_value=0.5,
+        predicted_value=0.25,
+        policy_logits=np.zeros(2),
+        prior_weight=0.5,
+        root_logits=np.zeros(2),
+        root_probs=np.full(2, 0.5),
+        action_values=np.array([math.nan, 1 / 3]),
+        tree=tree,
     )
 
 
@@ -51,6 +72,8 @@ def test_transcript_step_holds_the_whole_decision():
         "action_values": [None, 0.333333],
         "predicted_value": None,
         "root_value": 0.5,
+        "tree": None,
+        "predicted_reward": None,
         "chosen": 1,
         "behaviour_prob": 1.0,
         "reward": 2.0,
@@ -64,7 +87,41 @@ def test_transcript_step_without_an_llm_and_without_a_search():
     assert missing == {
         *("prior_probs", "prior_source", "prompt"),
         *("policy_probs", "visit_counts", "action_values", "predicted_value", "root_value"),
+        *("tree", "predicted_reward"),
     }
+
+
+def test_transcript_step_names_the_actions_of_the_tree():
+    child = SearchNode(action=2, prior=1.0, visit_count=4, reward=0.25, action_value=math.nan)
+    root = SearchNode(action=9, prior=0.5, visit_count=5, reward=2 / 3, action_value=1.5, children=(child,))
+    texts = {4: "north", 9: "wait", 2: "take lamp"}
+    step = transcript_step(make_decision(result=make_result((root,)), action_texts=texts), reward=0.0)
+    plain = {
+        "action": "take lamp",
+        "prior": 1.0,
+        "visit_count": 4,
+        "reward": 0.25,
+        "action_value": None,
+        "children": [],
+    }
+    assert step["tree"] == [
+        {"action": "wait", "prior": 0.5, "visit_count": 5, "reward": 0.666667, "action_value": 1.5, "children": [plain]}
+    ]
+    assert step["predicted_reward"] == 0.666667
+    unvisited = transcript_step(make_decision(result=make_result((root,)), action_texts=texts, chosen=0), reward=0.0)
+    assert unvisited["predicted_reward"] is None
+
+
+def test_real_values_by_hand():
+    episode = make_episode(steps=3)  # discounted by 0.5
+    for step, reward in zip(episode["steps"], (1.0, 0.0, 4.0), strict=True):
+        step["reward"] = reward
+    assert real_values(episode) == [2.0, 2.0, 4.0]
+    assert real_values({**episode, "reward_scale": 0.1}) == [0.2, 0.2, 0.4]
+    episode["steps"][1]["reward"] = None
+    assert real_values(episode) == [None, None, 4.0]
+    del episode["discount_factor"]
+    assert real_values(episode) is None
 
 
 def test_transcripts_are_written_and_read(tmp_path):
@@ -95,6 +152,26 @@ def test_transcripts_of_another_format_are_refused(tmp_path, text):
     path = tmp_path / "last_evaluation.json"
     path.write_text(text)
     with pytest.raises(ValueError):
+        read_transcripts(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda e: e.pop("game"), "episode 2 has no game"),
+        (lambda e: e.update(steps=None), "episode 2 has no steps"),
+        (lambda e: e.update(score="7"), "episode 2 has a score that is no number"),
+        (lambda e: e["steps"][1].pop("prompt"), "episode 2 has no prompt in step 2"),
+        (lambda e: e["steps"].append([]), "episode 2 has no content in step 4"),
+        (lambda e: e["steps"][0].update(chosen=3), "episode 2 has no chosen action in step 1"),
+    ],
+)
+def test_incomplete_transcripts_are_refused(tmp_path, change, words):
+    path = tmp_path / "recording.json"
+    bad = make_episode()
+    change(bad)
+    write_transcripts(path, [make_episode(), bad], env_step=5)
+    with pytest.raises(ValueError, match=words):
         read_transcripts(path)
 
 

@@ -27,6 +27,7 @@ from priorzero.cluster.ppo.trajectories import Trajectory
 from priorzero.cluster.restart import RestartableLearner
 from priorzero.play.collector import RECENT_EPISODES
 from priorzero.play.evaluator import Evaluation
+from priorzero.play.transcript import EvaluationTranscript
 from priorzero.policy import add_total_loss
 from priorzero.runs.checkpoint import write_world_model
 from priorzero.runs.counters import Counters
@@ -169,6 +170,7 @@ class ClusterRun:
     async def log(self, report: CollectorReport) -> None:
         env_step = self.counters.env_step
         episodes = [dataclasses.replace(episode, env_step=env_step) for episode in report.episodes]
+        recordings: list[EvaluationTranscript] = [{**r, "env_step": env_step} for r in report.recordings]
         self._returns.extend(episode.total_reward for episode in episodes)
         self._num_episodes += len(episodes)
         self._time_usage += report.time_usage
@@ -182,6 +184,7 @@ class ClusterRun:
             prior=merge_prior_metrics(report.prior, at_servers),
             time_usage=report.time_usage,
             episodes=episodes,
+            recordings=recordings,
         )
 
     def _restart_counts(self) -> dict[str, float]:

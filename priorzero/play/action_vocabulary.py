@@ -47,6 +47,11 @@ class ActionVocabulary:
                     self.num_overflows += 1
         return np.array([self._index[action] for action in actions], dtype=np.int64)
 
+    def texts(self) -> dict[int, str]:
+        """The action that has each index."""
+        state = self.state_dict()
+        return dict(zip(state["indices"], state["actions"], strict=True))
+
     def state_dict(self) -> Plain:
         return {
             "actions": list(self._index),

@@ -20,6 +20,7 @@ from priorzero.play.exploration import make_exploration
 from priorzero.play.memory import GameMemory
 from priorzero.play.novelty import NoveltyCounts, shaped_reward
 from priorzero.play.player import Decision, Player
+from priorzero.play.transcript import TRAINING, EvaluationTranscript, transcript, transcript_step
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import gather_or_cancel
 from priorzero.types import GameState, GameWorkerError, Plain, StepRecord
@@ -45,6 +46,7 @@ class Collected:
     agreements: list[bool] = field(default_factory=list)
     dropped_history: int = 0
     over_length_prompts: int = 0
+    recordings: list[EvaluationTranscript] = field(default_factory=list)  # of run.record_every
 
     def add_statistics(self, decision: Decision, record: StepRecord) -> None:
         """Statistics of one decision."""
@@ -123,7 +125,7 @@ class Collector:
         self._rngs = [np.random.default_rng(child) for child in seed.spawn(len(workers))]
         self._writers = [SegmentWriter(self._config) for _ in workers]
         self._episodes: list[Episode | None] = [None] * len(workers)
-        self._next_episode = first_episode
+        self._first_episode = self._next_episode = first_episode
         self._failed_starts = [0] * len(workers)  # in a row
         self._games = list(games)
         self._counts = [NoveltyCounts() for _ in games]
@@ -234,7 +236,7 @@ class Collector:
         self._exploration.begin_episode(e, state, rng=self._rngs[e])
 
     def _new_episode(self, e: int, state: GameState, *, number: int = 0) -> Episode:
-        return self._player.new_episode(
+        episode = self._player.new_episode(
             e,
             state,
             game=self._games[e % len(self._games)],
@@ -242,6 +244,10 @@ class Collector:
             number=number,
             memory=self.memories[e % len(self.memories)] if self.memories else None,
         )
+        every = self._player.settings.run.record_every
+        if every and (number - self._first_episode) % every == 0:
+            episode.recording = []
+        return episode
 
     def _is_given_up(self, e: int) -> bool:
         return self._failed_starts[e] >= MAX_FAILED_STARTS
@@ -275,6 +281,8 @@ class Collector:
         self._player.prior_weights.observe(e, episode.game, decision, reward=reward)
         if self._best_episodes is not None:
             self._best_episodes.add(e, record)
+        if episode.recording is not None:
+            episode.recording.append(transcript_step(decision, reward=reward))
         episode.advance(decision, reward=reward, state=state, features=features)
         self._exploration.observe(e, position=decision.chosen, after=state, history=episode.history)
         collected.segments += self._writers[e].add(record, next_features=features, truncated=state.truncated)
@@ -292,18 +300,30 @@ class Collector:
             self._best_episodes.end_episode(episode.env, state, game=game)
         if self.memories:
             self.memories[game] = self.memories[game].after_episode(episode.history, state)
+        env_step = self.env_steps + collected.env_steps
         collected.episodes.append(
             EpisodeResult(
                 total_reward=episode.total_reward,
                 score=state.score,
                 steps=len(episode.history),
                 won=state.won,
-                env_step=self.env_steps + collected.env_steps,
+                env_step=env_step,
             )
         )
+        if episode.recording is not None:
+            collected.recordings.append(self._recorded(episode, env_step=env_step))
         self.recent_returns.append(episode.total_reward)
         self.num_episodes += 1
         self._episodes[episode.env] = None
+
+    def _recorded(self, episode: Episode, *, env_step: int) -> EvaluationTranscript:
+        """The recording of an episode that has ended."""
+        settings, steps = self._player.settings, episode.recording or []
+        played = transcript(steps, final=episode.state, total_reward=episode.total_reward, settings=settings)
+        number = episode.number + 1
+        return {
+            "mode": TRAINING, "game": episode.game, "unseen": False, "episode": number, "env_step": env_step, **played
+        }  # fmt: skip
 
     def _abandon(self, episode: Episode, decision: Decision, error: GameWorkerError, collected: Collected) -> None:
         """The game failed: the decision is lost, the step counts, and the episode is truncated before it."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from priorzero.play.memory import GameMemory
+from priorzero.play.transcript import TranscriptStep
 from priorzero.types import ActionChoice, GameState, HistoryStep, Plain
 
 
@@ -29,6 +30,7 @@ class Episode:
         history: all earlier decisions.
         total_reward: undiscounted return so far.
         memory: what episodes of this game that ended before taught; None if prompts do not contain it.
+        recording: its decisions so far, with their search trees; None if the episode is not recorded.
     """
 
     env: int
@@ -41,6 +43,12 @@ class Episode:
     history: list[HistoryStep] = field(default_factory=list)
     total_reward: float = 0.0
     memory: GameMemory | None = None
+    recording: list[TranscriptStep] | None = None
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether searches return their trees, for :attr:`recording`."""
+        return self.recording is not None
 
     def advance(self, choice: ActionChoice, *, reward: float, state: GameState, features: np.ndarray) -> None:
         """Append the outcome of an action: the points that it gained, the new state and its features ``[F]``."""
@@ -61,6 +69,7 @@ class Episode:
             "history": [dataclasses.astuple(step) for step in self.history],
             "total_reward": self.total_reward,
             "memory": self.memory and self.memory.outcomes,
+            "recording": self.recording,
         }
 
     def load_state_dict(self, state: Plain) -> None:
@@ -74,6 +83,7 @@ class Episode:
         self.total_reward = state["total_reward"]
         if self.memory is not None:
             self.memory = GameMemory(state["memory"])
+        self.recording = state.get("recording")  # checkpoints of earlier versions have none
 
 
 @dataclass(frozen=True)

@@ -251,7 +251,9 @@ class Evaluator:
             failure = error or failure
         finished = [trial.episodes[0] for trial in over]
         transcripts = [
-            transcript(steps[episode.env], final=episode.state, total_reward=episode.total_reward)
+            transcript(
+                steps[episode.env], final=episode.state, total_reward=episode.total_reward, settings=player.settings
+            )
             for episode in finished
         ]
         return over, transcripts, failure

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any
 
@@ -34,10 +34,12 @@ class Decision(ActionChoice):
     Attributes (besides those of a choice):
         prompt: the LLM's prompt; None without an LLM.
         result: the search's result; None without a search.
+        action_texts: the action of each vocabulary index at the time of the search; None unless the result has a tree.
     """
 
     prompt: Prompt | None
     result: SearchResult | None
+    action_texts: Mapping[int, str] | None = None
 
     def record(self, episode: Episode, *, reward: float, shaping: float, done: bool) -> StepRecord:
         """The record of this decision and its outcome; ``episode`` has not advanced yet."""
@@ -142,15 +144,17 @@ class Player:
             priors = await self.prior.priors(requests)
         noises: list[RootNoise | None] = [None] * len(episodes)
         results: Sequence[SearchResult | None] = [None] * len(episodes)
+        action_texts = None
         if use_search:
             roots = []
             for b, (episode, state, prior) in enumerate(zip(episodes, states, priors, strict=True)):
                 tie_seed = 0
                 if exploration is not None:
-                    probs = None if prior is None else self.prior_weights.exploration_probs(episode.game, prior)
-                    noises[b] = exploration.root_noise(episode.env, state, probs, rng=episode.rng)
+                    noises[b] = self._root_noise(episode, state, prior, exploration)
                     tie_seed = int(episode.rng.integers(2**31))
                 roots.append(self._make_root(episode, indices[b], prior=prior, noise=noises[b], seed=tie_seed))
+            if any(root.with_tree for root in roots):
+                action_texts = self.indexer.texts()
             results = await self.world_model_thread.run(
                 "search", self.policy.search, roots, num_actions=self.indexer.num_used
             )
@@ -165,6 +169,7 @@ class Player:
                     prompt=prompts[b],
                     prior=priors[b],
                     result=results[b],
+                    action_texts=action_texts if episode.is_recorded else None,
                     chosen=chosen,
                     behaviour_prob=prob,
                 )
@@ -190,6 +195,12 @@ class Player:
             )
         return prompts
 
+    def _root_noise(
+        self, episode: Episode, state: GameState, prior: ActionPrior | None, exploration: Exploration
+    ) -> RootNoise | None:
+        probs = None if prior is None else self.prior_weights.exploration_probs(episode.game, prior)
+        return exploration.root_noise(episode.env, state, probs, rng=episode.rng)
+
     def _make_root(
         self,
         episode: Episode,
@@ -207,6 +218,7 @@ class Player:
             prior_weights=self.prior_weights.of_game(episode.game).copy() if prior is not None else None,
             noise=noise.probs if noise is not None else None,
             seed=seed,
+            with_tree=episode.is_recorded,
         )
 
     def _weights(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import re
 from pathlib import Path
 
 CONFIG = "config.yaml"
@@ -12,7 +13,23 @@ EPISODES = "episodes.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 LAST_EVALUATION = "last_evaluation.json"
 REPORT = "report.html"
+RECORDINGS = "recordings"
+RECORDING = re.compile(r"step(\d+)_episode\d+\.json")
 ERROR = f"{LOGS}/error.txt"  # the error that ended the run
+
+
+def recording_path(folder: Path, *, env_step: int, episode: int) -> Path:
+    """The file of a recorded training episode in the run's ``folder``, such as ``step0000120_episode000006.json``.
+
+    ``env_step`` are the environment steps of the run when it ended, ``episode`` is its number.
+    """
+    return folder / RECORDINGS / f"step{env_step:07d}_episode{episode:06d}.json"
+
+
+def recordings_after(folder: Path, env_step: int) -> list[Path]:
+    """The recordings of a run of episodes that ended after ``env_step``."""
+    found = [(path, RECORDING.fullmatch(path.name)) for path in (folder / RECORDINGS).glob("*.json")]
+    return sorted(path for path, match in found if match is not None and int(match[1]) > env_step)
 
 
 def is_locked(folder: Path) -> bool:

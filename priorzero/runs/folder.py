@@ -19,7 +19,7 @@ from loguru import logger
 from priorzero.config import dump_settings
 from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import saved_checkpoints
-from priorzero.runs.files import CONFIG, EPISODES, ERROR, EVALUATIONS, LOCK, LOGS
+from priorzero.runs.files import CONFIG, EPISODES, ERROR, EVALUATIONS, LOCK, LOGS, recordings_after
 from priorzero.runs.progress import open_logs
 from priorzero.runtime.concurrency import called_at_exit
 from priorzero.runtime.paths import shown, user_path
@@ -188,12 +188,13 @@ def lock_folder(folder: Path) -> TextIO:
     return file
 
 
-def truncate_files(folder: Path, sizes: Mapping[str, int]) -> None:
-    """Cut the files that a run appends to, to their sizes when its checkpoint was written.
+def truncate_files(folder: Path, sizes: Mapping[str, int], *, env_step: int) -> None:
+    """Cut the files that a run appends to, to their sizes when its checkpoint was written, and remove later recordings.
 
     Args:
         folder: the run's.
         sizes: size in bytes of each file. Event files that are not listed are removed: they were created later.
+        env_step: environment steps in the checkpoint.
     """
     for path in [folder / EPISODES, folder / EVALUATIONS, *folder.glob("events.out.tfevents.*")]:
         if not path.exists():
@@ -204,6 +205,8 @@ def truncate_files(folder: Path, sizes: Mapping[str, int]) -> None:
         elif path.stat().st_size > size:
             with path.open("r+b") as file:
                 file.truncate(size)
+    for path in recordings_after(folder, env_step):
+        path.unlink()
 
 
 def rename_unsaved(output_dir: Path, name: str) -> Path | None:

@@ -20,7 +20,7 @@ from priorzero.play.episode import EpisodeResult
 from priorzero.play.evaluator import Evaluation, Evaluations, merge
 from priorzero.play.transcript import EvaluationTranscript, write_transcripts
 from priorzero.runs.counters import Counters
-from priorzero.runs.files import EPISODES, EVALUATIONS, LAST_EVALUATION
+from priorzero.runs.files import EPISODES, EVALUATIONS, LAST_EVALUATION, recording_path
 from priorzero.runs.progress import Progress
 from priorzero.runs.summary import peak_memory_mb
 from priorzero.runtime.timeline import TimeUsage
@@ -140,8 +140,12 @@ class RunLogger:
         prior: Mapping[str, float] | None,
         time_usage: TimeUsage,
         episodes: Iterable[EpisodeResult],
+        recordings: Iterable[EvaluationTranscript] = (),
     ) -> None:
-        """Log an iteration: its metrics, the prior's (None without an LLM), and the episodes that ended in it."""
+        """Log an iteration: its metrics, the prior's (None without an LLM), and the episodes that ended in it.
+
+        ``recordings`` are those of ``run.record_every``; each is written to a file of its own.
+        """
         iteration = counters.iteration
         if prior is not None:
             self.writer.write(prior, step=iteration)
@@ -150,6 +154,10 @@ class RunLogger:
         timing = {**time_usage.scalars(), "time/run_s": self.seconds, "memory/peak_mb": peak_memory_mb()}
         self.writer.write({**scalars, **timing}, step=iteration)
         logger.debug(f"iteration {iteration}, {time_usage.wall:.1f} s: {time_usage.describe()}")
+        for recording in recordings:
+            path = recording_path(self.folder, env_step=recording["env_step"], episode=recording["episode"])
+            path.parent.mkdir(exist_ok=True)
+            write_transcripts(path, [recording], env_step=recording["env_step"])
         self._append(EPISODES, [dataclasses.asdict(episode) for episode in episodes])
         self.progress.show(
             iteration=iteration,

@@ -30,7 +30,7 @@ from priorzero.types import UserError
 MAY_DIFFER = {
     "run": {
         "exp_name", "output_dir", "max_iter", "max_env_step", "device", "num_threads", "log_every", "trace_iterations",
-        "checkpoint_every", "keep_checkpoints",
+        "checkpoint_every", "keep_checkpoints", "record_every",
     },
     "env": {"evaluator_env_num", "step_timeout_s"},
     "prior": {"engine", "attempts", "backoff_s", "timeout_s", "prompt_cache_tokens"},

@@ -23,6 +23,7 @@ class Root:
             None without an LLM.
         noise: exploration noise, a distribution over the valid actions, ``[K]``; None for none.
         seed: seed of the generator that breaks ties between actions.
+        with_tree: return the first levels of the search tree.
     """
 
     features: np.ndarray
@@ -32,6 +33,28 @@ class Root:
     prior_weights: np.ndarray | None = None
     noise: np.ndarray | None = None
     seed: int = 0
+    with_tree: bool = False
+
+
+@dataclass(frozen=True)
+class SearchNode:
+    """An action of a search tree that was visited, and what follows it.
+
+    Attributes:
+        action: index of the action in the vocabulary.
+        prior: probability with which its parent's search started.
+        visit_count: number of simulations through it.
+        reward: the predicted reward of the action.
+        action_value: Q-value: the reward plus the discounted mean value of the simulations.
+        children: the actions after it that were visited, in the order of the parent's actions.
+    """
+
+    action: int
+    prior: float
+    visit_count: int
+    reward: float
+    action_value: float
+    children: tuple[SearchNode, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,7 @@ class SearchResult:
         root_probs: the probabilities that the search started from: ``root_logits`` with noise, ``[K]``.
         action_values: mean value of the simulations through each action, with its predicted reward, ``[K]``; NaN for
             actions without visits.
+        tree: the root's visited actions and the levels below them; None unless the root asked for it.
     """
 
     visit_counts: np.ndarray
@@ -58,6 +82,7 @@ class SearchResult:
     root_logits: np.ndarray
     root_probs: np.ndarray
     action_values: np.ndarray
+    tree: tuple[SearchNode, ...] | None = None
 
 
 class SearchModel(Protocol):

@@ -22,9 +22,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from priorzero.search.base import SearchModel
+from priorzero.search.base import SearchModel, SearchNode
 from priorzero.search.tree import NO_NODE, Puct, Trees, add_leaves, make_trees, simulate, simulate_all
 from priorzero.settings import SearchSettings
+
+TREE_DEPTH = 3  # levels of actions that search_tree returns
 
 
 @dataclass(frozen=True)
@@ -109,3 +111,33 @@ def root_statistics(trees: Trees, *, discount: float) -> list[RootStatistics]:
         value = float(trees.value_sums[b, 0] / trees.visit_counts[b, 0])
         statistics.append(RootStatistics(visit_counts, value, action_values))
     return statistics
+
+
+def search_tree(
+    trees: Trees, b: int, *, legal_actions: np.ndarray, discount: float, depth: int = TREE_DEPTH
+) -> tuple[SearchNode, ...]:
+    """The actions of tree ``b`` that were visited, to ``depth`` levels below the root.
+
+    ``legal_actions`` ``[K]`` are the vocabulary indices of the root's actions. Below the root, an action's position is
+    its index.
+    """
+
+    def below(parent: int, levels: int) -> tuple[SearchNode, ...]:
+        children = trees.children[b, parent, : trees.num_actions[b, parent]]
+        nodes = []
+        for position in np.flatnonzero(children != NO_NODE):
+            node = int(children[position])
+            mean_value = trees.value_sums[b, node] / trees.visit_counts[b, node]
+            nodes.append(
+                SearchNode(
+                    action=int(position if parent else legal_actions[position]),
+                    prior=float(trees.prior[b, parent, position]),
+                    visit_count=int(trees.visit_counts[b, node]),
+                    reward=float(trees.rewards[b, node]),
+                    action_value=float(trees.rewards[b, node] + discount * mean_value),
+                    children=below(node, levels - 1) if levels > 1 else (),
+                )
+            )
+        return tuple(nodes)
+
+    return below(0, depth)

@@ -7,12 +7,32 @@ from pathlib import Path
 from typing import Any
 
 from priorzero.config import dump_settings
-from priorzero.play.transcript import EvaluationTranscript, TranscriptStep, write_transcripts
+from priorzero.play.transcript import EvaluationTranscript, TranscriptStep, TreeNode, write_transcripts
 from priorzero.runs.logger import MetricsWriter
 from tests.helpers.models import make_settings
 
 
-def make_step(n: int, *, text: str = "You wait.", llm: bool = True, search: bool = True) -> TranscriptStep:
+def make_node(action: str, visit_count: int, *children: TreeNode) -> TreeNode:
+    """A node of a search tree whose Q-value is a tenth of its visits, and whose reward a hundredth."""
+    return {
+        "action": action,
+        "prior": 0.25,
+        "visit_count": visit_count,
+        "reward": visit_count / 100,
+        "action_value": visit_count / 10,
+        "children": list(children),
+    }
+
+
+def make_tree(n: int) -> list[TreeNode]:
+    """The search tree of step ``n``: three levels below the chosen action."""
+    below = make_node("second", 4, make_node("third", 3), make_node("other third", 1))
+    return [make_node(f"go {n}", 1), make_node(f"take {n}", 7, make_node("other second", 2), below)]
+
+
+def make_step(
+    n: int, *, text: str = "You wait.", llm: bool = True, search: bool = True, tree: bool = False
+) -> TranscriptStep:
     """Step ``n``, which chooses the second of three actions."""
     return {
         "raw_obs_text": text,
@@ -26,6 +46,8 @@ def make_step(n: int, *, text: str = "You wait.", llm: bool = True, search: bool
         "action_values": [0.1, 1.5, None] if search else None,
         "predicted_value": 0.75 if search else None,
         "root_value": 1.25 if search else None,
+        "tree": make_tree(n) if tree else None,
+        "predicted_reward": 0.07 if tree else None,
         "chosen": 1,
         "behaviour_prob": 1.0,
         "reward": 1.0,
@@ -33,7 +55,12 @@ def make_step(n: int, *, text: str = "You wait.", llm: bool = True, search: bool
 
 
 def make_episode(
-    mode: str = "world_model_with_prior", *, steps: int = 3, text: str = "You wait.", game: str = "toy"
+    mode: str = "world_model_with_prior",
+    *,
+    steps: int = 3,
+    text: str = "You wait.",
+    game: str = "toy",
+    tree: bool = False,
 ) -> EvaluationTranscript:
     """An episode that gains a point in each step; its final text is ``THE END``."""
     llm, search = mode not in ("world_model", "random"), mode.startswith("world_model")
@@ -41,13 +68,15 @@ def make_episode(
         "mode": mode,
         "game": game,
         "unseen": False,
-        "steps": [make_step(n, text=text, llm=llm, search=search) for n in range(steps)],
+        "steps": [make_step(n, text=text, llm=llm, search=search, tree=tree) for n in range(steps)],
         "final_obs_text": "THE END",
         "total_reward": float(steps),
         "score": float(steps),
         "max_score": 7.0,
         "won": False,
         "truncated": True,
+        "discount_factor": 0.5,
+        "reward_scale": 1.0,
     }
 
 

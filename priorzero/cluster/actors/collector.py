@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,7 @@ from priorzero.play.collector import Collector
 from priorzero.play.episode import EpisodeResult
 from priorzero.play.evaluator import Evaluations, Evaluators
 from priorzero.play.player import Player
+from priorzero.play.transcript import EvaluationTranscript
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.random_state import seed_globals
@@ -55,6 +56,7 @@ class CollectorReport:
     time_usage: TimeUsage
     trajectories: list[Trajectory]
     pid: int
+    recordings: list[EvaluationTranscript] = field(default_factory=list)  # their env_step is the collector's own
 
 
 class CollectorProcess:
@@ -94,11 +96,12 @@ class CollectorProcess:
         collected = self._loop.run_until_complete(self._collector.collect(num_steps))
         assert collected is not None
         table = RecordTable()
-        segments = {**collected.state_dict(table), "episodes": []}
+        segments = {**collected.state_dict(table), "episodes": [], "recordings": []}
         report = CollectorReport(
             metrics=self._collector.scalars(collected),
             prior=self._prior.take_statistics(),
             episodes=collected.episodes,
+            recordings=collected.recordings,
             env_steps=collected.env_steps,
             time_usage=self._player.timeline.finish_interval(),
             trajectories=trajectories_from(collected.segments),

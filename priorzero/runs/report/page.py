@@ -1,21 +1,22 @@
-"""The page of a report. Its template is ``page.html``; ``style.css`` and ``script.js`` are inserted into it."""
+"""The page of a report. Its template is ``page.html``, with the parts of :mod:`priorzero.runs.pages`."""
 
 from __future__ import annotations
 
 import functools
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment
 from markupsafe import Markup
 
 from priorzero.config import differences
 from priorzero.play.transcript import EvaluationTranscript
 from priorzero.runs.files import LAST_EVALUATION
+from priorzero.runs.pages import make_environment
+from priorzero.runs.pages.episodes import episode_data
 from priorzero.runs.report.charts import Points, Series, line_chart, running_mean
 from priorzero.runs.report.commands import commands
 from priorzero.runs.report.data import RunData
@@ -49,7 +50,7 @@ LOSSES = (
 )
 
 MEAN_WINDOW = 20  # training episodes, as in collector_iter/reward_mean
-MAX_TRANSCRIPT_CHARS = 1_200_000  # of transcripts in the page; the prompts are left out beyond it
+MAX_TRANSCRIPT_CHARS = 1_200_000  # of transcripts in the page; prompts, then trees, are left out beyond it
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,8 @@ class TimeShare:
 
 def render(run: RunData, *, running: bool, error: str) -> str:
     """The page as HTML. ``running`` and ``error`` are those of :func:`priorzero.runs.report.write_report`."""
-    episodes, note = _transcripts(run.transcripts)
-    notes = [*run.notes, *([note] if note else [])]
+    data, note = episode_data(_sorted(run.transcripts), max_chars=MAX_TRANSCRIPT_CHARS)
+    notes = [*run.notes, *([f"{note} They are in {LAST_EVALUATION}."] if note else [])]
     template = _environment().get_template("page.html")
     return template.render(
         run=run,
@@ -83,7 +84,7 @@ def render(run: RunData, *, running: bool, error: str) -> str:
         losses=_loss_charts(run),
         times=time_shares(run),
         total_time=sum(value for _, value in run.scalars.get("time/iteration_s", [])),
-        transcripts={"episodes": episodes, "modes": MODE_NAMES},
+        transcripts=data,
         notes=notes,
         commands=commands(run),
         duration=duration,
@@ -92,18 +93,7 @@ def render(run: RunData, *, running: bool, error: str) -> str:
 
 @functools.cache
 def _environment() -> Environment:
-    folder = Path(__file__).parent
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.globals["style"] = Markup((folder / "style.css").read_text(encoding="utf-8"))
-    environment.globals["script"] = Markup((folder / "script.js").read_text(encoding="utf-8"))
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    return environment
+    return make_environment(Path(__file__).parent)
 
 
 def duration(seconds: float) -> str:
@@ -256,13 +246,5 @@ def time_shares(run: RunData) -> list[TimeShare]:
 # ---- transcripts ----
 
 
-def _transcripts(episodes: Sequence[EvaluationTranscript]) -> tuple[list[dict[str, Any]], str]:
-    """The transcripts for the page, and a note if the prompts were left out because they are too long."""
-    plain: list[dict[str, Any]] = [
-        dict(e) for e in sorted(episodes, key=lambda e: _mode_order((e["mode"], e["unseen"])))
-    ]
-    if len(json.dumps(plain)) <= MAX_TRANSCRIPT_CHARS:
-        return plain, ""
-    for episode in plain:
-        episode["steps"] = [{**step, "prompt": None} for step in episode["steps"]]
-    return plain, f"The prompts are too long for this page. They are in {LAST_EVALUATION}."
+def _sorted(episodes: Sequence[EvaluationTranscript]) -> list[EvaluationTranscript]:
+    return sorted(episodes, key=lambda e: _mode_order((e["mode"], e["unseen"])))
