@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from priorzero.exporting.plan import LLM_FORMS
 from priorzero.runs.progress import terminal_output
 from priorzero.runtime.concurrency import exit_immediately_on_signal
 from priorzero.runtime.streams import print_error, print_output, standard_streams
@@ -35,7 +36,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--to", required=True, metavar="FOLDER", help="folder to write; must be new or empty")
     parser.add_argument(
         "--llm",
-        choices=("merged", "adapter", "none"),
+        choices=LLM_FORMS,
         help="the whole LLM (default), its LoRA adapter without the base model, or no LLM",
     )
     parser.add_argument(

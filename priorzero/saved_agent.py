@@ -1,4 +1,4 @@
-"""Loads a trained agent from a checkpoint or an export, to play any games. It does not learn, and the run's folder is not changed.
+"""Loads a trained agent from a checkpoint or an export, to play any games. It does not learn, and no file is changed.
 
 If the seeds are equal, it makes the decisions of the evaluation that its run made before it wrote the checkpoint:
 
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from loguru import logger
 
 from priorzero.agent import Agent, make_agent, set_num_threads

@@ -49,7 +49,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ray": ("cluster",),
     "orz": ("cluster",),
     "pydantic": ("settings", "config"),
-    "huggingface_hub": ("llm", "exporting.card"),
+    "huggingface_hub": ("llm",),
 }
 
 # runs/ gets state dicts and plain records, never a model.

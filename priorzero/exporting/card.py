@@ -116,17 +116,15 @@ def _title(plan: ExportPlan) -> str:
 
 
 def _metadata(plan: ExportPlan, evaluations: Sequence[Mapping[str, Any]]) -> list[str]:
-    from huggingface_hub import EvalResult
-
     results = [
-        EvalResult(
-            task_type=TASK,
-            dataset_type=line["game"],
-            dataset_name=line["game"],
-            metric_type="mean_score",
-            metric_name=f"mean score over {len(line['scores'])} episodes, {line['mode']}",
-            metric_value=_mean(line["scores"]),
-        )
+        {
+            "task_type": TASK,
+            "dataset_type": line["game"],
+            "dataset_name": line["game"],
+            "metric_type": "mean_score",
+            "metric_name": f"mean score over {len(line['scores'])} episodes, {line['mode']}",
+            "metric_value": _mean(line["scores"]),
+        }
         for line in evaluations
     ]
     return front_matter(
@@ -135,8 +133,8 @@ def _metadata(plan: ExportPlan, evaluations: Sequence[Mapping[str, Any]]) -> lis
         base_model=published_base_model(plan.base) if plan.form != "none" else None,
         license=plan.licence or None,
         tags=TAGS,
-        model_name=_title(plan) if results else None,
-        eval_results=results or None,
+        results=results,
+        model_name=_title(plan),
     )
 
 

@@ -14,11 +14,9 @@ from priorzero.runs.exported import LLM_FOLDER
 from priorzero.settings import LLMSettings
 from priorzero.types import UserError
 
-LLM_FORMS = ("merged", "adapter", "none")
-
 
 def choose_form(checkpoint: Checkpoint, wanted: str | None) -> str:
-    """The form in which the LLM is exported: one of :data:`LLM_FORMS`.
+    """The form in which the LLM is exported: one of :data:`~priorzero.exporting.plan.LLM_FORMS`.
 
     Args:
         checkpoint: the agent's.

@@ -8,6 +8,8 @@ from pathlib import Path
 from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint
 from priorzero.settings import RunSettings, Settings
 
+LLM_FORMS = ("merged", "adapter", "none")
+
 
 @dataclass(frozen=True)
 class ExportPlan:
@@ -16,7 +18,7 @@ class ExportPlan:
     Attributes:
         checkpoint: the agent's.
         out: the folder that is written.
-        form: of the LLM: ``merged``, ``adapter`` or ``none``.
+        form: of the LLM, one of :data:`LLM_FORMS`.
         base: the LLM before the run; "" without an LLM.
         licence: its identifier on the hub; "" if it is not known.
         push: USER/NAME on the hub; "" if nothing is uploaded.

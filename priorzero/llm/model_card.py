@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 CARD = "README.md"
 
 
-def front_matter(**metadata: Any) -> list[str]:
+def front_matter(*, results: Sequence[Mapping[str, Any]] = (), model_name: str = "", **metadata: Any) -> list[str]:
     """The lines of the metadata at the beginning of a card.
 
     Args:
+        results: arguments of ``huggingface_hub.EvalResult``, one for each figure.
+        model_name: whose figures they are.
         metadata: arguments of ``huggingface_hub.ModelCardData``; those that are None are left out.
     """
-    from huggingface_hub import ModelCardData
+    from huggingface_hub import EvalResult, ModelCardData
 
+    if results:
+        metadata |= {"model_name": model_name, "eval_results": [EvalResult(**result) for result in results]}
     return ["---", *ModelCardData(**metadata).to_yaml().splitlines(), "---", ""]
 
 

@@ -20,7 +20,8 @@ def find_agent(where: str | Path, *, what: str = "") -> Checkpoint:
     """The checkpoint of a trained agent, from either training loop. No file is changed.
 
     Args:
-        where: a run's folder, whose newest intact checkpoint is taken; the folder of a checkpoint; or an exported agent.
+        where: a run's folder, whose newest intact checkpoint is taken; the folder of a checkpoint, or of an exported
+            agent.
         what: the command, as the beginning of messages.
 
     Raises:
