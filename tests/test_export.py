@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import inspect
 import json
 import re
 import shutil
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
 from priorzero.agent import make_evaluators
@@ -473,12 +474,16 @@ class FakeApi:
     def list_repo_files(self, repo_id):
         return [".gitattributes", *self.files]
 
-    def create_repo(self, repo_id, *, private, exist_ok):
+    def create_repo(self, repo_id, **kwargs):
+        private, exist_ok = kwargs["private"], kwargs["exist_ok"]
+        inspect.signature(HfApi.create_repo).bind(self, repo_id, **kwargs)
         self.calls.append(("create_repo", repo_id, private, exist_ok))
         return f"https://huggingface.co/{repo_id}"
 
-    def upload_folder(self, *, repo_id, folder_path, commit_message, delete_patterns):
-        self.calls.append(("upload_folder", repo_id, contents(folder_path).keys(), delete_patterns))
+    def upload_folder(self, **kwargs):
+        inspect.signature(HfApi.upload_folder).bind(self, **kwargs)
+        uploaded = contents(kwargs["folder_path"]).keys()
+        self.calls.append(("upload_folder", kwargs["repo_id"], uploaded, kwargs["delete_patterns"]))
 
 
 @pytest.fixture
@@ -510,7 +515,12 @@ def test_push_uploads_the_folder_and_prints_the_address(run, tmp_path, online, c
         ("you/agent", False, {}, "the token belongs to me, lab, not to you; give me/NAME"),
         ("me/agent", True, {"files": ["world_model.safetensors"]}, "this repository exists and is public"),
         ("me/agent", False, {"files": ["model.safetensors"]}, "contains 1 files, which are not from an export"),
-        ("me/agent", False, {"error": ConnectionError("no route")}, r"does not answer as expected \(no route\)"),
+        (
+            "me/agent",
+            False,
+            {"error": ConnectionError("no route")},
+            r"cannot be reached \(no route\); check the network",
+        ),
     ],
 )
 def test_check_upload_asks_the_hub_first(online, push, private, changes, words):
@@ -524,7 +534,7 @@ def test_check_upload_asks_the_hub_first(online, push, private, changes, words):
 def test_check_upload_says_what_to_do_about_an_invalid_token(online):
     online.error = HTTPError("401 Unauthorized")
     online.error.response = SimpleNamespace(status_code=401)
-    with pytest.raises(UserError, match="the access token is invalid or has no write access; type hf auth login"):
+    with pytest.raises(UserError, match=r"refuses the request \(401 Unauthorized\); type hf auth login, with a token"):
         hub.check_upload("me/agent", private=False, marker="x")
 
 

@@ -184,13 +184,10 @@ def _ask(request: Callable[[], T], *, what: str) -> T:
     try:
         return _within(UPLOAD_CHECK_LIMIT_S, request)
     except (HTTPError, OSError) as error:  # a TimeoutError is an OSError
-        if getattr(getattr(error, "response", None), "status_code", None) in (401, 403):
-            advice = "the access token is invalid or has no write access; type hf auth login"
-        else:
-            advice = "check the network, HTTPS_PROXY (a proxy) and HF_ENDPOINT (another hub)"
-        raise UserError(
-            f"{what}: {constants.ENDPOINT} does not answer as expected ({_short(error)}); {advice}"
-        ) from error
+        problem, advice = "cannot be reached", "check the network, HTTPS_PROXY (a proxy) and HF_ENDPOINT (another hub)"
+        if getattr(error, "response", None) is not None:
+            problem, advice = "refuses the request", "type hf auth login, with a token that has write permission"
+        raise UserError(f"{what}: {constants.ENDPOINT} {problem} ({_short(error)}); {advice}") from error
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, message: str) -> str:
