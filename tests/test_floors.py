@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"learning", "run_state"},
     {"training_run", "saved_agent", "exporting"},
     {"train", "cluster"},
-    {"entry", "report", "pretrain", "export"},
+    {"entry", "evaluate", "export", "pretrain", "report"},
     {"ray_entry"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
