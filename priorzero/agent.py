@@ -20,6 +20,7 @@ from priorzero.play.evaluator import Evaluator, Evaluators
 from priorzero.play.player import Player
 from priorzero.play.text_encoder import TextEncoder
 from priorzero.policy import PriorZeroPolicy
+from priorzero.runs.results import FIRST_EVALUATION_SEED
 from priorzero.runtime.activity import announced
 from priorzero.runtime.concurrency import OwnerThread
 from priorzero.runtime.timeline import Timeline
@@ -27,8 +28,6 @@ from priorzero.settings import Settings
 from priorzero.types import PriorEngine, UserError
 from priorzero.world_model.best_episodes import BestEpisodes
 from priorzero.world_model.replay import PriorZeroGameBuffer
-
-FIRST_EVALUATION_SEED = 10_000  # seeds of games: collection counts from run.seed, evaluation from run.seed + this
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,7 @@ from priorzero.runs.resume import keep_limits, prepare_resume
 from priorzero.runs.saved import agent_settings, find_agent, was_trained_on
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
-from priorzero.runtime.paths import user_cache_dir, user_path
+from priorzero.runtime.paths import check_free_space, user_cache_dir, user_path
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -238,9 +237,12 @@ def check_models(settings: Settings) -> None:
         llm = check_llm(settings.llm)
     encoder = check_encoder(settings.encoder.path)
     if settings.run.max_env_step > 0:
-        _check_disk(
+        check_free_space(
             user_path(settings.run.output_dir, what="run.output_dir="),
             size=checkpoint_size(settings, llm=llm, encoder=encoder),
+            what=f"run.output_dir={settings.run.output_dir}",
+            content="a checkpoint",
+            advice="give a folder on another disk: --set run.output_dir=FOLDER",
         )
 
 
@@ -280,14 +282,3 @@ def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -
     support = 2 * wm.support_scale + 1
     rows = feature_size + (12 * wm.num_layers + 6) * wm.embed_dim + 2 * (actions + support)
     return rows * wm.embed_dim
-
-
-def _check_disk(output_dir: Path, *, size: int) -> None:
-    """Raise UserError if ``size`` bytes are not free on the disk of ``output_dir``."""
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
-    disk = shutil.disk_usage(existing)
-    if disk.total and disk.free < size:  # a network file system may not know its size
-        raise UserError(
-            f"run.output_dir={output_dir}: {disk.free / 1e6:.0f} MB are free, but a checkpoint needs about "
-            f"{size / 1e6:.0f} MB; free some space, or give a folder on another disk: --set run.output_dir=FOLDER"
-        )

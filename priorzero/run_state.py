@@ -13,10 +13,12 @@ from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.collector import Collector
 from priorzero.policy import PriorZeroPolicy
 from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint, save_tensors, write_world_model
+from priorzero.runs.exported import read_world_model
 from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
 from priorzero.world_model.records import RecordTable, read_records
+from priorzero.world_model.unizero import UniZeroLearner
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,8 @@ class RunState:
         return loop
 
 
-def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionVocabulary) -> None:
-    """Load the world model and the action vocabulary from a checkpoint of either training loop.
+def load_world_model(folder: Path, *, policy: UniZeroLearner, indexer: ActionVocabulary) -> None:
+    """Load the world model and the action vocabulary from a checkpoint of either loop, or an exported agent.
 
     The LLM is loaded with ``llm.path=FOLDER/llm``.
 
@@ -88,7 +90,7 @@ def load_world_model(folder: Path, *, policy: PriorZeroPolicy, indexer: ActionVo
         UserError: the folder is not a checkpoint, or its world model has another shape.
     """
     try:
-        state = torch.load(folder / "world_model.pt", map_location="cpu", weights_only=True)
+        state = read_world_model(folder)
         actions = json.loads((folder / "actions.json").read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{folder}: is not a checkpoint ({error}); give a folder under RUN/checkpoints") from error

@@ -1,4 +1,4 @@
-"""Loads a trained agent from a checkpoint, to play any games. It does not learn, and the run's folder is not changed.
+"""Loads a trained agent from a checkpoint or an export, to play any games. It does not learn, and no file is changed.
 
 If the seeds are equal, it makes the decisions of the evaluation that its run made before it wrote the checkpoint:
 
@@ -17,10 +17,8 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from loguru import logger
 
 from priorzero.agent import Agent, make_agent, make_evaluators, set_num_threads
@@ -32,7 +30,8 @@ from priorzero.play.memory import GameMemory
 from priorzero.play.player import Player
 from priorzero.preflight import AgentPreparation
 from priorzero.run_state import load_world_model
-from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint
+from priorzero.runs.checkpoint import Checkpoint
+from priorzero.runs.exported import read_play_state
 from priorzero.runtime.activity import announced
 from priorzero.runtime.random_state import seed_globals
 from priorzero.settings import Settings
@@ -113,24 +112,19 @@ def _load_state(checkpoint: Checkpoint, *, agent: Agent, trained: Sequence[GameS
     """
     load_world_model(checkpoint.folder, policy=agent.policy, indexer=agent.indexer)
     uses_memory = agent.prior is not None and agent.player.settings.llm.memory_lines > 0
-    if TRAINING_STATE not in checkpoint.manifest["files"]:
-        if agent.prior is not None and agent.player.prior_weights.learns:
+    state = read_play_state(checkpoint.folder, checkpoint.manifest)
+    if agent.player.prior_weights.learns:  # otherwise prior.alpha was changed to a number
+        if state.prior_weights_state is not None:
+            agent.player.prior_weights.load_state_dict(state.prior_weights_state)
+        elif agent.prior is not None:
             logger.warning(
                 "the checkpoint is from a run on a Ray cluster and does not contain the learned weights of the prior "
                 "(prior.alpha=auto). The initial weight is used; --set prior.alpha=NUMBER sets another one"
             )
-        return [GameMemory() for _ in trained] if uses_memory else []
-    state: dict[str, Any] = torch.load(
-        checkpoint.folder / TRAINING_STATE, map_location="cpu", weights_only=True, mmap=True
-    )
-    collector = state["collector"]
-    if agent.player.prior_weights.learns:  # otherwise prior.alpha was changed to a number
-        agent.player.prior_weights.load_state_dict(collector["prior_weights"])
     if not uses_memory:
         return []
     # There are no memories if the run did not use them.
-    saved = dict(zip(checkpoint.manifest["games"], collector["memories"], strict=False))
-    return [GameMemory(saved.get(game.name, {})) for game in trained]
+    return [GameMemory(dict(state.memories.get(game.name, {}))) for game in trained]
 
 
 async def evaluate_agent(prepared: AgentPreparation, *, step_limit: int | None = None) -> Evaluations:

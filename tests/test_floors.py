@@ -27,9 +27,9 @@ FLOORS: list[set[str]] = [
     {"preflight"},
     {"agent", "pretraining"},
     {"learning", "run_state"},
-    {"training_run", "saved_agent"},
+    {"training_run", "saved_agent", "exporting"},
     {"train", "cluster"},
-    {"entry", "evaluate", "pretrain", "report", "watch"},
+    {"entry", "evaluate", "export", "pretrain", "report", "watch"},
     {"ray_entry"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -49,6 +49,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ray": ("cluster",),
     "orz": ("cluster",),
     "pydantic": ("settings", "config"),
+    "huggingface_hub": ("llm",),
 }
 
 # runs/ gets state dicts and plain records, never a model.

@@ -91,7 +91,7 @@ def test_check_models_needs_no_disk_for_an_evaluation(monkeypatch, tiny_llm_fold
 
 
 def test_check_models_ignores_the_space_of_a_disk_that_does_not_know_its_size(monkeypatch, tiny_llm_folder):
-    monkeypatch.setattr("priorzero.preflight.shutil.disk_usage", lambda _: SimpleNamespace(total=0, free=0))
+    monkeypatch.setattr("priorzero.runtime.paths.shutil.disk_usage", lambda _: SimpleNamespace(total=0, free=0))
     check_models(make_settings({"llm": {"path": str(tiny_llm_folder)}}))
 
 

@@ -200,6 +200,18 @@ def _check_entries(adapter: AdapterFiles) -> None:
             )
 
 
+def set_base_model(folder: Path, name: str) -> None:
+    """Let the adapter in ``folder`` name another base model, such as a hub id in place of a folder of this machine.
+
+    Raises:
+        OSError: the file cannot be written.
+        UserError: it cannot be read.
+    """
+    config = read_json(folder / CONFIG, what=str(folder))
+    config["base_model_name_or_path"] = name
+    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
 # ---- the prompt ----
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import importlib.metadata
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import Any
 
 import torch
 
-from priorzero.llm.adapter_files import CONFIG, PROMPT_FILE, PROMPT_SETTINGS, WEIGHTS
+from priorzero.llm.adapter_files import PROMPT_FILE, PROMPT_SETTINGS, WEIGHTS, set_base_model
+from priorzero.llm.model_card import CARD, front_matter, markdown_table, package_list
 from priorzero.llm.models import LanguageModel, save_parameters
 from priorzero.pretraining.data import Episode, describe
 from priorzero.pretraining.evaluation import MEAN, group_means
@@ -20,7 +20,6 @@ from priorzero.pretraining.training import Progress
 from priorzero.settings import LLMSettings
 
 FIGURES = "figures.json"
-CARD = "README.md"
 
 
 def save_model(llm: LanguageModel, folder: Path, *, base_model: str, dtype: torch.dtype) -> None:
@@ -41,9 +40,7 @@ def save_model(llm: LanguageModel, folder: Path, *, base_model: str, dtype: torc
     weights = folder / WEIGHTS[0]
     if dtype != torch.float32:
         save_file({name: p.to(dtype) for name, p in load_file(weights).items()}, weights, metadata={"format": "pt"})
-    config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base_model  # not the folder in which it was found here
-    (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    set_base_model(folder, base_model)  # not the folder in which it was found here
 
 
 def write_figures(folder: Path, progress: Progress, *, details: Mapping[str, Any]) -> None:
@@ -68,11 +65,8 @@ def write_card(
     stop = "" if progress.step >= num_steps else f" ({unfinished})"
     first, last = progress.evaluations[0], progress.evaluations[-1]
     lines = [
-        "---",  # metadata in the format of the hub, which peft reads
-        f"base_model: {json.dumps(base_model)}",
-        f"library_name: {'peft' if cfg.use_lora else 'transformers'}",
-        "---",
-        "",
+        # peft reads these metadata
+        *front_matter(base_model=base_model, library_name="peft" if cfg.use_lora else "transformers"),
         f"# {base_model}, pretrained on walkthroughs of text games",
         "",
         _contents(folder, base_model=base_model, cfg=cfg),
@@ -85,8 +79,7 @@ def write_card(
         command,
         "```",
         "",
-        f"- Date: {datetime.date.today().isoformat()}. "
-        f"Packages: {', '.join(f'{name} {_version(name)}' for name in ('torch', 'transformers', 'peft'))}.",
+        f"- Date: {datetime.date.today().isoformat()}. Packages: {package_list(('torch', 'transformers', 'peft'))}.",
         f"- Training: {progress.step} of {num_steps} batches of {cfg.batch_size}{stop}, {progress.seconds / 60:.1f} "
         f"minutes, AdamW, learning rate {cfg.learning_rate:g} with {plan.decay} decay, seed {plan.seed}.",
         f"- Objective: command among at most {plan.negatives} other valid actions. Commands as text: {plan.tokens}.",
@@ -103,11 +96,9 @@ def write_card(
         "",
         "Walkthroughs of Jericho's games and of games that TextWorld generated. The folder contains no text of them.",
         "",
-        "| game | commands | states with valid actions | with the command among them |",
-        "|---|---|---|---|",
-        *(
-            f"| {row['game']} | {row['commands']} | {row['searched']} | {row['correct']} |"
-            for row in describe(training)
+        *markdown_table(
+            ("game", "commands", "states with valid actions", "with the command among them"),
+            ([row["game"], row["commands"], row["searched"], row["correct"]] for row in describe(training)),
         ),
     ]
     (folder / CARD).write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -127,21 +118,14 @@ def _figure_lines(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterab
     heads = [
         f"{name}{when}" for name in ("place", "first", "log-prob.") for when in (", uniform", ", before", ", after")
     ]
-    yield "| game | states | " + " | ".join(heads) + " | calibrated |"
-    yield "|---" * (len(heads) + 3) + "|"
     rows = [(name, before[name], after[name]) for name in after]
     means = group_means(before), group_means(after)
     rows += [(f"{MEAN}, {name}", means[0][name], means[1][name]) for name in means[1]]
+    lines = []
     for name, old, new in rows:
         cells = [f"{new['states']:.0f}"]
         for key, form in (("place", ".2f"), ("first", ".0%"), ("logprob", ".2f")):
             cells += [format(new[f"uniform_{key}"], form), format(old[key], form), format(new[key], form)]
         cells.append(format(new["calibrated_logprob"], ".2f") if "calibrated_logprob" in new else "-")
-        yield f"| {name} | " + " | ".join(cells) + " |"
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
+        lines.append([name, *cells])
+    return markdown_table(["game", "states", *heads, "calibrated"], lines)

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
 
 FORMAT = 9  # raise it when a change makes older checkpoints unreadable
+EXPORT_FORMAT = 1  # the same for exported agents, see priorzero.runs.exported
 CHECKPOINTS = "checkpoints"  # in a run's folder
 MANIFEST = "manifest.json"
 TRAINING_STATE = "training.pt"
 AGENT_FILES = ("world_model.pt", "actions.json", "config.yaml")  # in the checkpoints of both training loops
 REQUIRED_FILES = (TRAINING_STATE, *AGENT_FILES)  # for resuming
+EXPORTED_FILES = ("world_model.safetensors", "play.json", "actions.json", "config.yaml")  # of an exported agent
 PACKAGES = ("priorzero", "torch", "transformers", "LightZero", "numpy")
 # iteration_N, or iteration_N+STEPS in the middle of a collection; "~" marks a version that is being replaced.
 CHECKPOINT_NAME = re.compile(r"iteration_(\d+)(?:\+(\d+))?(~?)")
@@ -71,21 +73,8 @@ def save_checkpoint(folder: Path, *, write: Callable[[Path], None], about: Mappi
     Raises:
         OSError: it cannot be written, for example because the disk is full. Nothing of it remains.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
-    try:
-        write(temporary)
-        files = sorted(path for path in temporary.rglob("*") if path.is_file())
-        manifest = {
-            "format": FORMAT,
-            **about,
-            "versions": package_versions(),
-            "files": {str(path.relative_to(temporary)): _checksum(path) for path in files},
-        }
-        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        temporary.chmod(0o755)
-        for path in [*temporary.rglob("*"), temporary]:
-            _sync(path)
+
+    def replace(temporary: Path) -> None:
         replaced = folder.with_name(f"{folder.name}~")  # still found if this process is killed now
         if folder.exists():
             shutil.rmtree(replaced, ignore_errors=True)
@@ -94,6 +83,57 @@ def save_checkpoint(folder: Path, *, write: Callable[[Path], None], about: Mappi
         for parent in folder.parents[:2]:  # the folder of the first checkpoint is new as well
             _sync(parent)
         shutil.rmtree(replaced, ignore_errors=True)
+
+    return _write_whole(folder, write=write, about={"format": FORMAT, **about}, place=replace)
+
+
+def save_export(
+    folder: Path, *, write: Callable[[Path], None], about: Mapping[str, Any], unverified: Collection[str]
+) -> Path:
+    """Write an exported agent (:mod:`priorzero.runs.exported`) as :func:`save_checkpoint` writes a checkpoint.
+
+    Args:
+        folder: must not exist, or be empty.
+        write: writes the files into a folder.
+        about: entries of the manifest besides versions and checksums.
+        unverified: names of files that users may change. The manifest has no checksums of them.
+
+    Raises:
+        OSError: it cannot be written. Nothing of it remains.
+    """
+
+    def place(temporary: Path) -> None:
+        temporary.rename(folder)  # fails if files have been written to the folder meanwhile
+        _sync(folder.parent)
+
+    about = {"export_format": EXPORT_FORMAT, **about}
+    return _write_whole(folder, write=write, about=about, place=place, unverified=unverified)
+
+
+def _write_whole(
+    folder: Path,
+    *,
+    write: Callable[[Path], None],
+    about: Mapping[str, Any],
+    place: Callable[[Path], None],
+    unverified: Collection[str] = (),
+) -> Path:
+    """Write files and their manifest into a temporary folder beside ``folder``, which ``place`` then renames."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}-"))
+    try:
+        write(temporary)
+        files = sorted(path for path in temporary.rglob("*") if path.is_file() and path.name not in unverified)
+        manifest = {
+            **about,
+            "versions": package_versions(),
+            "files": {str(path.relative_to(temporary)): _checksum(path) for path in files},
+        }
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
+        temporary.chmod(0o755)
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        place(temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -197,7 +237,10 @@ def read_checkpoint(folder: Path, *, resumable: bool = True) -> Checkpoint:
                 "it belongs to a run on a Ray cluster, which cannot be resumed; a new run can start from its LLM: "
                 f"--set llm.path={folder / 'llm'}"
             )
-        for name in REQUIRED_FILES if resumable else AGENT_FILES:
+        is_exported = "export_format" in manifest
+        if is_exported and resumable:
+            raise ValueError("it is an exported agent, which contains no training state")
+        for name in EXPORTED_FILES if is_exported else REQUIRED_FILES if resumable else AGENT_FILES:
             if name not in manifest["files"]:
                 raise ValueError(f"{name} is missing")
         settings = resolve_settings(read_config_file(folder / "config.yaml"))
@@ -230,11 +273,13 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
         ValueError, OSError, KeyError, TypeError, AttributeError: the manifest or a file is damaged.
     """
     manifest: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"its format is {manifest['format']}, this version of priorzero reads format {FORMAT}")
+    key, known = ("export_format", EXPORT_FORMAT) if "export_format" in manifest else ("format", FORMAT)
+    if manifest[key] != known:
+        raise ValueError(f"its format is {manifest[key]}, this version of priorzero reads format {known}")
     for name, checksum in manifest["files"].items():
         path = folder / name
-        if not path.resolve().is_relative_to(folder.resolve()):
+        # By its name, since the files in a cache of downloads are links.
+        if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"its manifest names a file outside of the folder: {name}")
         if not path.is_file():
             raise ValueError(f"{name} is missing")

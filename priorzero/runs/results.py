@@ -10,6 +10,7 @@ from typing import Any
 
 from priorzero.types import UserError
 
+FIRST_EVALUATION_SEED = 10_000  # seeds of games: collection counts from run.seed, evaluation from run.seed + this
 EVALUATION_KEYS = ("env_step", "mode", "game", "returns", "scores", "wins", "max_score")
 
 

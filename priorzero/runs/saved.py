@@ -9,19 +9,19 @@ from typing import Any
 from priorzero.config import resolve_settings
 from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, read_checkpoint
+from priorzero.runs.exported import LLM_FOLDER
 from priorzero.runs.folder import given_folder
 from priorzero.runs.resume import check_is_run, check_trusted, newest_intact, note_changed_versions
 from priorzero.settings import Settings
 from priorzero.types import UserError
-
-LLM_FOLDER = "llm"  # in a checkpoint
 
 
 def find_agent(where: str | Path, *, what: str = "") -> Checkpoint:
     """The checkpoint of a trained agent, from either training loop. No file is changed.
 
     Args:
-        where: a run's folder, whose newest intact checkpoint is taken, or the folder of a checkpoint.
+        where: a run's folder, whose newest intact checkpoint is taken; the folder of a checkpoint, or of an exported
+            agent.
         what: the command, as the beginning of messages.
 
     Raises:
@@ -30,7 +30,7 @@ def find_agent(where: str | Path, *, what: str = "") -> Checkpoint:
     folder = given_folder(where, what=what)
     if folder.name == CHECKPOINTS and folder.is_dir():
         folder = folder.parent
-    advice = "name a run's folder, or a folder RUN/checkpoints/iteration_N"
+    advice = "name a run's folder, a folder RUN/checkpoints/iteration_N, or an exported agent"
     try:
         if (folder / MANIFEST).is_file():
             checkpoint = read_checkpoint(folder, resumable=False)
@@ -54,12 +54,21 @@ def agent_settings(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapp
             LLM of the checkpoint.
 
     Raises:
-        UserError: the settings are invalid, or contain code of others that nobody has allowed to run.
+        UserError: the settings are invalid, or contain code of others that nobody has allowed to run; or the agent was
+            exported without its LLM.
     """
     check_trusted(checkpoint, overrides)
+    exported_llm = checkpoint.manifest.get("llm")  # only exported agents have this entry
+    if exported_llm == "none" and checkpoint.settings.prior.enabled:
+        raise UserError(
+            f"{checkpoint.folder}: this agent was exported without its LLM, so it cannot play; export it again without "
+            "--llm none. load_world_model loads its world model"
+        )
     llm: dict[str, Any] = {"kl_weight": 0.0, "imitation_share": 0.0}
     if (checkpoint.folder / LLM_FOLDER).is_dir():
         llm |= {"path": str((checkpoint.folder / LLM_FOLDER).absolute()), "adapter": ""}
+    if exported_llm == "merged":
+        llm["use_lora"] = False
     return resolve_settings(checkpoint.settings, {"llm": llm, "run": {"max_env_step": 0}}, *overrides)
 
 

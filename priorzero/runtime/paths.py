@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import shutil
 import stat
 from pathlib import Path
 
@@ -74,6 +75,28 @@ def user_cache_dir() -> Path:
             "there is no folder for cached files: HOME is not set, and this user has no home folder; set "
             "XDG_CACHE_HOME to a writable folder, for example: export XDG_CACHE_HOME=/tmp/cache"
         ) from error
+
+
+def check_free_space(folder: Path, *, size: int, what: str, content: str, advice: str) -> None:
+    """Check that ``size`` bytes are free on the disk of a folder, which need not exist.
+
+    Args:
+        folder: where something will be written.
+        size: bytes.
+        what: where the folder was given, as the beginning of the message.
+        content: what will be written.
+        advice: what to do besides freeing space.
+
+    Raises:
+        UserError: there is less space.
+    """
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(existing)
+    if disk.total and disk.free < size:  # a network file system may not know its size
+        raise UserError(
+            f"{what}: {disk.free / 1e6:.0f} MB are free, but {content} needs about {size / 1e6:.0f} MB; free some "
+            f"space, or {advice}"
+        )
 
 
 def replace_text(path: Path, text: str) -> None:

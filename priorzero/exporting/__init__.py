@@ -1,0 +1,1 @@
+"""Exporting a trained agent for others, and loading its world model again."""

@@ -1,0 +1,145 @@
+"""Exports a trained agent: checks everything, writes the folder as a whole, and uploads it to the hub."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+from loguru import logger
+
+from priorzero.config import dump_settings
+from priorzero.exporting.llm import base_model, choose_form, llm_size, published_base_model, write_llm
+from priorzero.exporting.plan import ExportPlan
+from priorzero.llm.hub import check_upload, upload
+from priorzero.llm.model_card import CARD
+from priorzero.runs.checkpoint import save_export
+from priorzero.runs.exported import (
+    LLM_FOLDER,
+    PLAY_STATE,
+    WORLD_MODEL,
+    is_exported,
+    read_play_state,
+    read_world_model,
+    write_world_model,
+)
+from priorzero.runs.files import CONFIG
+from priorzero.runs.saved import find_agent
+from priorzero.runtime.activity import announced
+from priorzero.runtime.paths import check_free_space, user_path
+from priorzero.types import UserError
+
+SMALL_FILES = 10_000_000  # bytes; action vocabulary, tokenizer, card and others
+
+
+def plan_export(
+    where: str,
+    *,
+    to: str,
+    form: str | None = None,
+    base: str = "",
+    licence: str = "",
+    push: str = "",
+    private: bool = False,
+) -> ExportPlan:
+    """Find the agent and check everything that can be checked before the export. Nothing is written.
+
+    Args:
+        where: the folder of a run or of a checkpoint.
+        to: the folder to write; it must not exist, or be empty.
+        form: of the LLM: ``merged``, ``adapter`` or ``none``; None chooses.
+        base: what the card and an adapter name as the base model; "" for that of the run.
+        licence: for the card; "" if it is not known.
+        push: USER/NAME of a repository on the hub; "" for none.
+        private: a new repository is private.
+
+    Raises:
+        UserError: the first problem.
+    """
+    out = user_path(to, what="--to ").absolute()
+    _check_out(out, to=to)
+    checkpoint = find_agent(where, what="export ")
+    if is_exported(checkpoint.folder):
+        raise UserError(
+            f"export {where}: this folder is an exported agent already; to upload it, type hf upload USER/NAME "
+            f"{shlex.quote(where)} ."
+        )
+    form = choose_form(checkpoint, form)
+    if base and form == "none":
+        raise UserError(f"--base_model {base}: no LLM is exported; leave --base_model out")
+    if not base and form != "none":
+        base = base_model(checkpoint.settings.llm)
+    size = (checkpoint.folder / "world_model.pt").stat().st_size + llm_size(checkpoint, form=form) + SMALL_FILES
+    check_free_space(out, size=size, what=f"--to {to}", content="the export", advice="give a folder on another disk")
+    if push:
+        check_upload(push, private=private, marker=WORLD_MODEL)
+    elif private:
+        raise UserError("--private has no effect without --push USER/NAME; add it, or leave --private out")
+    return ExportPlan(checkpoint, out, form, base, licence, push, private)
+
+
+def _check_out(out: Path, *, to: str) -> None:
+    """Raise UserError if a folder cannot be written to ``out``, or contains files."""
+    existing = next(path for path in (out, *out.parents) if path.exists())
+    if not existing.is_dir():
+        raise UserError(f"--to {to}: {existing} is a file; give another folder")
+    if existing == out and any(out.iterdir()):
+        raise UserError(f"--to {to}: this folder is not empty; give a new folder, or remove this one")
+
+
+def export(plan: ExportPlan) -> str | None:
+    """Write the folder, and upload it if the plan says so.
+
+    Returns:
+        The address of the repository; None if nothing was uploaded.
+
+    Raises:
+        OSError: a file cannot be read or written. Nothing of the folder remains.
+        UserError: the LLM cannot be merged; or the upload failed, and the folder is complete.
+    """
+    for note in plan.checkpoint.notes:
+        logger.warning(note)
+    _warn_of_local_paths(plan)
+    manifest = plan.checkpoint.manifest
+    about: dict[str, Any] = {
+        "llm": plan.form,
+        "source": plan.checkpoint.folder.name,
+        **{name: manifest[name] for name in ("counters", "games") if name in manifest},
+        "run_versions": manifest["versions"],
+    }
+    save_export(plan.out, write=lambda folder: _write(plan, folder), about=about, unverified={CARD})
+    if not plan.push:
+        return None
+    with announced("uploading"):
+        return upload(plan.out, plan.push, private=plan.private, message=f"Export of {plan.checkpoint.folder.name}")
+
+
+def _write(plan: ExportPlan, folder: Path) -> None:
+    from priorzero.exporting.card import card_text, last_evaluation
+
+    checkpoint = plan.checkpoint
+    with announced("exporting the world model"):
+        write_world_model(folder, read_world_model(checkpoint.folder))
+        shutil.copyfile(checkpoint.folder / "actions.json", folder / "actions.json")
+        (folder / CONFIG).write_text(dump_settings(plan.settings), encoding="utf-8")
+        play_state = read_play_state(checkpoint.folder, checkpoint.manifest)
+        (folder / PLAY_STATE).write_text(play_state.to_json(), encoding="utf-8")
+    if plan.form != "none":
+        with announced("exporting the LLM"):
+            write_llm(checkpoint, folder / LLM_FOLDER, form=plan.form, base=plan.base)
+    evaluations = last_evaluation(checkpoint.run_folder, env_step=checkpoint.manifest["counters"]["env_step"])
+    (folder / CARD).write_text(card_text(plan, evaluations), encoding="utf-8")
+
+
+def _warn_of_local_paths(plan: ExportPlan) -> None:
+    """Log which names of folders become public, and that the card has no base model for the hub."""
+    paths = plan.local_paths()
+    if paths:
+        named = ", ".join(f"{name}={value}" for name, value in paths.items())
+        logger.warning(f"{CONFIG} names folders of this machine ({named}); others cannot use them")
+    if plan.form != "none" and published_base_model(plan.base) is None:
+        logger.warning(
+            f"the base model {plan.base} is not the id of a model on the hub, so the metadata of {CARD} name no base "
+            "model; --base_model USER/NAME names one"
+        )
