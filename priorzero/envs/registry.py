@@ -29,7 +29,7 @@ from priorzero.types import TextGame, UserError
 
 ENTRY_POINTS = "priorzero.games"
 # Games of this package that are opened by a factory: the name, and the factory.
-BUILT_IN: dict[str, str] = {}
+BUILT_IN: dict[str, str] = {"gymnasium": "priorzero.envs.gymnasium_game:make_gymnasium_game"}
 RESERVED = ("textworld", "jericho", "file", "http", "https", "ftp")  # have another meaning in --env_id
 EXAMPLE = "example:small?coins=3"
 MAX_NAME = 60  # characters of a short name
