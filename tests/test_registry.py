@@ -267,7 +267,7 @@ def test_run_training_plays_a_game_that_this_program_registers(tmp_path):
     priorzero.register_game("counting", registered.make_counter)
     settings = short_settings(tmp_path, NO_LLM, {"run": {"env_id": "counting:2", "max_iter": 2}})
     summary = train(settings)
-    assert summary.env_steps >= 20
+    assert summary.rows["environment steps"] >= 20
     manifest = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/manifest.json")).read_text())
     assert manifest["games"] == {"counting-2": resolve_game("counting:2").md5}
 
