@@ -273,6 +273,13 @@ def test_check_game_compares_two_game_objects_of_a_name(monkeypatch):
         check_game("counting:")
 
 
+def test_check_game_sees_what_the_checks_of_a_run_would_hide(monkeypatch):
+    monkeypatch.setattr(registry, "_registered", {})
+    priorzero.register_game("counting", registered.make_accepting)
+    with pytest.raises(UserError, match="which is not a valid action, raised nothing"):
+        check_game("counting:")
+
+
 def test_checked_game_uses_the_limit_that_the_game_was_given():
     game = CheckedGame(CountingGame(50, max_episode_steps=LIMIT), name="counting", max_episode_steps=2)
     with pytest.raises(UserError, match=r"'counting' violates .* max_moves=12. Allowed is 0, or at most .*steps=2"):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from tests.helpers.packages import EXAMPLE, install, run_command, write_package
+from tests.helpers.packages import EXAMPLE, REPOSITORY, install, run_command, write_package
 
 SHORT = ["--quick_test", "--set", "prior.enabled=false", "--set", "eval.modes=random"]
 
@@ -18,6 +18,12 @@ def site(tmp_path_factory):
 
 def train(site, cwd, env_id, *arguments):
     return run_command("priorzero.entry", "--env_id", env_id, *SHORT, *arguments, packages=site, cwd=cwd)
+
+
+@pytest.mark.parametrize(("file", "language"), [("example_game.py", "python"), ("pyproject.toml", "toml")])
+def test_docs_show_the_example_as_it_is(file, language):
+    text = (EXAMPLE / file).read_text()
+    assert f"```{language}\n{text}```" in (REPOSITORY / "docs" / "own-games.md").read_text()
 
 
 @pytest.mark.slow

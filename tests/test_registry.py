@@ -246,6 +246,7 @@ def test_check_parameters_suggests_the_right_key():
 # runs ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "hint"),
     [
@@ -263,6 +264,7 @@ def test_check_games_reports_a_registered_game_that_fails_in_its_worker(factory,
         check_games(settings, games=[resolve_game("counting:9")], unseen=[])
 
 
+@pytest.mark.slow
 def test_run_training_plays_a_game_that_this_program_registers(tmp_path):
     priorzero.register_game("counting", registered.make_counter)
     settings = short_settings(tmp_path, NO_LLM, {"run": {"env_id": "counting:2", "max_iter": 2}})
@@ -272,6 +274,7 @@ def test_run_training_plays_a_game_that_this_program_registers(tmp_path):
     assert manifest["games"] == {"counting-2": resolve_game("counting:2").md5}
 
 
+@pytest.mark.slow
 def test_run_training_ends_with_one_message_if_a_game_violates_the_protocol(tmp_path):
     priorzero.register_game("counting", registered.make_wrong_later)
     settings = short_settings(tmp_path, NO_LLM, {"run": {"env_id": "counting:9", "max_iter": 2}})

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 
 from priorzero.envs.games import make_game, resolve_game
 from priorzero.envs.protocol import check_first_state, check_methods, check_outcome, first_difference
+from priorzero.envs.registered_game import call_factory
 from priorzero.runtime.paths import shown
-from priorzero.types import GameState, TextGame, UserError
+from priorzero.types import GameArguments, GameState, TextGame, UserError
 
 INVALID_ACTION = "no game has this command"
 NAMED_EPISODE_STEPS = 50  # of a game that is given by name
@@ -48,18 +49,19 @@ def check_game(game: TextGame | str, *, num_episodes: int = 5, max_commands: int
 
 def _check_named_game(name: str, *, num_episodes: int, max_commands: int, seed: int) -> None:
     spec = resolve_game(name)
+    arguments = GameArguments(
+        seed=seed,
+        max_episode_steps=NAMED_EPISODE_STEPS,
+        look_and_inventory=True,
+        drop_inert_commands=True,
+        valid_actions="exact",
+    )
     games: list[TextGame] = []
     try:
         for _ in range(2):
+            # Without CheckedGame, which refuses invalid commands itself.
             games.append(
-                make_game(
-                    spec,
-                    seed=seed,
-                    max_episode_steps=NAMED_EPISODE_STEPS,
-                    look_and_inventory=True,
-                    drop_inert_commands=True,
-                    valid_actions="exact",
-                )
+                call_factory(spec.request, **arguments) if spec.request is not None else make_game(spec, **arguments)
             )
         _check(games[0], name, num_episodes=num_episodes, max_commands=max_commands, seed=seed)
         episode = _play(games[0], name, choose=_Chooser(seed), max_commands=max_commands)
