@@ -13,8 +13,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from priorzero.envs import GameSpec, GameWorker, check_max_score, check_names, make_workers, resolve_games
-from priorzero.envs.games import TEXTWORLD_PREFIX
+from priorzero.envs import (
+    GameSpec,
+    GameWorker,
+    check_max_score,
+    check_names,
+    make_workers,
+    resolve_games,
+    try_registered_games,
+)
+from priorzero.envs.games import is_z_machine_name
 from priorzero.envs.limits import check_step_names, default_action_space_size, resolve_limits
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
@@ -195,12 +203,13 @@ def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequen
     """Check the games of a run.
 
     Raises:
-        UserError: there is none, their number does not divide the environments, an unseen game is trained on, or
-            ``env.max_score`` is given without need.
+        UserError: there is none, their number does not divide the environments, an unseen game is trained on,
+            ``env.max_score`` is given without need, or a registered game cannot be opened.
     """
     names, unseen_names = ({game.md5: game.env_id for game in group} for group in (games, unseen))
     _check_selection(settings, games=names, unseen=unseen_names)
     check_max_score(settings.env.max_score, games=games, unseen=unseen)
+    try_registered_games(settings, [*games, *unseen])
 
 
 def _check_selection(settings: Settings, *, games: Mapping[str, str], unseen: Mapping[str, str]) -> None:
@@ -276,7 +285,7 @@ def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -
     wm, actions = settings.world_model, settings.env.action_space_size
     if isinstance(actions, str):  # auto; TextWorld games are not generated yet
         names = settings.run.env_id.split(",")
-        actions = default_action_space_size(sum(not name.strip().startswith(TEXTWORLD_PREFIX) for name in names))
+        actions = default_action_space_size(sum(is_z_machine_name(name.strip()) for name in names))
     embedding_size = int(encoder.config.get("hidden_size", 0)) if encoder is not None else 0
     feature_size = embedding_size * (3 if settings.env.look_and_inventory else 1)
     support = 2 * wm.support_scale + 1
