@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from priorzero.envs import GameSpec, GameWorker, check_max_score, check_names, make_workers, resolve_games
-from priorzero.envs.games import TEXTWORLD_PREFIX
+from priorzero.envs.games import is_z_machine_name
 from priorzero.envs.limits import check_step_names, default_action_space_size, resolve_limits
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
@@ -215,7 +215,7 @@ def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -
     wm, actions = settings.world_model, settings.env.action_space_size
     if isinstance(actions, str):  # auto; TextWorld games are not generated yet
         names = settings.run.env_id.split(",")
-        actions = default_action_space_size(sum(not name.strip().startswith(TEXTWORLD_PREFIX) for name in names))
+        actions = default_action_space_size(sum(is_z_machine_name(name.strip()) for name in names))
     embedding_size = int(encoder.config.get("hidden_size", 0)) if encoder is not None else 0
     feature_size = embedding_size * (3 if settings.env.look_and_inventory else 1)
     support = 2 * wm.support_scale + 1

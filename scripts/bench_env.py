@@ -514,7 +514,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             spec = resolve_game(name)
             if spec.kind != "jericho":
                 raise UserError("It is not a Jericho game.")
-            paths[spec.name] = spec.path
+            paths[spec.name] = spec.story
         except UserError as error:
             print(f"{name} is skipped. {error}", file=sys.stderr)
     if not paths:

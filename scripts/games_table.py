@@ -104,7 +104,7 @@ def open_game(spec: GameSpec, *, valid_actions: str | None) -> JerichoGame:
     """
     mode: dict[str, Any] = {} if valid_actions is None else {"valid_actions": valid_actions}
     try:
-        return JerichoGame(spec.path, seed=0, max_episode_steps=10_000, look_and_inventory=False, **mode)
+        return JerichoGame(spec.story, seed=0, max_episode_steps=10_000, look_and_inventory=False, **mode)
     except (TypeError, ValueError) as error:
         if valid_actions is None:
             raise

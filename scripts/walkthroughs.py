@@ -6,7 +6,6 @@ import asyncio
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ class WalkthroughState:
 
 def solution(game: str) -> list[str]:
     """The commands that win a generated game. TextWorld writes them into a file beside the game."""
-    path = Path(resolve_game(game).path).with_suffix(".json")
+    path = resolve_game(game).story.with_suffix(".json")
     commands: list[str] = json.loads(path.read_text(encoding="utf-8"))["metadata"]["walkthrough"]
     return commands
 

@@ -1,4 +1,4 @@
-"""Finds the story file of a game by name. TextWorld games are generated if necessary."""
+"""Finds a game by its name: a story file, a TextWorld game, which is generated if necessary, or a registered game."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from loguru import logger
 
 from priorzero.envs import textworld_files
 from priorzero.envs.action_cache import cache_dir
+from priorzero.envs.babyai_levels import check_level
+from priorzero.envs.registry import BABYAI, GameRequest, parse_game_name, registered_games
 from priorzero.envs.textworld_files import did_you_mean, without_extension
+from priorzero.envs.textworld_own import FILE_PREFIX, find_story, own_name
 from priorzero.envs.zmachine import MAX_STORY_BYTES, check_story
 from priorzero.runtime.paths import check_path_text, shown, user_path
 from priorzero.types import GameArguments, TextGame, UserError
@@ -31,22 +34,36 @@ MAX_SCORE_HINT = "--set env.max_score=N"
 
 @dataclass(frozen=True, slots=True)
 class GameSpec:
-    """A game whose story file exists.
+    """A game that was found.
 
     Attributes:
         env_id: the name that was resolved.
-        kind: how it is played: ``"jericho"`` (Jericho supports it), ``"textworld"``, or ``"story"`` (another story
-            file).
-        path: the story file.
-        md5: hexadecimal MD5 of the story file. Equal TextWorld parameters give equal files on every machine.
+        kind: how it is played: ``"jericho"`` (Jericho supports it), ``"textworld"``, ``"story"`` (another story file),
+            or ``"registered"`` (see :mod:`~priorzero.envs.registry`).
+        path: the story file, which exists; None for a registered game.
+        md5: hexadecimal MD5 of the story file. Equal TextWorld parameters give equal files on every machine. For a
+            registered game, that of :attr:`GameRequest.md5`.
         name: a short name that can be part of a folder's name: ``zork1``, ``textworld-simple-seed7``.
+        request: what is passed to the factory of a registered game; None for other games.
     """
 
     env_id: str
-    kind: Literal["jericho", "textworld", "story"]
-    path: Path
+    kind: Literal["jericho", "textworld", "story", "registered"]
+    path: Path | None
     md5: str
     name: str
+    request: GameRequest | None = None
+
+    @property
+    def story(self) -> Path:
+        """The story file of a game that has one.
+
+        Raises:
+            UserError: it is a registered game.
+        """
+        if self.path is None:
+            raise UserError(f"{shown(self.env_id)}: this game has no story file; give a Jericho or TextWorld game")
+        return self.path
 
 
 def supported_games() -> dict[str, str]:
@@ -74,24 +91,30 @@ def resolve_game(env_id: str | Path) -> GameSpec:
 
     Args:
         env_id: the name of a story file, such as ``zork1.z5``, which is searched in the working folder,
-            ``$PRIORZERO_GAMES`` and the cache folder; a path to a story file; or
-            ``textworld:<challenge>?<parameter>=<value>&...``.
+            ``$PRIORZERO_GAMES`` and the cache folder; a path to a story file;
+            ``textworld:<challenge>?<parameter>=<value>&...``; ``textworld:file=PATH``; ``babyai:LEVEL?seed=N``; or
+            ``NAME:LEVEL?KEY=VALUE&...`` of a registered game.
 
     Raises:
-        UserError: the name is unknown, the story file is missing, unreadable or cannot be played, or a TextWorld
-            parameter is not allowed.
+        UserError: the name is unknown, the story file is missing, unreadable or cannot be played, a TextWorld
+            parameter is not allowed, or the name of a registered game is ambiguous or malformed.
         ValueError: ``env_id`` is neither a text nor a path.
     """
     env_id = _text(env_id)
     if env_id.startswith(TEXTWORLD_PREFIX):
-        request = textworld_files.parse_request(env_id)
-        path = textworld_files.get_or_make(request, cache_dir() / "textworld")
-        return GameSpec(env_id, "textworld", path, _md5(path), request.name)
+        return _textworld_spec(env_id)
+    registered = parse_game_name(env_id)
+    if registered is not None and not os.path.isfile(env_id):  # a file may contain a colon
+        if registered.game.name == BABYAI:
+            _check_babyai(registered)
+        return GameSpec(env_id, "registered", None, registered.md5, registered.name, registered)
     if re.match(r"[a-z][a-z0-9+.-]*://", env_id, re.IGNORECASE):
         raise UserError(
             f"{shown(env_id)!r} is a URL, which is not read. Download the story file yourself and give its path, or "
             f"download a game that Jericho supports. {_download_hint(env_id.rpartition('/')[2])}"
         )
+    if re.match(r"[a-z][\w-]*:", env_id, re.IGNORECASE) and not os.path.isfile(env_id):
+        raise _unknown(env_id)
     if "/" in env_id:
         path = user_path(env_id, what="The story file ")
         if not path.exists():
@@ -102,15 +125,46 @@ def resolve_game(env_id: str | Path) -> GameSpec:
     elif re.fullmatch(r".+\.z[1-8]", env_id, re.IGNORECASE):
         path = _find_story(env_id)
     else:
-        known = [*supported_games(), *(TEXTWORLD_PREFIX + challenge for challenge in textworld_files.CHALLENGES)]
-        extension = _missing_extension(env_id, folders=_story_folders()[0])
-        raise UserError(
-            f"Unknown game {shown(env_id)!r}.{f' {extension}' if extension else did_you_mean(env_id, known)}\n"
-            "Allowed are: the name of a story file that Jericho supports, such as zork1.z5 (python "
-            "scripts/fetch_games.py --list prints all names); a path to such a file; or a TextWorld game, such as "
-            "'textworld:simple?seed=7'."
-        )
+        raise _unknown(env_id)
     return _story_spec(env_id, path)
+
+
+def _textworld_spec(env_id: str) -> GameSpec:
+    if env_id.startswith(FILE_PREFIX):
+        path = find_story(env_id, cache_dir() / "textworld")
+        return GameSpec(env_id, "textworld", path, _md5(path), own_name(env_id))
+    request = textworld_files.parse_request(env_id)
+    path = textworld_files.get_or_make(request, cache_dir() / "textworld")
+    return GameSpec(env_id, "textworld", path, _md5(path), request.name)
+
+
+def _check_babyai(request: GameRequest) -> None:
+    try:
+        check_level(request.level, dict(request.parameters))
+    except UserError as error:
+        raise UserError(f"The game {shown(request.env_id)!r}: {error}") from error
+
+
+def _unknown(env_id: str) -> UserError:
+    names = sorted({game.name for game in registered_games()})
+    known = [*supported_games(), *(TEXTWORLD_PREFIX + challenge for challenge in textworld_files.CHALLENGES)]
+    hint = (
+        _missing_extension(env_id, folders=_story_folders()[0])
+        or did_you_mean(f"{env_id.partition(':')[0]}:", [f"{name}:" for name in names])
+        or did_you_mean(env_id, known)
+    )
+    return UserError(
+        f"Unknown game {shown(env_id)!r}.{hint and f' {hint.strip()}'}\n"
+        "Allowed are: the name of a story file that Jericho supports, such as zork1.z5 (python "
+        "scripts/fetch_games.py --list prints all names); a path to such a file; a TextWorld game, such as "
+        f"'textworld:simple?seed=7'; or a registered game, NAME:LEVEL?KEY=VALUE. Registered are: "
+        f"{', '.join(names) or 'none'}."
+    )
+
+
+def is_z_machine_name(env_id: str) -> bool:
+    """Whether the name means a story file that is played with Jericho, as far as the name alone shows this."""
+    return not env_id.startswith(TEXTWORLD_PREFIX) and parse_game_name(env_id) is None
 
 
 def resolve_games(env_ids: str) -> list[GameSpec]:
@@ -139,7 +193,7 @@ def check_names(env_ids: str) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for env_id in _split(env_ids):
-        is_generated = env_id.startswith(TEXTWORLD_PREFIX)
+        is_generated = env_id.startswith(TEXTWORLD_PREFIX) and not env_id.startswith(FILE_PREFIX)
         game = textworld_files.parse_request(env_id).name if is_generated else resolve_game(env_id).md5
         if game in names:
             raise _occurs_twice(env_id, env_ids)
@@ -174,7 +228,8 @@ def _split(env_ids: str) -> list[str]:
     env_ids = _text(env_ids)
     if not env_ids.strip():
         return []
-    if os.path.isfile(os.path.expandvars(os.path.expanduser(env_ids))):  # a path may contain a comma
+    path = env_ids.removeprefix(FILE_PREFIX)
+    if os.path.isfile(os.path.expandvars(os.path.expanduser(path))):  # a path may contain a comma
         return [env_ids]
     names = [name.strip() for name in env_ids.split(",")]
     if "" in names:
@@ -191,27 +246,33 @@ def make_game(spec: GameSpec, *, max_score: int = 0, **arguments: Unpack[GameArg
         arguments: see :class:`GameArguments`.
 
     Raises:
-        UserError: the story file was changed or deleted after its name was resolved.
+        UserError: the story file was changed or deleted after its name was resolved, or the factory of a registered
+            game failed.
     """
-    if spec.kind not in ("jericho", "textworld", "story"):
+    if spec.kind not in ("jericho", "textworld", "story", "registered"):
         raise ValueError(f"{spec.env_id!r} is a game of the unknown kind {spec.kind!r}; add it to make_game")
-    if not spec.path.is_file() or _md5(spec.path) != spec.md5:
+    # Imported here, because a run may not need all libraries.
+    if spec.request is not None:
+        from priorzero.envs.registered_game import open_registered_game
+
+        return open_registered_game(spec.request, **arguments)
+    path = spec.story
+    if not path.is_file() or _md5(path) != spec.md5:
         raise UserError(
-            f"The story file {str(spec.path)!r} was changed or deleted during the run. Restore it (MD5 {spec.md5}), "
+            f"The story file {str(path)!r} was changed or deleted during the run. Restore it (MD5 {spec.md5}), "
             "then resume the run."
         )
-    # Imported here, because a run may not need both libraries.
     if spec.kind == "jericho":
         from priorzero.envs.jericho_game import JerichoGame
 
-        return JerichoGame(spec.path, **arguments)
+        return JerichoGame(path, **arguments)
     if spec.kind == "story":
         from priorzero.envs.story_game import StoryGame
 
-        return StoryGame(spec.path, max_score=max_score, **arguments)
+        return StoryGame(path, max_score=max_score, **arguments)
     from priorzero.envs.textworld_game import TextWorldGame
 
-    return TextWorldGame(spec.path, **arguments)
+    return TextWorldGame(path, **arguments)
 
 
 def _find_story(name: str) -> Path:
@@ -351,9 +412,11 @@ def check_max_score(max_score: int, *, games: Sequence[GameSpec], unseen: Sequen
             f"{shown(names)}. Leave it out, or train on one game"
         )
     (game,) = games
-    stated = _survey(game.path, game.md5).max_score if game.kind == "story" else 0
+    stated = _survey(game.story, game.md5).max_score if game.kind == "story" else 0
     if game.kind != "story" or stated:
         known = f"the game states {stated}" if stated else "it is a supported game"
+        if game.kind == "registered":
+            known = "a registered game states it in its states"
         raise UserError(
             f"env.max_score={max_score}: the maximum score of {shown(names)} is known: {known}. Leave it out"
         )

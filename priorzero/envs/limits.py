@@ -9,11 +9,14 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from priorzero.envs.babyai_levels import max_moves
 from priorzero.envs.games import GameSpec
+from priorzero.envs.registry import BABYAI
 from priorzero.settings import AUTO, EnvSettings, steps_by_game, steps_text
 from priorzero.types import UserError
 
 MIN_STEPS, MAX_STEPS = 100, 500
+Z_MACHINE = ("jericho", "story")  # kinds of games
 # For a game of the Z-machine whose walkthrough is not known: the median of the games whose walkthrough is.
 UNKNOWN_STEPS = 250
 MIN_ACTIONS, JERICHO_ACTIONS, MAX_DEFAULT_ACTIONS = 256, 2048, 4096
@@ -35,9 +38,10 @@ def default_steps(walkthrough_length: int) -> int:
 def walkthrough_length(game: GameSpec) -> int | None:
     """Number of commands of the walkthrough that comes with Jericho or TextWorld; None if there is none."""
     commands: list[str] = []
-    data = game.path.with_suffix(".json")
-    if game.kind == "textworld" and data.is_file():  # a missing file is reported when the game is opened
-        commands = json.loads(data.read_text(encoding="utf-8"))["metadata"].get("walkthrough", [])
+    if game.kind == "textworld":
+        data = game.story.with_suffix(".json")
+        if data.is_file():  # a missing file is reported when the game is opened
+            commands = json.loads(data.read_text(encoding="utf-8")).get("metadata", {}).get("walkthrough", [])
     elif game.kind == "jericho":
         from jericho.defines import BINDINGS_DICT
 
@@ -54,9 +58,11 @@ def episode_steps(env: EnvSettings, game: GameSpec) -> int:
     given = {} if setting == AUTO else steps_by_game(setting)
     if game.name in given:
         return given[game.name]
+    if game.request is not None and game.request.game.name == BABYAI:
+        return min(MAX_STEPS, max_moves(game.request.level, dict(game.request.parameters)))
     length = walkthrough_length(game)
     if length is None:
-        return MIN_STEPS if game.kind == "textworld" else UNKNOWN_STEPS
+        return UNKNOWN_STEPS if game.kind in Z_MACHINE else MIN_STEPS
     return default_steps(length)
 
 
@@ -87,7 +93,7 @@ def resolve_limits(env: EnvSettings, games: Sequence[GameSpec], *, unseen: Seque
         given = {} if env.max_episode_steps == AUTO else steps_by_game(env.max_episode_steps)
         env.max_episode_steps = steps_text({**given, **{game.name: episode_steps(env, game) for game in games}})
     if env.action_space_size == AUTO:
-        env.action_space_size = default_action_space_size(sum(game.kind != "textworld" for game in games))
+        env.action_space_size = default_action_space_size(sum(game.kind in Z_MACHINE for game in games))
 
 
 def default_action_space_size(num_z_machine: int) -> int:

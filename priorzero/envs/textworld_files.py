@@ -320,6 +320,8 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     one with the smallest number.
     """
     by_stem = {without_extension(other.lower()): other for other in reversed(list(known))}
+    if not by_stem:
+        return ""
     matches = difflib.get_close_matches(without_extension(name.lower()), by_stem, n=len(by_stem), cutoff=SIMILAR)
     if not matches:
         return ""

@@ -53,7 +53,7 @@ def collect_walkthrough(
     if spec.kind == "textworld":
         return _collect_textworld(spec)
     game = _RecordedGame(
-        spec.path,
+        spec.story,
         seed=0,  # the walkthrough is for it
         max_episode_steps=NEVER,
         look_and_inventory=True,
@@ -203,7 +203,7 @@ def write_out(command: str) -> str:
 
 
 def _collect_textworld(spec: GameSpec) -> list[WalkthroughStep]:
-    data: dict[str, Any] = json.loads(spec.path.with_suffix(".json").read_text(encoding="utf-8"))
+    data: dict[str, Any] = json.loads(spec.story.with_suffix(".json").read_text(encoding="utf-8"))
     commands: list[str] = data["metadata"].get("walkthrough") or []
     if not commands:
         raise UserError(f"{spec.env_id}: TextWorld has no walkthrough of this game; name another game")
