@@ -6,7 +6,7 @@ Online Reinforcement Learning").
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -56,7 +56,7 @@ def describe_carried(kind: str, colour: str) -> str:
     return f"You carry {_with_article(f'{colour} {kind}')}"
 
 
-def _distance_to_wall(cells: Sequence[str]) -> int:
+def _distance_to_wall(cells: Iterable[str]) -> int:
     """The distance to the first cell that is not free, if it is a wall; otherwise 0."""
     for distance, kind in enumerate(cells, start=1):
         if kind not in ("unseen", "empty"):
