@@ -13,7 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from priorzero.envs import GameSpec, GameWorker, check_max_score, check_names, make_workers, resolve_games
+from priorzero.envs import (
+    GameSpec,
+    GameWorker,
+    check_max_score,
+    check_names,
+    make_workers,
+    resolve_games,
+    try_registered_games,
+)
 from priorzero.envs.games import is_z_machine_name
 from priorzero.envs.limits import check_step_names, default_action_space_size, resolve_limits
 from priorzero.llm.engine_choice import choose_engine
@@ -137,12 +145,13 @@ def check_games(settings: Settings, *, games: Sequence[GameSpec], unseen: Sequen
     """Check the games of a run.
 
     Raises:
-        UserError: there is none, their number does not divide the environments, an unseen game is trained on, or
-            ``env.max_score`` is given without need.
+        UserError: there is none, their number does not divide the environments, an unseen game is trained on,
+            ``env.max_score`` is given without need, or a registered game cannot be opened.
     """
     names, unseen_names = ({game.md5: game.env_id for game in group} for group in (games, unseen))
     _check_selection(settings, games=names, unseen=unseen_names)
     check_max_score(settings.env.max_score, games=games, unseen=unseen)
+    try_registered_games(settings, [*games, *unseen])
 
 
 def _check_selection(settings: Settings, *, games: Mapping[str, str], unseen: Mapping[str, str]) -> None:

@@ -1,5 +1,6 @@
 """Tests of games that packages and programs register."""
 
+import json
 import sys
 
 import pytest
@@ -9,9 +10,12 @@ import priorzero
 from priorzero.envs import make_game, registry, resolve_game, resolve_games
 from priorzero.envs.games import is_z_machine_name
 from priorzero.envs.registry import check_parameters, parse_game_name, read_parameter, registered_games
+from priorzero.preflight import check_games
 from priorzero.types import UserError
 from tests.helpers import registered
+from tests.helpers.models import make_settings
 from tests.helpers.packages import EXAMPLE, install, write_package
+from tests.helpers.runs import NO_LLM, short_settings, train
 
 ARGUMENTS = {
     "seed": 0,
@@ -104,7 +108,7 @@ def test_game_request_name_can_be_a_folder_and_is_unique(example):
         ("exmple:a/b", "Did you mean 'example:'?"),
         ("example", "Did you mean 'example:'?"),
         ("Example:small", "Did you mean 'example:'?"),
-        ("nothing:x", "Registered are: example"),
+        ("nothing:x", "Registered are: example, gymnasium"),
         ("example:small?seed", "bad query field: 'seed'"),
         ("example:small?seed=1&seed=2", "'seed' is given twice"),
     ],
@@ -196,7 +200,7 @@ def test_register_game_refuses_what_a_worker_process_cannot_import(name, factory
 
 def test_register_game_refuses_a_name_that_is_taken(packages):
     priorzero.register_game("counting", registered.make_counter)
-    with pytest.raises(UserError, match="already registered for 'tests.helpers.registered:make_counter'"):
+    with pytest.raises(UserError, match=r"already registered for 'tests.helpers.registered:make_counter'"):
         priorzero.register_game("counting", registered.make_broken)
     write_package(packages, "counters", code="", entry_points={"counting": "counters:make"})
     assert "registered twice: by counters 1.0" in error_of("counting:9")
@@ -237,3 +241,41 @@ def test_check_parameters_suggests_the_right_key():
         check_parameters({"room": "3"}, ["rooms", "coins"])
     with pytest.raises(UserError, match="There are no parameters"):
         check_parameters({"room": "3"}, [])
+
+
+# runs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("factory", "hint"),
+    [
+        ("make_broken", "raised ZeroDivisionError: division by zero"),
+        ("make_nothing", "NoneType has no method reset"),
+        ("make_refusing", "type another level"),
+        ("make_crashing", "cannot be played: .* the worker process died"),
+        ("make_wrong_from_the_start", "reset.. gave score='0' of the type str. Allowed is a finite float or int"),
+    ],
+)
+def test_check_games_reports_a_registered_game_that_fails_in_its_worker(factory, hint):
+    priorzero.register_game("counting", f"tests.helpers.registered:{factory}")
+    settings = make_settings({"run": {"env_id": "counting:9"}})
+    with pytest.raises(UserError, match=hint):
+        check_games(settings, games=[resolve_game("counting:9")], unseen=[])
+
+
+def test_run_training_plays_a_game_that_this_program_registers(tmp_path):
+    priorzero.register_game("counting", registered.make_counter)
+    settings = short_settings(tmp_path, NO_LLM, {"run": {"env_id": "counting:2", "max_iter": 2}})
+    summary = train(settings)
+    assert summary.env_steps >= 20
+    manifest = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/manifest.json")).read_text())
+    assert manifest["games"] == {"counting-2": resolve_game("counting:2").md5}
+
+
+def test_run_training_ends_with_one_message_if_a_game_violates_the_protocol(tmp_path):
+    priorzero.register_game("counting", registered.make_wrong_later)
+    settings = short_settings(tmp_path, NO_LLM, {"run": {"env_id": "counting:9", "max_iter": 2}})
+    with pytest.raises(
+        UserError, match=r"violates the protocol of games: step\('.*'\), command 3 of the episode, gave"
+    ):
+        train(settings)

@@ -22,6 +22,7 @@ import torch
 
 from priorzero.cluster.calls import NodeEndedError
 from priorzero.config import differences
+from priorzero.envs import GameSpec
 from priorzero.runtime.signals import children_ignore_stop_signals
 from priorzero.settings import Settings
 from priorzero.types import ProcessError, UserError
@@ -40,6 +41,17 @@ UNUSED_SETTINGS = {
         *("llm_loss_weight", "rft_loss_weight", "imitation_share"),
     ),
 }
+
+
+def check_game_packages(games: Sequence[GameSpec]) -> None:
+    """Raise a UserError if a game was registered in this process only, since other processes do not know it."""
+    for game in games:
+        if game.request is not None and game.request.game.source == "register_game":
+            raise UserError(
+                f"{game.env_id}: the game was registered by register_game in this process. The processes of a cluster "
+                "know only games of installed packages: add an entry point in the group priorzero.games to a package, "
+                "and install it on all machines"
+            )
 
 
 def check_settings(settings: Settings) -> None:

@@ -21,7 +21,7 @@ import ray
 from loguru import logger
 from ray.exceptions import RayError, RayTaskError
 
-from priorzero.cluster.connection import check_settings, connect, fail_if_ended, plan_resources
+from priorzero.cluster.connection import check_game_packages, check_settings, connect, fail_if_ended, plan_resources
 from priorzero.cluster.run import ClusterRun
 from priorzero.envs import resolve_games
 from priorzero.envs.limits import check_step_names, resolve_limits
@@ -87,6 +87,7 @@ def _connected(settings: Settings) -> Iterator[_Prepared]:
         check_game_names(settings)
         with announced("preparing the games"):
             games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
+        check_game_packages((*games, *unseen))
         check_games(settings, games=games, unseen=unseen)
         check_step_names(settings.env, (*games, *unseen))
         resolve_limits(settings.env, games, unseen=unseen)

@@ -31,7 +31,10 @@ ENTRY_POINTS = "priorzero.games"
 BABYAI = "babyai"
 # Games of this package that are opened by a factory: the name, the factory, and the package whose version decides what
 # the game is.
-BUILT_IN: dict[str, tuple[str, str]] = {BABYAI: ("priorzero.envs.babyai_levels:make_babyai", "minigrid")}
+BUILT_IN: dict[str, tuple[str, str]] = {
+    BABYAI: ("priorzero.envs.babyai_levels:make_babyai", "minigrid"),
+    "gymnasium": ("priorzero.envs.gymnasium_game:make_gymnasium_game", "gymnasium"),
+}
 RESERVED = ("textworld", "jericho", "file", "http", "https", "ftp")  # have another meaning in --env_id
 EXAMPLE = "example:small?coins=3"
 MAX_NAME = 60  # characters of a short name

@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
 from typing import TYPE_CHECKING, Any, TypeVar, Unpack
 
@@ -235,6 +236,34 @@ def make_workers(settings: Settings, games: Sequence[GameSpec], *, count: int, f
         )
         for e in range(count)
     ]
+
+
+def try_registered_games(settings: Settings, games: Sequence[GameSpec]) -> None:
+    """Open each registered game in a worker process and begin an episode, which takes about a second.
+
+    So a factory that fails, and a game that violates the protocol at once, are reported before a run writes anything.
+
+    Raises:
+        UserError: a game cannot be opened, or its first state violates the protocol.
+    """
+    registered = [game for game in games if game.kind == "registered"]
+    workers = make_workers(settings, registered, count=len(registered), first_seed=settings.run.seed)
+    try:
+        for worker in workers:
+            worker.launch()
+        if workers:
+            with ThreadPoolExecutor(1) as executor:  # this thread may run an event loop already
+                executor.submit(asyncio.run, _reset_all(workers)).result()
+    except GameWorkerError as error:
+        raise UserError(f"A registered game cannot be played: {error}") from error
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+async def _reset_all(workers: Sequence[GameWorker]) -> None:
+    for worker in workers:
+        await worker.reset()
 
 
 def serve(descriptor: str, parent: str) -> None:

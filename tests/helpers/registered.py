@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
+import signal
+
 from priorzero.envs import check_action
 from priorzero.types import GameState, UserError
 
@@ -57,3 +61,39 @@ def make_broken(level, parameters, **arguments):
 def make_refusing(level, parameters, **arguments):
     """Raises an error of the user."""
     raise UserError("type another level")
+
+
+def make_crashing(level, parameters, **arguments):
+    """Crashes as C code may."""
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def make_nothing(level, parameters, **arguments):
+    """Returns no game."""
+
+
+class TextScoreGame(CountingGame):
+    """Its score is a text from the command ``first`` on."""
+
+    def __init__(self, goal, *, max_episode_steps, first):
+        super().__init__(goal, max_episode_steps=max_episode_steps)
+        self.first = first
+
+    def state(self, score, *, moves, lost=False):
+        state = super().state(score, moves=moves, lost=lost)
+        return dataclasses.replace(state, score=f"{score:g}") if moves >= self.first else state
+
+    def step(self, action):
+        before = check_action(self.now, action)
+        self.now = self.state(float(before.score), moves=before.moves + 1)
+        return self.now, 0.0
+
+
+def make_wrong_from_the_start(level, parameters, *, max_episode_steps, **arguments):
+    """The first state is wrong."""
+    return TextScoreGame(9, max_episode_steps=max_episode_steps, first=0)
+
+
+def make_wrong_later(level, parameters, *, max_episode_steps, **arguments):
+    """The state after the third command is wrong."""
+    return TextScoreGame(9, max_episode_steps=max_episode_steps, first=3)

@@ -1,0 +1,152 @@
+"""A check for the authors of games: does a game keep the protocol :class:`~priorzero.types.TextGame`?"""
+
+from __future__ import annotations
+
+import dataclasses
+import pickle
+import random
+from collections.abc import Sequence
+
+from priorzero.envs.games import make_game, resolve_game
+from priorzero.envs.protocol import check_first_state, check_methods, check_outcome, first_difference
+from priorzero.runtime.paths import shown
+from priorzero.types import GameState, TextGame, UserError
+
+INVALID_ACTION = "no game has this command"
+NAMED_EPISODE_STEPS = 50  # of a game that is given by name
+FIELDS = tuple(field.name for field in dataclasses.fields(GameState))
+
+
+def check_game(game: TextGame | str, *, num_episodes: int = 3, max_commands: int = 200, seed: int = 0) -> None:
+    """Play random commands and check that a game does what :class:`~priorzero.types.TextGame` demands.
+
+    The checks, in this order: the methods exist; the types of the first state; an invalid command is refused with a
+    ValueError and changes nothing; in each episode the types of all states, unique and stripped valid actions, the
+    reward equals the change of the score, the score is at most the maximum, ``done``, ``won`` and ``truncated`` agree,
+    the episode is truncated in time, states can be pickled; after the end a command is refused; ``reset`` begins the
+    same episode again; the same commands lead to the same states.
+
+    Args:
+        game: a game; it is not closed. Or its name, such as ``"example:small"``: it is opened in this process with a
+            limit of 50 commands an episode and closed at the end, and a second game object with the same seed must
+            behave as the first one.
+        num_episodes: number of episodes.
+        max_commands: at most this many commands are played in each.
+        seed: of the random commands, and of a game that is given by name.
+
+    Raises:
+        UserError: the first violation: the commands that led to it, what the game returned, and what is allowed.
+    """
+    if isinstance(game, str):
+        _check_named_game(game, num_episodes=num_episodes, max_commands=max_commands, seed=seed)
+        return
+    _check(game, type(game).__name__, num_episodes=num_episodes, max_commands=max_commands, seed=seed)
+
+
+def _check_named_game(name: str, *, num_episodes: int, max_commands: int, seed: int) -> None:
+    spec = resolve_game(name)
+    games: list[TextGame] = []
+    try:
+        for _ in range(2):
+            games.append(
+                make_game(
+                    spec,
+                    seed=seed,
+                    max_episode_steps=NAMED_EPISODE_STEPS,
+                    look_and_inventory=True,
+                    drop_inert_commands=True,
+                    valid_actions="exact",
+                )
+            )
+        _check(games[0], name, num_episodes=num_episodes, max_commands=max_commands, seed=seed)
+        rng = random.Random(seed)
+        episode = _play(games[0], name, rng=rng, max_commands=max_commands)
+        _check_replay(games[1], f"{name}: a second game object with the same seed:", episode)
+    finally:
+        for opened in games:
+            opened.close()
+
+
+def _check(game: TextGame, name: str, *, num_episodes: int, max_commands: int, seed: int) -> None:
+    check_methods(game, where=name)
+    first = game.reset()
+    check_first_state(first, where=f"{name}: reset()", max_episode_steps=None)
+    _check_refusal(game, f"{name}: step({INVALID_ACTION!r}), which is not a valid action,", INVALID_ACTION)
+    rng = random.Random(seed)
+    for number in range(num_episodes):
+        # In the first episode after the refusal, so that a refused command that changed the game is noticed.
+        episode = _play(game, name, rng=rng, max_commands=max_commands, first=first if number == 0 else None)
+        if episode.states[-1].done:
+            action = (*episode.states[-1].valid_actions, *episode.commands)[0]
+            _check_refusal(game, f"{name}: step({action!r}) after the end of the episode", action)
+        _check_replay(game, f"{name}: the second time,", episode)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Episode:
+    commands: Sequence[str]
+    states: Sequence[GameState]  # one more than commands
+    rewards: Sequence[float]
+
+
+def _play(
+    game: TextGame, name: str, *, rng: random.Random, max_commands: int, first: GameState | None = None
+) -> _Episode:
+    """Play random commands from ``reset`` on, or from the state ``first`` that it returned, and check all states."""
+    if first is None:
+        first = game.reset()
+        check_first_state(first, where=f"{name}: reset() after another episode", max_episode_steps=None)
+    states, commands, rewards = [first], list[str](), list[float]()
+    while not states[-1].done and len(commands) < max_commands:
+        action = rng.choice(states[-1].valid_actions)
+        where = f"{name}: step({action!r}){_after(commands)}"
+        try:
+            outcome = game.step(action)
+        except Exception as error:
+            raise UserError(
+                f"{where} raised {type(error).__name__}: {error}. A valid action raises no error."
+            ) from error
+        check_outcome(outcome, states[-1], where=where, max_episode_steps=None)
+        commands.append(action)
+        states.append(outcome[0])
+        rewards.append(float(outcome[1]))
+        _check_picklable(outcome[0], where=where)
+    return _Episode(commands, states, rewards)
+
+
+def _check_replay(game: TextGame, where: str, episode: _Episode) -> None:
+    """Check that the commands of an episode lead to its states and rewards."""
+    rule = "Equal seeds and equal commands since reset() give equal states, since a resumed run replays its episodes."
+    difference = first_difference(episode.states[0], game.reset(), names=FIELDS)
+    if difference:
+        raise UserError(f"{where} reset() gave {difference}. {rule}")
+    for n, command in enumerate(episode.commands):
+        state, reward = game.step(command)
+        difference = first_difference(episode.states[n + 1], state, names=FIELDS)
+        if not difference and reward != episode.rewards[n]:
+            difference = f"the reward {reward:g}, and {episode.rewards[n]:g} before"
+        if difference:
+            raise UserError(f"{where} step({command!r}){_after(episode.commands[:n])} gave {difference}. {rule}")
+
+
+def _check_refusal(game: TextGame, where: str, action: str) -> None:
+    try:
+        game.step(action)
+    except ValueError:
+        return
+    except Exception as error:
+        raise UserError(f"{where} raised {type(error).__name__}: {error}. Allowed is a ValueError.") from error
+    raise UserError(f"{where} raised nothing. Allowed is a ValueError; priorzero.envs.check_action raises it.")
+
+
+def _check_picklable(state: GameState, *, where: str) -> None:
+    try:
+        same = pickle.loads(pickle.dumps(state)) == state
+    except Exception as error:  # any error of a class that a field has
+        raise UserError(f"{where} gave a state that cannot be pickled ({type(error).__name__}: {error}).") from error
+    if not same:
+        raise UserError(f"{where} gave a state that changes when it is pickled and loaded. Use plain values only.")
+
+
+def _after(commands: Sequence[str]) -> str:
+    return f" after {shown(', '.join(map(repr, commands)))}" if commands else ""
