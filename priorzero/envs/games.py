@@ -15,8 +15,10 @@ from loguru import logger
 
 from priorzero.envs import textworld_files
 from priorzero.envs.action_cache import cache_dir
-from priorzero.envs.registry import GameRequest, parse_game_name, registered_games
+from priorzero.envs.babyai_levels import check_level
+from priorzero.envs.registry import BABYAI, GameRequest, parse_game_name, registered_games
 from priorzero.envs.textworld_files import did_you_mean, without_extension
+from priorzero.envs.textworld_own import FILE_PREFIX, find_story, own_name
 from priorzero.envs.zmachine import MAX_STORY_BYTES, check_story
 from priorzero.runtime.paths import check_path_text, shown, user_path
 from priorzero.types import GameArguments, TextGame, UserError
@@ -90,7 +92,8 @@ def resolve_game(env_id: str | Path) -> GameSpec:
     Args:
         env_id: the name of a story file, such as ``zork1.z5``, which is searched in the working folder,
             ``$PRIORZERO_GAMES`` and the cache folder; a path to a story file;
-            ``textworld:<challenge>?<parameter>=<value>&...``; or ``NAME:LEVEL?KEY=VALUE&...`` of a registered game.
+            ``textworld:<challenge>?<parameter>=<value>&...``; ``textworld:file=PATH``; ``babyai:LEVEL?seed=N``; or
+            ``NAME:LEVEL?KEY=VALUE&...`` of a registered game.
 
     Raises:
         UserError: the name is unknown, the story file is missing, unreadable or cannot be played, a TextWorld
@@ -99,11 +102,11 @@ def resolve_game(env_id: str | Path) -> GameSpec:
     """
     env_id = _text(env_id)
     if env_id.startswith(TEXTWORLD_PREFIX):
-        request = textworld_files.parse_request(env_id)
-        path = textworld_files.get_or_make(request, cache_dir() / "textworld")
-        return GameSpec(env_id, "textworld", path, _md5(path), request.name)
+        return _textworld_spec(env_id)
     registered = parse_game_name(env_id)
     if registered is not None and not os.path.isfile(env_id):  # a file may contain a colon
+        if registered.game.name == BABYAI:
+            _check_babyai(registered)
         return GameSpec(env_id, "registered", None, registered.md5, registered.name, registered)
     if re.match(r"[a-z][a-z0-9+.-]*://", env_id, re.IGNORECASE):
         raise UserError(
@@ -124,6 +127,22 @@ def resolve_game(env_id: str | Path) -> GameSpec:
     else:
         raise _unknown(env_id)
     return _story_spec(env_id, path)
+
+
+def _textworld_spec(env_id: str) -> GameSpec:
+    if env_id.startswith(FILE_PREFIX):
+        path = find_story(env_id, cache_dir() / "textworld")
+        return GameSpec(env_id, "textworld", path, _md5(path), own_name(env_id))
+    request = textworld_files.parse_request(env_id)
+    path = textworld_files.get_or_make(request, cache_dir() / "textworld")
+    return GameSpec(env_id, "textworld", path, _md5(path), request.name)
+
+
+def _check_babyai(request: GameRequest) -> None:
+    try:
+        check_level(request.level, dict(request.parameters))
+    except UserError as error:
+        raise UserError(f"The game {shown(request.env_id)!r}: {error}") from error
 
 
 def _unknown(env_id: str) -> UserError:
@@ -174,7 +193,7 @@ def check_names(env_ids: str) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for env_id in _split(env_ids):
-        is_generated = env_id.startswith(TEXTWORLD_PREFIX)
+        is_generated = env_id.startswith(TEXTWORLD_PREFIX) and not env_id.startswith(FILE_PREFIX)
         game = textworld_files.parse_request(env_id).name if is_generated else resolve_game(env_id).md5
         if game in names:
             raise _occurs_twice(env_id, env_ids)
@@ -209,7 +228,8 @@ def _split(env_ids: str) -> list[str]:
     env_ids = _text(env_ids)
     if not env_ids.strip():
         return []
-    if os.path.isfile(os.path.expandvars(os.path.expanduser(env_ids))):  # a path may contain a comma
+    path = env_ids.removeprefix(FILE_PREFIX)
+    if os.path.isfile(os.path.expandvars(os.path.expanduser(path))):  # a path may contain a comma
         return [env_ids]
     names = [name.strip() for name in env_ids.split(",")]
     if "" in names:

@@ -9,7 +9,9 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
+from priorzero.envs.babyai_levels import max_moves
 from priorzero.envs.games import GameSpec
+from priorzero.envs.registry import BABYAI
 from priorzero.settings import AUTO, EnvSettings, steps_by_game, steps_text
 from priorzero.types import UserError
 
@@ -39,7 +41,7 @@ def walkthrough_length(game: GameSpec) -> int | None:
     if game.kind == "textworld":
         data = game.story.with_suffix(".json")
         if data.is_file():  # a missing file is reported when the game is opened
-            commands = json.loads(data.read_text(encoding="utf-8"))["metadata"].get("walkthrough", [])
+            commands = json.loads(data.read_text(encoding="utf-8")).get("metadata", {}).get("walkthrough", [])
     elif game.kind == "jericho":
         from jericho.defines import BINDINGS_DICT
 
@@ -56,6 +58,8 @@ def episode_steps(env: EnvSettings, game: GameSpec) -> int:
     given = {} if setting == AUTO else steps_by_game(setting)
     if game.name in given:
         return given[game.name]
+    if game.request is not None and game.request.game.name == BABYAI:
+        return min(MAX_STEPS, max_moves(game.request.level, dict(game.request.parameters)))
     length = walkthrough_length(game)
     if length is None:
         return UNKNOWN_STEPS if game.kind in Z_MACHINE else MIN_STEPS

@@ -28,8 +28,13 @@ from priorzero.runtime.paths import shown
 from priorzero.types import TextGame, UserError
 
 ENTRY_POINTS = "priorzero.games"
-# Games of this package that are opened by a factory: the name, and the factory.
-BUILT_IN: dict[str, str] = {"gymnasium": "priorzero.envs.gymnasium_game:make_gymnasium_game"}
+BABYAI = "babyai"
+# Games of this package that are opened by a factory: the name, the factory, and the package whose version decides what
+# the game is.
+BUILT_IN: dict[str, tuple[str, str]] = {
+    BABYAI: ("priorzero.envs.babyai_levels:make_babyai", "minigrid"),
+    "gymnasium": ("priorzero.envs.gymnasium_game:make_gymnasium_game", "gymnasium"),
+}
 RESERVED = ("textworld", "jericho", "file", "http", "https", "ftp")  # have another meaning in --env_id
 EXAMPLE = "example:small?coins=3"
 MAX_NAME = 60  # characters of a short name
@@ -140,7 +145,9 @@ def register_game(name: str, factory: GameFactory | str, *, version: str = "") -
 
 def registered_games() -> list[RegisteredGame]:
     """All registered games, sorted by name. A name that two packages register occurs twice; it cannot be used."""
-    own = [RegisteredGame(name, factory, "priorzero", "") for name, factory in BUILT_IN.items()]
+    own = [
+        RegisteredGame(name, factory, "priorzero", _version(package)) for name, (factory, package) in BUILT_IN.items()
+    ]
     found = [*own, *_registered.values(), *_entry_points(tuple(sys.path))]
     return sorted(found, key=lambda game: (game.name, game.source))
 
@@ -230,6 +237,14 @@ def check_parameters(parameters: Mapping[str, str], allowed: Iterable[str]) -> N
         if key not in allowed:
             known = f"The parameters are: {', '.join(allowed)}." if allowed else "There are no parameters."
             raise UserError(f"Unknown parameter {key!r}.{did_you_mean(key, allowed)} {known}")
+
+
+def _version(package: str) -> str:
+    """The version of a package; "" if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 @functools.cache

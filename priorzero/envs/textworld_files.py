@@ -16,7 +16,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
@@ -54,6 +54,8 @@ class Parameter:
             return f"a whole number from {self.allowed[0]} to {self.allowed[-1]}"
         return ", ".join(str(value) for value in self.allowed)
 
+
+MAX_ROOMS = 100  # of coin-collector: TextWorld 1.7 makes Z-machine stories only, which cannot hold more
 
 # The challenges of TextWorld, with the names and values of its command ``tw-make``.
 CHALLENGES: dict[str, dict[str, Parameter]] = {
@@ -131,12 +133,25 @@ def parse_request(env_id: str) -> TextWorldRequest:
             raise UserError(f"{name}={text!r} in {env_id!r} is not allowed. Allowed: {parameters[key].describe()}.")
         values[key] = value
     settings = {key: values.get(key, parameter.default) for key, parameter in CHALLENGES[challenge].items()}
+    _check_settings(env_id, challenge, settings)
+    return TextWorldRequest(challenge, int(values.get("seed", _SEED.default)), settings)
+
+
+def _check_settings(env_id: str, challenge: str, settings: Mapping[str, Value]) -> None:
+    """Raise a UserError if parameters that are allowed one by one contradict each other, or make too large a game."""
     if challenge == "cooking" and int(settings["take"]) > int(settings["recipe"]):
         raise UserError(
             f"take={settings['take']} in {env_id!r} must be at most recipe={settings['recipe']}, because only the "
             f"recipe's ingredients can be taken. Try recipe={settings['take']}."
         )
-    return TextWorldRequest(challenge, int(values.get("seed", _SEED.default)), settings)
+    if challenge == "coin-collector":
+        level = int(settings["level"])
+        rooms = ((level - 1) // 100 + 1) * ((level - 1) % 100 + 1)
+        if rooms > MAX_ROOMS:
+            raise UserError(
+                f"level={level} in {env_id!r} has {rooms} rooms, but TextWorld 1.7 generates at most {MAX_ROOMS}. "
+                "Allowed: 1 to 100 (no dead ends), 101 to 150 (one dead end at each room), 201 to 233 (two)."
+            )
 
 
 def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
@@ -150,25 +165,38 @@ def get_or_make(request: TextWorldRequest, folder: Path) -> Path:
     """
     # Another version of the generator may generate another game.
     home = folder / importlib.metadata.version("textworld") / request.name
-    story = home / f"{request.name}.z8"
+    return get_or_write(home / f"{request.name}.z8", lambda story: _run_generator(request, story))
+
+
+def get_or_write(story: Path, write: Callable[[Path], None]) -> Path:
+    """Return ``story``. If it does not exist, its folder is created by a single rename.
+
+    Args:
+        story: the story file; its folder contains nothing else than the game.
+        write: writes a story file with this name, and TextWorld's data, into a new folder, which it creates.
+
+    Raises:
+        UserError: ``write`` raised it, or the folder is not writable.
+    """
     try:
         if not _is_complete(story):
-            _make(request, home, story)
+            _make(story, write)
     except OSError as error:
         raise UserError(
-            f"Cannot generate the game in {str(home.parent)!r}: {error.strerror}. "
+            f"Cannot generate the game in {str(story.parent.parent)!r}: {error.strerror}. "
             "Set XDG_CACHE_HOME to a writable folder on a disk with free space."
         ) from error
     return story
 
 
-def _make(request: TextWorldRequest, home: Path, story: Path) -> None:
-    """Generate ``story`` in the folder ``home``."""
+def _make(story: Path, write: Callable[[Path], None]) -> None:
+    """Generate ``story`` and its folder."""
+    home = story.parent
     home.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{request.name}-", dir=home.parent))
+    scratch = Path(tempfile.mkdtemp(prefix=f".{home.name}-", dir=home.parent))
     try:
         new = scratch / "new" / story.name
-        _run_generator(request, new)
+        write(new)
         (new.parent / CHECKSUMS).write_text(_checksums(new))
         if home.exists() and not _is_complete(story):
             home.rename(scratch / "broken")  # files of the game were deleted or damaged
@@ -201,12 +229,42 @@ def generate(request_json: str, output: str) -> None:
     _erase_date(Path(output))
 
 
+def compile_story(data: str, output: str) -> None:
+    """Compile the game that TextWorld's ``.json`` file ``data`` describes. ``run_compiler`` calls this in a process."""
+    import textworld
+    import textworld.generator
+
+    os.environ["HOME"] = str(Path(output).parent.parent)
+    options = textworld.GameOptions()
+    options.path = output
+    textworld.generator.compile_game(textworld.Game.load(data), options)
+    _erase_date(Path(output))
+
+
 def _run_generator(request: TextWorldRequest, output: Path) -> None:
-    output.parent.mkdir()
     request_json = json.dumps({"challenge": request.challenge, "seed": request.seed, "settings": request.settings})
+    _run_textworld(
+        "generate", request_json, output, what=request.name, advice=f"Change its parameters ({request_json})."
+    )
+
+
+def run_compiler(data: Path, output: Path) -> None:
+    """Write the story file ``output`` of the game that TextWorld's ``.json`` file ``data`` describes.
+
+    Raises:
+        UserError: TextWorld failed. The message contains its output.
+        OSError: the disk is full, or the folder is not writable.
+    """
+    advice = f"Generate the game again with tw-make of TextWorld {importlib.metadata.version('textworld')}."
+    _run_textworld("compile_story", str(data), output, what=str(data), advice=advice)
+
+
+def _run_textworld(function: str, argument: str, output: Path, *, what: str, advice: str) -> None:
+    """Call a function of this module in a new process. It writes the story file ``output`` into a new folder."""
+    output.parent.mkdir()
     try:
         done = subprocess.run(
-            python_command("priorzero.envs.textworld_files:generate", request_json, str(output)),
+            python_command(f"priorzero.envs.textworld_files:{function}", argument, str(output)),
             # TextWorld iterates over sets, so the files depend on the hash seed.
             env={**os.environ, "PYTHONHASHSEED": "0"},
             stdin=subprocess.DEVNULL,
@@ -219,15 +277,15 @@ def _run_generator(request: TextWorldRequest, output: Path) -> None:
         )
     except subprocess.TimeoutExpired as error:
         raise UserError(
-            f"TextWorld did not generate {request.name} within {MAKE_TIMEOUT_S:.0f} s. Choose a smaller game."
+            f"TextWorld did not generate {what} within {MAKE_TIMEOUT_S:.0f} s. Choose a smaller game."
         ) from error
     if done.returncode != 0 or not _is_complete(output):
         for number in DISK_ERRORS:
             if f"[Errno {number}]" in done.stdout:
                 raise OSError(number, os.strerror(number))
         raise UserError(
-            f"TextWorld failed to generate {request.name} (exit code {done.returncode}). Change its parameters "
-            f"({request_json}). The output of TextWorld:\n{done.stdout.strip()[-2000:]}"
+            f"TextWorld failed to generate {what} (exit code {done.returncode}). {advice} The output of TextWorld:\n"
+            f"{done.stdout.strip()[-2000:]}"
         )
 
 
@@ -261,7 +319,7 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     Extensions of story files are ignored. Of names that are equally similar, such as zork1.z5 and zork2.z5, it is the
     one with the smallest number.
     """
-    by_stem = {without_extension(other): other for other in reversed(list(known))}
+    by_stem = {without_extension(other.lower()): other for other in reversed(list(known))}
     if not by_stem:
         return ""
     matches = difflib.get_close_matches(without_extension(name.lower()), by_stem, n=len(by_stem), cutoff=SIMILAR)

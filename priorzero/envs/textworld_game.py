@@ -69,13 +69,26 @@ class TextWorldGame:
             warnings.filterwarnings("ignore", message="Game .* is not fully supported")
             self._env = textworld.start(str(path), infos)
         self._env.seed(seed + 1)  # with 0, Jericho uses the time of day for games that it does not know
+        self._path = Path(path)
         self._max_episode_steps = max_episode_steps
         self._look_and_inventory = look_and_inventory
         self._drop_inert_commands = drop_inert_commands
         self._state: GameState | None = None
 
     def reset(self) -> GameState:
-        self._state = self._observe(self._env.reset(), moves=0)
+        """Begin a new episode.
+
+        Raises:
+            UserError: the ``.json`` file does not belong to the story.
+        """
+        raw = self._env.reset()
+        if _letters(raw["objective"] or "") not in _letters(raw["feedback"]):  # the story states it at the beginning
+            data = self._path.with_suffix(".json")
+            raise UserError(
+                f"The files {str(self._path)!r} and {str(data)!r} do not belong together: the story does not state the "
+                "objective of the data. Use the two files that tw-make wrote together."
+            )
+        self._state = self._observe(raw, moves=0)
         return self._state
 
     def step(self, action: str) -> tuple[GameState, float]:
@@ -114,6 +127,11 @@ class TextWorldGame:
         commands = sorted(set(commands))
         active = [command for command in commands if not is_inert(command)]
         return tuple(active if self._drop_inert_commands and active else commands)
+
+
+def _letters(text: str) -> str:
+    """The ASCII letters and digits of a text. The story may have other quotes and line breaks than the data."""
+    return "".join(character for character in text.lower() if character.isascii() and character.isalnum())
 
 
 def is_inert(command: str) -> bool:
