@@ -332,7 +332,7 @@ def _nearest_group(group: str, *, value: Any) -> str:
 
 
 def _nearest_setting(group: str, key: str) -> str:
-    """What replaced the setting, the same key of another group, a name that is spelled similarly, or all settings of the group."""
+    """What replaced the setting, the same key of another group, a similar name, or all settings of the group."""
     if f"{group}.{key}" in REPLACED_SETTINGS:
         return REPLACED_SETTINGS[f"{group}.{key}"]
     known = [f"{g}.{k}" for g in Settings.model_fields for k in group_type(g).model_fields]
