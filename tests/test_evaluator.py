@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 
 import pytest
 
@@ -103,3 +104,56 @@ def test_evaluators_leave_out_a_game_that_cannot_be_played():
     assert results["random", True]["c"].mode == "random"
     nothing = Evaluators(modes=["prior"], seen=[evaluator("b", fail_at=range(100))], unseen=[])
     assert asyncio.run(nothing.evaluate()) == {}
+
+
+# ---- a limit of steps, as in the protocol of TALES ----
+
+
+def play_with_limit(step_limit, *, games, episodes=1):
+    evaluator = Evaluator("counting", games, player=make_player(), episodes=episodes, seed=0, step_limit=step_limit)
+    return asyncio.run(evaluator.evaluate("prior"))
+
+
+def test_evaluator_begins_a_game_again_until_the_limit_of_steps():
+    games = [CountingGame(g, length=7) for g in range(2)]
+    evaluation = play_with_limit(20, games=games, episodes=2)
+    assert [(game.steps, game.resets) for game in games] == [(20, 3), (20, 3)]  # 7 + 7 + 6 steps
+    one = play_with_limit(7, games=[CountingGame(0, length=7)])
+    assert evaluation.best_scores == one.best_scores * 2 and evaluation.returns == one.returns * 2
+    assert [len(play_with_limit(n, games=[CountingGame(0)]).first_episode["steps"]) for n in (3, 20)] == [3, 7]
+
+
+def test_evaluator_counts_the_best_score_of_all_episodes_within_the_limit():
+    """The score of the counting game is the room's number, which rises and falls."""
+    rooms = [FIRST_ROOM]
+    for _ in range(6):
+        rooms.append(outcome_of(rooms[-1], 1 + rooms[-1] % 3)[0])
+    assert max(rooms[:3]) < max(rooms) > rooms[-1]  # otherwise the expectations below would say little
+    for limit, best in ((2, max(rooms[:3])), (6, max(rooms)), (7, max(rooms))):
+        evaluation = play_with_limit(limit, games=[CountingGame(0, length=6)])
+        assert evaluation.best_scores == [best], limit
+    standard = evaluate(make_player(), "prior", games=[CountingGame(0, length=6)], episodes=1)
+    assert (standard.best_scores, standard.scores) == ([max(rooms)], [rooms[-1]])
+
+
+def test_evaluator_stops_a_game_that_was_won_with_the_maximum_score():
+    class Won(CountingGame):
+        async def step(self, action):
+            state, reward = await super().step(action)
+            won = state.done
+            return dataclasses.replace(state, won=won, score=state.max_score if won else state.score), reward
+
+    game = Won(0, length=4)
+    evaluation = play_with_limit(20, games=[game])
+    assert (game.steps, game.resets, evaluation.wins) == (4, 1, 1) and evaluation.best_scores == [1000.0]
+
+
+def test_evaluator_leaves_out_a_game_that_cannot_begin_again():
+    class StartsOnce(CountingGame):
+        async def reset(self):
+            if self.resets:
+                raise GameWorkerError("made to fail")
+            return await super().reset()
+
+    with pytest.raises(GameWorkerError, match="made to fail"):
+        play_with_limit(20, games=[StartsOnce(0, length=4)])

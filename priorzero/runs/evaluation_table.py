@@ -163,4 +163,8 @@ def _overall_cells(lines: Sequence[Mapping[str, Any]], *, protocol: str, seed: i
 
 
 def _interval_text(interval: Interval | None, number: str) -> str:
-    return "needs 2 episodes" if interval is None else f"{interval[0]:{number}} to {interval[1]:{number}}"
+    if interval is None:
+        return "needs 2 episodes"
+    if interval[0] == interval[1]:  # for example if neither the agent nor the game has randomness
+        return "equal episodes"
+    return f"{interval[0]:{number}} to {interval[1]:{number}}"
