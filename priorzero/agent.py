@@ -177,13 +177,28 @@ async def start_workers(workers: Sequence[GameWorker], *, meanwhile: Callable[[]
 
 
 def make_evaluators(
-    settings: Settings, *, games: Sequence[GameSpec], unseen: Sequence[GameSpec], player: Player
+    settings: Settings,
+    *,
+    games: Sequence[GameSpec],
+    unseen: Sequence[GameSpec],
+    player: Player,
+    step_limit: int | None = None,
 ) -> Evaluators:
-    """Evaluators for the games that are trained on and for the unseen ones. Their workers are not started."""
+    """Evaluators for the games that are trained on and for the unseen ones. Their workers are not started.
+
+    ``step_limit`` is that of :class:`~priorzero.play.evaluator.Evaluator`.
+    """
     first_seed = settings.run.seed + FIRST_EVALUATION_SEED
 
     def make(game: GameSpec) -> Evaluator:
         workers = make_workers(settings, [game], count=settings.env.evaluator_env_num, first_seed=first_seed)
-        return Evaluator(game.name, workers, player=player, episodes=settings.eval.episodes, seed=first_seed)
+        return Evaluator(
+            game.name,
+            workers,
+            player=player,
+            episodes=settings.eval.episodes,
+            seed=first_seed,
+            step_limit=step_limit,
+        )
 
     return Evaluators(settings.eval.modes, [make(game) for game in games], [make(game) for game in unseen])

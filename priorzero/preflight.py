@@ -114,7 +114,7 @@ class AgentPreparation:
 
 
 def prepare_agent(
-    where: str | Path,
+    where: str | Path | Checkpoint,
     *,
     what: str = "",
     games: str | None = None,
@@ -123,7 +123,7 @@ def prepare_agent(
     """Find a trained agent, and check everything that can be checked before its models are loaded.
 
     Args:
-        where: the folder of a run or of a checkpoint, see :func:`~priorzero.runs.saved.find_agent`.
+        where: the folder of a run or of a checkpoint, or what :func:`~priorzero.runs.saved.find_agent` has found there.
         what: the command, as the beginning of messages.
         games: names of the games that the agent plays, separated by commas; None for those of its run,
             ``run.env_id`` and ``eval.unseen``.
@@ -132,7 +132,7 @@ def prepare_agent(
     Raises:
         UserError: an error that the user can correct. No file was written in the run's folder.
     """
-    checkpoint = find_agent(where, what=what)
+    checkpoint = where if isinstance(where, Checkpoint) else find_agent(where, what=what)
     settings = agent_settings(checkpoint, overrides)
     if games is not None:
         settings.run.env_id, settings.eval.unseen = games, ""

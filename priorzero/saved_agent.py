@@ -4,12 +4,13 @@ If the seeds are equal, it makes the decisions of the evaluation that its run ma
 
     prepared = prepare_agent("data_priorzero/NAME", games="zork1.z5")
     async with loaded_agent(prepared) as saved:
-        evaluators = make_evaluators(saved.settings, games=saved.trained, unseen=saved.unseen, player=saved.player)
-        results = await evaluators.evaluate(saved.memories)
+        decisions = await saved.player.decide(...)
+    evaluations = await evaluate_agent(prepared)
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import tempfile
 from collections.abc import AsyncIterator, Sequence
@@ -22,10 +23,11 @@ import numpy as np
 import torch
 from loguru import logger
 
-from priorzero.agent import Agent, make_agent, set_num_threads
+from priorzero.agent import Agent, make_agent, make_evaluators, set_num_threads
 from priorzero.envs import GameSpec
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.models import choose_device, warn_of_long_prompts
+from priorzero.play.evaluator import Evaluations
 from priorzero.play.memory import GameMemory
 from priorzero.play.player import Player
 from priorzero.preflight import AgentPreparation
@@ -129,3 +131,26 @@ def _load_state(checkpoint: Checkpoint, *, agent: Agent, trained: Sequence[GameS
     # There are no memories if the run did not use them.
     saved = dict(zip(checkpoint.manifest["games"], collector["memories"], strict=False))
     return [GameMemory(saved.get(game.name, {})) for game in trained]
+
+
+async def evaluate_agent(prepared: AgentPreparation, *, step_limit: int | None = None) -> Evaluations:
+    """Load a trained agent and evaluate it on its games, in the modes ``eval.modes``.
+
+    A game that cannot be played is left out, and this is logged. With the settings of its run, the result equals the
+    evaluation of the run at the step of the checkpoint.
+
+    Args:
+        prepared: the agent and its games.
+        step_limit: as of :class:`~priorzero.play.evaluator.Evaluator`.
+
+    Raises:
+        UserError, EngineError: as :func:`loaded_agent`.
+    """
+    async with loaded_agent(prepared) as saved:
+        evaluators = make_evaluators(
+            saved.settings, games=saved.trained, unseen=saved.unseen, player=saved.player, step_limit=step_limit
+        )
+        try:
+            return await evaluators.evaluate(saved.memories)
+        finally:
+            await asyncio.gather(*(worker.close() for worker in evaluators.workers))

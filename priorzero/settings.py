@@ -9,23 +9,33 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from priorzero.runtime.paths import text_problem
 from priorzero.types import ValidActionsMode
 
-EvalMode = Literal["world_model", "world_model_with_prior", "prior", "prior_sampled", "random"]
-EVAL_MODES: tuple[EvalMode, ...] = ("world_model", "world_model_with_prior", "prior", "prior_sampled", "random")
+EvalMode = Literal[
+    "world_model",
+    "world_model_with_prior",
+    "prior",
+    "prior_sampled",
+    "random",
+    "world_model_sampled",
+    "world_model_with_prior_sampled",
+]
+EVAL_MODES: tuple[EvalMode, ...] = get_args(EvalMode)
 MODE_NAMES: dict[str, str] = {  # for people
     "world_model_with_prior": "LLM and world model",
+    "world_model_with_prior_sampled": "LLM and world model, sampled",
     "world_model": "world model alone",
+    "world_model_sampled": "world model alone, sampled",
     "prior": "LLM alone",
     "prior_sampled": "LLM alone, sampled",
     "random": "random actions",
 }
-MODES_WITHOUT_LLM: tuple[EvalMode, ...] = ("world_model", "random")
+MODES_WITHOUT_LLM: tuple[EvalMode, ...] = ("world_model", "world_model_sampled", "random")
 
 
 def whole_number(value: Any) -> Any:

@@ -29,7 +29,7 @@ FLOORS: list[set[str]] = [
     {"learning", "run_state"},
     {"training_run", "saved_agent"},
     {"train", "cluster"},
-    {"entry", "report", "pretrain", "watch"},
+    {"entry", "evaluate", "report", "pretrain", "watch"},
     {"ray_entry"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

@@ -9,42 +9,35 @@ import shutil
 import pytest
 import torch
 
-from priorzero.agent import make_evaluators
 from priorzero.preflight import prepare_agent
 from priorzero.runs.checkpoint import save_checkpoint
-from priorzero.saved_agent import loaded_agent
+from priorzero.saved_agent import evaluate_agent
+from priorzero.settings import EVAL_MODES
 from priorzero.types import UserError
 from tests.helpers.runs import NO_LLM, lines, short_settings, train
 from tests.helpers.toy_game import toy_games
 
-MODES = ["world_model", "world_model_with_prior", "prior", "prior_sampled", "random"]
 # The engine's prompt cache may change log-probabilities by 1e-6, and what it holds depends on the past.
 WITH_LLM = {
     "run": {"env_id": "toy,coins", "max_iter": 4, "checkpoint_every": 2},
     "prior": {"prompt_cache_tokens": 0},
     "llm": {"memory_lines": 3, "learning_rate": 1e-2, "kl_weight": 0.1},
-    "eval": {"every": 2, "episodes": 3, "modes": MODES, "unseen": "other"},
+    "eval": {"every": 2, "episodes": 3, "modes": list(EVAL_MODES), "unseen": "other"},
 }
 
 
 def evaluate(where, **kwargs):
     """Evaluations of a saved agent, as the lines of ``evaluations.jsonl``."""
-
-    async def play():
-        async with loaded_agent(prepare_agent(where, **kwargs)) as saved:
-            evaluators = make_evaluators(saved.settings, games=saved.trained, unseen=saved.unseen, player=saved.player)
-            results = await evaluators.evaluate(saved.memories)
-        return [
-            {"game": game, "unseen": unseen, **evaluation.results()}
-            for (_, unseen), of_games in results.items()
-            for game, evaluation in of_games.items()
-        ]
-
     threads = torch.get_num_threads()
     try:
-        return asyncio.run(play())
+        results = asyncio.run(evaluate_agent(prepare_agent(where, **kwargs)))
     finally:
         torch.set_num_threads(threads)
+    return [
+        {"game": game, "unseen": unseen, **evaluation.results()}
+        for (_, unseen), of_games in results.items()
+        for game, evaluation in of_games.items()
+    ]
 
 
 def reported(folder):

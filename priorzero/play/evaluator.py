@@ -31,7 +31,9 @@ class DecideArguments(TypedDict, total=False):
 
 MODE_ARGUMENTS: dict[EvalMode, DecideArguments] = {
     "world_model": {"use_prior": False},
+    "world_model_sampled": {"use_prior": False, "sample": True},
     "world_model_with_prior": {},
+    "world_model_with_prior_sampled": {"sample": True},
     "prior": {"use_search": False},
     "prior_sampled": {"use_search": False, "sample": True},
     "random": {"use_search": False, "use_prior": False, "sample": True},
@@ -48,6 +50,7 @@ class Evaluation:
         scores: the game's score at the end of each episode. Some games give points before the first action.
         wins: number of episodes that ended with a win.
         max_score: the largest possible score, the mean over the games if there are several; 0 if it is not known.
+        best_scores: the largest score that was reached in each episode. It can be larger than the one at the end.
         first_episode: the decisions of the first episode; None if there are several games.
     """
 
@@ -56,6 +59,7 @@ class Evaluation:
     scores: list[float]
     wins: int
     max_score: float
+    best_scores: list[float] = field(default_factory=list)
     first_episode: Transcript | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -74,6 +78,7 @@ class Evaluation:
             "scores": self.scores,
             "wins": self.wins,
             "max_score": self.max_score,
+            "best_scores": self.best_scores,
         }
 
 
@@ -93,7 +98,52 @@ def merge(evaluations: Sequence[Evaluation]) -> Evaluation:
         scores=[value for e in evaluations for value in e.scores],
         wins=sum(e.wins for e in evaluations),
         max_score=float(np.mean(maxima)) if all(maxima) else 0.0,
+        best_scores=[value for e in evaluations for value in e.best_scores],
     )
+
+
+@dataclass
+class Trial:
+    """The episodes of one environment that count as one in an evaluation: one, or those within a limit of steps.
+
+    Attributes:
+        episodes: in the order in which they were played; the last one may be in progress.
+        step_limit: number of steps of all episodes together; None for one episode.
+    """
+
+    episodes: list[Episode]
+    step_limit: int | None
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the last episode has ended and no further one begins.
+
+        With a limit, a game that has ended begins again until the limit is reached, or until it is won with the
+        largest possible score.
+        """
+        state = self.episodes[-1].state
+        if self.step_limit is None:
+            return state.done
+        is_solved = state.won and self.best_score == state.max_score
+        return (state.done and is_solved) or sum(len(e.history) for e in self.episodes) >= self.step_limit
+
+    @property
+    def best(self) -> Episode:
+        """The episode with the largest score; the first one of several."""
+        return max(self.episodes, key=best_score)
+
+    @property
+    def best_score(self) -> float:
+        return best_score(self.best)
+
+    @property
+    def won(self) -> bool:
+        return any(episode.state.won for episode in self.episodes)
+
+
+def best_score(episode: Episode) -> float:
+    """The largest score that was reached in an episode."""
+    return max(episode.state.score, *(step.score for step in episode.history))
 
 
 @dataclass(frozen=True)
@@ -106,6 +156,8 @@ class Evaluator:
         player: makes the decisions.
         episodes: number of episodes in each mode.
         seed: seed for the modes that sample their actions.
+        step_limit: number of steps of an episode. A game that ends before begins again, and its episodes count as one:
+            the one with the largest score, and as won if one of them is. None: an episode ends with the game.
     """
 
     game: str
@@ -113,6 +165,7 @@ class Evaluator:
     player: Player
     episodes: int
     seed: int
+    step_limit: int | None = None
 
     async def evaluate(self, mode: EvalMode, *, memory: GameMemory | None = None) -> Evaluation:
         """Play the episodes of one mode. Episodes of games that fail are replaced.
@@ -125,25 +178,26 @@ class Evaluator:
         """
         player = copy.copy(self.player)
         player.indexer = copy.deepcopy(self.player.indexer)
-        finished: list[Episode] = []
+        finished: list[Trial] = []
         first: Transcript | None = None
         failure: GameWorkerError | None = None
         seed = np.random.SeedSequence(self.seed)
         while len(finished) < self.episodes:
             workers = self.workers[: self.episodes - len(finished)]
-            episodes, transcripts, error = await self._play(workers, player, seed, mode=mode, memory=memory)
+            trials, transcripts, error = await self._play(workers, player, seed, mode=mode, memory=memory)
             failure = error or failure
-            if not episodes:
+            if not trials:
                 assert failure is not None
                 raise failure
-            finished += episodes
+            finished += trials
             first = first or transcripts[0]
         return Evaluation(
             mode=mode,
-            returns=[episode.total_reward for episode in finished],
-            scores=[episode.state.score for episode in finished],
-            wins=sum(episode.state.won for episode in finished),
-            max_score=finished[0].state.max_score,
+            returns=[trial.best.total_reward for trial in finished],
+            scores=[trial.best.state.score for trial in finished],
+            wins=sum(trial.won for trial in finished),
+            max_score=finished[0].best.state.max_score,
+            best_scores=[trial.best_score for trial in finished],
             first_episode=first,
         )
 
@@ -155,11 +209,11 @@ class Evaluator:
         *,
         mode: EvalMode,
         memory: GameMemory | None,
-    ) -> tuple[list[Episode], list[Transcript], GameWorkerError | None]:
-        """One episode in each worker; episodes of failed games are left out.
+    ) -> tuple[list[Trial], list[Transcript], GameWorkerError | None]:
+        """One trial in each worker; those of failed games are left out.
 
         Returns:
-            The episodes, their transcripts, and the last failure.
+            The trials, the transcripts of their first episodes, and the last failure.
         """
         failure: GameWorkerError | None = None
         states = await gather_replies(worker.reset() for worker in workers)
@@ -171,7 +225,8 @@ class Evaluator:
             else:
                 rng = np.random.default_rng(child)
                 playing.append(player.new_episode(e, state, game=self.game, rng=rng, memory=memory))
-        finished = []
+        trials = {episode.env: Trial([episode], self.step_limit) for episode in playing}
+        over: list[Trial] = []
         steps: dict[int, list[TranscriptStep]] = {episode.env: [] for episode in playing}
         while playing:
             decisions = await player.decide(playing, **MODE_ARGUMENTS[mode])
@@ -186,18 +241,43 @@ class Evaluator:
                     failure = outcome
                 else:
                     state, reward = outcome
-                    steps[episode.env].append(transcript_step(decision, reward=reward))
+                    if len(trials[episode.env].episodes) == 1:
+                        steps[episode.env].append(transcript_step(decision, reward=reward))
                     episode.advance(decision, reward=reward, state=state, features=next(features))
                     advanced.append(episode)
-            finished += [episode for episode in advanced if episode.state.done]
-            playing = [episode for episode in advanced if not episode.state.done]
+            over += [trials[episode.env] for episode in advanced if trials[episode.env].is_over]
+            going_on = [episode for episode in advanced if not trials[episode.env].is_over]
+            playing, error = await self._begin_again(going_on, trials, player)
+            failure = error or failure
+        finished = [trial.episodes[0] for trial in over]
         transcripts = [
             transcript(
                 steps[episode.env], final=episode.state, total_reward=episode.total_reward, settings=player.settings
             )
             for episode in finished
         ]
-        return finished, transcripts, failure
+        return over, transcripts, failure
+
+    async def _begin_again(
+        self, episodes: Sequence[Episode], trials: Mapping[int, Trial], player: Player
+    ) -> tuple[list[Episode], GameWorkerError | None]:
+        """The episodes, where one that has ended is replaced by the next one of its trial; and the last failure."""
+        playing: list[Episode] = []
+        failure: GameWorkerError | None = None
+        for episode in episodes:
+            if not episode.state.done:
+                playing.append(episode)
+                continue
+            try:
+                state = await self.workers[episode.env].reset()
+            except GameWorkerError as error:
+                logger.warning(f"a game of the evaluation could not start again ({error}); its episode does not count")
+                failure = error
+                continue
+            following = player.new_episode(episode.env, state, game=self.game, rng=episode.rng, memory=episode.memory)
+            trials[episode.env].episodes.append(following)
+            playing.append(following)
+        return playing, failure
 
 
 @dataclass(frozen=True)

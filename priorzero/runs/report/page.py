@@ -22,7 +22,16 @@ from priorzero.runs.report.commands import commands
 from priorzero.runs.report.data import RunData
 from priorzero.settings import MODE_NAMES
 
-MODE_COLOURS = {"world_model_with_prior": 1, "world_model": 2, "prior": 3, "prior_sampled": 4, "random": 5}
+# There are five colours. Modes that sample have that of the same agent without sampling, except the LLM alone.
+MODE_COLOURS = {
+    "world_model_with_prior": 1,
+    "world_model_with_prior_sampled": 1,
+    "world_model": 2,
+    "world_model_sampled": 2,
+    "prior": 3,
+    "prior_sampled": 4,
+    "random": 5,
+}
 
 # Titles and metrics of the charts of losses; those without values are left out.
 LOSSES = (
