@@ -137,19 +137,22 @@ def test_play_episode_plays_as_an_evaluation(mode):
 
 
 def test_play_episode_takes_the_actions_of_its_viewer():
-    class First(Viewer):
-        shown = 0
+    class Other(Viewer):
+        def __init__(self):
+            self.wanted, self.taken = [], []
 
         async def choose(self, step):
             assert step["reward"] is None and sum(step["visit_counts"]) == 6
-            return 0 if self.shown < 3 else None
+            self.wanted.append((step["chosen"] + 1) % len(step["valid_actions"]))  # not the agent's
+            return self.wanted[-1] if len(self.wanted) < 4 else None
 
         def show(self, step):
-            self.shown += 1
-            assert step["chosen"] == 0 and step["reward"] is not None
+            assert step["reward"] is not None
+            self.taken.append(step["chosen"])
 
-    viewer = First()
-    assert play("world_model", viewer=viewer) is None and viewer.shown == 3
+    viewer = Other()
+    assert play("world_model", viewer=viewer) is None
+    assert viewer.taken == viewer.wanted[:3] and len(viewer.wanted) == 4
 
 
 def test_play_episode_raises_if_the_game_fails():

@@ -17,6 +17,7 @@ from tests.helpers.reports import make_episode, make_step
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
     episode = {**make_episode(steps=4, tree=True), "episode": 2, "env_step": 1200}
+    episode["steps"][2]["action_values"][0] = -0.5  # so the bars of Q-values reach from -0.5 to 1.5
     [path] = write_episodes([episode], tmp_path_factory.mktemp("watch"))
     return path
 
@@ -38,7 +39,7 @@ def test_page_shows_a_step_with_bars_predictions_tree_and_prompt(page):
         ["wait 0", "38%", "50%", "2", "–"],
         ["go 0", "13%", "25%", "1", "0.1"],
     ]
-    assert step["bars"] == ["50%", "25%", "70%", "100%", "37.5%", "50%", "20%", "0%", "12.5%", "25%", "10%", "6.66667%"]
+    assert step["bars"] == ["50%", "25%", "70%", "100%", "37.5%", "50%", "20%", "0%", "12.5%", "25%", "10%", "30%"]
     assert step["predictions"] == [
         ["", "predicted", "searched", "real"],
         ["value of the state", "0.75", "1.25", "1.88"],  # 1 + 1/2 + 1/4 + 1/8
@@ -152,7 +153,7 @@ def test_page_of_a_training_episode_without_predictions_says_so(tmp_path):
     step, no_values, explained = seen
     assert step["rows"] == [["action"], ["go 0"], ["➤ take 0"], ["wait 0"]]
     assert step["predictions"] == [["", "real"], ["reward of the action", "1"]] and step["tree"] is None
-    assert step["values"] == "score before the action 0 of 7 sampled with probability 0.25"
+    assert step["prompt"] is None and step["values"] == "score before the action 0 of 7 sampled with probability 0.25"
     assert no_values and explained
 
 

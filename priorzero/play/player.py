@@ -142,17 +142,11 @@ class Player:
             prompts = rendered = self._render_prompts(episodes, states)
             requests = [PriorRequest(p.text, s.valid_actions) for p, s in zip(rendered, states, strict=True)]
             priors = await self.prior.priors(requests)
-        noises: list[RootNoise | None] = [None] * len(episodes)
+        noises: Sequence[RootNoise | None] = [None] * len(episodes)
         results: Sequence[SearchResult | None] = [None] * len(episodes)
         action_texts = None
         if use_search:
-            roots = []
-            for b, (episode, state, prior) in enumerate(zip(episodes, states, priors, strict=True)):
-                tie_seed = 0
-                if exploration is not None:
-                    noises[b] = self._root_noise(episode, state, prior, exploration)
-                    tie_seed = int(episode.rng.integers(2**31))
-                roots.append(self._make_root(episode, indices[b], prior=prior, noise=noises[b], seed=tie_seed))
+            roots, noises = self._make_roots(episodes, states, indices, priors, exploration=exploration)
             if any(root.with_tree for root in roots):
                 action_texts = self.indexer.texts()
             results = await self.world_model_thread.run(
@@ -195,11 +189,27 @@ class Player:
             )
         return prompts
 
-    def _root_noise(
-        self, episode: Episode, state: GameState, prior: ActionPrior | None, exploration: Exploration
-    ) -> RootNoise | None:
-        probs = None if prior is None else self.prior_weights.exploration_probs(episode.game, prior)
-        return exploration.root_noise(episode.env, state, probs, rng=episode.rng)
+    def _make_roots(
+        self,
+        episodes: Sequence[Episode],
+        states: Sequence[GameState],
+        indices: Sequence[np.ndarray],
+        priors: Sequence[ActionPrior | None],
+        *,
+        exploration: Exploration | None,
+    ) -> tuple[list[Root], list[RootNoise | None]]:
+        """The roots of the searches, and the noise that the exploration strategy adds at each."""
+        roots: list[Root] = []
+        noises: list[RootNoise | None] = []
+        for episode, state, own_indices, prior in zip(episodes, states, indices, priors, strict=True):
+            noise, tie_seed = None, 0
+            if exploration is not None:
+                probs = None if prior is None else self.prior_weights.exploration_probs(episode.game, prior)
+                noise = exploration.root_noise(episode.env, state, probs, rng=episode.rng)
+                tie_seed = int(episode.rng.integers(2**31))
+            roots.append(self._make_root(episode, own_indices, prior=prior, noise=noise, seed=tie_seed))
+            noises.append(noise)
+        return roots, noises
 
     def _make_root(
         self,
