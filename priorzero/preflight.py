@@ -246,10 +246,11 @@ def check_models(settings: Settings) -> None:
         llm = check_llm(settings.llm)
     encoder = check_encoder(settings.encoder.path)
     if settings.run.max_env_step > 0:
+        output_dir = user_path(settings.run.output_dir, what="run.output_dir=")
         check_free_space(
-            user_path(settings.run.output_dir, what="run.output_dir="),
+            output_dir,
             size=checkpoint_size(settings, llm=llm, encoder=encoder),
-            what=f"run.output_dir={settings.run.output_dir}",
+            what=f"run.output_dir={output_dir}",
             content="a checkpoint",
             advice="give a folder on another disk: --set run.output_dir=FOLDER",
         )

@@ -19,6 +19,7 @@ import yaml
 from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HTTPError
 
+from priorzero import evaluate
 from priorzero.agent import make_evaluators
 from priorzero.entry import build_parser, settings_from
 from priorzero.export import main
@@ -258,6 +259,7 @@ def test_export_of_an_agent_without_an_llm(run_without_llm, run, tmp_path, capsy
     alone = export(run, tmp_path / "alone", "--llm", "none")
     for folder in (out, alone):
         assert not (folder / "llm").exists() and "from_pretrained" not in (folder / "README.md").read_text()
+        assert ("priorzero.evaluate" in (folder / "README.md").read_text()) == (folder == out)
         assert load_world_model(folder).predict(np.zeros((1, 384 * 3 + 128), np.float32))[0].shape == (256,)
     assert "The run used no LLM." in (out / "README.md").read_text()
     with pytest.raises(UserError, match="this agent was exported without its LLM, so it cannot play"):
@@ -346,11 +348,10 @@ def test_card_has_code_that_runs_in_the_folder(lora_run, tmp_path, monkeypatch, 
 @pytest.mark.slow
 def test_card_has_commands_that_are_valid(run, exported):
     commands = re.findall(r"```bash\n(.*?)\n```", (exported / "README.md").read_text())
-    assert len(commands) == 2
-    first, second = (
-        settings_from(build_parser().parse_args(command.replace("FOLDER", str(exported)).split()[3:]))
-        for command in commands
-    )
+    arguments = [command.replace("FOLDER", str(exported)).split()[2:] for command in commands]
+    assert [own[0] for own in arguments] == ["priorzero.evaluate", "priorzero.entry", "priorzero.entry"]
+    assert evaluate.build_parser().parse_args(arguments[0][1:]).agent == str(exported)
+    first, second = (settings_from(build_parser().parse_args(own[1:])) for own in arguments[1:])
     saved = read_checkpoint(checkpoint_of(run)).settings
     assert first.llm.path == str(exported / "llm") and first.run.env_id == "GAME"
     saved.run.output_dir, saved.run.exp_name = "./data_priorzero", ""

@@ -151,7 +151,14 @@ def _files(plan: ExportPlan) -> Iterator[tuple[str, str]]:
 
 
 def _loading(plan: ExportPlan) -> Iterator[str]:
-    yield "PriorZero must be installed. The world model:"
+    yield "PriorZero must be installed. FOLDER is this folder."
+    yield ""
+    if plan.can_play:
+        yield "The agent plays its games, and its scores are shown:"
+        yield ""
+        yield "```bash\npython -m priorzero.evaluate FOLDER\n```"
+        yield ""
+    yield "The world model:"
     yield ""
     yield WORLD_MODEL_CODE % (plan.push or "USER/NAME")
     if plan.form != "none":

@@ -39,6 +39,11 @@ class ExportPlan:
         return TRAINING_STATE not in self.checkpoint.manifest["files"]
 
     @property
+    def can_play(self) -> bool:
+        """The export contains the LLM, if the agent has one."""
+        return self.form != "none" or not self.checkpoint.settings.prior.enabled
+
+    @property
     def settings(self) -> Settings:
         """The settings of the run, without the folders of this machine that another one does not need.
 
