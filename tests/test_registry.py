@@ -108,7 +108,7 @@ def test_game_request_name_can_be_a_folder_and_is_unique(example):
         ("exmple:a/b", "Did you mean 'example:'?"),
         ("example", "Did you mean 'example:'?"),
         ("Example:small", "Did you mean 'example:'?"),
-        ("nothing:x", "Registered are: example, gymnasium"),
+        ("nothing:x", "Registered are: babyai, example, gymnasium"),
         ("example:small?seed", "bad query field: 'seed'"),
         ("example:small?seed=1&seed=2", "'seed' is given twice"),
     ],
