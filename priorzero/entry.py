@@ -39,7 +39,8 @@ EXAMPLES = """examples:
   python -m priorzero.entry --quick_test --set llm.micro_batch_size=1 --set search.num_simulations=20
 
 games: a Jericho story file (name or path), or textworld:simple, textworld:coin-collector, textworld:treasure-hunter,
-textworld:cooking, each with parameters such as ?seed=7&level=5; textworld:file=PATH; babyai:GoToLocal?seed=1
+textworld:cooking, each with parameters such as ?seed=7&level=5; textworld:file=PATH; babyai:GoToLocal?seed=1;
+gymnasium:ENV_ID; or NAME:LEVEL?KEY=VALUE of a game that an installed package registers (docs/own-games.md)
 """
 
 MIN_ADDRESS_SPACE = 2_000_000 * 1024  # bytes, without a GPU and an LLM

@@ -135,7 +135,8 @@ class RunSettings(SettingsGroup):
 
     env_id: Text = Field(
         "zork1.z5",
-        description="the game: a Jericho story file or textworld:CHALLENGE?seed=N; separate several games by commas",
+        description="the game: a Jericho story file, textworld:CHALLENGE?seed=N, or NAME:LEVEL?KEY=VALUE of a "
+        "registered game (docs/own-games.md); separate several games by commas",
     )
     seed: Whole = Field(0, ge=0, le=MAX_SEED, description="seed of all random numbers of the run")
     exp_name: Text = Field(

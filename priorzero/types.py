@@ -126,17 +126,18 @@ class GameArguments(TypedDict):
 
 
 class TextGame(Protocol):
-    """A text game in this process. Its constructor takes the path of a story file and :class:`GameArguments`.
+    """A text game in this process. A function creates it from :class:`GameArguments`; docs/own-games.md is for authors.
 
     - It is deterministic: equal seeds and equal commands since ``reset`` give equal states. A resumed run replays the
       commands of its episodes. Observing look, inventory and valid actions does not change the game.
     - It ends an episode after ``max_episode_steps`` commands by itself, with ``done`` and ``truncated``.
+    - The reward of a command is the change of the score. ``max_score`` is the same in all states of an episode.
     - A state that is not ``done`` has at least one valid action. If the game offers none, the game object gives a short
       list of fallback actions and sets ``actions_are_fallback``.
     - It runs in a worker process, in which torch cannot be imported. The class can be imported there, and its
       arguments and its states are picklable.
 
-    :mod:`priorzero.envs.validation` has the checks of arguments.
+    :mod:`priorzero.envs.validation` has the checks of arguments, and :func:`priorzero.envs.check_game` checks a game.
     """
 
     def reset(self) -> GameState:

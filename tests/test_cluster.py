@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import signal
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -22,11 +23,13 @@ from priorzero.cluster.actors.prior_server import PriorServer, load_trained_para
 from priorzero.cluster.actors.registry import Registry, RemoteVocabulary
 from priorzero.cluster.calls import result_of
 from priorzero.cluster.collectors import Collectors
-from priorzero.cluster.connection import Share, check_settings, connect, plan_resources
+from priorzero.cluster.connection import Share, check_game_packages, check_settings, connect, plan_resources
 from priorzero.cluster.restart import RestartableLearner
 from priorzero.cluster.run import ClusterRun, merge_prior_metrics
 from priorzero.cluster.train import run_on_cluster
 from priorzero.config import PRESETS, resolve_settings
+from priorzero.envs import GameSpec
+from priorzero.envs.registry import GameRequest, RegisteredGame
 from priorzero.llm.models import load_language_model
 from priorzero.llm.packing import PromptRow
 from priorzero.play.action_vocabulary import ActionVocabulary
@@ -142,6 +145,16 @@ def test_ray_entry_reads_flags_and_debug_mode():
 def test_check_settings_says_what_ppo_cannot_do(layer, message):
     with pytest.raises(UserError, match=message):
         check_settings(make_settings(layer))
+
+
+def test_check_game_packages_refuses_games_that_only_this_process_knows():
+    def spec(source):
+        request = GameRequest("maze:", RegisteredGame("maze", "mazes:make", source, "1.0"), "", ())
+        return GameSpec("maze:", "registered", None, request.md5, request.name, request)
+
+    check_game_packages([GameSpec("zork1.z5", "jericho", Path("zork1.z5"), "0", "zork1"), spec("mazes")])
+    with pytest.raises(UserError, match=r"maze:: the game was registered by register_game .* add an entry point"):
+        check_game_packages([spec("register_game")])
 
 
 def test_connect_fails_at_once_if_there_is_no_cluster():

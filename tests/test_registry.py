@@ -9,6 +9,7 @@ from loguru import logger
 import priorzero
 from priorzero.envs import make_game, registry, resolve_game, resolve_games
 from priorzero.envs.games import is_z_machine_name
+from priorzero.envs.limits import resolve_limits
 from priorzero.envs.registry import check_parameters, parse_game_name, read_parameter, registered_games
 from priorzero.preflight import check_games
 from priorzero.types import UserError
@@ -148,6 +149,13 @@ def test_is_z_machine_name_tells_story_files_by_name(example):
     assert [is_z_machine_name(name) for name in names] == [True, True, False, False]
 
 
+def test_resolve_limits_gives_registered_games_100_commands_and_256_actions(example):
+    settings = make_settings({"env": {"max_episode_steps": "auto", "action_space_size": "auto"}})
+    resolve_limits(settings.env, [resolve_game("example:small?seed=7"), resolve_game("example:large")])
+    assert settings.env.max_episode_steps == "example-small-seed7=100, example-large=100"
+    assert settings.env.action_space_size == 256
+
+
 # register_game ------------------------------------------------------------------------------------------------------
 
 
@@ -246,6 +254,7 @@ def test_check_parameters_suggests_the_right_key():
 # runs ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "hint"),
     [
@@ -263,15 +272,17 @@ def test_check_games_reports_a_registered_game_that_fails_in_its_worker(factory,
         check_games(settings, games=[resolve_game("counting:9")], unseen=[])
 
 
+@pytest.mark.slow
 def test_run_training_plays_a_game_that_this_program_registers(tmp_path):
     priorzero.register_game("counting", registered.make_counter)
     settings = short_settings(tmp_path, NO_LLM, {"run": {"env_id": "counting:2", "max_iter": 2}})
     summary = train(settings)
-    assert summary.env_steps >= 20
+    assert summary.rows["environment steps"] >= 20
     manifest = json.loads(next((tmp_path / "run" / "checkpoints").glob("*/manifest.json")).read_text())
     assert manifest["games"] == {"counting-2": resolve_game("counting:2").md5}
 
 
+@pytest.mark.slow
 def test_run_training_ends_with_one_message_if_a_game_violates_the_protocol(tmp_path):
     priorzero.register_game("counting", registered.make_wrong_later)
     settings = short_settings(tmp_path, NO_LLM, {"run": {"env_id": "counting:9", "max_iter": 2}})

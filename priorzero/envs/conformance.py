@@ -5,20 +5,24 @@ from __future__ import annotations
 import dataclasses
 import pickle
 import random
+from collections import Counter
 from collections.abc import Sequence
 
 from priorzero.envs.games import make_game, resolve_game
 from priorzero.envs.protocol import check_first_state, check_methods, check_outcome, first_difference
+from priorzero.envs.registered_game import call_factory
 from priorzero.runtime.paths import shown
-from priorzero.types import GameState, TextGame, UserError
+from priorzero.types import GameArguments, GameState, TextGame, UserError
 
 INVALID_ACTION = "no game has this command"
 NAMED_EPISODE_STEPS = 50  # of a game that is given by name
 FIELDS = tuple(field.name for field in dataclasses.fields(GameState))
 
 
-def check_game(game: TextGame | str, *, num_episodes: int = 3, max_commands: int = 200, seed: int = 0) -> None:
+def check_game(game: TextGame | str, *, num_episodes: int = 5, max_commands: int = 200, seed: int = 0) -> None:
     """Play random commands and check that a game does what :class:`~priorzero.types.TextGame` demands.
+
+    Commands that were tried less often are preferred.
 
     The checks, in this order: the methods exist; the types of the first state; an invalid command is refused with a
     ValueError and changes nothing; in each episode the types of all states, unique and stripped valid actions, the
@@ -45,22 +49,22 @@ def check_game(game: TextGame | str, *, num_episodes: int = 3, max_commands: int
 
 def _check_named_game(name: str, *, num_episodes: int, max_commands: int, seed: int) -> None:
     spec = resolve_game(name)
+    arguments = GameArguments(
+        seed=seed,
+        max_episode_steps=NAMED_EPISODE_STEPS,
+        look_and_inventory=True,
+        drop_inert_commands=True,
+        valid_actions="exact",
+    )
     games: list[TextGame] = []
     try:
         for _ in range(2):
+            # Without CheckedGame, which refuses invalid commands itself.
             games.append(
-                make_game(
-                    spec,
-                    seed=seed,
-                    max_episode_steps=NAMED_EPISODE_STEPS,
-                    look_and_inventory=True,
-                    drop_inert_commands=True,
-                    valid_actions="exact",
-                )
+                call_factory(spec.request, **arguments) if spec.request is not None else make_game(spec, **arguments)
             )
         _check(games[0], name, num_episodes=num_episodes, max_commands=max_commands, seed=seed)
-        rng = random.Random(seed)
-        episode = _play(games[0], name, rng=rng, max_commands=max_commands)
+        episode = _play(games[0], name, choose=_Chooser(seed), max_commands=max_commands)
         _check_replay(games[1], f"{name}: a second game object with the same seed:", episode)
     finally:
         for opened in games:
@@ -72,10 +76,10 @@ def _check(game: TextGame, name: str, *, num_episodes: int, max_commands: int, s
     first = game.reset()
     check_first_state(first, where=f"{name}: reset()", max_episode_steps=None)
     _check_refusal(game, f"{name}: step({INVALID_ACTION!r}), which is not a valid action,", INVALID_ACTION)
-    rng = random.Random(seed)
+    choose = _Chooser(seed)
     for number in range(num_episodes):
-        # In the first episode after the refusal, so that a refused command that changed the game is noticed.
-        episode = _play(game, name, rng=rng, max_commands=max_commands, first=first if number == 0 else None)
+        # The first episode continues after the refusal, so that a refused command that changed the game is noticed.
+        episode = _play(game, name, choose=choose, max_commands=max_commands, first=first if number == 0 else None)
         if episode.states[-1].done:
             action = (*episode.states[-1].valid_actions, *episode.commands)[0]
             _check_refusal(game, f"{name}: step({action!r}) after the end of the episode", action)
@@ -89,8 +93,24 @@ class _Episode:
     rewards: Sequence[float]
 
 
+class _Chooser:
+    """Chooses a random command, with equal probabilities from all valid ones or from those that were tried least."""
+
+    def __init__(self, seed: int) -> None:
+        self._rng = random.Random(seed)
+        self._tried: Counter[str] = Counter()
+
+    def __call__(self, actions: Sequence[str]) -> str:
+        if self._rng.random() < 0.5:
+            least = min(self._tried[action] for action in actions)
+            actions = [action for action in actions if self._tried[action] == least]
+        action = self._rng.choice(actions)
+        self._tried[action] += 1
+        return action
+
+
 def _play(
-    game: TextGame, name: str, *, rng: random.Random, max_commands: int, first: GameState | None = None
+    game: TextGame, name: str, *, choose: _Chooser, max_commands: int, first: GameState | None = None
 ) -> _Episode:
     """Play random commands from ``reset`` on, or from the state ``first`` that it returned, and check all states."""
     if first is None:
@@ -98,7 +118,7 @@ def _play(
         check_first_state(first, where=f"{name}: reset() after another episode", max_episode_steps=None)
     states, commands, rewards = [first], list[str](), list[float]()
     while not states[-1].done and len(commands) < max_commands:
-        action = rng.choice(states[-1].valid_actions)
+        action = choose(states[-1].valid_actions)
         where = f"{name}: step({action!r}){_after(commands)}"
         try:
             outcome = game.step(action)

@@ -11,14 +11,20 @@ from priorzero.types import GameArguments, TextGame, UserError
 
 
 def open_registered_game(request: GameRequest, **arguments: Unpack[GameArguments]) -> TextGame:
-    """Call the factory of a registered game. The game's states are checked as long as it is played.
+    """Open a registered game. Its states are checked as long as it is played.
 
     Raises:
         UserError: the factory cannot be imported, raises an exception, or returns something else than a game.
     """
+    game = call_factory(request, **arguments)
+    return CheckedGame(game, name=request.env_id, max_episode_steps=arguments["max_episode_steps"])
+
+
+def call_factory(request: GameRequest, **arguments: Unpack[GameArguments]) -> TextGame:
+    """What the factory of a registered game returns. Raises a UserError if it cannot be imported or raises an error."""
     factory = load_factory(request.game)
     try:
-        game = factory(request.level, dict(request.parameters), **arguments)
+        return factory(request.level, dict(request.parameters), **arguments)
     except UserError as error:
         raise UserError(f"The game {shown(request.env_id)!r}: {error}") from error
     except Exception as error:
@@ -26,7 +32,6 @@ def open_registered_game(request: GameRequest, **arguments: Unpack[GameArguments
             f"The game {shown(request.env_id)!r}: its factory {request.game.factory!r} raised "
             f"{type(error).__name__}: {error}{location(error)}"
         ) from error
-    return CheckedGame(game, name=request.env_id, max_episode_steps=arguments["max_episode_steps"])
 
 
 def location(error: BaseException) -> str:

@@ -97,3 +97,21 @@ def make_wrong_from_the_start(level, parameters, *, max_episode_steps, **argumen
 def make_wrong_later(level, parameters, *, max_episode_steps, **arguments):
     """The state after the third command is wrong."""
     return TextScoreGame(9, max_episode_steps=max_episode_steps, first=3)
+
+
+def make_different_each_time(level, parameters, *, max_episode_steps, **arguments):
+    """Each game object has another goal."""
+    make_different_each_time.count = getattr(make_different_each_time, "count", 4) + 1
+    return CountingGame(make_different_each_time.count, max_episode_steps=max_episode_steps)
+
+
+class AcceptingGame(CountingGame):
+    """Takes every command."""
+
+    def step(self, action):
+        return super().step(action if action in self.now.valid_actions else "wait")
+
+
+def make_accepting(level, parameters, *, max_episode_steps, **arguments):
+    """A game that refuses no command."""
+    return AcceptingGame(5, max_episode_steps=max_episode_steps)
