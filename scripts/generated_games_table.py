@@ -64,8 +64,7 @@ LEVELS: dict[str, dict[str, str]] = {
     },
     "babyai": {
         level: f"babyai:{level}"
-        for level in ("GoToRedBallNoDists", "GoToObj", "GoToRedBall", "GoToLocal", "PickupLoc", "OpenDoor",
-                      "PutNextLocal", "GoTo")
+        for level in ("GoToRedBallNoDists", "GoToObj", "GoToRedBall", "GoToLocal", "PickupLoc", "PutNextLocal")
     },
 }  # fmt: skip
 
@@ -97,12 +96,13 @@ def play(spec: GameSpec, *, episodes: int, drop_inert_commands: bool) -> Played:
     counts: list[int] = []
     wins = 0
     game: TextGame | None = None
+    steps = episode_steps(EnvSettings(), spec)
     for episode in range(episodes):
         if game is None or spec.request is not None:  # a game of BabyAI has one layout
             game = make_game(
                 spec,
                 seed=episode,
-                max_episode_steps=episode_steps(EnvSettings(), spec),
+                max_episode_steps=steps,
                 look_and_inventory=False,
                 drop_inert_commands=drop_inert_commands,
                 valid_actions="exact",

@@ -1,6 +1,7 @@
 """BabyAI's levels: names, states, rewards, ends of episodes and valid actions."""
 
 import asyncio
+import importlib.metadata
 import importlib.util
 import subprocess
 import sys
@@ -251,6 +252,7 @@ def test_babyai_game_plays_all_levels():
 def test_resolve_game_knows_levels_by_name():
     spec = resolve_game("babyai:GoToLocal?seed=3")
     assert (spec.kind, spec.name, spec.path) == ("registered", "babyai-GoToLocal-seed3", None)
+    assert spec.request.game.version == importlib.metadata.version("minigrid")  # part of the MD5
     arguments = {**ARGUMENTS, "seed": 9, "valid_actions": "fast"}
     assert make_game(spec, **arguments).reset() == open_level().reset()
     assert resolve_game("babyai:GoToLocal").md5 != spec.md5

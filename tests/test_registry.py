@@ -9,6 +9,7 @@ from loguru import logger
 import priorzero
 from priorzero.envs import make_game, registry, resolve_game, resolve_games
 from priorzero.envs.games import is_z_machine_name
+from priorzero.envs.limits import resolve_limits
 from priorzero.envs.registry import check_parameters, parse_game_name, read_parameter, registered_games
 from priorzero.preflight import check_games
 from priorzero.types import UserError
@@ -108,7 +109,7 @@ def test_game_request_name_can_be_a_folder_and_is_unique(example):
         ("exmple:a/b", "Did you mean 'example:'?"),
         ("example", "Did you mean 'example:'?"),
         ("Example:small", "Did you mean 'example:'?"),
-        ("nothing:x", "Registered are: example, gymnasium"),
+        ("nothing:x", "Registered are: babyai, example, gymnasium"),
         ("example:small?seed", "bad query field: 'seed'"),
         ("example:small?seed=1&seed=2", "'seed' is given twice"),
     ],
@@ -146,6 +147,13 @@ def test_resolve_game_prefers_a_file_whose_name_contains_a_colon(example, tmp_pa
 def test_is_z_machine_name_tells_story_files_by_name(example):
     names = ["zork1.z5", "./zork1.z5", "textworld:simple?seed=7", "example:small"]
     assert [is_z_machine_name(name) for name in names] == [True, True, False, False]
+
+
+def test_resolve_limits_gives_registered_games_100_commands_and_256_actions(example):
+    settings = make_settings({"env": {"max_episode_steps": "auto", "action_space_size": "auto"}})
+    resolve_limits(settings.env, [resolve_game("example:small?seed=7"), resolve_game("example:large")])
+    assert settings.env.max_episode_steps == "example-small-seed7=100, example-large=100"
+    assert settings.env.action_space_size == 256
 
 
 # register_game ------------------------------------------------------------------------------------------------------

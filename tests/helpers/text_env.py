@@ -40,7 +40,7 @@ class SwitchEnv(gymnasium.Env[str, Any]):
         before = sum(self.on)
         if command != " wait ":
             self.on[int(command.split()[-1])] = True
-        observation, info = self.observe("Click.")
+        observation, info = self.observe(f"You {command.strip()}.")
         return observation, np.float64(sum(self.on) - before), np.bool_(all(self.on)), False, info
 
 
