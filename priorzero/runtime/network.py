@@ -1,0 +1,52 @@
+"""Whether a server replies, found out within a short time."""
+
+from __future__ import annotations
+
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+
+TIME_LIMIT_S = 2.0
+
+
+def error_within(action: Callable[[], object], *, seconds: float = TIME_LIMIT_S) -> Exception | None:
+    """The exception that ``action`` raises; None if it raises none; TimeoutError if it takes longer.
+
+    It runs in a thread, since the look-up of a host name has no time limit of its own. The thread goes on after the
+    time limit, and does not keep the process alive.
+    """
+    outcome: list[Exception | None] = []
+
+    def run() -> None:
+        try:
+            action()
+            outcome.append(None)
+        except Exception as error:  # the caller reports it
+            outcome.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    return outcome[0] if outcome else TimeoutError(f"no reply within {seconds:g} s")
+
+
+def no_reply(url: str) -> str | None:
+    """Why the server of this URL does not reply within :data:`TIME_LIMIT_S` seconds; None if it does.
+
+    A reply with an error, such as 404, is a reply. Proxies are used as the environment says (``HTTPS_PROXY``).
+    """
+
+    def request() -> None:
+        try:
+            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIME_LIMIT_S).close()
+        except urllib.error.HTTPError as reply:
+            reply.close()
+
+    error = error_within(request)
+    return None if error is None else reason(error)
+
+
+def reason(error: Exception) -> str:
+    """An exception as a short text."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
