@@ -25,7 +25,7 @@ from priorzero.runs.resume import keep_limits, prepare_resume
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
 from priorzero.runtime.paths import user_cache_dir, user_path
-from priorzero.settings import Settings
+from priorzero.settings import LLMSettings, Settings
 from priorzero.types import UserError
 
 FLOAT32 = 4  # bytes
@@ -181,10 +181,7 @@ def check_models(settings: Settings) -> None:
         llm = check_llm(settings.llm)
     encoder = check_encoder(settings.encoder.path)
     if settings.run.max_env_step > 0:
-        _check_disk(
-            user_path(settings.run.output_dir, what="run.output_dir="),
-            size=checkpoint_size(settings, llm=llm, encoder=encoder),
-        )
+        check_disk(settings, llm=llm, encoder=encoder)
 
 
 # ---- disk ----
@@ -201,15 +198,30 @@ def checkpoint_size(settings: Settings, *, llm: ModelFiles | None, encoder: Mode
     size = _world_model_parameters(settings, encoder=encoder) * (TRAINED + FLOAT32)  # and the target network
     if llm is None:
         return size
-    cfg = settings.llm
+    trained = TRAINED * num_trained(settings.llm, llm)
+    return size + (trained if settings.llm.use_lora or trained else FLOAT32 * llm.num_parameters)
+
+
+def num_trained(cfg: LLMSettings, llm: ModelFiles) -> int:
+    """Estimated number of the LLM's parameters that are trained; ``llm.trained_layers`` is not considered."""
     if cfg.use_lora and llm.adapter_shapes:
-        return size + TRAINED * sum(map(math.prod, llm.adapter_shapes.values()))
+        return sum(map(math.prod, llm.adapter_shapes.values()))
     if cfg.use_lora:
         matrices = [shape for name, shape in llm.shapes.items() if len(shape) == 2 and not name.startswith("lm_head")]
         vocab_size = llm.text_config.get("vocab_size")
-        return size + TRAINED * cfg.lora_r * sum(sum(shape) for shape in matrices if shape[0] != vocab_size)
-    is_trained = cfg.enable_sft or cfg.enable_rft
-    return size + llm.num_parameters * (TRAINED if is_trained else FLOAT32)
+        return cfg.lora_r * sum(sum(shape) for shape in matrices if shape[0] != vocab_size)
+    return llm.num_parameters if cfg.enable_sft or cfg.enable_rft else 0
+
+
+def llm_memory(settings: Settings, llm: ModelFiles) -> int:
+    """Estimated size in bytes of the LLM in memory, without activations and without vLLM's copy.
+
+    It consists of the parameters in float32, of a gradient and AdamW's two moments of each trained one, and of the copy
+    for the KL penalty.
+    """
+    cfg = settings.llm
+    copies = 2 if cfg.kl_weight > 0 and not cfg.use_lora else 1
+    return FLOAT32 * copies * llm.num_parameters + TRAINED * num_trained(cfg, llm)
 
 
 def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -> int:
@@ -225,12 +237,19 @@ def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -
     return rows * wm.embed_dim
 
 
-def _check_disk(output_dir: Path, *, size: int) -> None:
-    """Raise UserError if ``size`` bytes are not free on the disk of ``output_dir``."""
-    existing = next(path for path in (output_dir, *output_dir.absolute().parents) if path.exists())
+def free_space(folder: Path) -> int | None:
+    """Free bytes on the disk of a folder, which need not exist; None if the file system does not know its size."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     disk = shutil.disk_usage(existing)
-    if disk.total and disk.free < size:  # a network file system may not know its size
+    return disk.free if disk.total else None  # a network file system may not know its size
+
+
+def check_disk(settings: Settings, *, llm: ModelFiles | None, encoder: ModelFiles | None) -> None:
+    """Raise UserError if the disk of ``run.output_dir`` has no space for a checkpoint."""
+    output_dir = user_path(settings.run.output_dir, what="run.output_dir=")
+    free, size = free_space(output_dir), checkpoint_size(settings, llm=llm, encoder=encoder)
+    if free is not None and free < size:
         raise UserError(
-            f"run.output_dir={output_dir}: {disk.free / 1e6:.0f} MB are free, but a checkpoint needs about "
+            f"run.output_dir={output_dir}: {free / 1e6:.0f} MB are free, but a checkpoint needs about "
             f"{size / 1e6:.0f} MB; free some space, or give a folder on another disk: --set run.output_dir=FOLDER"
         )

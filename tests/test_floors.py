@@ -29,8 +29,9 @@ FLOORS: list[set[str]] = [
     {"learning", "run_state"},
     {"training_run"},
     {"train", "cluster"},
-    {"entry", "report", "pretrain"},
-    {"ray_entry"},
+    {"entry", "report", "pretrain", "games"},
+    {"ray_entry", "doctor"},
+    {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 

@@ -103,7 +103,7 @@ def resolve_game(env_id: str | Path) -> GameSpec:
         path = _find_story(env_id)
     else:
         known = [*supported_games(), *(TEXTWORLD_PREFIX + challenge for challenge in textworld_files.CHALLENGES)]
-        extension = _missing_extension(env_id, folders=_story_folders()[0])
+        extension = _missing_extension(env_id, folders=story_folders()[0])
         raise UserError(
             f"Unknown game {shown(env_id)!r}.{f' {extension}' if extension else did_you_mean(env_id, known)}\n"
             "Allowed are: the name of a story file that Jericho supports, such as zork1.z5 (python "
@@ -216,7 +216,7 @@ def make_game(spec: GameSpec, *, max_score: int = 0, **arguments: Unpack[GameArg
 
 def _find_story(name: str) -> Path:
     check_path_text(name, prefix=f"The story file {shown(name)}")
-    folders, notes = _story_folders()
+    folders, notes = story_folders()
     for folder in folders:
         if os.path.exists(folder / name):
             return folder / name
@@ -225,7 +225,7 @@ def _find_story(name: str) -> Path:
     raise UserError(f"There is no story file {name!r}. Searched{unsearched}:\n{places}\n{_download_hint(name)}")
 
 
-def _story_folders() -> tuple[list[Path], list[str]]:
+def story_folders() -> tuple[list[Path], list[str]]:
     """The folders in which story files are searched, in order, and why others are not searched."""
     folders, notes = [user_path(".", what="The working folder ").absolute()], []
     if os.environ.get(GAMES_VARIABLE):

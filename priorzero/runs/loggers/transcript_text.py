@@ -20,7 +20,7 @@ def episode_text(episode: EvaluationTranscript) -> str:
     """An episode as a reader of the game sees it: replies, commands behind ``>``, points in brackets."""
     steps = episode["steps"]
     maximum = f" of {episode['max_score']:g}" if episode["max_score"] else ""
-    end = "won" if episode["won"] else "truncated" if episode["truncated"] else "lost"
+    end = "won" if episode["won"] else "truncated" if episode["truncated"] else "not won"
     lines = [f"{len(steps)} steps, score {_number(episode['score'])}{maximum}, {end}", ""]
     for step in steps[:MAX_STEPS]:
         reward = f"  [{step['reward']:+g}]" if step["reward"] else ""

@@ -152,7 +152,7 @@ class WandbLogger:
             run.log({**values, axis: step})
             self._logged[axis] = step
             state = {"id": self._id, "project": self._project, "steps": self._logged}
-            replace_text(self._file, json.dumps(state))
+            replace_text(self._file, json.dumps(state) + "\n")
 
         self._guarded(log)
 
