@@ -329,9 +329,7 @@ def format_checks(checks: Sequence[Check]) -> str:
     if advice:
         lines += ["", "what to do:", *advice]
     failed = sum(check.mark == "error" for check in checks)
-    end = (
-        f"training cannot start with these settings: {failed} of the checks failed" if failed else "training can start"
-    )
+    end = f"training cannot start with these settings (errors: {failed})" if failed else "training can start"
     return "\n".join([*lines, "", end])
 
 

@@ -21,6 +21,7 @@ def machine(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.delenv("PRIORZERO_GAMES", raising=False)
     monkeypatch.setattr(doctor, "look_at_torch", lambda: TORCH)
     return tmp_path
 

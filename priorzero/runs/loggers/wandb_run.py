@@ -50,25 +50,24 @@ def check_wandb() -> None:
             f"run.loggers=wandb: wandb is not installed; type {INSTALL}, or leave wandb out: --set "
             "run.loggers=tensorboard"
         )
-    with _errors_of_wandb("W&B cannot be started"):
+    with _errors_of_wandb("W&B cannot be started"), quiet():
         import wandb
 
-        with quiet():
-            settings = wandb.setup().settings
-            if settings.mode not in ("online", "run", "shared"):
-                return
-            has_key = wandb.login(prompt=False, verify=False)
-        if not has_key:
-            raise UserError(
-                f"run.loggers=wandb: W&B is not logged in at {settings.base_url}; type wandb login, or set "
-                f"WANDB_API_KEY, or {WITHOUT}"
-            )
-        problem = no_reply(settings.base_url)
-        if problem is not None:
-            raise UserError(f"run.loggers=wandb: {settings.base_url} cannot be reached ({problem}); {WITHOUT}")
+        settings = wandb.setup().settings
+    if settings.mode not in ("online", "run", "shared"):
+        return
+    problem = no_reply(settings.base_url)
+    if problem is not None:
+        raise UserError(f"run.loggers=wandb: {settings.base_url} cannot be reached ({problem}); {WITHOUT}")
     advice = "type wandb login --relogin, or correct WANDB_API_KEY"
     with _errors_of_wandb("W&B refuses the API key", advice=advice), quiet():
-        wandb.login(prompt=False, verify=True)
+        # A separate call without `verify` would make this one skip the verification.
+        has_key = wandb.login(prompt=False, verify=True)
+    if not has_key:
+        raise UserError(
+            f"run.loggers=wandb: W&B is not logged in at {settings.base_url}; type wandb login, or set WANDB_API_KEY, "
+            f"or {WITHOUT}"
+        )
 
 
 class WandbLogger:
