@@ -8,9 +8,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
+import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ from tests.helpers.models import make_settings
 from tests.helpers.reports import make_episode
 from tests.helpers.runs import NO_LLM, read_events, short_settings, train
 from tests.helpers.toy_game import toy_games
+from tests.helpers.wandb_server import wandb_server
 
 ROOT = Path(__file__).parent.parent
 
@@ -244,17 +244,24 @@ def test_episode_text_and_rows_of_a_long_episode_are_shortened():
 # ---- Weights & Biases ----
 
 
-def run_python(code, *arguments, **environment):
-    """Run Python in a process of its own, since W&B keeps settings and changes hooks of the process."""
+def start_python(code, *arguments, **environment):
+    """Start Python in a process of its own, since W&B keeps settings and changes hooks of the process."""
     clean = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
-    return subprocess.run(
+    return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
         env={**clean, "PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", **environment},
-        check=False,
-        timeout=300,
     )
+
+
+def run_python(code, *arguments, **environment):
+    """Run Python in a process of its own until it ends."""
+    process = start_python(code, *arguments, **environment)
+    stdout, stderr = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
 
 
 OFFLINE = """
@@ -343,6 +350,43 @@ def test_wandb_logger_whose_process_dies_does_not_end_the_run(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+ONLINE = """
+import sys, time
+from pathlib import Path
+from priorzero.runs.loggers import wandb_run
+from tests.helpers.models import make_settings
+
+wandb_run.FINISH_TIMEOUT_S = 3.0
+wandb_run.check_wandb()
+log = wandb_run.WandbLogger(Path(sys.argv[1]), make_settings())
+log.write({"a": 1.0}, step=1, axis="iteration")
+print("logged", flush=True)
+sys.stdin.readline()  # the server goes away
+started = time.monotonic()
+for step in range(2, 5):
+    log.write({"a": float(step)}, step=step, axis="iteration")
+print(f"{time.monotonic() - started < 2}", flush=True)
+log.close(failed=False)
+print(f"{time.monotonic() - started < 20}", flush=True)
+"""
+
+
+@pytest.mark.slow
+def test_wandb_logger_goes_on_when_the_connection_is_lost(tmp_path):
+    pytest.importorskip("wandb")
+    with wandb_server() as server:
+        process = start_python(ONLINE, tmp_path, HOME=str(tmp_path), WANDB_BASE_URL=server.url, WANDB_API_KEY="k" * 40)
+        assert process.stdout.readline() == "logged\n", process.communicate()[1]
+        for _ in range(600):
+            if server.history:
+                break
+            time.sleep(0.1)
+    stdout, stderr = process.communicate("\n", timeout=120)
+    assert [(row["a"], row["iteration"]) for row in server.history] == [(1.0, 1)]
+    assert (process.returncode, stdout) == (0, "True\nTrue\n") and "Traceback" not in stderr
+    assert f"W&B: {server.url}/me/priorzero/runs/x" in stderr
+
+
 CHECK = """
 import os, sys, time
 import wandb
@@ -373,28 +417,12 @@ for changes in (
 """
 
 
-class _Refusing(BaseHTTPRequestHandler):
-    """A server that knows no API key."""
-
-    def _refuse(self):
-        self.send_response(401)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    do_GET = do_HEAD = do_POST = _refuse
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.mark.slow
 def test_check_loggers_says_what_to_type_without_login_network_or_valid_key(tmp_path):
     pytest.importorskip("wandb")
-    with ThreadingHTTPServer(("127.0.0.1", 0), _Refusing) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        host = f"http://127.0.0.1:{server.server_port}"
+    with wandb_server(knows_key=False) as server:
+        host = server.url
         done = run_python(CHECK, host, HOME=str(tmp_path), XDG_CONFIG_HOME=str(tmp_path), NETRC=str(tmp_path / "netrc"))
-        server.shutdown()
     assert done.returncode == 0, done.stderr
     no_login, no_network, refused, offline, disabled = done.stdout.splitlines()
     assert no_login.startswith(f"run.loggers=wandb: W&B is not logged in at {host}; type wandb login")
