@@ -22,6 +22,7 @@ from priorzero.play.transcript import EvaluationTranscript
 from priorzero.runs.files import WANDB
 from priorzero.runs.loggers.base import Axis
 from priorzero.runs.loggers.transcript_text import COLUMNS, episode_rows
+from priorzero.runtime.activity import announced
 from priorzero.runtime.network import no_reply, reason
 from priorzero.runtime.paths import replace_text
 from priorzero.runtime.quiet import quiet
@@ -94,7 +95,7 @@ class WandbLogger:
         self._logged: dict[str, int] = dict(saved.get("steps", {}))
         self._skipped_until = dict(self._logged)
         self._defined: set[str] = set()
-        with _errors_of_wandb("W&B cannot start the run"):
+        with announced("connecting to Weights & Biases"), _errors_of_wandb("W&B cannot start the run"):
             self._run: wandb.Run | None = wandb.init(
                 project=self._project,
                 id=self._id,
