@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -19,6 +20,7 @@ from priorzero.play.evaluator import Evaluation, Evaluations, merge
 from priorzero.play.transcript import EvaluationTranscript, write_transcripts
 from priorzero.runs.counters import Counters
 from priorzero.runs.files import EPISODES, EVALUATIONS, LAST_EVALUATION, append_text
+from priorzero.runs.folder import truncate_files
 from priorzero.runs.loggers import make_metrics_writer, metrics_files
 from priorzero.runs.progress import Progress
 from priorzero.runs.summary import peak_memory_mb
@@ -79,12 +81,10 @@ class RunLogger:
 
     def state_dict(self) -> Plain:
         """The last metrics, the time, and the sizes of all files that are appended to."""
-        sizes = {}
-        for path in (self.folder / EPISODES, self.folder / EVALUATIONS, *metrics_files(self.folder)):
-            if path.exists():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                sizes[path.name] = path.stat().st_size
+        for path in self._files():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sizes = {path.name: path.stat().st_size for path in self._files()}
         return {"last": dict(self.writer.last), "seconds": self.seconds, "sizes": sizes}
 
     def log_iteration(
@@ -145,14 +145,25 @@ class RunLogger:
         if prior_fallbacks is not None:
             scalars["evaluator_step/prior_fallbacks"] = prior_fallbacks
         transcripts = _first_episodes(results)
-        self.writer.write_evaluation(scalars, transcripts=transcripts, env_step=env_step)
-        write_transcripts(self.folder / LAST_EVALUATION, transcripts, env_step=env_step)
-        self._append(EVALUATIONS, lines)  # last: if anything fails, the evaluation is repeated
+        sizes = {path.name: path.stat().st_size for path in self._files()}
+        try:
+            self.writer.write_evaluation(scalars, transcripts=transcripts, env_step=env_step)
+            write_transcripts(self.folder / LAST_EVALUATION, transcripts, env_step=env_step)
+            self._append(EVALUATIONS, lines)
+        except OSError:  # the run ends and is saved; when it is resumed, the evaluation is repeated
+            with contextlib.suppress(OSError):
+                truncate_files(self.folder, sizes)
+            raise
         return evaluations
 
     def close(self, *, failed: bool = False) -> None:
         """Close the loggers. ``failed``: an error has ended the run."""
         self.writer.close(failed=failed)
+
+    def _files(self) -> list[Path]:
+        """The files that are appended to."""
+        own = [self.folder / EPISODES, self.folder / EVALUATIONS]
+        return [*(path for path in own if path.exists()), *metrics_files(self.folder)]
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         """Append all lines, or none if this raises OSError."""
