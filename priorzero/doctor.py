@@ -135,9 +135,8 @@ def _result(name: str, check: Callable[[], Check]) -> Check:
     try:
         return check()
     except UserError as error:
-        message = " ".join(str(error).split())
-        text = re.split(r"; | type ", message, maxsplit=1)[0]
-        return Check(name, "error", text, message.removeprefix(text).lstrip("; "))
+        text, *advice = re.split(r"; |\n|(?<=\.) (?=[A-Z])", str(error), maxsplit=1)
+        return Check(name, "error", " ".join(text.split()), " ".join("".join(advice).split()))
     except Exception as error:  # a check must not hide the others
         return Check(name, "error", f"the check failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})")
 
@@ -249,7 +248,9 @@ def _memory(settings: Settings, llm: ModelFiles | None, torch: Torch) -> Check:
     if not settings.prior.enabled:
         return Check(name, "ok", "none")
     if llm is None or not llm.num_parameters:
-        return Check(name, "warning", "its size is not known before the model is downloaded or converted")
+        return Check(
+            name, "warning", "its size is not known: the model is missing, or must be downloaded or converted first"
+        )
     on_gpu = _device(settings, torch) == "cuda"
     free = torch.gpu_bytes if on_gpu else psutil.virtual_memory().available
     needed = llm_memory(settings, llm)

@@ -54,7 +54,10 @@ def test_main_returns_1_and_says_what_to_type_if_training_cannot_start(capsys, t
     assert doctor.main(arguments) == 1
     output = capsys.readouterr().out
     assert "error   torch" in output and "  torch: type --set run.device=cpu" in output
-    assert "error   games" in output and "scripts/fetch_games.py zork1.z5" in output.split("what to do:")[1]
+    found, advice = output.split("what to do:")
+    line = next(line for line in found.splitlines() if line.startswith("error   games"))
+    assert line.endswith("There is no story file 'zork1.z5'.")
+    assert "  games: Searched" in advice and "scripts/fetch_games.py zork1.z5" in advice
     assert output.endswith("training cannot start with these settings (errors: 2)\n")
 
 

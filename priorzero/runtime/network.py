@@ -42,6 +42,8 @@ def no_reply(url: str) -> str | None:
             urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIME_LIMIT_S).close()
         except urllib.error.HTTPError as reply:
             reply.close()
+        except urllib.error.URLError as error:
+            raise error.reason if isinstance(error.reason, Exception) else error from error
 
     error = error_within(request)
     return None if error is None else reason(error)
