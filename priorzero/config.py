@@ -623,18 +623,23 @@ def get_config_with_lora(env_id: str = "zork1.z5", seed: int = 0, **overrides: A
     return _from_preset("lora", env_id, seed, overrides)
 
 
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m priorzero.config", description="List all settings with their defaults and meanings."
+    )
+    parser.add_argument("--markdown", action="store_true", help="write docs/settings.md to stdout")
+    return parser
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """List all settings.
 
     Returns:
         The exit code: 0, or 2 if the output cannot be written.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m priorzero.config", description="List all settings with their defaults and meanings."
-    )
-    parser.add_argument("--markdown", action="store_true", help="write docs/settings.md to stdout")
     with standard_streams():
-        arguments = parser.parse_args(argv)
+        arguments = build_parser().parse_args(argv)
         try:
             print_output(settings_page().rstrip("\n") if arguments.markdown else describe_settings())
         except UserError as error:

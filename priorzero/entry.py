@@ -238,7 +238,7 @@ def run_command_line(
     with standard_streams(), exit_immediately_on_signal():
         arguments = parser.parse_args(argv)
         try:
-            _check_interpreter()
+            check_interpreter()
             if arguments.help_config:
                 print_output(describe_settings())
             else:
@@ -250,7 +250,7 @@ def run_command_line(
     return 0
 
 
-def _check_interpreter() -> None:
+def check_interpreter() -> None:
     """Raise UserError if the libraries could not be imported, which would fail with unrelated messages."""
     if sys.flags.optimize > 1:
         raise UserError("python -OO removes the docstrings, which transformers needs; type python -O, or python")

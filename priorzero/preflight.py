@@ -28,12 +28,13 @@ from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.folder import check_run_folder, new_run_folder
+from priorzero.runs.loggers import check_loggers
 from priorzero.runs.resume import keep_limits, prepare_resume
 from priorzero.runs.saved import agent_settings, find_agent, was_trained_on
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
 from priorzero.runtime.paths import check_free_space, user_cache_dir, user_path
-from priorzero.settings import Settings
+from priorzero.settings import LLMSettings, Settings
 from priorzero.types import UserError
 
 FLOAT32 = 4  # bytes
@@ -168,7 +169,7 @@ def _run_folder(settings: Settings, games: Sequence[GameSpec], checkpoint: Check
 
 
 def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[GameSpec], list[GameSpec]]:
-    """Check the games, and the models and the machine with :func:`check_models`.
+    """Check the games and the loggers, and the models and the machine with :func:`check_models`.
 
     Args:
         settings: all settings.
@@ -181,6 +182,7 @@ def check_inputs(settings: Settings, *, with_models: bool = True) -> tuple[list[
         UserError: the first problem.
     """
     check_game_names(settings)
+    check_loggers(settings.run)
     if with_models:
         check_models(settings)
     with announced("preparing the games"):
@@ -246,14 +248,7 @@ def check_models(settings: Settings) -> None:
         llm = check_llm(settings.llm)
     encoder = check_encoder(settings.encoder.path)
     if settings.run.max_env_step > 0:
-        output_dir = user_path(settings.run.output_dir, what="run.output_dir=")
-        check_free_space(
-            output_dir,
-            size=checkpoint_size(settings, llm=llm, encoder=encoder),
-            what=f"run.output_dir={output_dir}",
-            content="a checkpoint",
-            advice="give a folder on another disk: --set run.output_dir=FOLDER",
-        )
+        check_disk(settings, llm=llm, encoder=encoder)
 
 
 # ---- disk ----
@@ -270,15 +265,30 @@ def checkpoint_size(settings: Settings, *, llm: ModelFiles | None, encoder: Mode
     size = _world_model_parameters(settings, encoder=encoder) * (TRAINED + FLOAT32)  # and the target network
     if llm is None:
         return size
-    cfg = settings.llm
+    trained = TRAINED * num_trained(settings.llm, llm)
+    return size + (trained if settings.llm.use_lora or trained else FLOAT32 * llm.num_parameters)
+
+
+def num_trained(cfg: LLMSettings, llm: ModelFiles) -> int:
+    """Estimated number of the LLM's parameters that are trained; ``llm.trained_layers`` is not considered."""
     if cfg.use_lora and llm.adapter_shapes:
-        return size + TRAINED * sum(map(math.prod, llm.adapter_shapes.values()))
+        return sum(map(math.prod, llm.adapter_shapes.values()))
     if cfg.use_lora:
         matrices = [shape for name, shape in llm.shapes.items() if len(shape) == 2 and not name.startswith("lm_head")]
         vocab_size = llm.text_config.get("vocab_size")
-        return size + TRAINED * cfg.lora_r * sum(sum(shape) for shape in matrices if shape[0] != vocab_size)
-    is_trained = cfg.enable_sft or cfg.enable_rft
-    return size + llm.num_parameters * (TRAINED if is_trained else FLOAT32)
+        return cfg.lora_r * sum(sum(shape) for shape in matrices if shape[0] != vocab_size)
+    return llm.num_parameters if cfg.enable_sft or cfg.enable_rft else 0
+
+
+def llm_memory(settings: Settings, llm: ModelFiles) -> int:
+    """Estimated size in bytes of the LLM in memory, without activations and without vLLM's copy.
+
+    It consists of the parameters in float32, of a gradient and AdamW's two moments of each trained one, and of the copy
+    for the KL penalty.
+    """
+    cfg = settings.llm
+    copies = 2 if cfg.kl_weight > 0 and not cfg.use_lora else 1
+    return FLOAT32 * copies * llm.num_parameters + TRAINED * num_trained(cfg, llm)
 
 
 def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -> int:
@@ -292,3 +302,15 @@ def _world_model_parameters(settings: Settings, *, encoder: ModelFiles | None) -
     support = 2 * wm.support_scale + 1
     rows = feature_size + (12 * wm.num_layers + 6) * wm.embed_dim + 2 * (actions + support)
     return rows * wm.embed_dim
+
+
+def check_disk(settings: Settings, *, llm: ModelFiles | None, encoder: ModelFiles | None) -> None:
+    """Raise UserError if the disk of ``run.output_dir`` has no space for a checkpoint."""
+    output_dir = user_path(settings.run.output_dir, what="run.output_dir=")
+    check_free_space(
+        output_dir,
+        size=checkpoint_size(settings, llm=llm, encoder=encoder),
+        what=f"run.output_dir={output_dir}",
+        content="a checkpoint",
+        advice="give a folder on another disk: --set run.output_dir=FOLDER",
+    )

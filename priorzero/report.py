@@ -12,20 +12,25 @@ from priorzero.runtime.streams import print_error, print_output, standard_stream
 from priorzero.types import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line.
-
-    Returns:
-        The exit code: 0, or 2 after an error that the user can correct.
-    """
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of this command line."""
     parser = argparse.ArgumentParser(
         prog="python -m priorzero.report",
         description="Write report.html into a run's folder: results, learning curve, losses, and the last evaluation "
         "step by step. Every run writes it at its end; this command writes it again, or while the run is going on.",
     )
     parser.add_argument("run", help="the run's folder, such as data_priorzero/NAME")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        The exit code: 0, or 2 after an error that the user can correct.
+    """
     with standard_streams():
-        arguments = parser.parse_args(argv)
+        arguments = build_parser().parse_args(argv)
         try:
             print_output(str(write_report(given_folder(arguments.run, what="report "))))
         except UserError as error:

@@ -37,6 +37,8 @@ MODE_NAMES: dict[str, str] = {  # for people
 }
 MODES_WITHOUT_LLM: tuple[EvalMode, ...] = ("world_model", "world_model_sampled", "random")
 
+LoggerName = Literal["tensorboard", "csv", "wandb"]
+
 
 def whole_number(value: Any) -> Any:
     """8 for 8.0; anything else as it is."""
@@ -164,6 +166,12 @@ class RunSettings(SettingsGroup):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="device of both models")
     num_threads: Whole = Field(0, ge=0, description="CPU threads of torch; 0: one for each core")
     log_every: Whole = Field(1, ge=1, description="iterations between progress lines")
+    loggers: Annotated[list[LoggerName], BeforeValidator(_names)] = Field(
+        ["tensorboard"],
+        min_length=1,
+        description="where metrics are logged: tensorboard; csv (metrics.csv in the run's folder); wandb (Weights & "
+        "Biases)",
+    )
     trace_iterations: Whole = Field(
         3, ge=0, description="number of most recent iterations in trace.json, a timeline for Perfetto"
     )

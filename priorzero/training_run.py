@@ -125,7 +125,7 @@ class TrainingRun:
                 warn_of_other_prompt(settings.llm)
         with announced("loading the checkpoint"):
             saved = None if self._checkpoint is None else await self._restore(self._checkpoint)
-        self._logger = RunLogger(self.folder, settings.run, state=saved, env_steps=lambda: self._env_steps)
+        self._logger = RunLogger(self.folder, settings, state=saved, env_steps=lambda: self._env_steps)
         with announced(f"starting {'vLLM' if settings.prior.engine == 'vllm' else 'the LLM'}"):
             if agent.engine is not None and agent.policy.llm_version:
                 await agent.engine.sync_weights(agent.policy.llm_version)
@@ -199,7 +199,7 @@ class TrainingRun:
         self._unlogged = None
 
     def _log_learning(self, metrics: Mapping[str, float], train_iter: int) -> None:
-        self.logger.writer.write(metrics, step=train_iter)
+        self.logger.writer.write(metrics, step=train_iter, axis="train_iter")
 
     async def evaluate(self) -> None:
         """Evaluate. If a stop is requested, the evaluation is cancelled and remains due."""
@@ -276,7 +276,7 @@ class TrainingRun:
         if self.agent.engine is not None:
             await self.agent.engine.close()
         if self._logger is not None:
-            self._logger.close()
+            self._logger.close(failed=self._error is not None)
         try:
             self.agent.timeline.write_trace(self.folder / "trace.json")
         except OSError as error:

@@ -35,6 +35,7 @@ from priorzero.llm.packing import PromptRow
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
 from priorzero.run_state import load_world_model
+from priorzero.runs.loggers.csv_file import read_metrics_csv
 from priorzero.runs.report.data import read_run
 from priorzero.runtime.timeline import TimeUsage
 from priorzero.types import PriorRequest, ProcessError, UserError
@@ -405,7 +406,14 @@ def settings_of_nine_iterations(tmp_path, tiny_llm_folder):
     """Two collectors on a TextWorld game: the world model learns in every second iteration, the LLM in every third."""
     return make_settings(
         {
-            "run": {"max_iter": 9, "output_dir": str(tmp_path), "exp_name": "run", "num_threads": 1, "seed": 3},
+            "run": {
+                "max_iter": 9,
+                "output_dir": str(tmp_path),
+                "exp_name": "run",
+                "num_threads": 1,
+                "seed": 3,
+                "loggers": ["tensorboard", "csv"],
+            },
             "env": {"max_episode_steps": 8, "collector_env_num": 1},
             "world_model": {"embed_dim": 64, "num_heads": 2},
             "search": {"num_simulations": 4},
@@ -477,6 +485,9 @@ def test_run_on_cluster_survives_the_death_of_each_process(tmp_path, tiny_llm_fo
     assert rows["iterations"] == 9 and rows["environment steps"] >= 9 * 8
     assert rows["world-model updates"] == "8 in 4 turns"
     assert rows["PPO steps"] == "3, of which 2 changed the LLM"
+    table = read_metrics_csv(summary.folder / "metrics.csv")
+    assert [value for _, value in table["ppo/steps"]] == [1, 2, 3]
+    assert {name: len(points) for name, points in table.items()} == {name: len(v) for name, v in scalars.items()}
     assert scalars["ppo/steps"] == [1, 2, 3] and len(scalars["train/wm_total_loss"]) == 4
     for name in ("collector", "server", "learner", "world_model"):
         assert scalars[f"cluster/{name}_restarts"][-1] == 1, name

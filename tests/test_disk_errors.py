@@ -19,7 +19,7 @@ from priorzero.envs import textworld_files
 from priorzero.envs.textworld_files import get_or_make, parse_request
 from priorzero.runs.checkpoint import saved_checkpoints
 from priorzero.runs.errors import disk_advice
-from priorzero.runs.logger import MetricsWriter
+from priorzero.runs.loggers.tensorboard import TensorBoardLogger
 from priorzero.runs.progress import LogFile, Progress
 from priorzero.runs.resume import newest_checkpoint
 from priorzero.runs.saver import Saver
@@ -53,6 +53,7 @@ def fail_from_iteration(monkeypatch, number, fail):
     ("number", "name", "advice"),
     [
         (errno.EACCES, "episodes.jsonl", "make it writable, then type --resume"),
+        (errno.ENOSPC, "metrics.csv", "free some space, or ask for a larger quota, then type --resume"),
         (errno.EDQUOT, "last_evaluation.json.tmp", "free some space, or ask for a larger quota, then type --resume"),
     ],
     ids=lambda value: errno.errorcode[value] if isinstance(value, int) else None,
@@ -60,6 +61,7 @@ def fail_from_iteration(monkeypatch, number, fail):
 def test_run_with_a_disk_error_is_resumed(tmp_path, monkeypatch, capfd, number, name, advice):
     """All files are opened with this function. No other one fails, so that the log says the same as the message."""
     original, broken = io.open, []
+    loggers = {"run": {"loggers": ["tensorboard", "csv"]}}
 
     def faulty_open(file, *arguments, **keywords):
         if broken and str(file).endswith(name):
@@ -71,12 +73,14 @@ def test_run_with_a_disk_error_is_resumed(tmp_path, monkeypatch, capfd, number, 
         patch.setattr(io, "open", faulty_open)
         patch.setattr(builtins, "open", faulty_open)
         with pytest.raises(UserError, match=os.strerror(number)) as caught:
-            run(tmp_path)
+            run(tmp_path, loggers)
     assert str(caught.value).startswith(f"{tmp_path / 'run'}: cannot write") and advice in str(caught.value)
     assert saved_checkpoints(tmp_path / "run")
     assert not list((tmp_path / "run").glob("*.tmp")) and "Traceback" not in capfd.readouterr().err
-    second = run(tmp_path, checkpoint=newest_checkpoint(tmp_path / "run"))
+    second = run(tmp_path, loggers, checkpoint=newest_checkpoint(tmp_path / "run"))
     assert second.rows["iterations"] == 6 and len(lines(second.folder, "evaluations.jsonl")) == 2
+    rows = [line.split(",")[:3] for line in (second.folder / "metrics.csv").read_text().splitlines()]
+    assert ["time/run_s", "iteration", "6"] in rows and len(rows) == len({tuple(row) for row in rows})  # none twice
     assert len(lines(second.folder, "episodes.jsonl")) == second.rows["episodes finished"]
 
 
@@ -184,8 +188,8 @@ def test_replace_text_leaves_the_old_file_if_the_new_one_cannot_be_written(tmp_p
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
 
-def test_metrics_writer_is_closed_on_a_full_disk(tmp_path, monkeypatch):
-    writer = MetricsWriter(tmp_path)
+def test_tensorboard_logger_is_closed_on_a_full_disk(tmp_path, monkeypatch):
+    writer = TensorBoardLogger(tmp_path)
 
     def no_space(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -194,10 +198,10 @@ def test_metrics_writer_is_closed_on_a_full_disk(tmp_path, monkeypatch):
     sink = logger.add(messages.append, format="{message}")
     with monkeypatch.context() as patch:
         patch.setattr(EventsWriter, "close", no_space)
-        writer.close()
+        writer.close(failed=True)
     logger.remove(sink)
     assert messages == ["the metrics file was not closed properly ([Errno 28] No space left on device)\n"]
-    writer.close()
+    writer.close(failed=True)
 
 
 async def test_saver_keeps_a_checkpoint_if_an_older_one_cannot_be_removed(tmp_path, monkeypatch):

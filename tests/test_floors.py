@@ -29,8 +29,9 @@ FLOORS: list[set[str]] = [
     {"learning", "run_state"},
     {"training_run", "saved_agent", "exporting"},
     {"train", "cluster"},
-    {"entry", "evaluate", "export", "pretrain", "report", "watch"},
-    {"ray_entry"},
+    {"entry", "evaluate", "export", "games", "pretrain", "report", "watch"},
+    {"ray_entry", "doctor"},
+    {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
 
@@ -47,6 +48,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "ding": ("world_model",),
     "tensorboardX": ("runs",),
     "tensorboard": ("runs",),
+    "wandb": ("runs.loggers",),
     "ray": ("cluster",),
     "orz": ("cluster",),
     "pydantic": ("settings", "config"),

@@ -19,6 +19,8 @@ from priorzero.config import PRESETS, resolve_settings
 from priorzero.report import main
 from priorzero.runs.checkpoint import saved_checkpoints
 from priorzero.runs.files import is_locked
+from priorzero.runs.loggers import MetricsWriter
+from priorzero.runs.loggers.tensorboard import TensorBoardLogger
 from priorzero.runs.report import write_report
 from priorzero.runs.report.charts import Series, bucket_means, line_chart, running_mean, thin, ticks
 from priorzero.runs.report.commands import commands, plain_arguments
@@ -304,9 +306,13 @@ def test_report_commands_continue_a_run_that_has_a_checkpoint(tmp_path):
 
 def test_report_of_a_run_on_a_cluster(tmp_path):
     folder = make_run(tmp_path / "run", iterations=0)
-    writer = priorzero.runs.logger.MetricsWriter(folder)
-    writer.write({"cluster/collector_restarts": 0.0, "ppo/steps": 3.0, "collector_iter/env_steps": 40.0}, step=2)
-    writer.write({"train/wm_total_loss": 1.0}, step=9)
+    writer = MetricsWriter([TensorBoardLogger(folder)])
+    writer.write(
+        {"cluster/collector_restarts": 0.0, "ppo/steps": 3.0, "collector_iter/env_steps": 40.0},
+        step=2,
+        axis="iteration",
+    )
+    writer.write({"train/wm_total_loss": 1.0}, step=9, axis="train_iter")
     writer.close()
     run = read_run(folder)
     assert run.on_cluster and (run.iteration, run.env_step, run.llm_updates, run.world_model_updates) == (2, 40, 3, 9)

@@ -11,23 +11,26 @@ import torch
 from priorzero.play.episode import EpisodeResult
 from priorzero.play.evaluator import Evaluation
 from priorzero.runs.counters import Counters
-from priorzero.runs.logger import MetricsWriter, RunLogger
+from priorzero.runs.logger import RunLogger
+from priorzero.runs.loggers import MetricsWriter
+from priorzero.runs.loggers.tensorboard import TensorBoardLogger
 from priorzero.runs.summary import count_moved, fingerprint
 from priorzero.runtime.timeline import Timeline
 from priorzero.settings import RunSettings
+from tests.helpers.models import make_settings
 from tests.helpers.runs import lines, read_events
 
 
 def test_metrics_writer_counts_values_that_are_not_finite_and_does_not_write_them(tmp_path):
-    writer = MetricsWriter(tmp_path)
-    writer.write({"a": 1.0, "b": math.nan, "c": math.inf}, step=1)
+    writer = MetricsWriter([TensorBoardLogger(tmp_path)])
+    writer.write({"a": 1.0, "b": math.nan, "c": math.inf}, step=1, axis="iteration")
     writer.close()
     assert writer.num_not_finite == 2 and writer.last == {"a": 1.0}
     assert read_events(tmp_path) == {"a": [1.0]}
 
 
 def test_run_logger_writes_iterations(tmp_path):
-    run_logger = RunLogger(tmp_path, RunSettings(log_every=1))
+    run_logger = RunLogger(tmp_path, make_settings({"run": {"log_every": 1}}))
     episodes = [EpisodeResult(total_reward=2.0, score=3.0, steps=5, won=False, env_step=20)]
     for iteration in (1, 2):
         run_logger.log_iteration(
@@ -51,7 +54,7 @@ def evaluation(mode, score, *, episodes=1):
 
 
 def test_run_logger_merges_the_evaluations_of_several_games(tmp_path):
-    run_logger = RunLogger(tmp_path, RunSettings())
+    run_logger = RunLogger(tmp_path, make_settings())
     results = {
         ("random", False): {"a": evaluation("random", 1.0), "b": evaluation("random", 3.0)},
         ("world_model", False): {"a": evaluation("world_model", 5.0), "b": evaluation("world_model", 7.0)},
@@ -80,8 +83,8 @@ def test_run_logger_merges_the_evaluations_of_several_games(tmp_path):
 
 
 def test_run_logger_state_dict_holds_sizes_time_and_last_metrics(tmp_path):
-    first = RunLogger(tmp_path, RunSettings())
-    first.writer.write({"a": 1.0}, step=1)
+    first = RunLogger(tmp_path, make_settings())
+    first.writer.write({"a": 1.0}, step=1, axis="iteration")
     first.log_evaluations({("random", False): {"a": evaluation("random", 1.0)}}, env_step=1)
     state = first.state_dict()
     assert state["sizes"] == {
@@ -89,9 +92,9 @@ def test_run_logger_state_dict_holds_sizes_time_and_last_metrics(tmp_path):
     }
     assert json.dumps(state) and state["last"]["a"] == 1.0
     first.close()
-    again = RunLogger(tmp_path, RunSettings(), state={**state, "seconds": 1000.0})
+    again = RunLogger(tmp_path, make_settings(), state={**state, "seconds": 1000.0})
     assert again.seconds >= 1000 and again.writer.last == state["last"]
-    again.writer.write({"a": 2.0}, step=2)
+    again.writer.write({"a": 2.0}, step=2, axis="iteration")
     again.close()
     assert len(list(tmp_path.glob("events*"))) == 2  # one for each process, so that none is overwritten
     assert read_events(tmp_path)["a"] == [1.0, 2.0]

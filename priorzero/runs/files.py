@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import re
 from pathlib import Path
 
@@ -12,6 +14,8 @@ LOCK = ".lock"
 EPISODES = "episodes.jsonl"
 EVALUATIONS = "evaluations.jsonl"
 LAST_EVALUATION = "last_evaluation.json"
+METRICS_CSV = "metrics.csv"
+WANDB = "wandb.json"  # the identifier of the W&B run
 REPORT = "report.html"
 RECORDINGS = "recordings"
 RECORDING = re.compile(r"step(\d+)_episode\d+\.json")
@@ -42,3 +46,19 @@ def is_locked(folder: Path) -> bool:
     except OSError:  # no lock file, or a file system without locks
         return False
     return False
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append a text to a file as a whole.
+
+    Raises:
+        OSError: it cannot be written. The file is unchanged if possible.
+    """
+    size = path.stat().st_size if path.exists() else 0
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.truncate(path, size)
+        raise

@@ -20,6 +20,7 @@ from priorzero.config import dump_settings
 from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import saved_checkpoints
 from priorzero.runs.files import CONFIG, EPISODES, ERROR, EVALUATIONS, LOCK, LOGS, recordings_after
+from priorzero.runs.loggers import metrics_files
 from priorzero.runs.progress import open_logs
 from priorzero.runtime.concurrency import called_at_exit
 from priorzero.runtime.paths import shown, user_path
@@ -193,10 +194,10 @@ def truncate_files(folder: Path, sizes: Mapping[str, int], *, env_step: int) -> 
 
     Args:
         folder: the run's.
-        sizes: size in bytes of each file. Event files that are not listed are removed: they were created later.
+        sizes: size in bytes of each file. Files that are not listed are removed: they were created later.
         env_step: environment steps in the checkpoint.
     """
-    for path in [folder / EPISODES, folder / EVALUATIONS, *folder.glob("events.out.tfevents.*")]:
+    for path in [folder / EPISODES, folder / EVALUATIONS, *metrics_files(folder)]:
         if not path.exists():
             continue
         size = sizes.get(path.name, 0)

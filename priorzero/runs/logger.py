@@ -1,11 +1,10 @@
-"""What a run logs: TensorBoard metrics, episodes, evaluations with the last one's transcripts, the progress line."""
+"""What a run logs: metrics, episodes, evaluations with the last one's transcripts, the progress line."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -20,11 +19,13 @@ from priorzero.play.episode import EpisodeResult
 from priorzero.play.evaluator import Evaluation, Evaluations, merge
 from priorzero.play.transcript import EvaluationTranscript, write_transcripts
 from priorzero.runs.counters import Counters
-from priorzero.runs.files import EPISODES, EVALUATIONS, LAST_EVALUATION, recording_path
+from priorzero.runs.files import EPISODES, EVALUATIONS, LAST_EVALUATION, append_text, recording_path
+from priorzero.runs.folder import truncate_files
+from priorzero.runs.loggers import make_metrics_writer, metrics_files
 from priorzero.runs.progress import Progress
 from priorzero.runs.summary import peak_memory_mb
 from priorzero.runtime.timeline import TimeUsage
-from priorzero.settings import RunSettings, Settings
+from priorzero.settings import Settings
 from priorzero.types import Plain
 from priorzero.world_model.segment import PriorZeroGameSegment
 
@@ -42,59 +43,14 @@ def log_start(settings: Settings, *, games: str, where: str, folder: Path) -> No
     logger.debug(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
 
 
-class MetricsWriter:
-    """Writes scalars for TensorBoard and keeps the last value of each.
-
-    A value that is not finite is not written. It is counted and logged.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-
-        # Not SummaryWriter: its thread writes at an unknown later time, and a full disk ends it.
-        number = len(self._files(folder))
-        self._writer = EventsWriter(str(folder / "events"), filename_suffix=f".{number}" if number else "")
-        self._folder = folder
-        self.last: dict[str, float] = {}
-        self.num_not_finite = 0
-
-    def write(self, scalars: Mapping[str, float], *, step: int) -> None:
-        """Write scalars and flush the file."""
-        from tensorboardX.proto.event_pb2 import Event
-        from tensorboardX.summary import scalar
-
-        for name, value in scalars.items():
-            if not math.isfinite(value):
-                self.num_not_finite += 1
-                logger.error(f"{name} is {value} at step {step}")
-                continue
-            self.last[name] = float(value)
-            summary = scalar(name, float(value))
-            self._writer.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-        self._writer.flush()
-
-    def sizes(self) -> dict[str, int]:
-        """Size in bytes of each event file of the run."""
-        return {path.name: path.stat().st_size for path in self._files(self._folder)}
-
-    @staticmethod
-    def _files(folder: Path) -> list[Path]:
-        return sorted(folder.glob("events.out.tfevents.*"))
-
-    def close(self) -> None:
-        """Close the event file. What :meth:`write` could not write, which has raised an error, may be lost."""
-        try:
-            self._writer.close()
-        except OSError as error:
-            logger.warning(f"the metrics file was not closed properly ({error})")
-
-
 class RunLogger:
-    """Logs a run into its folder and to the terminal.
+    """Logs a run into its folder, to the loggers of ``run.loggers``, and to the terminal.
 
     ``spent_s`` is the time in seconds that the run took before it was resumed.
 
     Args:
+        folder: the run's.
+        settings: all settings.
         state: :meth:`state_dict` of the run that is resumed; None for a new run.
         env_steps: returns the environment steps so far, also during an iteration.
     """
@@ -102,20 +58,21 @@ class RunLogger:
     def __init__(
         self,
         folder: Path,
-        run: RunSettings,
+        settings: Settings,
         *,
         state: Plain | None = None,
         env_steps: Callable[[], int] | None = None,
     ) -> None:
         self.folder = folder
-        self.writer = MetricsWriter(folder)
-        self.spent_s = 0.0
-        if state is not None:
-            self.writer.last, self.spent_s = state["last"], state["seconds"]
+        run = settings.run
+        self.spent_s = state["seconds"] if state is not None else 0.0
+        self._started = time.monotonic() - self.spent_s
+        self.writer = make_metrics_writer(
+            folder, settings, last=state["last"] if state is not None else None, seconds=lambda: self.seconds
+        )
         self.progress = Progress(
             max_iter=run.max_iter, max_env_step=max(1, run.max_env_step), every=run.log_every, env_steps=env_steps
         )
-        self._started = time.monotonic() - self.spent_s
 
     @property
     def seconds(self) -> float:
@@ -124,12 +81,10 @@ class RunLogger:
 
     def state_dict(self) -> Plain:
         """The last metrics, the time, and the sizes of all files that are appended to."""
-        sizes = self.writer.sizes()
-        for path in (self.folder / EPISODES, self.folder / EVALUATIONS):
-            if path.exists():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
-                sizes[path.name] = path.stat().st_size
+        for path in self._files():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        sizes = {path.name: path.stat().st_size for path in self._files()}
         return {"last": dict(self.writer.last), "seconds": self.seconds, "sizes": sizes}
 
     def log_iteration(
@@ -148,11 +103,11 @@ class RunLogger:
         """
         iteration = counters.iteration
         if prior is not None:
-            self.writer.write(prior, step=iteration)
+            self.writer.write(prior, step=iteration, axis="iteration")
             short = ", ".join(f"{name.split('/')[-1]} {value:.4g}" for name, value in prior.items())
             logger.bind(topic="prior").info(f"iteration {iteration}: {short}")
         timing = {**time_usage.scalars(), "time/run_s": self.seconds, "memory/peak_mb": peak_memory_mb()}
-        self.writer.write({**scalars, **timing}, step=iteration)
+        self.writer.write({**scalars, **timing}, step=iteration, axis="iteration")
         logger.debug(f"iteration {iteration}, {time_usage.wall:.1f} s: {time_usage.describe()}")
         for recording in recordings:
             path = recording_path(self.folder, env_step=recording["env_step"], episode=recording["episode"])
@@ -197,26 +152,31 @@ class RunLogger:
             scalars["evaluator_step/reward_mean"] = evaluations[main].mean_return
         if prior_fallbacks is not None:
             scalars["evaluator_step/prior_fallbacks"] = prior_fallbacks
-        self.writer.write(scalars, step=env_step)
-        write_transcripts(self.folder / LAST_EVALUATION, _first_episodes(results), env_step=env_step)
-        self._append(EVALUATIONS, lines)  # last: if anything fails, the evaluation is repeated
+        transcripts = _first_episodes(results)
+        sizes = {path.name: path.stat().st_size for path in self._files()}
+        try:
+            self.writer.write_evaluation(scalars, transcripts=transcripts, env_step=env_step)
+            write_transcripts(self.folder / LAST_EVALUATION, transcripts, env_step=env_step)
+            self._append(EVALUATIONS, lines)
+        except OSError:  # the run ends and is saved; when it is resumed, the evaluation is repeated
+            with contextlib.suppress(OSError):
+                truncate_files(self.folder, sizes)
+            raise
         return evaluations
 
-    def close(self) -> None:
-        """Close the files."""
-        self.writer.close()
+    def close(self, *, failed: bool = False) -> None:
+        """Close the loggers. ``failed``: an error has ended the run."""
+        self.writer.close(failed=failed)
+
+    def _files(self) -> list[Path]:
+        """The files that are appended to."""
+        own = [self.folder / EPISODES, self.folder / EVALUATIONS]
+        return [*(path for path in own if path.exists()), *metrics_files(self.folder)]
 
     def _append(self, name: str, lines: Sequence[dict[str, Any]]) -> None:
         """Append all lines, or none if this raises OSError."""
-        seconds, path = round(self.seconds, 1), self.folder / name
-        size = path.stat().st_size if path.exists() else 0
-        try:
-            with path.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines)
-        except OSError:
-            with contextlib.suppress(OSError):
-                os.truncate(path, size)
-            raise
+        seconds = round(self.seconds, 1)
+        append_text(self.folder / name, "".join(json.dumps({**line, "wall_s": seconds}) + "\n" for line in lines))
 
 
 def _first_episodes(results: Evaluations) -> list[EvaluationTranscript]:

@@ -29,8 +29,8 @@ from priorzero.types import UserError
 # Settings that may change when a run is resumed. All others decide what is learned.
 MAY_DIFFER = {
     "run": {
-        "exp_name", "output_dir", "max_iter", "max_env_step", "device", "num_threads", "log_every", "trace_iterations",
-        "checkpoint_every", "keep_checkpoints", "record_every",
+        "exp_name", "output_dir", "max_iter", "max_env_step", "device", "num_threads", "log_every", "loggers",
+        "trace_iterations", "checkpoint_every", "keep_checkpoints", "record_every",
     },
     "env": {"evaluator_env_num", "step_timeout_s"},
     "prior": {"engine", "attempts", "backoff_s", "timeout_s", "prompt_cache_tokens"},

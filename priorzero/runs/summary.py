@@ -16,7 +16,7 @@ from torch import Tensor
 
 from priorzero.play.evaluator import Evaluation
 from priorzero.runs.counters import Counters
-from priorzero.runs.files import EVALUATIONS
+from priorzero.runs.files import EVALUATIONS, METRICS_CSV
 from priorzero.runs.results import EVALUATION_KEYS, Result, read_lines, results_from
 from priorzero.settings import MODE_NAMES, Settings
 
@@ -64,8 +64,18 @@ def summary_rows(
         **{f"evaluation, {mode}": describe_evaluation(e) for mode, e in evaluations.items()},
         **resources,
         "checkpoint": checkpoint or "none (nothing was trained)",
-        "charts": f"tensorboard --logdir {shlex.quote(settings.run.output_dir)}",
+        "charts": _charts(settings),
     }
+
+
+def _charts(settings: Settings) -> str:
+    """Where the metrics of ``run.loggers`` can be seen."""
+    places = {
+        "tensorboard": f"tensorboard --logdir {shlex.quote(settings.run.output_dir)}",
+        "csv": f"{METRICS_CSV} in the run's folder",
+        "wandb": "Weights & Biases",
+    }
+    return "; ".join(places[name] for name in settings.run.loggers)
 
 
 def format_table(rows: Mapping[str, Any]) -> str:
@@ -101,7 +111,7 @@ def summary_text(
     if (report := folder / "report.html").exists():
         rows["report"] = str(report)
     rows["checkpoint"] = str(checkpoint or "none (nothing was trained)")
-    rows["charts"] = f"tensorboard --logdir {shlex.quote(settings.run.output_dir)}"
+    rows["charts"] = _charts(settings)
     if stopped and resumable and checkpoint is not None:
         rows["to continue"] = f"python -m priorzero.entry --resume {shlex.quote(str(folder))}"
     return (

@@ -77,6 +77,13 @@ def user_cache_dir() -> Path:
         ) from error
 
 
+def free_space(folder: Path) -> int | None:
+    """Free bytes on the disk of a folder, which need not exist; None if the file system does not know its size."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    disk = shutil.disk_usage(existing)
+    return disk.free if disk.total else None  # a network file system may not know its size
+
+
 def check_free_space(folder: Path, *, size: int, what: str, content: str, advice: str) -> None:
     """Check that ``size`` bytes are free on the disk of a folder, which need not exist.
 
@@ -90,12 +97,11 @@ def check_free_space(folder: Path, *, size: int, what: str, content: str, advice
     Raises:
         UserError: there is less space.
     """
-    existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    disk = shutil.disk_usage(existing)
-    if disk.total and disk.free < size:  # a network file system may not know its size
+    free = free_space(folder)
+    if free is not None and free < size:
         raise UserError(
-            f"{what}: {disk.free / 1e6:.0f} MB are free, but {content} needs about {size / 1e6:.0f} MB; free some "
-            f"space, or {advice}"
+            f"{what}: {free / 1e6:.0f} MB are free, but {content} needs about {size / 1e6:.0f} MB; free some space, or "
+            f"{advice}"
         )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from priorzero.config import dump_settings
 from priorzero.play.transcript import EvaluationTranscript, TranscriptStep, TreeNode, write_transcripts
-from priorzero.runs.logger import MetricsWriter
+from priorzero.runs.loggers import MetricsWriter
+from priorzero.runs.loggers.tensorboard import TensorBoardLogger
 from tests.helpers.models import make_settings
 
 
@@ -103,13 +104,14 @@ def make_run(
     """
     (folder / "log").mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_settings(make_settings(*layers)))
-    writer = MetricsWriter(folder)
+    writer = MetricsWriter([TensorBoardLogger(folder)])
     for n in range(1, iterations + 1):
         losses = {"train/total_loss": 10.0 / n, "train/wm_total_loss": 8.0 / n, "train/llm_loss": 2.0 / n}
         losses |= {"train/wm_value_loss": 4.0 / n, "train/llm_sft_loss": 1.5 / n, "train/llm_rft_loss": -0.5 / n}
-        writer.write({**losses, "train/llm_version": float(n)}, step=2 * n)
+        writer.write({**losses, "train/llm_version": float(n)}, step=2 * n, axis="train_iter")
         times = {"time/iteration_s": 10.0, "time/LLM_update_s": 6.0, "time/search_s": 1.5, "time/idle_share": 0.25}
-        writer.write({**times, "time/run_s": 12.5 * n, "collector_iter/env_steps": 20.0 * n}, step=n)
+        times |= {"time/run_s": 12.5 * n, "collector_iter/env_steps": 20.0 * n}
+        writer.write(times, step=n, axis="iteration")
     writer.close()
     episodes = [
         {"total_reward": float(n), "score": float(n), "steps": 20, "won": False, "env_step": 20 * n, "wall_s": 10.0 * n}

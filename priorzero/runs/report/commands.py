@@ -38,7 +38,8 @@ def commands(run: RunData) -> list[Command]:
         more = _more(run) if run.is_finished else ""
         purpose = "Train longer" if more else "Continue the run"
         found.append(Command(purpose, f"{entry} --resume {where}{more}"))
-    found.append(Command("Show all metrics", f"tensorboard --logdir {where}"))
+    if "tensorboard" in run.settings.run.loggers:
+        found.append(Command("Show all metrics", f"tensorboard --logdir {where}"))
     found.append(Command("Write this report again", f"python -m priorzero.report {where}"))
     return found
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from priorzero.config import read_config_file, resolve_settings
 from priorzero.play.transcript import EvaluationTranscript, read_transcripts
-from priorzero.runs.files import CONFIG, EPISODES, EVALUATIONS, LAST_EVALUATION, LOGS
+from priorzero.runs.files import CONFIG, EPISODES, EVALUATIONS, LAST_EVALUATION, LOGS, METRICS_CSV
+from priorzero.runs.loggers.csv_file import read_metrics_csv
 from priorzero.runs.results import EVALUATION_KEYS, Result, read_lines, results_from
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -168,13 +169,23 @@ def _read_last_transcripts(
 
 
 def read_scalars(folder: Path) -> dict[str, Points]:
-    """All metrics in the TensorBoard files of a run: name to (step, value). What is damaged is left out."""
+    """All metrics in the TensorBoard files and in ``metrics.csv`` of a run: name to (step, value).
+
+    What is damaged is left out. A run can have both, each for a part of it: ``run.loggers`` may change when it is
+    resumed.
+    """
     from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader
 
     scalars: dict[str, Points] = {}
     for path in sorted(folder.glob("events.out.tfevents.*")):
         for event in LegacyEventFileLoader(str(path)).Load():
             for value in event.summary.value:
-                if math.isfinite(value.simple_value):
+                if value.HasField("simple_value") and math.isfinite(value.simple_value):
                     scalars.setdefault(value.tag, []).append((float(event.step), float(value.simple_value)))
+    if (folder / METRICS_CSV).exists():
+        for name, points in read_metrics_csv(folder / METRICS_CSV).items():
+            known = {step for step, _ in scalars.get(name, [])}
+            added = [point for point in points if point[0] not in known]
+            if added:
+                scalars[name] = sorted([*scalars.get(name, []), *added])
     return scalars
