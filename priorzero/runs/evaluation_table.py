@@ -25,9 +25,9 @@ STANDARD, TALES = "standard", "tales"
 PROTOCOLS: dict[str, int | None] = {STANDARD: None, TALES: 100}  # name -> steps of an episode; None: until its end
 TALES_NOTE = (
     "Protocol of TALES (Cui et al. 2025): 100 steps for each game, which begins again if it ends before, and the best "
-    "score. One part differs: the agent chooses among the valid actions that the game gives it, and sees the room and "
-    "the inventory without spending a step. TALES gives its agents neither, so compare with its published scores only "
-    "with this difference stated."
+    "score. It differs in two parts: the agent chooses among the valid actions that the game gives it, and sees the "
+    "room and the inventory without spending a step. TALES gives its agents neither, so compare with its published "
+    "scores only with these differences stated."
 )
 
 Interval = tuple[float, float]
@@ -166,5 +166,5 @@ def _interval_text(interval: Interval | None, number: str) -> str:
     if interval is None:
         return "needs 2 episodes"
     if interval[0] == interval[1]:  # for example if neither the agent nor the game has randomness
-        return "equal episodes"
+        return "equal scores"
     return f"{interval[0]:{number}} to {interval[1]:{number}}"
