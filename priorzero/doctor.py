@@ -27,7 +27,7 @@ from priorzero.config import describe_settings
 from priorzero.entry import add_common_arguments, check_interpreter, settings_from
 from priorzero.envs.story_files import find_stories
 from priorzero.llm.engine_choice import choose_engine
-from priorzero.llm.hub import hub_problem
+from priorzero.llm.hub import hub_cache_dir, hub_problem
 from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.preflight import check_disk, check_game_names, checkpoint_size, llm_memory
 from priorzero.runs.folder import check_run_folder
@@ -280,9 +280,7 @@ def _run_folder(settings: Settings, llm: ModelFiles | None, encoder: ModelFiles 
 
 
 def _caches() -> Check:
-    from huggingface_hub.constants import HF_HUB_CACHE
-
-    folders = {"PriorZero": user_cache_dir(), "models of the hub": Path(HF_HUB_CACHE)}
+    folders = {"PriorZero": user_cache_dir(), "models of the hub": hub_cache_dir()}
     text = "; ".join(f"{name} in {folder}, {_free(folder)}" for name, folder in folders.items())
     full = [folder for folder in folders.values() if (free_space(folder) or MIN_CACHE_BYTES) < MIN_CACHE_BYTES]
     if full:

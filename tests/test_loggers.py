@@ -101,9 +101,9 @@ def test_truncate_files_cuts_metrics_csv_to_the_checkpoint(tmp_path):
     log.write({"a": 1.0}, step=1, axis="iteration")
     sizes = {path.name: path.stat().st_size for path in metrics_files(tmp_path)}
     log.write({"a": 2.0}, step=2, axis="iteration")
-    truncate_files(tmp_path, sizes)
+    truncate_files(tmp_path, sizes, env_step=0)
     assert csv_rows(tmp_path) == [("a", "iteration", "1", "1.0")]
-    truncate_files(tmp_path, {})  # a file that is younger than the checkpoint
+    truncate_files(tmp_path, {}, env_step=0)  # a file that is younger than the checkpoint
     assert not metrics_files(tmp_path)
 
 

