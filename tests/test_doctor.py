@@ -108,7 +108,7 @@ def test_run_checks_compares_the_memory_of_the_llm(monkeypatch, local):
 
 
 def test_run_checks_reports_a_full_disk(monkeypatch, local):
-    monkeypatch.setattr("priorzero.preflight.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**6))
+    monkeypatch.setattr("priorzero.runtime.paths.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=10**6))
     checks = checks_of(local)
     assert checks["run folder"].mark == "error" and "1 MB are free" in checks["run folder"].text
     assert checks["caches"].mark == "warning" and "HF_HOME" in checks["caches"].advice
