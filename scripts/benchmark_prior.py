@@ -192,19 +192,25 @@ def run(options: argparse.Namespace) -> None:
     print(f"written to {file}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, or 2 after an error that the user can correct."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def build_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser with the arguments that say which priors are computed in which states."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "learning_jericho.yaml", metavar="FILE")
     parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="GROUP.KEY=VALUE")
     parser.add_argument("--llm", metavar="PATH", help="llm.path (default: that of --config)")
-    parser.add_argument("--label", help="name of the LLM in the tables (default: its path and adapter)")
-    parser.add_argument("--prompts", default="config", help=f"all, or some of {','.join(PROMPTS)} (default: config)")
     parser.add_argument("--games", metavar="A,B", help="any games with a walkthrough (default: those of --split)")
     parser.add_argument("--split", choices=("held_out", "validation"), default="held_out")
     parser.add_argument("--states", type=at_least(1), default=25, help="states of each game (default: %(default)s)")
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="folder of the walkthroughs (default: the cache)")
     parser.add_argument("--no_collect", action="store_true", help="play no walkthrough; use those in --data")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, or 2 after an error that the user can correct."""
+    parser = build_parser(__doc__)
+    parser.add_argument("--label", help="name of the LLM in the tables (default: its path and adapter)")
+    parser.add_argument("--prompts", default="config", help=f"all, or some of {','.join(PROMPTS)} (default: config)")
     parser.add_argument("--out", type=Path, default=RESULTS, metavar="FOLDER", help="folder of the JSON file")
     return exit_code(run, parser.parse_args(argv))
 

@@ -17,8 +17,9 @@ The prior knows more than the policy in new states, and less in states that the 
 weight for each of :data:`NUM_BINS` equal intervals of the policy's entropy, relative to that of a uniform distribution.
 
 Exploration mixes the prior with a uniform distribution instead of the policy. Its weight is learned from points in the
-same way, but without importance weights, because exploration tries all actions of a room sooner or later. So a prior
-that is no better than chance does not guide the exploration.
+same way, but without importance weights: nearly all actions of a room are tried in the end. Until then, the commands
+that gained points are a sample in which the prior's suggestions are too frequent, so this weight is too large in games
+that are little explored. A prior that is worse than chance loses its weight when the other commands gain points.
 """
 
 from __future__ import annotations
