@@ -273,6 +273,14 @@ def test_check_game_compares_two_game_objects_of_a_name(monkeypatch):
         check_game("counting:")
 
 
+@pytest.mark.parametrize("max_commands", [20, 200])
+def test_check_game_refuses_a_named_game_that_ignores_its_limit(monkeypatch, max_commands):
+    monkeypatch.setattr(registry, "_registered", {})
+    priorzero.register_game("endless", registered.make_endless)
+    with pytest.raises(UserError, match=r"moves=50 with done=False. Allowed is done=True and truncated=True after 50"):
+        check_game("endless:", num_episodes=1, max_commands=max_commands)
+
+
 def test_check_game_sees_what_the_checks_of_a_run_would_hide(monkeypatch):
     monkeypatch.setattr(registry, "_registered", {})
     priorzero.register_game("counting", registered.make_accepting)
@@ -289,6 +297,13 @@ def test_checked_game_uses_the_limit_that_the_game_was_given():
     silent.step("wait")
     with pytest.raises(UserError, match=r"moves=2 with done=False. Allowed is done=True and truncated=True after 2"):
         silent.step("wait")
+
+
+def test_checked_game_uses_the_limit_that_the_game_states_if_it_is_smaller():
+    game = CheckedGame(always(max_moves=1), name="counting", max_episode_steps=2)
+    game.reset()
+    with pytest.raises(UserError, match=r"moves=1 with done=False. Allowed is done=True and truncated=True after 1"):
+        game.step("wait")
 
 
 def test_checked_game_refuses_invalid_commands_itself():

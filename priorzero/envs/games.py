@@ -16,8 +16,8 @@ from loguru import logger
 from priorzero.envs import textworld_files
 from priorzero.envs.action_cache import cache_dir
 from priorzero.envs.babyai_levels import check_level
+from priorzero.envs.names import did_you_mean, without_extension
 from priorzero.envs.registry import BABYAI, GameRequest, parse_game_name, registered_games
-from priorzero.envs.textworld_files import did_you_mean, without_extension
 from priorzero.envs.textworld_own import FILE_PREFIX, find_story, own_name
 from priorzero.envs.zmachine import MAX_STORY_BYTES, check_story
 from priorzero.runtime.paths import check_path_text, shown, user_path

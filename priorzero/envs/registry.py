@@ -23,7 +23,7 @@ from urllib.parse import parse_qsl, unquote
 
 from loguru import logger
 
-from priorzero.envs.textworld_files import did_you_mean
+from priorzero.envs.names import did_you_mean
 from priorzero.runtime.paths import shown
 from priorzero.types import TextGame, UserError
 

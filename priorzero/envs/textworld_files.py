@@ -6,28 +6,26 @@ source code) and ``md5sums.txt``. The folder is created by a single rename, so t
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from priorzero.envs.child import python_command
+from priorzero.envs.names import did_you_mean
 from priorzero.types import UserError
 
 MAKE_TIMEOUT_S = 600.0
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)  # of the generator
 CHECKSUMS = "md5sums.txt"
-SIMILAR = 0.75  # ratio of equal letters from which a name is suggested; names of other games have less
 Value = int | str | bool
 
 
@@ -311,33 +309,3 @@ def _checksums(story: Path) -> str:
     return "".join(
         f"{hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()}  {file.name}\n" for file in files
     )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the known name that is spelled nearly as ``name``; "" if there is none.
-
-    Extensions of story files are ignored. Of names that are equally similar, such as zork1.z5 and zork2.z5, it is the
-    one with the smallest number.
-    """
-    by_stem = {without_extension(other.lower()): other for other in reversed(list(known))}
-    if not by_stem:
-        return ""
-    matches = difflib.get_close_matches(without_extension(name.lower()), by_stem, n=len(by_stem), cutoff=SIMILAR)
-    if not matches:
-        return ""
-
-    def similarity(stem: str) -> float:  # as in get_close_matches
-        return difflib.SequenceMatcher(None, stem, without_extension(name.lower())).ratio()
-
-    best = max(sorted(matches, key=_natural_order), key=similarity)  # the first of equal ones
-    return f" Did you mean {by_stem[best]!r}?"
-
-
-def _natural_order(name: str) -> list[str | int]:
-    """A sort key by which ``zork2`` is before ``zork10``."""
-    return [int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", name))]
-
-
-def without_extension(name: str) -> str:
-    """``zork1`` for ``zork1.z5``."""
-    return re.sub(r"\.z\d\Z", "", name)

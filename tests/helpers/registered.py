@@ -105,6 +105,23 @@ def make_different_each_time(level, parameters, *, max_episode_steps, **argument
     return CountingGame(make_different_each_time.count, max_episode_steps=max_episode_steps)
 
 
+class EndlessGame(CountingGame):
+    """Neither ends an episode nor states a limit."""
+
+    def state(self, score, *, moves, lost=False):
+        return GameState("Time passes.", ("sing", "wait"), 0.0, 0.0, moves)
+
+    def step(self, action):
+        before = check_action(self.now, action)
+        self.now = self.state(0.0, moves=before.moves + 1)
+        return self.now, 0.0
+
+
+def make_endless(level, parameters, *, max_episode_steps, **arguments):
+    """A game that ignores the limit of commands."""
+    return EndlessGame(5, max_episode_steps=max_episode_steps)
+
+
 class AcceptingGame(CountingGame):
     """Takes every command."""
 
