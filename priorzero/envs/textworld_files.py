@@ -31,10 +31,17 @@ Value = int | str | bool
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a challenge. Its type is the type of the default value; ``allowed`` is not used for a bool."""
+    """A parameter of a challenge. Its type is the type of the default value.
+
+    Attributes:
+        default: the default value.
+        allowed: the allowed values; not used for a bool.
+        allowed_text: how messages describe them; "": made from ``allowed``.
+    """
 
     default: Value
     allowed: range | tuple[Value, ...] = ()
+    allowed_text: str = ""
 
     def parse(self, text: str) -> Value | None:
         """Convert ``text`` to a value; None if it is not allowed."""
@@ -45,7 +52,9 @@ class Parameter:
         return text if text in self.allowed else None
 
     def describe(self) -> str:
-        """The allowed values, for error messages."""
+        """The allowed values, for messages."""
+        if self.allowed_text:
+            return self.allowed_text
         if isinstance(self.default, bool):
             return "1 or 0"
         if isinstance(self.allowed, range):
@@ -54,6 +63,7 @@ class Parameter:
 
 
 MAX_ROOMS = 100  # of coin-collector: TextWorld 1.7 makes Z-machine stories only, which cannot hold more
+COIN_LEVELS = "1 to 100 (no dead ends), 101 to 150 (one dead end at each room), 201 to 233 (two)"
 
 # The challenges of TextWorld, with the names and values of its command ``tw-make``.
 CHALLENGES: dict[str, dict[str, Parameter]] = {
@@ -62,7 +72,7 @@ CHALLENGES: dict[str, dict[str, Parameter]] = {
         "goal": Parameter("detailed", ("detailed", "brief", "none")),
         "test": Parameter(False),
     },
-    "coin-collector": {"level": Parameter(1, range(1, 301))},
+    "coin-collector": {"level": Parameter(1, range(1, 301), COIN_LEVELS)},
     "treasure-hunter": {"level": Parameter(1, range(1, 31))},
     "cooking": {
         "recipe": Parameter(1, range(1, 21)),
@@ -148,7 +158,7 @@ def _check_settings(env_id: str, challenge: str, settings: Mapping[str, Value]) 
         if rooms > MAX_ROOMS:
             raise UserError(
                 f"level={level} in {env_id!r} has {rooms} rooms, but TextWorld 1.7 generates at most {MAX_ROOMS}. "
-                "Allowed: 1 to 100 (no dead ends), 101 to 150 (one dead end at each room), 201 to 233 (two)."
+                f"Allowed: {COIN_LEVELS}."
             )
 
 
