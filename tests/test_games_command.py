@@ -85,7 +85,7 @@ def test_games_says_how_to_install_the_levels_of_babyai(capsys, monkeypatch):
     level_ids.cache_clear()
     assert games.main([]) == 0
     text = section(capsys.readouterr().out, "babyai: built in, but minigrid is missing")
-    assert "pip install 'minigrid==3.2.0'" in text
+    assert "pip install" in text and "minigrid==3.2.0" in text
 
 
 def test_games_refuses_a_folder_that_cannot_be_used(capsys, monkeypatch):
