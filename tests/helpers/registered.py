@@ -72,6 +72,19 @@ def make_nothing(level, parameters, **arguments):
     """Returns no game."""
 
 
+class EndlessGame(CountingGame):
+    """Ignores the limit of steps, and has no end."""
+
+    def state(self, score, *, moves, lost=False):
+        state = super().state(score, moves=0)
+        return dataclasses.replace(state, moves=moves, max_score=0.0, max_moves=0)
+
+
+def make_endless(level, parameters, **arguments):
+    """A game that never ends."""
+    return EndlessGame(10**6, max_episode_steps=10**6)
+
+
 class TextScoreGame(CountingGame):
     """Its score is a text from the command ``first`` on."""
 
@@ -103,23 +116,6 @@ def make_different_each_time(level, parameters, *, max_episode_steps, **argument
     """Each game object has another goal."""
     make_different_each_time.count = getattr(make_different_each_time, "count", 4) + 1
     return CountingGame(make_different_each_time.count, max_episode_steps=max_episode_steps)
-
-
-class EndlessGame(CountingGame):
-    """Neither ends an episode nor states a limit."""
-
-    def state(self, score, *, moves, lost=False):
-        return GameState("Time passes.", ("sing", "wait"), 0.0, 0.0, moves)
-
-    def step(self, action):
-        before = check_action(self.now, action)
-        self.now = self.state(0.0, moves=before.moves + 1)
-        return self.now, 0.0
-
-
-def make_endless(level, parameters, *, max_episode_steps, **arguments):
-    """A game that ignores the limit of commands."""
-    return EndlessGame(5, max_episode_steps=max_episode_steps)
 
 
 class AcceptingGame(CountingGame):
