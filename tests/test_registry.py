@@ -127,6 +127,13 @@ def test_resolve_game_refuses_a_name_that_two_packages_register(packages):
     assert [game.source for game in registered_games() if game.name == "maze"] == ["labyrinths", "mazes"]
 
 
+def test_resolve_game_refuses_the_name_of_a_built_in_game_that_a_package_registers(packages):
+    write_package(packages, "mazes", code="", entry_points={"babyai": "mazes:make"})
+    message = error_of("babyai:GoToObj")
+    assert "by mazes 1.0 (mazes:make) and by PriorZero itself (priorzero.envs.babyai_levels:make_babyai)" in message
+    assert message.endswith("pip uninstall mazes")
+
+
 def test_registered_games_leaves_out_names_that_cannot_be_used(packages):
     points = {"textworld": "mazes:make", "Big Maze": "mazes:make", "maze": "mazes:make"}
     write_package(packages, "mazes", code="", entry_points=points)
