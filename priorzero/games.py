@@ -8,9 +8,10 @@ import textwrap
 from collections.abc import Sequence
 
 from priorzero.envs.games import TEXTWORLD_PREFIX, supported_games
-from priorzero.envs.registry import ENTRY_POINTS, registered_games
+from priorzero.envs.registry import BUILT_IN, ENTRY_POINTS, SOURCE, RegisteredGame, level_names, registered_games
 from priorzero.envs.story_files import FoundStory, find_stories
 from priorzero.envs.textworld_files import CHALLENGES
+from priorzero.envs.textworld_own import FILE_PREFIX
 from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.types import UserError
 
@@ -22,7 +23,7 @@ def build_parser() -> argparse.ArgumentParser:
     return argparse.ArgumentParser(
         prog="python -m priorzero.games",
         description="List the games that --env_id accepts: story files that were found, story files that can be "
-        "downloaded, TextWorld challenges, and the games of installed packages.",
+        "downloaded, TextWorld challenges, levels of BabyAI, and the games of installed packages.",
     )
 
 
@@ -48,14 +49,30 @@ def games_text() -> str:
     for challenge, parameters in CHALLENGES.items():
         lines.append(f"    {TEXTWORLD_PREFIX}{challenge}")
         lines += [f"        {name}: {p.describe()} (default {_default(p.default)})" for name, p in parameters.items()]
+    lines.append(f"    {FILE_PREFIX}PATH: a game that you made with TextWorld, without parameters")
     how = f"a package adds games by the entry-point group {ENTRY_POINTS}"
-    lines += ["", f"Games of packages: --env_id NAME:LEVEL?KEY=VALUE ({how})"]
-    lines += [f"    {game.name}: of {game}" for game in registered_games()]
+    lines += ["", f"Registered games: --env_id NAME:LEVEL?KEY=VALUE ({how})"]
+    for game in registered_games():
+        lines += _registered(game)
     return "\n".join(lines)
 
 
-def _wrapped(names: Sequence[str]) -> list[str]:
-    return textwrap.wrap(", ".join(names), width=WIDTH, initial_indent="    ", subsequent_indent="    ")
+def _registered(game: RegisteredGame) -> list[str]:
+    """A registered game, and its levels if they are known."""
+    if game.source != SOURCE:
+        return [f"    {game.name}: of {game}"]
+    package = BUILT_IN[game.name].package
+    try:
+        levels = level_names(game)
+    except UserError as error:
+        return [f"    {game.name}: built in, but {package} is missing", *_wrapped([str(error)], indent=8)]
+    found = f"    {game.name}: built in, with {package} {game.version}"
+    return [found, *_wrapped(levels, indent=8)]
+
+
+def _wrapped(names: Sequence[str], *, indent: int = 4) -> list[str]:
+    space = " " * indent
+    return textwrap.wrap(", ".join(names), width=WIDTH, initial_indent=space, subsequent_indent=space)
 
 
 def _other(story: FoundStory) -> str:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # the package need
 
 from priorzero.envs.action_cache import cache_dir
 from priorzero.envs.games import supported_games
-from priorzero.envs.textworld_files import did_you_mean
+from priorzero.envs.names import did_you_mean
 from priorzero.runtime.paths import user_path
 from priorzero.types import UserError
 

@@ -65,7 +65,7 @@ def test_babyai_game_first_state():
     assert not (state.done or state.won or state.truncated or state.actions_are_fallback)
 
 
-def test_babyai_game_tells_that_nothing_is_seen():
+def test_babyai_game_says_that_nothing_is_seen():
     game = open_level("OneRoomS20")
     game.reset()
     for x, y in np.ndindex(18, 18):
@@ -89,7 +89,7 @@ def test_babyai_game_carries_objects():
     assert "green box" not in state.feedback
 
 
-def test_babyai_game_without_look_tells_the_same_feedback():
+def test_babyai_game_without_look_has_the_same_feedback():
     plain, full = open_level(look_and_inventory=False).reset(), open_level().reset()
     assert (plain.look, plain.inventory) == ("", "")
     assert plain.feedback == full.feedback and plain.room == full.room and plain.place == (plain.feedback,)

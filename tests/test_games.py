@@ -344,7 +344,7 @@ def test_parse_request_fills_in_defaults_and_names_games():
         ("textworld:simple?rewards=many", ["dense, balanced, sparse"]),
         ("textworld:simple?rewards", ["Example: 'textworld:simple?"]),
         ("textworld:simple?test=maybe", ["1 or 0"]),
-        ("textworld:coin-collector?level=0", ["from 1 to 300"]),
+        ("textworld:coin-collector?level=0", ["Allowed: 1 to 100 (no dead ends), 101 to 150"]),
         ("textworld:coin-collector?level=151", ["102 rooms", "at most 100", "101 to 150"]),
         ("textworld:coin-collector?level=234", ["102 rooms", "201 to 233"]),
         ("textworld:treasure-hunter?level=31", ["from 1 to 30"]),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
+import importlib.metadata
+import importlib.util
 import os
 
 import pytest
 
 from priorzero import games
+from priorzero.envs.babyai_levels import level_ids
 from priorzero.envs.games import supported_games
 from priorzero.envs.story_files import find_stories
 
@@ -51,6 +53,8 @@ def test_games_lists_all_supported_games_and_textworld_challenges(capsys):
     text = capsys.readouterr().out
     assert section(text, "scripts/fetch_games.py NAME") == ", ".join(sorted(supported_games()))
     assert "textworld:cooking" in text and "recipe: a whole number from 1 to 20 (default 1)" in text
+    assert "level: 1 to 100 (no dead ends), 101 to 150 (one dead end at each room), 201 to 233 (two) (def" in text
+    assert "    textworld:file=PATH: a game that you made" in text
     assert max(map(len, text.splitlines())) <= 130
 
 
@@ -64,7 +68,24 @@ def test_games_lists_entry_points_of_packages_without_importing_them(capsys, mon
     assert games.main([]) == 0
     text = capsys.readouterr().out
     assert "    maze: of mazes 1.2 (no_such_module:make)" in text
-    assert "    babyai: of priorzero" in text and "    gymnasium: of priorzero" in text
+    assert "of priorzero" not in text
+
+
+def test_games_lists_levels_of_babyai_and_the_packages_of_built_in_games(capsys):
+    assert games.main([]) == 0
+    text = capsys.readouterr().out
+    listed = section(text, f"babyai: built in, with minigrid {importlib.metadata.version('minigrid')}")
+    assert listed.split(" gymnasium: ")[0] == ", ".join(level_ids())
+    assert f"\n    gymnasium: built in, with gymnasium {importlib.metadata.version('gymnasium')}" in text
+
+
+def test_games_says_how_to_install_the_levels_of_babyai(capsys, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "minigrid" else find(name))
+    level_ids.cache_clear()
+    assert games.main([]) == 0
+    text = section(capsys.readouterr().out, "babyai: built in, but minigrid is missing")
+    assert "pip install" in text and "minigrid==3.2.0" in text
 
 
 def test_games_refuses_a_folder_that_cannot_be_used(capsys, monkeypatch):

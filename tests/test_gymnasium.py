@@ -144,6 +144,19 @@ def test_gymnasium_game_sends_the_position_of_a_command_to_a_discrete_environmen
     assert replies == ["You turn on switch 1. 1 are on.", "You wait. 1 are on.", "You turn on switch 0. 2 are on."]
 
 
+@pytest.mark.parametrize(("maximum", "max_score"), [("4", 4.0), ("2.5", 2.5), ("none", 0.0)])
+def test_gymnasium_game_reads_the_maximum_score_from_info(maximum, max_score):
+    assert open_game(f"{SWITCHES}?maximum={maximum}").reset().max_score == max_score
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("3", 3), ("-0.5", -0.5), ("True", True), ("nan", "nan"), ("infinity", "infinity"), ("1_000", "1_000")],
+)
+def test_gymnasium_game_passes_values_of_parameters(text, value):
+    assert open_game(f"{SWITCHES}?label={text}").reset().feedback == f"Hello {value!r}. 0 are on."
+
+
 @pytest.mark.parametrize(("name", "limit"), [("tests/Switches-v0", 9), ("tests/ShortSwitches-v0", 2)])
 def test_gymnasium_game_is_truncated_by_the_shorter_limit(name, limit):
     game = open_game(f"gymnasium:tests.helpers.text_env:{name}")
@@ -173,6 +186,8 @@ def test_gymnasium_game_plays_a_game_of_this_package_through_both_adapters():
         (f"{SWITCHES}?commands=verbs", "info has no 'verbs'"),
         (f"{SWITCHES}?flaw=empty", "is empty, although"),
         (f"{SWITCHES}?flaw=numbers", r"is \[1, 2\]. Allowed is a list of texts"),
+        (f"{SWITCHES}?maximum=high", r"info\['max_score'\] is 'high'. Allowed is a number, or None"),
+        (f"{SWITCHES}?max_score=nan", "max_score='nan' is not allowed. Allowed: a number"),
         (f"{SWITCHES}?flaw=pixels", "the observation is a ndarray"),
     ],
 )

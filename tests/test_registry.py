@@ -10,7 +10,7 @@ import priorzero
 from priorzero.envs import make_game, registry, resolve_game, resolve_games
 from priorzero.envs.games import is_z_machine_name
 from priorzero.envs.limits import resolve_limits
-from priorzero.envs.registry import check_parameters, parse_game_name, read_parameter, registered_games
+from priorzero.envs.registry import check_parameters, parse_game_name, parse_number, read_parameter, registered_games
 from priorzero.preflight import check_games
 from priorzero.types import UserError
 from tests.helpers import registered
@@ -127,6 +127,13 @@ def test_resolve_game_refuses_a_name_that_two_packages_register(packages):
     assert [game.source for game in registered_games() if game.name == "maze"] == ["labyrinths", "mazes"]
 
 
+def test_resolve_game_refuses_the_name_of_a_built_in_game_that_a_package_registers(packages):
+    write_package(packages, "mazes", code="", entry_points={"babyai": "mazes:make"})
+    message = error_of("babyai:GoToObj")
+    assert "by mazes 1.0 (mazes:make) and by PriorZero itself (priorzero.envs.babyai_levels:make_babyai)" in message
+    assert message.endswith("pip uninstall mazes")
+
+
 def test_registered_games_leaves_out_names_that_cannot_be_used(packages):
     points = {"textworld": "mazes:make", "Big Maze": "mazes:make", "maze": "mazes:make"}
     write_package(packages, "mazes", code="", entry_points=points)
@@ -241,6 +248,22 @@ def test_read_parameter_converts_to_the_type_of_the_default():
     for key, default, allowed in [("x", 1, "a whole number"), ("text", 0.5, "a number"), ("n", False, "1 or 0")]:
         with pytest.raises(UserError, match=f"is not allowed. Allowed: {allowed}"):
             read_parameter(parameters, key, default)
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("7", 7), ("-7", -7), ("0.5", 0.5), (".5", 0.5), ("2.", 2.0), ("1e3", 1000.0)]
+    + [(text, None) for text in ("", "nan", "inf", "-infinity", "1e999", "1_000", "0x10", "\u0663", "9" * 400, " 7")],
+)
+def test_parse_number_accepts_finite_decimal_numbers_only(text, number):
+    found = parse_number(text)
+    assert found == number and type(found) is type(number)
+
+
+@pytest.mark.parametrize(("text", "default"), [("1_000", 1), ("nan", 0.5), ("inf", 0.5), ("9" * 400, 0.5)])
+def test_read_parameter_refuses_what_is_no_finite_decimal_number(text, default):
+    with pytest.raises(UserError, match=r"is not allowed\. Allowed: a "):
+        read_parameter({"n": text}, "n", default)
 
 
 def test_check_parameters_suggests_the_right_key():

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from typing import Unpack
 
 from priorzero.envs.babyai_game import BabyAIGame, check_installed, make_env, reset_env
+from priorzero.envs.names import did_you_mean
 from priorzero.envs.registry import check_parameters
-from priorzero.envs.textworld_files import did_you_mean
 from priorzero.types import GameArguments, UserError
 
 MAX_SEED = 2**32 - 1

@@ -1,4 +1,4 @@
-"""Tells the view of a BabyAI agent in words.
+"""Describes the view of a BabyAI agent as text.
 
 The wording is that of BabyAI-Text (Carta et al. 2023, "Grounding Large Language Models in Interactive Environments with
 Online Reinforcement Learning").

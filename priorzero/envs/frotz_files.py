@@ -46,7 +46,7 @@ class FilelessFrotzEnv(jericho.FrotzEnv):
     the working folder. All processes share them, so the files of the user would be overwritten, and a game could
     continue from the saved state of another one.
 
-    Here a game that saves is told that it was saved, as in Jericho, but nothing is kept. It cannot restore.
+    Here a game that saves gets the reply that it was saved, as in Jericho, but nothing is kept. It cannot restore.
     """
 
     def load(self, story_file: str, seed: int | None = None) -> None:

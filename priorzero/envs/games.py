@@ -15,9 +15,8 @@ from loguru import logger
 
 from priorzero.envs import textworld_files
 from priorzero.envs.action_cache import cache_dir
-from priorzero.envs.babyai_levels import check_level
-from priorzero.envs.registry import BABYAI, GameRequest, parse_game_name, registered_games
-from priorzero.envs.textworld_files import did_you_mean, without_extension
+from priorzero.envs.names import did_you_mean, without_extension
+from priorzero.envs.registry import GameRequest, check_request, parse_game_name, registered_games
 from priorzero.envs.textworld_own import FILE_PREFIX, find_story, own_name
 from priorzero.envs.zmachine import MAX_STORY_BYTES, check_story
 from priorzero.runtime.paths import check_path_text, shown, user_path
@@ -105,8 +104,7 @@ def resolve_game(env_id: str | Path) -> GameSpec:
         return _textworld_spec(env_id)
     registered = parse_game_name(env_id)
     if registered is not None and not os.path.isfile(env_id):  # a file may contain a colon
-        if registered.game.name == BABYAI:
-            _check_babyai(registered)
+        check_request(registered)
         return GameSpec(env_id, "registered", None, registered.md5, registered.name, registered)
     if re.match(r"[a-z][a-z0-9+.-]*://", env_id, re.IGNORECASE):
         raise UserError(
@@ -136,13 +134,6 @@ def _textworld_spec(env_id: str) -> GameSpec:
     request = textworld_files.parse_request(env_id)
     path = textworld_files.get_or_make(request, cache_dir() / "textworld")
     return GameSpec(env_id, "textworld", path, _md5(path), request.name)
-
-
-def _check_babyai(request: GameRequest) -> None:
-    try:
-        check_level(request.level, dict(request.parameters))
-    except UserError as error:
-        raise UserError(f"The game {shown(request.env_id)!r}: {error}") from error
 
 
 def _unknown(env_id: str) -> UserError:

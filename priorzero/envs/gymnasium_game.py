@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import numbers
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from priorzero.envs.registry import read_parameter
+from priorzero.envs.registry import parse_number, read_parameter
 from priorzero.envs.validation import check_action
 from priorzero.runtime.paths import shown
 from priorzero.types import GameArguments, GameState, UserError
@@ -85,7 +85,7 @@ class GymnasiumGame:
 
     def reset(self) -> GameState:
         observation, info = self._env.reset(seed=self._seed)
-        self._max_score = self._given_max_score or float(info.get("max_score", 0.0))
+        self._max_score = self._given_max_score or self._read_max_score(info)
         self._state = self._observe(observation, info, score=0.0, moves=0, terminated=False, truncated=False)
         return self._state
 
@@ -131,6 +131,19 @@ class GymnasiumGame:
             max_moves=self._max_moves,
         )
 
+    def _read_max_score(self, info: Mapping[str, Any]) -> float:
+        """``info["max_score"]``; 0 if it is None or does not exist.
+
+        Raises:
+            UserError: it is not a number.
+        """
+        given = info.get("max_score")
+        if given is None:
+            return 0.0
+        if not isinstance(given, numbers.Real):
+            raise UserError(f"{self._label()}: info['max_score'] is {shown(repr(given))}. Allowed is a number, or None")
+        return float(given)
+
     def _read_commands(self, info: Mapping[str, Any]) -> dict[str, Any]:
         """What is sent for each valid action, sorted by the action.
 
@@ -159,10 +172,8 @@ class GymnasiumGame:
 
 
 def _plain(text: str) -> int | float | bool | str:
-    """The value of a parameter: a number, True or False if it reads so, else the text."""
+    """The value of a parameter: a finite number, True or False if it reads so, else the text."""
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return kind(text)
-    return text
+    number = parse_number(text)
+    return text if number is None else number

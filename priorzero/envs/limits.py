@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 
-from priorzero.envs.babyai_levels import max_moves
 from priorzero.envs.games import GameSpec
-from priorzero.envs.registry import BABYAI
+from priorzero.envs.registry import own_max_moves
 from priorzero.settings import AUTO, EnvSettings, steps_by_game, steps_text
 from priorzero.types import UserError
 
@@ -58,8 +57,8 @@ def episode_steps(env: EnvSettings, game: GameSpec) -> int:
     given = {} if setting == AUTO else steps_by_game(setting)
     if game.name in given:
         return given[game.name]
-    if game.request is not None and game.request.game.name == BABYAI:
-        return min(MAX_STEPS, max_moves(game.request.level, dict(game.request.parameters)))
+    if game.request is not None and (own := own_max_moves(game.request)) is not None:
+        return min(MAX_STEPS, own)
     length = walkthrough_length(game)
     if length is None:
         return UNKNOWN_STEPS if game.kind in Z_MACHINE else MIN_STEPS

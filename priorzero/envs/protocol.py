@@ -139,7 +139,7 @@ def _check_end(state: GameState, *, where: str, max_episode_steps: int | None) -
         raise _violation(where, "truncated=True with done=False", "done=True, since truncation ends the episode")
     if state.truncated and state.won:
         raise _violation(where, "truncated=True with won=True", "truncated=False if the game itself ended the episode")
-    limit = max_episode_steps or state.max_moves
+    limit = state.max_moves or max_episode_steps  # the game's own limit may be smaller
     if max_episode_steps and state.max_moves > max_episode_steps:
         raise _violation(
             where, f"max_moves={state.max_moves}", f"0, or at most the argument max_episode_steps={max_episode_steps}"

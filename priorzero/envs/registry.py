@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
+import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -23,18 +24,13 @@ from urllib.parse import parse_qsl, unquote
 
 from loguru import logger
 
-from priorzero.envs.textworld_files import did_you_mean
+from priorzero.envs.names import did_you_mean
 from priorzero.runtime.paths import shown
+from priorzero.runtime.versions import installed_version
 from priorzero.types import TextGame, UserError
 
 ENTRY_POINTS = "priorzero.games"
-BABYAI = "babyai"
-# Games of this package that are opened by a factory: the name, the factory, and the package whose version decides what
-# the game is.
-BUILT_IN: dict[str, tuple[str, str]] = {
-    BABYAI: ("priorzero.envs.babyai_levels:make_babyai", "minigrid"),
-    "gymnasium": ("priorzero.envs.gymnasium_game:make_gymnasium_game", "gymnasium"),
-}
+SOURCE = "priorzero"  # of the games in BUILT_IN
 RESERVED = ("textworld", "jericho", "file", "http", "https", "ftp")  # have another meaning in --env_id
 EXAMPLE = "example:small?coins=3"
 MAX_NAME = 60  # characters of a short name
@@ -42,8 +38,46 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _ENV_ID = re.compile(rf"({_NAME.pattern}):(?!//)")
 _REFERENCE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 
+MAX_DIGITS = 100  # characters of a number
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
+
 GameFactory = Callable[..., TextGame]
 Value = TypeVar("Value", int, float, bool, str)
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltIn:
+    """A game of this package that is opened by a factory. Functions are given as ``"module:function"``.
+
+    Attributes:
+        factory: opens the game.
+        package: the package with the levels. Its version is part of the game's identity.
+        check: is called as ``check(level, parameters)`` when the name is resolved, and raises UserError; "" if only the
+            factory checks them.
+        max_moves: is called as ``max_moves(level, parameters)``: the number of moves after which the level itself
+            truncates an episode; "" if this is not known.
+        levels: is called without arguments: the names of all levels, or a UserError if ``package`` is not installed; ""
+            if they are not known.
+    """
+
+    factory: str
+    package: str
+    check: str = ""
+    max_moves: str = ""
+    levels: str = ""
+
+
+BUILT_IN = {
+    "babyai": BuiltIn(
+        "priorzero.envs.babyai_levels:make_babyai",
+        "minigrid",
+        check="priorzero.envs.babyai_levels:check_level",
+        max_moves="priorzero.envs.babyai_levels:max_moves",
+        levels="priorzero.envs.babyai_levels:level_ids",
+    ),
+    "gymnasium": BuiltIn("priorzero.envs.gymnasium_game:make_gymnasium_game", "gymnasium"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +87,10 @@ class RegisteredGame:
     Attributes:
         name: the part of ``--env_id`` before the colon.
         factory: the factory as ``"module:function"``.
-        source: the package whose entry point registers the game; ``"register_game"``, or ``"priorzero"``.
-        version: the version of this package, or the one that was given to :func:`register_game`.
+        source: the package whose entry point registers the game; ``"register_game"``; or ``"priorzero"`` for a game of
+            :data:`BUILT_IN`.
+        version: the version of this package, or the one that was given to :func:`register_game`. For a game of
+            :data:`BUILT_IN`, that of the package with its levels; "" if it is not installed.
     """
 
     name: str
@@ -64,6 +100,8 @@ class RegisteredGame:
 
     def __str__(self) -> str:
         """For messages: ``mazes 1.2 (mazes.games:make)``."""
+        if self.source == SOURCE:
+            return f"PriorZero itself ({self.factory})"
         return f"{self.source}{self.version and f' {self.version}'} ({self.factory})"
 
 
@@ -146,7 +184,7 @@ def register_game(name: str, factory: GameFactory | str, *, version: str = "") -
 def registered_games() -> list[RegisteredGame]:
     """All registered games, sorted by name. A name that two packages register occurs twice; it cannot be used."""
     own = [
-        RegisteredGame(name, factory, "priorzero", _version(package)) for name, (factory, package) in BUILT_IN.items()
+        RegisteredGame(name, game.factory, SOURCE, installed_version(game.package)) for name, game in BUILT_IN.items()
     ]
     found = [*own, *_registered.values(), *_entry_points(tuple(sys.path))]
     return sorted(found, key=lambda game: (game.name, game.source))
@@ -166,7 +204,7 @@ def parse_game_name(env_id: str) -> GameRequest | None:
     if match is None or not candidates:
         return None
     if len(candidates) > 1:
-        packages = [game.source for game in candidates if game.source not in ("priorzero", "register_game")]
+        packages = [game.source for game in candidates if game.source not in (SOURCE, "register_game")]
         hint = f"uninstall one of them: pip uninstall {packages[-1]}" if packages else "choose another name"
         raise UserError(
             f"The game name {match[1]!r} in {shown(env_id)!r} is registered twice: by "
@@ -186,15 +224,57 @@ def parse_game_name(env_id: str) -> GameRequest | None:
     return GameRequest(env_id, candidates[0], unquote(level), tuple(sorted(given)))
 
 
+def check_request(request: GameRequest) -> None:
+    """Check the level and the parameters of a game of :data:`BUILT_IN`; others are checked by their factories only.
+
+    Raises:
+        UserError: the level is unknown, a parameter is not allowed, or a package is not installed.
+    """
+    check = _function(request.game, "check")
+    if check is None:
+        return
+    try:
+        check(request.level, dict(request.parameters))
+    except UserError as error:
+        raise UserError(f"The game {shown(request.env_id)!r}: {error}") from error
+
+
+def own_max_moves(request: GameRequest) -> int | None:
+    """The number of moves after which the level itself truncates an episode; None if this is not known."""
+    max_moves = _function(request.game, "max_moves")
+    return None if max_moves is None else max_moves(request.level, dict(request.parameters))
+
+
+def level_names(game: RegisteredGame) -> list[str]:
+    """The levels of a game; empty if they are not known.
+
+    Raises:
+        UserError: the package with the levels is not installed.
+    """
+    levels = _function(game, "levels")
+    return [] if levels is None else list(levels())
+
+
+def _function(game: RegisteredGame, name: str) -> Callable[..., Any] | None:
+    """One of the functions of :class:`BuiltIn`; None if the game has none."""
+    reference = getattr(BUILT_IN[game.name], name) if game.source == SOURCE else ""
+    return _import_object(reference) if reference else None
+
+
+def _import_object(reference: str) -> Any:
+    """The object that ``"module:function"`` names."""
+    module, _, qualname = reference.partition(":")
+    return functools.reduce(getattr, qualname.split("."), importlib.import_module(module))
+
+
 def load_factory(game: RegisteredGame) -> GameFactory:
     """Import the factory of a game.
 
     Raises:
         UserError: its module cannot be imported, or has no such function.
     """
-    module, _, qualname = game.factory.partition(":")
     try:
-        factory: Any = functools.reduce(getattr, qualname.split("."), importlib.import_module(module))
+        factory = _import_object(game.factory)
     except Exception as error:  # the module may raise anything when it is imported
         raise UserError(
             f"The game {game.name!r} of {game.source}: its factory {game.factory!r} cannot be imported "
@@ -223,11 +303,24 @@ def read_parameter(parameters: Mapping[str, str], key: str, default: Value) -> V
         if text.lower() not in flags:
             raise UserError(f"{key}={text!r} is not allowed. Allowed: 1 or 0.")
         return flags[text.lower()]
-    try:
-        return type(default)(text)
-    except ValueError as error:
+    if isinstance(default, str):
+        return text
+    number = parse_number(text)
+    if number is None or (isinstance(default, int) and not isinstance(number, int)):
         kind = "a whole number" if isinstance(default, int) else "a number"
-        raise UserError(f"{key}={text!r} is not allowed. Allowed: {kind}, such as {default}.") from error
+        raise UserError(f"{key}={text!r} is not allowed. Allowed: {kind}, such as {default}.")
+    return type(default)(number)
+
+
+def parse_number(text: str) -> int | float | None:
+    """The finite number that a text is, such as ``7``, ``-0.5`` or ``1e-3``; None for other texts.
+
+    ``nan``, ``inf`` and ``1_000``, which Python accepts, are other texts.
+    """
+    if len(text) > MAX_DIGITS or not _NUMBER.fullmatch(text):
+        return None
+    number = int(text) if _WHOLE.fullmatch(text) else float(text)
+    return number if math.isfinite(number) else None
 
 
 def check_parameters(parameters: Mapping[str, str], allowed: Iterable[str]) -> None:
@@ -237,14 +330,6 @@ def check_parameters(parameters: Mapping[str, str], allowed: Iterable[str]) -> N
         if key not in allowed:
             known = f"The parameters are: {', '.join(allowed)}." if allowed else "There are no parameters."
             raise UserError(f"Unknown parameter {key!r}.{did_you_mean(key, allowed)} {known}")
-
-
-def _version(package: str) -> str:
-    """The version of a package; "" if it is not installed."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 @functools.cache

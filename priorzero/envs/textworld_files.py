@@ -6,37 +6,42 @@ source code) and ``md5sums.txt``. The folder is created by a single rename, so t
 
 from __future__ import annotations
 
-import difflib
 import errno
 import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qsl
 
 from priorzero.envs.child import python_command
+from priorzero.envs.names import did_you_mean
 from priorzero.types import UserError
 
 MAKE_TIMEOUT_S = 600.0
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO, errno.ESTALE)  # of the generator
 CHECKSUMS = "md5sums.txt"
-SIMILAR = 0.75  # ratio of equal letters from which a name is suggested; names of other games have less
 Value = int | str | bool
 
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
-    """A parameter of a challenge. Its type is the type of the default value; ``allowed`` is not used for a bool."""
+    """A parameter of a challenge. Its type is the type of the default value.
+
+    Attributes:
+        default: the default value.
+        allowed: the allowed values; not used for a bool.
+        allowed_text: how messages describe them; "": made from ``allowed``.
+    """
 
     default: Value
     allowed: range | tuple[Value, ...] = ()
+    allowed_text: str = ""
 
     def parse(self, text: str) -> Value | None:
         """Convert ``text`` to a value; None if it is not allowed."""
@@ -47,7 +52,9 @@ class Parameter:
         return text if text in self.allowed else None
 
     def describe(self) -> str:
-        """The allowed values, for error messages."""
+        """The allowed values, for messages."""
+        if self.allowed_text:
+            return self.allowed_text
         if isinstance(self.default, bool):
             return "1 or 0"
         if isinstance(self.allowed, range):
@@ -56,6 +63,7 @@ class Parameter:
 
 
 MAX_ROOMS = 100  # of coin-collector: TextWorld 1.7 makes Z-machine stories only, which cannot hold more
+COIN_LEVELS = "1 to 100 (no dead ends), 101 to 150 (one dead end at each room), 201 to 233 (two)"
 
 # The challenges of TextWorld, with the names and values of its command ``tw-make``.
 CHALLENGES: dict[str, dict[str, Parameter]] = {
@@ -64,7 +72,7 @@ CHALLENGES: dict[str, dict[str, Parameter]] = {
         "goal": Parameter("detailed", ("detailed", "brief", "none")),
         "test": Parameter(False),
     },
-    "coin-collector": {"level": Parameter(1, range(1, 301))},
+    "coin-collector": {"level": Parameter(1, range(1, 301), COIN_LEVELS)},
     "treasure-hunter": {"level": Parameter(1, range(1, 31))},
     "cooking": {
         "recipe": Parameter(1, range(1, 21)),
@@ -150,7 +158,7 @@ def _check_settings(env_id: str, challenge: str, settings: Mapping[str, Value]) 
         if rooms > MAX_ROOMS:
             raise UserError(
                 f"level={level} in {env_id!r} has {rooms} rooms, but TextWorld 1.7 generates at most {MAX_ROOMS}. "
-                "Allowed: 1 to 100 (no dead ends), 101 to 150 (one dead end at each room), 201 to 233 (two)."
+                f"Allowed: {COIN_LEVELS}."
             )
 
 
@@ -311,33 +319,3 @@ def _checksums(story: Path) -> str:
     return "".join(
         f"{hashlib.md5(file.read_bytes(), usedforsecurity=False).hexdigest()}  {file.name}\n" for file in files
     )
-
-
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """A sentence that suggests the known name that is spelled nearly as ``name``; "" if there is none.
-
-    Extensions of story files are ignored. Of names that are equally similar, such as zork1.z5 and zork2.z5, it is the
-    one with the smallest number.
-    """
-    by_stem = {without_extension(other.lower()): other for other in reversed(list(known))}
-    if not by_stem:
-        return ""
-    matches = difflib.get_close_matches(without_extension(name.lower()), by_stem, n=len(by_stem), cutoff=SIMILAR)
-    if not matches:
-        return ""
-
-    def similarity(stem: str) -> float:  # as in get_close_matches
-        return difflib.SequenceMatcher(None, stem, without_extension(name.lower())).ratio()
-
-    best = max(sorted(matches, key=_natural_order), key=similarity)  # the first of equal ones
-    return f" Did you mean {by_stem[best]!r}?"
-
-
-def _natural_order(name: str) -> list[str | int]:
-    """A sort key by which ``zork2`` is before ``zork10``."""
-    return [int(part) if n % 2 else part for n, part in enumerate(re.split("([0-9]+)", name))]
-
-
-def without_extension(name: str) -> str:
-    """``zork1`` for ``zork1.z5``."""
-    return re.sub(r"\.z\d\Z", "", name)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from priorzero.envs.games import supported_games, walkthrough_lengths
-from priorzero.envs.textworld_files import without_extension
+from priorzero.envs.names import without_extension
 from priorzero.types import UserError
 
 Split = Literal["train", "validation", "held_out"]

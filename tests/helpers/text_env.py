@@ -17,10 +17,21 @@ class SwitchEnv(gymnasium.Env[str, Any]):
         key: where ``info`` lists the commands.
         discrete: the action is the position of a command.
         flaw: what is wrong with the environment: "", "pixels", "empty" or "numbers".
+        label: any value, which the first observation contains.
+        maximum: ``info["max_score"]``; "": there is none; "none": None.
     """
 
-    def __init__(self, *, size: int = 3, key: str = "admissible_commands", discrete: bool = False, flaw: str = ""):
-        self.size, self.key, self.flaw = size, key, flaw
+    def __init__(
+        self,
+        *,
+        size: int = 3,
+        key: str = "admissible_commands",
+        discrete: bool = False,
+        flaw: str = "",
+        label: Any = "",
+        maximum: Any = "",
+    ):
+        self.size, self.key, self.flaw, self.label, self.maximum = size, key, flaw, label, maximum
         self.action_space = spaces.Discrete(size + 1) if discrete else spaces.Text(40)
         self.observation_space = spaces.Text(100)
 
@@ -28,11 +39,13 @@ class SwitchEnv(gymnasium.Env[str, Any]):
         super().reset(seed=seed)
         self.on = [False] * self.size
         self.order = [f"turn on switch {n}" for n in self.np_random.permutation(self.size)]
-        return self.observe("Hello.")
+        return self.observe(f"Hello {self.label!r}." if self.label != "" else "Hello.")
 
     def observe(self, text):
         commands = [] if self.flaw == "empty" else [*self.order, " wait "]
         info = {self.key: [1, 2] if self.flaw == "numbers" else commands, "won": all(self.on), "goal": "Turn all on."}
+        if self.maximum != "":
+            info["max_score"] = None if self.maximum == "none" else self.maximum
         return (np.zeros(3) if self.flaw == "pixels" else f"{text} {sum(self.on)} are on."), info
 
     def step(self, action):
