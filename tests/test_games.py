@@ -1,5 +1,6 @@
 """Tests of finding story files and generating TextWorld games by name."""
 
+import dataclasses
 import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -483,11 +484,12 @@ def test_get_or_make_uses_the_game_of_a_faster_process(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_get_or_make_shows_the_output_of_a_failed_generator(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    message = error_of("textworld:coin-collector?level=200")  # 200 rooms
-    assert "games with more than 100 rooms are not supported" in message
-    assert not list(tmp_path.glob("priorzero/games/textworld/*/*"))
+def test_get_or_make_shows_the_output_of_a_failed_generator(tmp_path):
+    request = parse_request("textworld:coin-collector?level=100")
+    request = dataclasses.replace(request, settings={**request.settings, "level": 200})  # parse_request refuses it
+    with pytest.raises(UserError, match="games with more than 100 rooms are not supported"):
+        get_or_make(request, tmp_path)
+    assert not list(tmp_path.glob("*/*"))
 
 
 def test_get_or_make_reports_a_cache_folder_that_is_not_writable(tmp_path, monkeypatch):

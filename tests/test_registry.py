@@ -65,7 +65,8 @@ def error_of(env_id: str) -> str:
 # names --------------------------------------------------------------------------------------------------------------
 
 
-def test_resolve_game_finds_a_game_of_an_installed_package(example):
+def test_resolve_game_finds_a_game_of_an_installed_package(example, monkeypatch):
+    monkeypatch.delitem(sys.modules, "example_game", raising=False)  # another test may have imported it
     spec = resolve_game("example:small?seed=7")
     assert (spec.kind, spec.path, spec.name) == ("registered", None, "example-small-seed7")
     assert spec.request is not None and spec.request.game.version == "1.0"

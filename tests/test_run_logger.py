@@ -31,7 +31,7 @@ def test_metrics_writer_counts_values_that_are_not_finite_and_does_not_write_the
 
 def test_run_logger_writes_iterations(tmp_path):
     run_logger = RunLogger(tmp_path, make_settings({"run": {"log_every": 1}}))
-    episodes = [EpisodeResult(total_reward=2.0, score=3.0, steps=5, won=False, env_step=20)]
+    episodes = [EpisodeResult(total_reward=2.0, score=3.0, steps=5, won=False, env_step=20, game="toy")]
     for iteration in (1, 2):
         run_logger.log_iteration(
             Counters(iteration=iteration, env_step=20 * iteration),
@@ -45,7 +45,7 @@ def test_run_logger_writes_iterations(tmp_path):
     assert events["collector_iter/reward_mean"] == [2.0, 4.0] and events["prior/retries"] == [1.0, 1.0]
     assert "memory/peak_mb" in events and "time/iteration_s" in events
     assert lines(tmp_path, "episodes.jsonl") == 2 * [
-        {"total_reward": 2.0, "score": 3.0, "steps": 5, "won": False, "env_step": 20}
+        {"total_reward": 2.0, "score": 3.0, "steps": 5, "won": False, "env_step": 20, "game": "toy"}
     ]
 
 

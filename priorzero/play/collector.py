@@ -308,6 +308,7 @@ class Collector:
                 steps=len(episode.history),
                 won=state.won,
                 env_step=env_step,
+                game=episode.game,
             )
         )
         if episode.recording is not None:

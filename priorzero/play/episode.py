@@ -95,3 +95,4 @@ class EpisodeResult:
     steps: int
     won: bool
     env_step: int  # environment steps of the run when it ended
+    game: str  # its name
