@@ -213,11 +213,21 @@ def test_tensorboard_logger_closes_both_files_if_one_cannot_be_written(tmp_path,
     def no_space(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    writer = TensorBoardLogger(tmp_path, settings=make_settings())
-    assert {path.parent for path in open_event_files()} == {tmp_path, tmp_path / "hparams"}
-    monkeypatch.setattr(EventsWriter, "write_event", no_space)  # the end of the run cannot be written
-    writer.close(failed=True)
-    assert open_event_files() == set()
+    close = EventsWriter.close
+
+    def close_or_fail(writer):
+        close(writer)
+        if Path(writer._file_name).parent == tmp_path / "b":
+            no_space()
+
+    for folder, method, fail in (("a", "write_event", no_space), ("b", "close", close_or_fail)):
+        (tmp_path / folder).mkdir()
+        writer = TensorBoardLogger(tmp_path / folder, settings=make_settings())
+        assert len(open_event_files()) == 2  # the run's and that of the HParams plugin
+        with monkeypatch.context() as patch:
+            patch.setattr(EventsWriter, method, fail)
+            writer.close(failed=True)
+        assert open_event_files() == set()
 
 
 async def test_saver_keeps_a_checkpoint_if_an_older_one_cannot_be_removed(tmp_path, monkeypatch):

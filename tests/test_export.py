@@ -22,6 +22,7 @@ from priorzero import evaluate
 from priorzero.agent import make_evaluators
 from priorzero.entry import build_parser, settings_from
 from priorzero.export import main
+from priorzero.exporting.llm import write_llm
 from priorzero.llm import hub
 from priorzero.llm.models import load_language_model
 from priorzero.play.prior_weights import PriorWeights
@@ -440,6 +441,9 @@ def test_export_runs_code_of_a_base_model_only_if_the_user_trusts_it(lora_run, r
     export(copy, tmp_path / "kept", "--llm", "adapter")  # these forms load no model
     export(tmp_path / "full", tmp_path / "whole")
     assert trusted == [True, False]
+    # The default does not depend on the checkpoint.
+    write_llm(read_checkpoint(checkpoint_of(copy)), tmp_path / "merged", form="merged", base="")
+    assert trusted == [True, False, False]
 
 
 def rewrite(checkpoint, **changes):
