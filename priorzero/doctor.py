@@ -30,6 +30,7 @@ from priorzero.preflight import check_disk, check_game_names, checkpoint_size, l
 from priorzero.runs.folder import check_run_folder
 from priorzero.runs.loggers import check_loggers
 from priorzero.runtime.gpu import no_gpu_error
+from priorzero.runtime.packages import INSTALL
 from priorzero.runtime.paths import free_space, user_cache_dir, user_path
 from priorzero.runtime.streams import print_error, print_output, standard_streams
 from priorzero.runtime.versions import installed_version
@@ -48,9 +49,9 @@ TORCH_TIME_LIMIT_S = 120.0  # its import takes a few seconds, and more on a busy
 MIN_CACHE_BYTES = 1_000_000_000  # for converted models, generated games and compiled code
 # Optional package -> what needs it, and what to type.
 OPTIONAL = {
-    "ray": ("training on a Ray cluster", "pip install ray==2.60.0"),
-    "wandb": ("run.loggers=wandb", "pip install wandb==0.31.0"),
-    "minigrid": ("BabyAI games", "pip install minigrid"),
+    "ray": ("training on a Ray cluster", INSTALL["ray"]),
+    "wandb": ("run.loggers=wandb", INSTALL["wandb"]),
+    "minigrid": ("BabyAI games", INSTALL["minigrid"]),
 }
 
 Mark = Literal["ok", "warning", "error"]

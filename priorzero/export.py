@@ -44,6 +44,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--license", metavar="ID", help="for the metadata of the card, such as apache-2.0")
     parser.add_argument("--push", metavar="USER/NAME", help="upload the folder to this repository of the hub")
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="merging an adapter may run code that comes with its base model",
+    )
     parser.add_argument("--private", action="store_true", help="with --push: a new repository is private")
     return parser
 
@@ -54,16 +59,23 @@ def _export(arguments: argparse.Namespace) -> None:
             raise UserError(f"--{name} is empty; give a value, or leave --{name} out")
     from priorzero.exporting.run import export, plan_export  # late, since --help does not need it
 
-    plan = plan_export(
-        arguments.agent,
-        to=arguments.to,
-        form=arguments.llm,
-        base=arguments.base_model or "",
-        licence=arguments.license or "",
-        push=arguments.push or "",
-        private=arguments.private,
-    )
-    url = export(plan)
+    try:
+        plan = plan_export(
+            arguments.agent,
+            to=arguments.to,
+            form=arguments.llm,
+            base=arguments.base_model or "",
+            licence=arguments.license or "",
+            push=arguments.push or "",
+            private=arguments.private,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+        url = export(plan)
+    except OSError as error:
+        raise UserError(
+            f"export {arguments.agent} --to {arguments.to}: a file cannot be read or written ({error}); nothing of the "
+            "export remains"
+        ) from error
     print_output(str(plan.out) if url is None else f"{plan.out}\n{url}")
 
 
@@ -80,9 +92,6 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _export(arguments)
         except UserError as error:
             print_error(str(error))
-            return 2
-        except OSError as error:
-            print_error(f"--to {arguments.to}: the export cannot be written ({error}); nothing of it remains")
             return 2
     return 0
 

@@ -16,6 +16,7 @@ from priorzero.entry import FLAGS, add_common_arguments, layers_from, run_comman
 from priorzero.preflight import check_inputs
 from priorzero.runs.folder import check_run_folder
 from priorzero.runtime.activity import announced
+from priorzero.runtime.packages import INSTALL
 from priorzero.runtime.paths import shown
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -98,7 +99,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _train(arguments: argparse.Namespace) -> None:
     settings = settings_from(arguments, os.environ)
     if importlib.util.find_spec("ray") is None:
-        raise UserError("Ray is not installed; type pip install 'ray==2.60.0' (or scripts/set_up.sh test)")
+        raise UserError(f"Ray is not installed; type {INSTALL['ray']} (or scripts/set_up.sh test)")
     logger.info(f"starting: {shown(settings.run.env_id)}, seed {settings.run.seed}")
     _check(settings)
     with announced("loading the libraries"):

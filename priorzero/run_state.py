@@ -12,8 +12,9 @@ from priorzero.agent import Agent
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.collector import Collector
 from priorzero.policy import PriorZeroPolicy
-from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint, save_tensors, write_world_model
+from priorzero.runs.checkpoint import Checkpoint, save_tensors, write_world_model
 from priorzero.runs.exported import read_world_model
+from priorzero.runs.files import ACTIONS, LLM_FOLDER, TRAINING_STATE
 from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
@@ -49,7 +50,7 @@ class RunState:
             settings=self.settings,
         )
         if agent.llm is not None:
-            agent.llm.save(folder / "llm")
+            agent.llm.save(folder / LLM_FOLDER)
         state = {
             "loop": loop,
             "policy": policy.training_state(),
@@ -66,10 +67,10 @@ class RunState:
         Raises:
             UserError: the checkpoint belongs to models of another shape.
         """
-        load_world_model(checkpoint.folder, policy=self.agent.policy, indexer=self.agent.indexer)
+        load_world_model_state(checkpoint.folder, policy=self.agent.policy, indexer=self.agent.indexer)
         state = torch.load(checkpoint.folder / TRAINING_STATE, map_location="cpu", weights_only=True)
         if self.agent.llm is not None:
-            self.agent.llm.load(checkpoint.folder / "llm")
+            self.agent.llm.load(checkpoint.folder / LLM_FOLDER)
         self.agent.policy.load_training_state(state["policy"])
         records = read_records(state["records"])
         self.agent.buffer.load_state_dict(state["buffer"], records)
@@ -81,7 +82,7 @@ class RunState:
         return loop
 
 
-def load_world_model(folder: Path, *, policy: UniZeroLearner, indexer: ActionVocabulary) -> None:
+def load_world_model_state(folder: Path, *, policy: UniZeroLearner, indexer: ActionVocabulary) -> None:
     """Load the world model and the action vocabulary from a checkpoint of either loop, or an exported agent.
 
     The LLM is loaded with ``llm.path=FOLDER/llm``.
@@ -91,7 +92,7 @@ def load_world_model(folder: Path, *, policy: UniZeroLearner, indexer: ActionVoc
     """
     try:
         state = read_world_model(folder)
-        actions = json.loads((folder / "actions.json").read_text(encoding="utf-8"))
+        actions = json.loads((folder / ACTIONS).read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{folder}: is not a checkpoint ({error}); give a folder under RUN/checkpoints") from error
     try:

@@ -29,7 +29,7 @@ from priorzero.play.evaluator import Evaluations
 from priorzero.play.memory import GameMemory
 from priorzero.play.player import Player
 from priorzero.preflight import AgentPreparation
-from priorzero.run_state import load_world_model
+from priorzero.run_state import load_world_model_state
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.exported import read_play_state
 from priorzero.runtime.activity import announced
@@ -110,7 +110,7 @@ def _load_state(checkpoint: Checkpoint, *, agent: Agent, trained: Sequence[GameS
     A checkpoint of a run on a Ray cluster has neither learned weights of the prior nor memories, since they are in its
     collectors.
     """
-    load_world_model(checkpoint.folder, policy=agent.policy, indexer=agent.indexer)
+    load_world_model_state(checkpoint.folder, policy=agent.policy, indexer=agent.indexer)
     uses_memory = agent.prior is not None and agent.player.settings.llm.memory_lines > 0
     state = read_play_state(checkpoint.folder, checkpoint.manifest)
     if agent.player.prior_weights.learns:  # otherwise prior.alpha was changed to a number

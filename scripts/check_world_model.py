@@ -34,7 +34,7 @@ from priorzero.envs import make_workers, resolve_games
 from priorzero.llm.models import choose_device
 from priorzero.play.collector import Collector
 from priorzero.policy import PriorZeroPolicy
-from priorzero.run_state import load_world_model
+from priorzero.run_state import load_world_model_state
 from priorzero.runs.checkpoint import Checkpoint, read_checkpoint, saved_checkpoints
 from priorzero.runtime.random_state import seed_globals
 from priorzero.search.base import Root
@@ -157,7 +157,7 @@ def check(folder: Path, *, env_steps: int, seed: int) -> dict[str, Any]:
             buffer_seed=seeds[3],
             vllm_log=Path(scratch) / "vllm.log",
         )
-        load_world_model(checkpoint.folder, policy=agent.policy, indexer=agent.indexer)
+        load_world_model_state(checkpoint.folder, policy=agent.policy, indexer=agent.indexer)
         episodes = asyncio.run(play(agent, settings, env_steps=env_steps, seed=seed))
     if not episodes:
         enough = settings.env.longest_episode * settings.env.collector_env_num

@@ -288,7 +288,7 @@ def test_resolve_game_says_how_to_install_minigrid(monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "minigrid" else find(name))
     babyai_levels.level_ids.cache_clear()
-    with pytest.raises(UserError, match=r"minigrid, which is not installed\. Type: pip install 'minigrid==3\.2\.0'"):
+    with pytest.raises(UserError, match=r"minigrid, which is not installed\. Type: pip install minigrid==3\.2\.0 "):
         resolve_game("babyai:GoToLocal")
 
 

@@ -126,6 +126,12 @@ def edit_manifest(folder, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def move_and_link(path):
+    """Move a file out of the run, and leave a link to it."""
+    moved = path.rename(path.parents[3] / f"{path.parent.name}-{path.name}")
+    path.symlink_to(moved)
+
+
 @pytest.mark.parametrize(
     ("damage", "words"),
     [
@@ -135,6 +141,11 @@ def edit_manifest(folder, **changes):
         (lambda folder: (folder / "manifest.json").write_text("[]"), "manifest.json cannot be read"),
         (lambda folder: edit_manifest(folder, files={}), "training.pt is missing"),
         (lambda folder: edit_manifest(folder, files={"../../../secret": "0"}), "a file outside of the folder"),
+        (
+            lambda folder: move_and_link(folder / "world_model.pt"),
+            "a link to a file outside of the folder: world",
+        ),
+        (lambda folder: (folder / "llm").symlink_to(folder.parent), "a link to a file outside of the folder: llm"),
     ],
 )
 def test_checkpoint_damage_is_detected(tmp_path, damage, words):

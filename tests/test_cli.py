@@ -72,7 +72,6 @@ def test_console_script_is_the_command_line():
 
 @pytest.mark.parametrize(("line", "expected"), [("priorzero re", "report"), ("priorzero report --he", "--help")])
 def test_shell_completion(tmp_path, line, expected):
-    pytest.importorskip("argcomplete")
     request = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line))}
     environment = {**os.environ, **request, "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer")}
     subprocess.run([sys.executable, "-m", "priorzero.cli"], env=environment, check=False)

@@ -34,7 +34,7 @@ from priorzero.llm.models import load_language_model
 from priorzero.llm.packing import PromptRow
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
-from priorzero.run_state import load_world_model
+from priorzero.run_state import load_world_model_state
 from priorzero.runs.loggers.csv_file import read_metrics_csv
 from priorzero.runs.report.data import read_run
 from priorzero.runtime.timeline import TimeUsage
@@ -442,7 +442,7 @@ def check_checkpoint(folder, settings):
     size = next(t.shape[0] for name, t in features.items() if name.endswith("encoder.feature_mean"))
     vocabulary = ActionVocabulary(own.env.action_space_size)
     policy = PriorZeroPolicy(own, feature_size=size, device="cpu", llm=None)
-    load_world_model(folder, policy=policy, indexer=vocabulary)
+    load_world_model_state(folder, policy=policy, indexer=vocabulary)
     assert vocabulary.num_used > 5
     llm = load_language_model(make_settings({"llm": {"path": str(folder / "llm")}}).llm, device=torch.device("cpu"))
     before = load_language_model(settings.llm, device=torch.device("cpu"))

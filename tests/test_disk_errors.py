@@ -11,6 +11,7 @@ import stat
 import subprocess
 from pathlib import Path
 
+import psutil
 import pytest
 from loguru import logger
 from tensorboardX.event_file_writer import EventsWriter
@@ -25,6 +26,7 @@ from priorzero.runs.resume import newest_checkpoint
 from priorzero.runs.saver import Saver
 from priorzero.runtime.paths import replace_text
 from priorzero.types import UserError
+from tests.helpers.models import make_settings
 from tests.helpers.runs import NO_LLM, lines, short_settings, train
 from tests.helpers.toy_game import toy_games
 
@@ -200,8 +202,32 @@ def test_tensorboard_logger_is_closed_on_a_full_disk(tmp_path, monkeypatch):
         patch.setattr(EventsWriter, "close", no_space)
         writer.close(failed=True)
     logger.remove(sink)
-    assert messages == ["the metrics file was not closed properly ([Errno 28] No space left on device)\n"]
+    assert messages == ["a metrics file was not closed properly ([Errno 28] No space left on device)\n"]
     writer.close(failed=True)
+
+
+def test_tensorboard_logger_closes_both_files_if_one_cannot_be_written(tmp_path, monkeypatch):
+    def open_event_files():
+        return {Path(file.path) for file in psutil.Process().open_files() if file.path.startswith(str(tmp_path))}
+
+    def no_space(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    close = EventsWriter.close
+
+    def close_or_fail(writer):
+        close(writer)
+        if Path(writer._file_name).parent == tmp_path / "b":
+            no_space()
+
+    for folder, method, fail in (("a", "write_event", no_space), ("b", "close", close_or_fail)):
+        (tmp_path / folder).mkdir()
+        writer = TensorBoardLogger(tmp_path / folder, settings=make_settings())
+        assert len(open_event_files()) == 2  # the run's and that of the HParams plugin
+        with monkeypatch.context() as patch:
+            patch.setattr(EventsWriter, method, fail)
+            writer.close(failed=True)
+        assert open_event_files() == set()
 
 
 async def test_saver_keeps_a_checkpoint_if_an_older_one_cannot_be_removed(tmp_path, monkeypatch):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import inspect
 import json
 import re
@@ -23,7 +22,7 @@ from priorzero import evaluate
 from priorzero.agent import make_evaluators
 from priorzero.entry import build_parser, settings_from
 from priorzero.export import main
-from priorzero.exporting.world_model import load_world_model
+from priorzero.exporting.llm import write_llm
 from priorzero.llm import hub
 from priorzero.llm.models import load_language_model
 from priorzero.play.prior_weights import PriorWeights
@@ -33,10 +32,12 @@ from priorzero.runs.checkpoint import read_checkpoint, save_checkpoint
 from priorzero.runs.exported import read_play_state
 from priorzero.runs.saved import agent_settings, find_agent
 from priorzero.saved_agent import loaded_agent
+from priorzero.saved_world_model import load_world_model
 from priorzero.search.base import Root
 from priorzero.types import UserError
+from tests.helpers.folders import contents
 from tests.helpers.models import make_settings
-from tests.helpers.runs import NO_LLM, lines, short_settings, train
+from tests.helpers.runs import NO_LLM, lines, restored_threads, short_settings, train
 from tests.helpers.toy_game import toy_games
 
 LAYER = {
@@ -86,14 +87,6 @@ def refused(capsys, *arguments):
     assert main([str(argument) for argument in arguments]) == 2
     [message] = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     return message
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.md5(path.read_bytes()).hexdigest())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 def checkpoint_of(run):
@@ -238,12 +231,8 @@ def test_export_plays_as_the_checkpoint(run, exported):
             evaluators = make_evaluators(saved.settings, games=saved.trained, unseen=saved.unseen, player=saved.player)
             return await evaluators.evaluate(saved.memories)
 
-    threads = torch.get_num_threads()
-    try:
-        with toy_games():
-            results = asyncio.run(play())
-    finally:
-        torch.set_num_threads(threads)
+    with toy_games(), restored_threads():
+        results = asyncio.run(play())
     found = lines(run, "evaluations.jsonl")
     last = max(line["env_step"] for line in found)
     assert [
@@ -361,14 +350,21 @@ def test_card_has_commands_that_are_valid(run, exported):
 def test_export_names_story_files_without_their_folder(tmp_path):
     checkpoint = SimpleNamespace(
         settings=make_settings(
-            {"run": {"env_id": "/home/me/zork1.z5, textworld:simple?seed=7", "output_dir": "/home/me/runs"}}
+            {
+                "run": {
+                    "env_id": "/home/me/zork1.z5, textworld:simple?seed=7, textworld:file=/home/me/secret/my.z8",
+                    "output_dir": "/home/me/runs",
+                },
+                "eval": {"unseen": "textworld:file=/home/me/other.z8, textworld:file=third.ulx"},
+            }
         ),
-        manifest={"games": {"zork1": "1", "textworld-simple-seed7": "2"}, "files": {}},
+        manifest={"games": {"zork1": "1", "textworld-simple-seed7": "2", "textworld-my": "3"}, "files": {}},
     )
     from priorzero.exporting.plan import ExportPlan
 
     plan = ExportPlan(checkpoint, tmp_path, "none", "")
-    assert plan.env_ids == ["zork1.z5", "textworld:simple?seed=7"]
+    assert plan.env_ids == ["zork1.z5", "textworld:simple?seed=7", "textworld:file=my.z8"]
+    assert plan.settings.eval.unseen == "textworld:file=other.z8,textworld:file=third.ulx"
     assert "/home/me" not in yaml.safe_dump(plan.settings.model_dump())
 
 
@@ -423,6 +419,58 @@ def test_export_names_the_missing_base_model_of_an_adapter(lora_run, tmp_path, c
 
 
 @pytest.mark.slow
+def test_export_runs_code_of_a_base_model_only_if_the_user_trusts_it(lora_run, run, tmp_path, capsys, monkeypatch):
+    copy = tmp_path / "run"
+    for source, target in ((lora_run, copy), (run, tmp_path / "full")):
+        shutil.copytree(source, target)
+        for checkpoint in (target / "checkpoints").iterdir():
+            rewrite(checkpoint, llm={"trust_remote_code": True})
+    trusted = []
+
+    def load(cfg, *, device):
+        trusted.append(cfg.trust_remote_code)
+        return load_language_model(cfg, device=device)
+
+    monkeypatch.setattr("priorzero.llm.models.load_language_model", load)
+    message = refused(capsys, copy, "--to", tmp_path / "new")
+    assert "its configuration runs code that comes with a model" in message
+    assert message.endswith("if you trust it, type --trust_remote_code") and not (tmp_path / "new").exists()
+    export(copy, tmp_path / "new", "--trust_remote_code")
+    export(lora_run, tmp_path / "other")
+    assert trusted == [True, False]
+    export(copy, tmp_path / "kept", "--llm", "adapter")  # these forms load no model
+    export(tmp_path / "full", tmp_path / "whole")
+    assert trusted == [True, False]
+    # The default does not depend on the checkpoint.
+    write_llm(read_checkpoint(checkpoint_of(copy)), tmp_path / "merged", form="merged", base="")
+    assert trusted == [True, False, False]
+
+
+def rewrite(checkpoint, **changes):
+    """Change settings in a checkpoint, with new checksums, as someone who passes it on could."""
+    manifest = json.loads((checkpoint / "manifest.json").read_text())
+    config = yaml.safe_load((checkpoint / "config.yaml").read_text())
+    for group, values in changes.items():
+        config[group] |= values
+
+    def write(folder):
+        shutil.copytree(checkpoint, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("manifest.json"))
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+    save_checkpoint(checkpoint, write=write, about={name: manifest[name] for name in ("counters", "games")})
+
+
+@pytest.mark.slow
+def test_export_does_not_publish_a_file_that_a_link_in_a_checkpoint_names(run, tmp_path, capsys):
+    (tmp_path / "secret").write_text("my key")
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(checkpoint_of(run), checkpoint)
+    (checkpoint / "llm" / "notes.txt").symlink_to(tmp_path / "secret")  # the manifest does not name it
+    words = "it contains a link to a file outside of the folder: llm/notes.txt"
+    assert words in refused(capsys, checkpoint, "--to", tmp_path / "new") and not (tmp_path / "new").exists()
+
+
+@pytest.mark.slow
 def test_export_uses_the_newest_intact_checkpoint(run, tmp_path, capsys):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -445,7 +493,9 @@ def test_export_that_fails_leaves_nothing(run, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr("priorzero.exporting.run.write_llm", full_disk)
         message = refused(capsys, run, "--to", tmp_path / "empty")
-    assert "No space left on device" in message and "nothing of it remains" in message
+    assert "a file cannot be read or written ([Errno 28] No space left on device); nothing of the export remains" in (
+        message
+    )
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["empty", "empty~", "mine.txt"]
     export(run, tmp_path / "empty", "--llm", "none")
     assert (tmp_path / "empty~" / "mine.txt").exists()
@@ -515,7 +565,8 @@ def test_push_uploads_the_folder_and_prints_the_address(run, tmp_path, online, c
         ("me/agent", True, {"files": ["world_model.safetensors"], "private": True}, None),
         ("you/agent", False, {}, "the token belongs to me, lab, not to you; give me/NAME"),
         ("me/agent", True, {"files": ["world_model.safetensors"]}, "this repository exists and is public"),
-        ("me/agent", False, {"files": ["model.safetensors"]}, "contains 1 files, which are not from an export"),
+        ("me/agent", False, {"files": list("ab")}, r"contains 2 files, which are not from an export \(a, b\); give"),
+        ("me/agent", False, {"files": list("abcd")}, r"contains 4 files, which are not .* \(a, b, c, \.\.\.\); give"),
         (
             "me/agent",
             False,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -27,7 +28,7 @@ FLOORS: list[set[str]] = [
     {"preflight"},
     {"agent", "pretraining"},
     {"learning", "run_state"},
-    {"training_run", "saved_agent", "exporting"},
+    {"training_run", "saved_agent", "saved_world_model", "exporting"},
     {"train", "cluster"},
     {"entry", "evaluate", "export", "games", "pretrain", "report", "watch"},
     {"ray_entry", "doctor"},
@@ -158,6 +159,14 @@ def test_imports_go_down_the_floors_and_through_the_doors(path):
 
 def test_floors_have_no_empty_room():
     assert FLOOR.keys() == {name.split(".")[0] for name in MODULES} - {""}
+
+
+def test_architecture_page_lists_all_modules():
+    page = (PACKAGE.parent / "docs" / "architecture.md").read_text()
+    listed = set(re.findall(r"`(\w+(?:\.py|/))`", page))
+    modules = {f"{name.removeprefix('envs.')}.py" for name in MODULES if name.startswith("envs.")}
+    rooms = {f"{room}/" if (PACKAGE / room).is_dir() else f"{room}.py" for room in FLOOR}
+    assert (modules | rooms) - listed == set()
 
 
 def test_imports_have_no_cycle():

@@ -11,14 +11,11 @@ import pytest
 from priorzero.envs import GameWorker
 from priorzero.envs.frotz_files import FilelessFrotzEnv, Setup
 from tests.helpers.file_commands import FILE_COMMANDS, open_unchecked_game
+from tests.helpers.folders import contents
 from tests.helpers.game_files import story
 
 # Their commands use files: saved games, in detective.z5 also transcripts and recordings, in plundered.z3 "#record".
 STORIES = ["seastalker.z3", "detective.z5", "plundered.z3", "trinity.z4"]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture

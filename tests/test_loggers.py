@@ -14,10 +14,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from priorzero.runs.folder import truncate_files
 from priorzero.runs.loggers import check_loggers, make_metrics_writer, metrics_files
-from priorzero.runs.loggers.csv_file import COLUMNS, CsvLogger, read_metrics_csv
+from priorzero.runs.loggers.csv_file import CsvLogger, read_metrics_csv
 from priorzero.runs.loggers.tensorboard import TensorBoardLogger, hyper_parameters
 from priorzero.runs.loggers.transcript_text import MAX_CHARACTERS, MAX_STEPS, episode_rows, episode_text
 from priorzero.runs.loggers.wandb_run import TRANSCRIPTS
@@ -72,15 +73,21 @@ def test_csv_logger_writes_one_line_for_each_value(tmp_path):
     assert read_metrics_csv(tmp_path / "metrics.csv") == {"a": [(1, 0.1)], 'odd,"name"': [(1, 2)], "score": [(40, 7)]}
 
 
-def test_csv_logger_file_is_read_by_pandas(tmp_path):
-    pandas = pytest.importorskip("pandas")
-    log = CsvLogger(tmp_path, seconds=lambda: 0.0)
-    for step in (1, 2):
-        log.write({"a": step / 3, **({"rare": 5.0} if step == 2 else {})}, step=step, axis="iteration")
-    table = pandas.read_csv(tmp_path / "metrics.csv")
-    assert tuple(table.columns) == COLUMNS
-    wide = table.pivot(index="step", columns="metric", values="value")
-    assert wide["a"].tolist() == [1 / 3, 2 / 3] and wide["rare"].isna().tolist() == [True, False]
+def test_csv_logger_and_tensorboard_contain_the_same_values(tmp_path):
+    settings = make_settings({"run": {"loggers": ["csv", "tensorboard"]}})
+    writer = make_metrics_writer(tmp_path, settings, last=None, seconds=lambda: 0.0)
+    for step in (1, 2, 3):
+        writer.write({"a": step / 3, **({"rare": -1e-30} if step == 2 else {})}, step=step, axis="iteration")
+    writer.write_evaluation({"score_mean": 1234567.5}, transcripts=[], env_step=40)
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    in_events = {(name, event.step, event.value) for name in events.Tags()["scalars"] for event in events.Scalars(name)}
+    # TensorBoard stores float32.
+    in_csv = {(name, int(step), float(np.float32(value))) for name, _, step, value in csv_rows(tmp_path)}
+    assert in_csv == in_events and {name for name, *_ in in_csv} == {"a", "rare", "score_mean"} and len(in_csv) == 5
+    exact = [float(value) for name, _, _, value in csv_rows(tmp_path) if name == "a"]
+    assert exact == [1 / 3, 2 / 3, 1.0]
 
 
 def test_csv_logger_raises_os_error_on_a_full_disk(tmp_path):
@@ -204,7 +211,6 @@ def test_tensorboard_logger_of_a_resumed_run_keeps_the_scores_and_shows_changed_
 
 
 def test_tensorboard_logger_shows_transcripts_as_text_that_is_not_interpreted(tmp_path):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     from tensorboard.plugins.text.text_plugin import text_array_to_html
 
     log = TensorBoardLogger(tmp_path)

@@ -12,6 +12,7 @@ import pytest
 
 from priorzero import ray_entry
 from priorzero.entry import build_parser, settings_from
+from priorzero.runs.checkpoint import FORMAT
 from priorzero.settings import Settings
 
 ROOT = Path(__file__).parent.parent
@@ -75,6 +76,11 @@ def test_readme_make_targets_exist():
 
 
 @pytest.mark.slow
+def test_docs_state_the_format_of_checkpoints():
+    stated = re.findall(r"reads (?:and writes )?format (\w+)", PAGES)
+    assert stated == [str(FORMAT)] * 2
+
+
 def test_policy_import_leaves_logging_unchanged():
     code = (
         "import logging; logging.getLogger().setLevel(logging.WARNING); import priorzero.policy; "

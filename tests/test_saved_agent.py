@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import shutil
 
 import pytest
-import torch
 
 from priorzero.preflight import prepare_agent
 from priorzero.runs.checkpoint import save_checkpoint
 from priorzero.saved_agent import evaluate_agent
 from priorzero.settings import EVAL_MODES
 from priorzero.types import UserError
-from tests.helpers.runs import NO_LLM, lines, short_settings, train
+from tests.helpers.folders import contents
+from tests.helpers.runs import NO_LLM, lines, restored_threads, short_settings, train
 from tests.helpers.toy_game import toy_games
 
 # The engine's prompt cache may change log-probabilities by 1e-6, and what it holds depends on the past.
@@ -28,11 +27,8 @@ WITH_LLM = {
 
 def evaluate(where, **kwargs):
     """Evaluations of a saved agent, as the lines of ``evaluations.jsonl``."""
-    threads = torch.get_num_threads()
-    try:
+    with restored_threads():
         results = asyncio.run(evaluate_agent(prepare_agent(where, **kwargs)))
-    finally:
-        torch.set_num_threads(threads)
     return [
         {"game": game, "unseen": unseen, **evaluation.results()}
         for (_, unseen), of_games in results.items()
@@ -46,14 +42,6 @@ def reported(folder):
     for line in lines(folder, "evaluations.jsonl"):
         found.setdefault(line.pop("env_step"), []).append(line)
     return found
-
-
-def contents(folder):
-    return {
-        str(path.relative_to(folder)): (path.stat().st_mtime_ns, hashlib.md5(path.read_bytes()).hexdigest())
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-    }
 
 
 @pytest.mark.slow

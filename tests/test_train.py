@@ -16,7 +16,7 @@ from priorzero.config import resolve_settings
 from priorzero.llm.models import load_language_model
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.policy import PriorZeroPolicy
-from priorzero.run_state import RunState, load_world_model
+from priorzero.run_state import RunState, load_world_model_state
 from priorzero.runs.checkpoint import read_checkpoint
 from priorzero.runs.resume import newest_checkpoint
 from priorzero.runs.summary import count_moved, fingerprint
@@ -93,7 +93,7 @@ def test_train_writes_checkpoints_that_can_be_loaded(tmp_path, tiny_llm_folder):
     policy = PriorZeroPolicy(short_settings(tmp_path), feature_size=384 * 3 + 128, device="cpu", llm=None)
     before = fingerprint(dict(policy.trained_world_model_parameters()))
     indexer = ActionVocabulary(256)
-    load_world_model(last, policy=policy, indexer=indexer)
+    load_world_model_state(last, policy=policy, indexer=indexer)
     assert count_moved(before, fingerprint(dict(policy.trained_world_model_parameters()))) == len(before)
     assert indexer.num_used > 3
     assert read_checkpoint(last).manifest["counters"] == {

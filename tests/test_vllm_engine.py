@@ -29,10 +29,10 @@ from priorzero.llm.models import load_language_model
 from priorzero.llm.prompts import prompt_style, render_prompt
 from priorzero.runs.resume import newest_checkpoint
 from priorzero.settings import PriorSettings
-from priorzero.train import run_training
 from priorzero.types import EngineError, HistoryStep, PriorRequest, UserError
 from tests.helpers.models import make_settings, make_tiny_llm
 from tests.helpers.processes import send_stop_signals
+from tests.helpers.runs import train
 
 pytestmark = [
     pytest.mark.vllm,
@@ -457,11 +457,7 @@ SMALL = {
 
 
 def run_small(tmp_path, *layers, **kwargs):
-    num_threads = torch.get_num_threads()
-    try:
-        return run_training(make_settings(SETTINGS, SMALL, {"run": {"output_dir": str(tmp_path)}}, *layers), **kwargs)
-    finally:
-        torch.set_num_threads(num_threads)
+    return train(make_settings(SETTINGS, SMALL, {"run": {"output_dir": str(tmp_path)}}, *layers), **kwargs)
 
 
 def test_run_training_with_vllm_resumes_with_adapters_and_survives_a_killed_worker(tmp_path, monkeypatch):

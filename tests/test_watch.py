@@ -9,7 +9,6 @@ import re
 
 import numpy as np
 import pytest
-import torch
 from rich.console import Console
 
 from priorzero.play.transcript import read_transcripts, write_transcripts
@@ -19,18 +18,14 @@ from priorzero.types import GameWorkerError
 from priorzero.watch import main
 from tests.helpers.collecting import CountingGame, evaluate, make_player
 from tests.helpers.reports import make_episode, make_step
-from tests.helpers.runs import NO_LLM, lines, short_settings, train
+from tests.helpers.runs import NO_LLM, lines, restored_threads, short_settings, train
 from tests.helpers.toy_game import toy_games
 
 
 def watch(*arguments):
     """The exit code of the command, which plays toy games. The number of torch's threads is restored."""
-    threads = torch.get_num_threads()
-    try:
-        with toy_games():
-            return main([str(argument) for argument in arguments])
-    finally:
-        torch.set_num_threads(threads)
+    with toy_games(), restored_threads():
+        return main([str(argument) for argument in arguments])
 
 
 def data_of(page):

@@ -31,6 +31,7 @@ from priorzero.play.transcript import EvaluationTranscript
 from priorzero.policy import add_total_loss
 from priorzero.runs.checkpoint import write_world_model
 from priorzero.runs.counters import Counters
+from priorzero.runs.files import LLM_FOLDER
 from priorzero.runs.logger import RunLogger
 from priorzero.runs.nonfinite import NonFiniteUpdates
 from priorzero.runs.report import report_at_end
@@ -219,13 +220,13 @@ class ClusterRun:
         limit = self.settings.cluster.timeout_s
         parameters = await result_of(reference, timeout_s=limit, process="the world model's learner")
         actions = await self.registry.actions()
-        exported = self.folder / "learners" / "llm"
+        exported = self.folder / "learners" / LLM_FOLDER
         shutil.rmtree(exported, ignore_errors=True)  # of a checkpoint that could not be written
         await self.ppo.query(lambda: self._engine.export(exported))
 
         def write(folder: Path) -> None:
             write_world_model(folder, parameters=parameters, actions=actions, settings=self.settings)
-            exported.rename(folder / "llm")
+            exported.rename(folder / LLM_FOLDER)
 
         await self.saver.save(name, write=write, about=about)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from priorzero.envs.babyai_text import NOTHING, describe_carried, describe_view
 from priorzero.envs.validation import check_action, check_arguments
+from priorzero.runtime.packages import INSTALL
 from priorzero.types import GameState, UserError, ValidActionsMode
 
 # minigrid's seventh action, "done", has no effect in these levels.
@@ -142,7 +143,7 @@ def check_installed() -> None:
     """Raise a UserError if minigrid is not installed."""
     if importlib.util.find_spec("minigrid") is None:
         raise UserError(
-            "BabyAI's levels need the package minigrid, which is not installed. Type: pip install 'minigrid==3.2.0' "
+            f"BabyAI's levels need the package minigrid, which is not installed. Type: {INSTALL['minigrid']} "
             "(the extra [babyai] of priorzero contains it)"
         )
 

@@ -9,8 +9,7 @@ from typing import Any
 from priorzero.exporting.llm import published_base_model
 from priorzero.exporting.plan import ExportPlan
 from priorzero.llm.model_card import front_matter, markdown_table, package_version
-from priorzero.runs.exported import LLM_FOLDER, PLAY_STATE, WORLD_MODEL
-from priorzero.runs.files import CONFIG, EVALUATIONS
+from priorzero.runs.files import CONFIG, EVALUATIONS, EXPORTED_WORLD_MODEL, LLM_FOLDER, PLAY_STATE
 from priorzero.runs.results import EVALUATION_KEYS, FIRST_EVALUATION_SEED, read_lines
 from priorzero.settings import MODE_NAMES
 
@@ -19,7 +18,7 @@ TASK = "reinforcement-learning"
 
 WORLD_MODEL_CODE = """\
 ```python
-from priorzero.exporting.world_model import load_world_model
+from priorzero.saved_world_model import load_world_model
 from priorzero.types import GameState
 
 folder = "."  # this folder; a copy on the hub: huggingface_hub.snapshot_download("%s")
@@ -139,7 +138,7 @@ def _metadata(plan: ExportPlan, evaluations: Sequence[Mapping[str, Any]]) -> lis
 
 
 def _files(plan: ExportPlan) -> Iterator[tuple[str, str]]:
-    yield f"`{WORLD_MODEL}`", "parameters of the world model"
+    yield f"`{EXPORTED_WORLD_MODEL}`", "parameters of the world model"
     yield "`actions.json`", "the action vocabulary: the index of each action text"
     yield f"`{CONFIG}`", "all settings of the run"
     yield f"`{PLAY_STATE}`", "weights of the prior at the root of the search, and the memory of the prompts, by game"

@@ -10,7 +10,7 @@ from priorzero.llm.hub import is_hub_id
 from priorzero.llm.model_card import CARD
 from priorzero.llm.model_files import check_llm
 from priorzero.runs.checkpoint import Checkpoint
-from priorzero.runs.exported import LLM_FOLDER
+from priorzero.runs.files import LLM_FOLDER
 from priorzero.settings import LLMSettings
 from priorzero.types import UserError
 
@@ -56,7 +56,7 @@ def published_base_model(name: str) -> str | None:
     return name if is_hub_id(name) and not Path(name).exists() else None
 
 
-def llm_size(checkpoint: Checkpoint, *, form: str) -> int:
+def llm_size(checkpoint: Checkpoint, *, form: str, trust_remote_code: bool = False) -> int:
     """About how many bytes the exported LLM needs.
 
     Raises:
@@ -67,12 +67,12 @@ def llm_size(checkpoint: Checkpoint, *, form: str) -> int:
     source = checkpoint.folder / LLM_FOLDER
     size = sum(file.stat().st_size for file in source.rglob("*") if file.is_file())
     if form == "merged" and is_adapter(source):
-        files = check_llm(_merged_settings(checkpoint))
+        files = check_llm(_merged_settings(checkpoint, trust_remote_code=trust_remote_code))
         size += 4 * files.num_parameters if files is not None else 0
     return size
 
 
-def write_llm(checkpoint: Checkpoint, folder: Path, *, form: str, base: str) -> None:
+def write_llm(checkpoint: Checkpoint, folder: Path, *, form: str, base: str, trust_remote_code: bool = False) -> None:
     """Write the LLM and its tokenizer in ``save_pretrained`` form, and the settings of its prompt.
 
     Args:
@@ -80,6 +80,7 @@ def write_llm(checkpoint: Checkpoint, folder: Path, *, form: str, base: str) -> 
         folder: is created.
         form: ``merged`` or ``adapter``.
         base: what an adapter names as its base model.
+        trust_remote_code: code that comes with the base model may run when the adapter is merged.
 
     Raises:
         OSError: a file cannot be written.
@@ -92,7 +93,8 @@ def write_llm(checkpoint: Checkpoint, folder: Path, *, form: str, base: str) -> 
         from priorzero.llm.models import load_language_model
 
         folder.mkdir()
-        load_language_model(_merged_settings(checkpoint), device=torch.device("cpu")).save(folder)
+        cfg = _merged_settings(checkpoint, trust_remote_code=trust_remote_code)
+        load_language_model(cfg, device=torch.device("cpu")).save(folder)
     else:
         # peft writes a card that names the base model by the folder where it was found.
         shutil.copytree(source, folder, ignore=shutil.ignore_patterns(CARD))
@@ -103,7 +105,7 @@ def write_llm(checkpoint: Checkpoint, folder: Path, *, form: str, base: str) -> 
         file.chmod(0o644)  # safetensors writes files that only their owner can read
 
 
-def _merged_settings(checkpoint: Checkpoint) -> LLMSettings:
+def _merged_settings(checkpoint: Checkpoint, *, trust_remote_code: bool) -> LLMSettings:
     """The settings with which the adapter in a checkpoint is loaded and merged into its base model."""
     changes = {
         "path": str((checkpoint.folder / LLM_FOLDER).absolute()),
@@ -111,5 +113,6 @@ def _merged_settings(checkpoint: Checkpoint) -> LLMSettings:
         "use_lora": False,
         "kl_weight": 0.0,  # needs a copy of the model
         "trained_layers": 0,
+        "trust_remote_code": trust_remote_code,
     }
     return checkpoint.settings.llm.model_copy(update=changes)

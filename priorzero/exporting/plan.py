@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from priorzero.runs.checkpoint import TRAINING_STATE, Checkpoint
+from priorzero.envs.textworld_own import FILE_PREFIX
+from priorzero.runs.checkpoint import Checkpoint
+from priorzero.runs.files import TRAINING_STATE
 from priorzero.settings import RunSettings, Settings
 
 LLM_FORMS = ("merged", "adapter", "none")
@@ -23,6 +25,7 @@ class ExportPlan:
         licence: its identifier on the hub; "" if it is not known.
         push: USER/NAME on the hub; "" if nothing is uploaded.
         private: a new repository is private.
+        trust_remote_code: code that comes with the LLM may run when the adapter is merged.
     """
 
     checkpoint: Checkpoint
@@ -32,6 +35,7 @@ class ExportPlan:
     licence: str = ""
     push: str = ""
     private: bool = False
+    trust_remote_code: bool = False
 
     @property
     def is_cluster(self) -> bool:
@@ -77,5 +81,10 @@ class ExportPlan:
 
 
 def _without_folders(env_ids: str) -> str:
-    names = (name.strip() for name in env_ids.split(","))
-    return ",".join(name if ":" in name else name.rpartition("/")[2] for name in names)
+    return ",".join(_without_folder(name.strip()) for name in env_ids.split(","))
+
+
+def _without_folder(env_id: str) -> str:
+    prefix = FILE_PREFIX if env_id.startswith(FILE_PREFIX) else ""
+    path = env_id.removeprefix(prefix)
+    return env_id if ":" in path else prefix + path.rpartition("/")[2]

@@ -10,21 +10,19 @@ from typing import Any
 from loguru import logger
 
 from priorzero.config import dump_settings
-from priorzero.exporting.llm import base_model, choose_form, llm_size, published_base_model, write_llm
+from priorzero.exporting.llm import base_model, choose_form, is_adapter, llm_size, published_base_model, write_llm
 from priorzero.exporting.plan import ExportPlan
 from priorzero.llm.hub import check_upload, upload
 from priorzero.llm.model_card import CARD
 from priorzero.runs.checkpoint import save_export
 from priorzero.runs.exported import (
-    LLM_FOLDER,
-    PLAY_STATE,
-    WORLD_MODEL,
     is_exported,
     read_play_state,
     read_world_model,
     write_world_model,
 )
-from priorzero.runs.files import CONFIG
+from priorzero.runs.files import ACTIONS, CONFIG, EXPORTED_WORLD_MODEL, LLM_FOLDER, PLAY_STATE, WORLD_MODEL
+from priorzero.runs.resume import check_trusted
 from priorzero.runs.saved import find_agent
 from priorzero.runtime.activity import announced
 from priorzero.runtime.paths import check_free_space, user_path
@@ -42,6 +40,7 @@ def plan_export(
     licence: str = "",
     push: str = "",
     private: bool = False,
+    trust_remote_code: bool = False,
 ) -> ExportPlan:
     """Find the agent and check everything that can be checked before the export. Nothing is written.
 
@@ -53,6 +52,7 @@ def plan_export(
         licence: for the card; "" if it is not known.
         push: USER/NAME of a repository on the hub; "" for none.
         private: a new repository is private.
+        trust_remote_code: code that comes with the LLM may run when the adapter is merged.
 
     Raises:
         UserError: the first problem.
@@ -70,13 +70,17 @@ def plan_export(
         raise UserError(f"--base_model {base}: no LLM is exported; leave --base_model out")
     if not base and form != "none":
         base = base_model(checkpoint.settings.llm)
-    size = (checkpoint.folder / "world_model.pt").stat().st_size + llm_size(checkpoint, form=form) + SMALL_FILES
+    if form == "merged" and is_adapter(checkpoint.folder / LLM_FOLDER):  # otherwise, the LLM is not loaded
+        flags = [{"llm": {"trust_remote_code": True}}] if trust_remote_code else []
+        check_trusted(checkpoint, flags, flag="--trust_remote_code")
+    size = (checkpoint.folder / WORLD_MODEL).stat().st_size + SMALL_FILES
+    size += llm_size(checkpoint, form=form, trust_remote_code=trust_remote_code)
     check_free_space(out, size=size, what=f"--to {to}", content="the export", advice="give a folder on another disk")
     if push:
-        check_upload(push, private=private, marker=WORLD_MODEL)
+        check_upload(push, private=private, marker=EXPORTED_WORLD_MODEL)
     elif private:
         raise UserError("--private has no effect without --push USER/NAME; add it, or leave --private out")
-    return ExportPlan(checkpoint, out, form, base, licence, push, private)
+    return ExportPlan(checkpoint, out, form, base, licence, push, private, trust_remote_code)
 
 
 def _check_out(out: Path, *, to: str) -> None:
@@ -121,13 +125,19 @@ def _write(plan: ExportPlan, folder: Path) -> None:
     checkpoint = plan.checkpoint
     with announced("exporting the world model"):
         write_world_model(folder, read_world_model(checkpoint.folder))
-        shutil.copyfile(checkpoint.folder / "actions.json", folder / "actions.json")
+        shutil.copyfile(checkpoint.folder / ACTIONS, folder / ACTIONS)
         (folder / CONFIG).write_text(dump_settings(plan.settings), encoding="utf-8")
         play_state = read_play_state(checkpoint.folder, checkpoint.manifest)
         (folder / PLAY_STATE).write_text(play_state.to_json(), encoding="utf-8")
     if plan.form != "none":
         with announced("exporting the LLM"):
-            write_llm(checkpoint, folder / LLM_FOLDER, form=plan.form, base=plan.base)
+            write_llm(
+                checkpoint,
+                folder / LLM_FOLDER,
+                form=plan.form,
+                base=plan.base,
+                trust_remote_code=plan.trust_remote_code,
+            )
     evaluations = last_evaluation(checkpoint.run_folder, env_step=checkpoint.manifest["counters"]["env_step"])
     (folder / CARD).write_text(card_text(plan, evaluations), encoding="utf-8")
 

@@ -156,7 +156,7 @@ def check_upload(repo_id: str, *, private: bool, marker: str) -> None:
     if files and marker not in files:
         raise UserError(
             f"{what}: this repository exists and contains {len(files)} files, which are not from an export "
-            f"({', '.join(sorted(files)[:3])}{', ...' if files else ''}); give another name"
+            f"({', '.join(sorted(files)[:3])}{', ...' if len(files) > 3 else ''}); give another name"
         )
 
 

@@ -19,17 +19,25 @@ from pathlib import Path
 from typing import Any
 
 from priorzero.config import dump_settings, read_config_file, resolve_settings
+from priorzero.runs.files import (
+    ACTIONS,
+    CHECKPOINTS,
+    CONFIG,
+    EXPORTED_WORLD_MODEL,
+    LLM_FOLDER,
+    MANIFEST,
+    PLAY_STATE,
+    TRAINING_STATE,
+    WORLD_MODEL,
+)
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
 
 FORMAT = 9  # raise it when a change makes older checkpoints unreadable
 EXPORT_FORMAT = 1  # the same for exported agents, see priorzero.runs.exported
-CHECKPOINTS = "checkpoints"  # in a run's folder
-MANIFEST = "manifest.json"
-TRAINING_STATE = "training.pt"
-AGENT_FILES = ("world_model.pt", "actions.json", "config.yaml")  # in the checkpoints of both training loops
+AGENT_FILES = (WORLD_MODEL, ACTIONS, CONFIG)  # in the checkpoints of both training loops
 REQUIRED_FILES = (TRAINING_STATE, *AGENT_FILES)  # for resuming
-EXPORTED_FILES = ("world_model.safetensors", "play.json", "actions.json", "config.yaml")  # of an exported agent
+EXPORTED_FILES = (EXPORTED_WORLD_MODEL, PLAY_STATE, ACTIONS, CONFIG)  # of an exported agent
 PACKAGES = ("priorzero", "torch", "transformers", "LightZero", "numpy")
 # iteration_N, or iteration_N+STEPS in the middle of a collection; "~" marks a version that is being replaced.
 CHECKPOINT_NAME = re.compile(r"iteration_(\d+)(?:\+(\d+))?(~?)")
@@ -172,9 +180,9 @@ def write_world_model(folder: Path, *, parameters: Plain, actions: Plain, settin
     Raises:
         OSError: a file cannot be written.
     """
-    save_tensors(parameters, folder / "world_model.pt")
-    (folder / "actions.json").write_text(json.dumps(actions), encoding="utf-8")
-    (folder / "config.yaml").write_text(dump_settings(settings), encoding="utf-8")
+    save_tensors(parameters, folder / WORLD_MODEL)
+    (folder / ACTIONS).write_text(json.dumps(actions), encoding="utf-8")
+    (folder / CONFIG).write_text(dump_settings(settings), encoding="utf-8")
 
 
 def package_versions() -> dict[str, str]:
@@ -231,11 +239,11 @@ def read_checkpoint(folder: Path, *, resumable: bool = True) -> Checkpoint:
         if (
             resumable
             and TRAINING_STATE not in manifest["files"]
-            and any(name.startswith("llm/") for name in manifest["files"])
+            and any(name.startswith(f"{LLM_FOLDER}/") for name in manifest["files"])
         ):
             raise ValueError(
                 "it belongs to a run on a Ray cluster, which cannot be resumed; a new run can start from its LLM: "
-                f"--set llm.path={folder / 'llm'}"
+                f"--set llm.path={folder / LLM_FOLDER}"
             )
         is_exported = "export_format" in manifest
         if is_exported and resumable:
@@ -243,7 +251,7 @@ def read_checkpoint(folder: Path, *, resumable: bool = True) -> Checkpoint:
         for name in EXPORTED_FILES if is_exported else REQUIRED_FILES if resumable else AGENT_FILES:
             if name not in manifest["files"]:
                 raise ValueError(f"{name} is missing")
-        settings = resolve_settings(read_config_file(folder / "config.yaml"))
+        settings = resolve_settings(read_config_file(folder / CONFIG))
     except (OSError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"{MANIFEST} cannot be read ({type(error).__name__}: {error})") from error
     except UserError as error:
@@ -276,9 +284,10 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
     key, known = ("export_format", EXPORT_FORMAT) if "export_format" in manifest else ("format", FORMAT)
     if manifest[key] != known:
         raise ValueError(f"its format is {manifest[key]}, this version of priorzero reads format {known}")
+    if key == "format":  # in a cache of downloads, the files of an exported agent are links
+        _check_links(folder)
     for name, checksum in manifest["files"].items():
         path = folder / name
-        # By its name, since the files in a cache of downloads are links.
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise ValueError(f"its manifest names a file outside of the folder: {name}")
         if not path.is_file():
@@ -286,6 +295,14 @@ def _verified_manifest(folder: Path) -> dict[str, Any]:
         if _checksum(path) != checksum:
             raise ValueError(f"{name} has a wrong checksum")
     return manifest
+
+
+def _check_links(folder: Path) -> None:
+    """Raise ValueError if a link leads out of the folder: an export would publish other files of this machine."""
+    inside = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise ValueError(f"it contains a link to a file outside of the folder: {path.relative_to(folder)}")
 
 
 # ---- removing ----

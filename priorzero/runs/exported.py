@@ -12,12 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from priorzero.runs.checkpoint import TRAINING_STATE
+from priorzero.runs.files import EXPORTED_WORLD_MODEL, PLAY_STATE, TRAINING_STATE, WORLD_MODEL
 from priorzero.types import Plain
-
-WORLD_MODEL = "world_model.safetensors"
-PLAY_STATE = "play.json"
-LLM_FOLDER = "llm"
 
 Outcomes = dict[tuple[str, str], tuple[float, bool]]  # of a game, see GameMemory
 
@@ -62,7 +58,7 @@ class PlayState:
 
 def is_exported(folder: Path) -> bool:
     """Whether a folder contains an exported agent."""
-    return (folder / WORLD_MODEL).is_file()
+    return (folder / EXPORTED_WORLD_MODEL).is_file()
 
 
 def read_world_model(folder: Path) -> dict[str, Any]:
@@ -74,10 +70,10 @@ def read_world_model(folder: Path) -> dict[str, Any]:
     if is_exported(folder):
         from safetensors.torch import load_file
 
-        return load_file(folder / WORLD_MODEL)
+        return load_file(folder / EXPORTED_WORLD_MODEL)
     import torch
 
-    state: dict[str, Any] = torch.load(folder / "world_model.pt", map_location="cpu", weights_only=True)
+    state: dict[str, Any] = torch.load(folder / WORLD_MODEL, map_location="cpu", weights_only=True)
     return state
 
 
@@ -91,7 +87,7 @@ def write_world_model(folder: Path, state: Mapping[str, Any]) -> None:
 
     # safetensors refuses tensors that share memory, or have gaps in it.
     copies = {name: tensor.clone().contiguous() for name, tensor in state.items()}
-    (folder / WORLD_MODEL).write_bytes(save(copies, metadata={"format": "pt"}))
+    (folder / EXPORTED_WORLD_MODEL).write_bytes(save(copies, metadata={"format": "pt"}))
 
 
 def read_play_state(folder: Path, manifest: Mapping[str, Any]) -> PlayState:

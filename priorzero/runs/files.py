@@ -1,4 +1,4 @@
-"""Names of the files in a run's folder. This module imports no model, so that a run can be read quickly."""
+"""Names of the files in a run's folder, its checkpoints and exported agents. This module imports no model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import os
 import re
 from pathlib import Path
 
-CONFIG = "config.yaml"
+CONFIG = "config.yaml"  # in a run's folder, a checkpoint and an exported agent
 LOGS = "log"
 LOCK = ".lock"
 EPISODES = "episodes.jsonl"
@@ -20,6 +20,18 @@ REPORT = "report.html"
 RECORDINGS = "recordings"
 RECORDING = re.compile(r"step(\d+)_episode\d+\.json")
 ERROR = f"{LOGS}/error.txt"  # the error that ended the run
+CHECKPOINTS = "checkpoints"
+
+# In a checkpoint and in an exported agent.
+MANIFEST = "manifest.json"
+ACTIONS = "actions.json"  # the action vocabulary
+LLM_FOLDER = "llm"
+# In a checkpoint.
+WORLD_MODEL = "world_model.pt"
+TRAINING_STATE = "training.pt"
+# In an exported agent.
+EXPORTED_WORLD_MODEL = "world_model.safetensors"
+PLAY_STATE = "play.json"
 
 
 def recording_path(folder: Path, *, env_step: int, episode: int) -> Path:

@@ -12,15 +12,13 @@ from loguru import logger
 from priorzero.config import read_config_file, resolve_settings
 from priorzero.envs import GameSpec
 from priorzero.runs.checkpoint import (
-    CHECKPOINTS,
-    MANIFEST,
     Checkpoint,
     package_versions,
     read_checkpoint,
     remove_leftovers,
     saved_checkpoints,
 )
-from priorzero.runs.files import CONFIG
+from priorzero.runs.files import CHECKPOINTS, CONFIG, MANIFEST
 from priorzero.runs.folder import given_folder, is_run_name, lock_folder
 from priorzero.runtime.paths import user_path
 from priorzero.settings import AUTO, Settings, VLLMSettings
@@ -161,13 +159,18 @@ def _saved_setting(checkpoints: Sequence[Path], key: str) -> Any:
     """A setting of the group ``run``, from the newest readable checkpoint."""
     for checkpoint in reversed(checkpoints):
         try:
-            return read_config_file(checkpoint / "config.yaml")["run"][key]
+            return read_config_file(checkpoint / CONFIG)["run"][key]
         except (UserError, KeyError, TypeError):
             continue  # damaged
     return None
 
 
-def check_trusted(checkpoint: Checkpoint, flags: Iterable[Mapping[str, Mapping[str, Any]]]) -> None:
+def check_trusted(
+    checkpoint: Checkpoint,
+    flags: Iterable[Mapping[str, Mapping[str, Any]]],
+    *,
+    flag: str = "--set llm.trust_remote_code=true",
+) -> None:
     """Check that the user has agreed to run code that comes with the LLM of a checkpoint.
 
     A checkpoint, and its configuration with it, may come from anyone.
@@ -175,6 +178,7 @@ def check_trusted(checkpoint: Checkpoint, flags: Iterable[Mapping[str, Mapping[s
     Args:
         checkpoint: its settings are used.
         flags: settings that the user gave.
+        flag: what the user types to trust the code.
 
     Raises:
         UserError: the configuration runs such code, and ``flags`` do not say whether to trust it.
@@ -183,7 +187,7 @@ def check_trusted(checkpoint: Checkpoint, flags: Iterable[Mapping[str, Mapping[s
     if llm.trust_remote_code and not any("trust_remote_code" in layer.get("llm", {}) for layer in flags):
         raise UserError(
             f"{checkpoint.folder}: its configuration runs code that comes with a model ({llm.path}); if you trust "
-            "it, type --set llm.trust_remote_code=true"
+            f"it, type {flag}"
         )
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from priorzero.config import resolve_settings
 from priorzero.envs import GameSpec
-from priorzero.runs.checkpoint import CHECKPOINTS, MANIFEST, Checkpoint, read_checkpoint
-from priorzero.runs.exported import LLM_FOLDER
+from priorzero.runs.checkpoint import Checkpoint, read_checkpoint
+from priorzero.runs.files import CHECKPOINTS, LLM_FOLDER, MANIFEST
 from priorzero.runs.folder import given_folder
 from priorzero.runs.resume import check_is_run, check_trusted, newest_intact, note_changed_versions
 from priorzero.settings import Settings

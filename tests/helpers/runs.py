@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -32,13 +34,20 @@ def short_settings(folder, *layers: dict[str, dict[str, Any]]) -> Settings:
     return make_settings(SHORT, {"run": {"output_dir": str(folder)}}, *layers)
 
 
-def train(settings: Settings, *, checkpoint: Checkpoint | None = None) -> RunSummary:
-    """``run_training``; the number of torch's threads is restored."""
+@contextlib.contextmanager
+def restored_threads() -> Iterator[None]:
+    """Restore the number of torch's threads, which a run or an agent sets."""
     threads = torch.get_num_threads()
     try:
-        return run_training(settings, checkpoint=checkpoint)
+        yield
     finally:
         torch.set_num_threads(threads)
+
+
+def train(settings: Settings, *, checkpoint: Checkpoint | None = None) -> RunSummary:
+    """``run_training``; the number of torch's threads is restored."""
+    with restored_threads():
+        return run_training(settings, checkpoint=checkpoint)
 
 
 def read_events(folder):

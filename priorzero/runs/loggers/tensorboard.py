@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,14 @@ class TensorBoardLogger:
 
     def close(self, *, failed: bool) -> None:
         """Close the files. What could not be written, which has raised an error, may be lost."""
-        try:
-            if self._hparams is not None:
-                self._hparams.close(failed=failed)
-            self._events.close()
-        except OSError as error:
-            logger.warning(f"the metrics file was not closed properly ({error})")
+        closing = [self._events.close]
+        if self._hparams is not None:
+            closing.append(partial(self._hparams.close, failed=failed))
+        for close in closing:
+            try:
+                close()
+            except OSError as error:
+                logger.warning(f"a metrics file was not closed properly ({error})")
 
 
 class _EventFile:
@@ -117,8 +120,10 @@ class _HParams:
         """Write whether an error has ended the run."""
         if failed:
             self._end = _failure()
-        self._file.write([self._end], step=0)
-        self._file.close()
+        try:
+            self._file.write([self._end], step=0)
+        finally:
+            self._file.close()
 
 
 def hyper_parameters(settings: Settings) -> dict[str, str | bool | float]:

@@ -24,6 +24,7 @@ from priorzero.runs.loggers.base import Axis
 from priorzero.runs.loggers.transcript_text import COLUMNS, episode_rows
 from priorzero.runtime.activity import announced
 from priorzero.runtime.network import no_reply, reason
+from priorzero.runtime.packages import INSTALL
 from priorzero.runtime.paths import replace_text
 from priorzero.runtime.quiet import quiet
 from priorzero.settings import Settings
@@ -36,8 +37,8 @@ PROJECT = "priorzero"
 INIT_TIMEOUT_S = 30.0
 FINISH_TIMEOUT_S = 60.0  # to send the rest at the end of a run
 TRANSCRIPTS = "evaluator_text/transcripts"
-INSTALL = "pip install wandb==0.31.0"
-WITHOUT = "type WANDB_MODE=offline before the command, or leave wandb out: --set run.loggers=tensorboard"
+LEAVE_OUT = "leave wandb out: --set run.loggers=tensorboard"
+WITHOUT = f"type WANDB_MODE=offline before the command, or {LEAVE_OUT}"
 
 
 def check_wandb() -> None:
@@ -47,10 +48,7 @@ def check_wandb() -> None:
         UserError: it says what to type.
     """
     if importlib.util.find_spec("wandb") is None:
-        raise UserError(
-            f"run.loggers=wandb: wandb is not installed; type {INSTALL}, or leave wandb out: --set "
-            "run.loggers=tensorboard"
-        )
+        raise UserError(f"run.loggers=wandb: wandb is not installed; type {INSTALL['wandb']}, or {LEAVE_OUT}")
     with _errors_of_wandb("W&B cannot be started"), quiet():
         import wandb
 

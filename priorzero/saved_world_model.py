@@ -12,7 +12,7 @@ import torch
 
 from priorzero.play.action_vocabulary import ActionVocabulary
 from priorzero.play.text_encoder import TextEncoder
-from priorzero.run_state import load_world_model as load_parameters
+from priorzero.run_state import load_world_model_state
 from priorzero.runs.exported import read_world_model
 from priorzero.runs.saved import find_agent
 from priorzero.search.base import Root
@@ -84,6 +84,6 @@ def load_world_model(where: str | Path, *, device: str = "cpu") -> WorldModel:
     feature_size = next(len(mean) for name, mean in state.items() if name.endswith("encoder.feature_mean"))
     learner = UniZeroLearner(checkpoint.settings, feature_size=feature_size, device=device)
     vocabulary = ActionVocabulary(checkpoint.settings.env.num_actions)
-    load_parameters(checkpoint.folder, policy=learner, indexer=vocabulary)
+    load_world_model_state(checkpoint.folder, policy=learner, indexer=vocabulary)
     learner.network.eval()
     return WorldModel(checkpoint.settings, learner.network, learner.inference, vocabulary, feature_size)
