@@ -35,7 +35,7 @@ def check_game(game: TextGame | str, *, num_episodes: int = 5, max_commands: int
             limit of 50 commands an episode and closed at the end, and a second game object with the same seed must
             behave as the first one.
         num_episodes: number of episodes.
-        max_commands: at most this many commands are played in each.
+        max_commands: at most this many commands are played in each; at least 50 if the game is given by name.
         seed: of the random commands, and of a game that is given by name.
 
     Raises:
@@ -44,7 +44,8 @@ def check_game(game: TextGame | str, *, num_episodes: int = 5, max_commands: int
     if isinstance(game, str):
         _check_named_game(game, num_episodes=num_episodes, max_commands=max_commands, seed=seed)
         return
-    _check(game, type(game).__name__, num_episodes=num_episodes, max_commands=max_commands, seed=seed)
+    play = _Play(game, type(game).__name__, choose=_Chooser(seed), max_commands=max_commands, max_episode_steps=None)
+    _check(play, num_episodes=num_episodes)
 
 
 def _check_named_game(name: str, *, num_episodes: int, max_commands: int, seed: int) -> None:
@@ -63,23 +64,31 @@ def _check_named_game(name: str, *, num_episodes: int, max_commands: int, seed: 
             games.append(
                 call_factory(spec.request, **arguments) if spec.request is not None else make_game(spec, **arguments)
             )
-        _check(games[0], name, num_episodes=num_episodes, max_commands=max_commands, seed=seed)
-        episode = _play(games[0], name, choose=_Chooser(seed), max_commands=max_commands)
+        max_commands = max(max_commands, NAMED_EPISODE_STEPS)  # otherwise a missing end could not be seen
+        play = _Play(
+            games[0],
+            name,
+            choose=_Chooser(seed),
+            max_commands=max_commands,
+            max_episode_steps=NAMED_EPISODE_STEPS,
+        )
+        _check(play, num_episodes=num_episodes)
+        episode = dataclasses.replace(play, choose=_Chooser(seed)).episode()
         _check_replay(games[1], f"{name}: a second game object with the same seed:", episode)
     finally:
         for opened in games:
             opened.close()
 
 
-def _check(game: TextGame, name: str, *, num_episodes: int, max_commands: int, seed: int) -> None:
+def _check(play: _Play, *, num_episodes: int) -> None:
+    game, name = play.game, play.name
     check_methods(game, where=name)
     first = game.reset()
-    check_first_state(first, where=f"{name}: reset()", max_episode_steps=None)
+    check_first_state(first, where=f"{name}: reset()", max_episode_steps=play.max_episode_steps)
     _check_refusal(game, f"{name}: step({INVALID_ACTION!r}), which is not a valid action,", INVALID_ACTION)
-    choose = _Chooser(seed)
     for number in range(num_episodes):
         # The first episode continues after the refusal, so that a refused command that changed the game is noticed.
-        episode = _play(game, name, choose=choose, max_commands=max_commands, first=first if number == 0 else None)
+        episode = play.episode(first if number == 0 else None)
         if episode.states[-1].done:
             action = (*episode.states[-1].valid_actions, *episode.commands)[0]
             _check_refusal(game, f"{name}: step({action!r}) after the end of the episode", action)
@@ -109,29 +118,46 @@ class _Chooser:
         return action
 
 
-def _play(
-    game: TextGame, name: str, *, choose: _Chooser, max_commands: int, first: GameState | None = None
-) -> _Episode:
-    """Play random commands from ``reset`` on, or from the state ``first`` that it returned, and check all states."""
-    if first is None:
-        first = game.reset()
-        check_first_state(first, where=f"{name}: reset() after another episode", max_episode_steps=None)
-    states, commands, rewards = [first], list[str](), list[float]()
-    while not states[-1].done and len(commands) < max_commands:
-        action = choose(states[-1].valid_actions)
-        where = f"{name}: step({action!r}){_after(commands)}"
-        try:
-            outcome = game.step(action)
-        except Exception as error:
-            raise UserError(
-                f"{where} raised {type(error).__name__}: {error}. A valid action raises no error."
-            ) from error
-        check_outcome(outcome, states[-1], where=where, max_episode_steps=None)
-        commands.append(action)
-        states.append(outcome[0])
-        rewards.append(float(outcome[1]))
-        _check_picklable(outcome[0], where=where)
-    return _Episode(commands, states, rewards)
+@dataclasses.dataclass(frozen=True)
+class _Play:
+    """Plays random episodes of a game and checks all states.
+
+    Attributes:
+        game: the game.
+        name: what it is called in messages.
+        choose: chooses the commands.
+        max_commands: at most this many commands are played in an episode.
+        max_episode_steps: the limit with which the game was created; None if it is not known.
+    """
+
+    game: TextGame
+    name: str
+    choose: _Chooser
+    max_commands: int
+    max_episode_steps: int | None
+
+    def episode(self, first: GameState | None = None) -> _Episode:
+        """An episode from ``reset`` on, or from the state ``first`` that it returned."""
+        if first is None:
+            first = self.game.reset()
+            where = f"{self.name}: reset() after another episode"
+            check_first_state(first, where=where, max_episode_steps=self.max_episode_steps)
+        states, commands, rewards = [first], list[str](), list[float]()
+        while not states[-1].done and len(commands) < self.max_commands:
+            action = self.choose(states[-1].valid_actions)
+            where = f"{self.name}: step({action!r}){_after(commands)}"
+            try:
+                outcome = self.game.step(action)
+            except Exception as error:
+                raise UserError(
+                    f"{where} raised {type(error).__name__}: {error}. A valid action raises no error."
+                ) from error
+            check_outcome(outcome, states[-1], where=where, max_episode_steps=self.max_episode_steps)
+            commands.append(action)
+            states.append(outcome[0])
+            rewards.append(float(outcome[1]))
+            _check_picklable(outcome[0], where=where)
+        return _Episode(commands, states, rewards)
 
 
 def _check_replay(game: TextGame, where: str, episode: _Episode) -> None:
