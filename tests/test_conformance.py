@@ -280,6 +280,15 @@ def test_check_game_sees_what_the_checks_of_a_run_would_hide(monkeypatch):
         check_game("counting:")
 
 
+@pytest.mark.parametrize("max_commands", [20, 200])
+def test_check_game_knows_the_limit_of_a_named_game(monkeypatch, max_commands):
+    monkeypatch.setattr(registry, "_registered", {})
+    priorzero.register_game("counting", registered.make_endless)
+    hint = r"moves=50 with done=False. Allowed is done=True and truncated=True after 50 commands"
+    with pytest.raises(UserError, match=hint):
+        check_game("counting:", max_commands=max_commands)
+
+
 def test_checked_game_uses_the_limit_that_the_game_was_given():
     game = CheckedGame(CountingGame(50, max_episode_steps=LIMIT), name="counting", max_episode_steps=2)
     with pytest.raises(UserError, match=r"'counting' violates .* max_moves=12. Allowed is 0, or at most .*steps=2"):

@@ -72,6 +72,19 @@ def make_nothing(level, parameters, **arguments):
     """Returns no game."""
 
 
+class EndlessGame(CountingGame):
+    """Ignores the limit of steps, and has no end."""
+
+    def state(self, score, *, moves, lost=False):
+        state = super().state(score, moves=0)
+        return dataclasses.replace(state, moves=moves, max_score=0.0, max_moves=0)
+
+
+def make_endless(level, parameters, **arguments):
+    """A game that never ends."""
+    return EndlessGame(10**6, max_episode_steps=10**6)
+
+
 class TextScoreGame(CountingGame):
     """Its score is a text from the command ``first`` on."""
 
