@@ -209,8 +209,9 @@ def test_play_episode_raises_if_the_game_fails():
 def test_watch_opens_recorded_training_episodes(run_folder, capsys):
     recordings = sorted((run_folder / "recordings").glob("*.json"))
     of_run = lines(run_folder, "episodes.jsonl")
-    assert len(of_run) == 7 and len(recordings) == 3
-    for path, number in zip(recordings, (1, 3, 5), strict=True):
+    numbers = range(1, len(of_run) + 1, 2)
+    assert len(numbers) >= 3
+    for path, number in zip(recordings, numbers, strict=True):
         env_step, [recorded] = read_transcripts(path)
         assert path.name == f"step{env_step:07d}_episode{number:06d}.json" and recorded["episode"] == number
         [line] = [e for e in of_run if e["env_step"] == env_step and e["total_reward"] == recorded["total_reward"]][:1]
