@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import hashlib
+import importlib.util
 import shutil
 
 import pytest
@@ -160,7 +161,8 @@ def write_agent(folder):
 
 
 def test_prepare_agent_needs_no_logger_and_no_llm_that_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr("priorzero.runs.loggers.wandb_run.importlib.util.find_spec", lambda name: None)
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else find_spec(name))
     checkpoint = write_agent(tmp_path)
     with pytest.raises(UserError, match="wandb is not installed"):
         check_loggers(checkpoint.settings.run)
