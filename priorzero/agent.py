@@ -175,6 +175,16 @@ async def start_workers(workers: Sequence[GameWorker], *, meanwhile: Callable[[]
     return agent
 
 
+def evaluation_seed(settings: Settings) -> int:
+    """Seed of the first game of an evaluation, and of the modes that sample. Training uses other seeds."""
+    return settings.run.seed + FIRST_EVALUATION_SEED
+
+
+def make_evaluation_workers(settings: Settings, game: GameSpec, *, count: int) -> list[GameWorker]:
+    """Processes that play ``game`` with the seeds of an evaluation. They are not started."""
+    return make_workers(settings, [game], count=count, first_seed=evaluation_seed(settings))
+
+
 def make_evaluators(
     settings: Settings,
     *,
@@ -187,16 +197,14 @@ def make_evaluators(
 
     ``step_limit`` is that of :class:`~priorzero.play.evaluator.Evaluator`.
     """
-    first_seed = settings.run.seed + FIRST_EVALUATION_SEED
 
     def make(game: GameSpec) -> Evaluator:
-        workers = make_workers(settings, [game], count=settings.env.evaluator_env_num, first_seed=first_seed)
         return Evaluator(
             game.name,
-            workers,
+            make_evaluation_workers(settings, game, count=settings.env.evaluator_env_num),
             player=player,
             episodes=settings.eval.episodes,
-            seed=first_seed,
+            seed=evaluation_seed(settings),
             step_limit=step_limit,
         )
 

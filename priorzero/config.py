@@ -28,8 +28,9 @@ from loguru import logger
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from priorzero.runtime.command import run_command
 from priorzero.runtime.paths import shown, user_path
-from priorzero.runtime.streams import print_error, print_output, standard_streams
+from priorzero.runtime.streams import print_output
 from priorzero.settings import MODES_WITHOUT_LLM, Settings, SettingsGroup, whole_number
 from priorzero.types import UserError
 
@@ -638,14 +639,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 if the output cannot be written.
     """
-    with standard_streams():
-        arguments = build_parser().parse_args(argv)
-        try:
-            print_output(settings_page().rstrip("\n") if arguments.markdown else describe_settings())
-        except UserError as error:
-            print_error(str(error))
-            return 2
-    return 0
+    return run_command(
+        build_parser(),
+        argv,
+        lambda arguments: print_output(settings_page().rstrip("\n") if arguments.markdown else describe_settings()),
+    )
 
 
 if __name__ == "__main__":

@@ -29,10 +29,11 @@ from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.preflight import check_disk, check_game_names, checkpoint_size, llm_memory
 from priorzero.runs.folder import check_run_folder
 from priorzero.runs.loggers import check_loggers
+from priorzero.runtime.command import run_command
 from priorzero.runtime.gpu import no_gpu_error
 from priorzero.runtime.packages import INSTALL
 from priorzero.runtime.paths import free_space, user_cache_dir, user_path
-from priorzero.runtime.streams import print_error, print_output, standard_streams
+from priorzero.runtime.streams import print_output
 from priorzero.runtime.versions import installed_version
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -305,17 +306,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0 if training can start, 1 if not, 2 if the settings are wrong.
     """
-    with standard_streams():
-        arguments = build_parser().parse_args(argv)
-        try:
-            if arguments.help_config:
-                print_output(describe_settings())
-                return 0
-            checks = run_checks(settings_from(arguments))
-            print_output(format_checks(checks))
-        except UserError as error:
-            print_error(str(error))
-            return 2
+    return run_command(build_parser(), argv, _doctor)
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    if arguments.help_config:
+        print_output(describe_settings())
+        return 0
+    checks = run_checks(settings_from(arguments))
+    print_output(format_checks(checks))
     return int(any(check.mark == "error" for check in checks))
 
 

@@ -21,9 +21,9 @@ from priorzero.config import (
 )
 from priorzero.runs.progress import terminal_output
 from priorzero.runtime.activity import announced
-from priorzero.runtime.concurrency import exit_immediately_on_signal
+from priorzero.runtime.command import add_set_argument, run_command
 from priorzero.runtime.paths import shown, user_path
-from priorzero.runtime.streams import print_error, print_output, standard_streams
+from priorzero.runtime.streams import print_output
 from priorzero.settings import RunSettings, Settings
 from priorzero.types import UserError
 
@@ -116,13 +116,8 @@ def add_common_arguments(parser: argparse.ArgumentParser) -> None:
         help="prior engine (default: vllm on a GPU, transformers on a CPU)",
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings, such as those in configs/")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="assignments",
-        metavar="GROUP.KEY=VALUE",
-        help="change a setting; may be given several times and wins over --config. Text is used as it is typed",
+    add_set_argument(
+        parser, help="change a setting; may be given several times and wins over --config. Text is used as it is typed"
     )
     parser.add_argument("--help_config", action="store_true", help="list all settings with defaults and meanings")
 
@@ -235,19 +230,16 @@ def run_command_line(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, *, train: Callable[[argparse.Namespace], None]
 ) -> int:
     """Parse the arguments and ``train``; returns the exit code, as :func:`main` describes."""
-    with standard_streams(), exit_immediately_on_signal():
-        arguments = parser.parse_args(argv)
-        try:
-            check_interpreter()
-            if arguments.help_config:
-                print_output(describe_settings())
-            else:
-                with terminal_output():
-                    train(arguments)
-        except UserError as error:
-            print_error(str(error))
-            return 2
-    return 0
+
+    def action(arguments: argparse.Namespace) -> None:
+        check_interpreter()
+        if arguments.help_config:
+            print_output(describe_settings())
+        else:
+            with terminal_output():
+                train(arguments)
+
+    return run_command(parser, argv, action)
 
 
 def check_interpreter() -> None:

@@ -9,19 +9,19 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from priorzero.config import parse_assignments
-from priorzero.runs.checkpoint import Checkpoint
-from priorzero.runs.errors import reported_to_user
+from priorzero.runs.errors import more_time
 from priorzero.runs.evaluation_table import PROTOCOLS, STANDARD, TALES, result_lines, result_table
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.saved import find_agent
 from priorzero.runtime.activity import announced
-from priorzero.runtime.concurrency import exit_immediately_on_signal, only_run_of_process
+from priorzero.runtime.command import add_set_argument, check_positive, run_command
+from priorzero.runtime.concurrency import only_run_of_process
 from priorzero.runtime.paths import replace_text, shown, user_path
-from priorzero.runtime.streams import print_error, print_output, standard_streams
-from priorzero.settings import EVAL_MODES, MAX_SEED, MODES_WITHOUT_LLM
+from priorzero.runtime.streams import print_output
+from priorzero.settings import EVAL_MODES, MAX_SEED, EvalMode
 from priorzero.types import UserError
 
 if TYPE_CHECKING:
@@ -64,14 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="standard: score at the end of an episode; tales: best score in 100 steps, as in the benchmark TALES",
     )
     parser.add_argument("--out", metavar="FILE", help="write the lines of JSON into this file")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="assignments",
-        metavar="GROUP.KEY=VALUE",
-        help="change a setting of the agent; may be given several times",
-    )
+    add_set_argument(parser, help="change a setting of the agent; may be given several times")
     return parser
 
 
@@ -81,14 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that the user can correct.
     """
-    with standard_streams(), exit_immediately_on_signal():
-        arguments = build_parser().parse_args(argv)
-        try:
-            _evaluate(arguments)
-        except UserError as error:
-            print_error(str(error))
-            return 2
-    return 0
+    return run_command(build_parser(), argv, _evaluate)
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
@@ -98,9 +84,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         with announced("preparing"):
             prepared = _prepare(arguments, flags)
         with announced("loading the libraries"):
-            from priorzero.saved_agent import evaluate_agent  # late: imports torch and LightZero, which takes seconds
+            # Late, since it imports torch and LightZero, which takes seconds.
+            from priorzero.saved_agent import agent_errors, evaluate_agent
         settings, checkpoint = prepared.settings, prepared.checkpoint
-        with only_run_of_process(), reported_to_user(checkpoint.folder, settings, resumable=False):
+        with only_run_of_process(), agent_errors(prepared):
             evaluations = asyncio.run(evaluate_agent(prepared, step_limit=PROTOCOLS[arguments.protocol]))
     counters = checkpoint.manifest.get("counters", {})
     about = {
@@ -117,8 +104,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if len(lines) < expected:
         raise UserError(
             f"{expected - len(lines)} of {expected} evaluations failed, since their games could not be played; the "
-            "messages above say why. If a game needs more time, type --set env.step_timeout_s="
-            f"{10 * settings.env.step_timeout_s:g}"
+            f"messages above say why. {more_time(settings)}"
         )
 
 
@@ -132,12 +118,9 @@ def _flags(arguments: argparse.Namespace) -> list[Layer]:
         UserError: a value is not allowed, or a setting is given two values.
     """
     given: dict[str, dict[str, Any]] = {}
-    if arguments.modes is not None:
-        given["eval"] = {"modes": _modes(arguments.modes)}
+    check_positive("--episodes", arguments.episodes)
     if arguments.episodes is not None:
-        if arguments.episodes < 1:
-            raise UserError(f"--episodes {arguments.episodes}: give a whole number of at least 1")
-        given.setdefault("eval", {})["episodes"] = arguments.episodes
+        given["eval"] = {"episodes": arguments.episodes}
     if arguments.seed is not None:
         if not 0 <= arguments.seed <= MAX_SEED:
             raise UserError(f"--seed {arguments.seed}: give a whole number between 0 and {MAX_SEED}")
@@ -153,11 +136,13 @@ def _flags(arguments: argparse.Namespace) -> list[Layer]:
                 raise UserError(f"{flag} and --set {group}.{key}={other} contradict each other; leave one out")
     if assigned.get("run", {}).keys() & {"env_id"} or assigned.get("eval", {}).keys() & {"unseen"}:
         raise UserError("--set run.env_id and --set eval.unseen have no effect here; name the games with --games A,B")
+    if "modes" in assigned.get("eval", {}):
+        raise UserError("--set eval.modes has no effect here; name the modes with --modes A,B")
     return [assigned, given]
 
 
-def _modes(text: str) -> list[str]:
-    modes = [mode.strip() for mode in text.split(",")]
+def _modes(text: str) -> list[EvalMode]:
+    modes = [cast(EvalMode, mode.strip()) for mode in text.split(",")]
     unknown = [mode for mode in modes if mode not in EVAL_MODES]
     if unknown:
         raise UserError(
@@ -185,30 +170,20 @@ def _writable(text: str) -> Path:
 
 
 def _prepare(arguments: argparse.Namespace, flags: Sequence[Layer]) -> AgentPreparation:
-    """Find the agent, and check its games and modes. The LLM is left out if no mode needs it."""
+    """Find the agent, and check its games and modes."""
     from priorzero.preflight import prepare_agent
 
     if arguments.games is not None and not arguments.games.strip():
         raise UserError("--games is empty; name a game, such as zork1.z5, or leave --games out for those of the run")
+    modes = None if arguments.modes is None else _modes(arguments.modes)
     checkpoint = find_agent(arguments.agent, what=COMMAND)
-    modes = next((f["eval"]["modes"] for f in reversed(flags) if "modes" in f.get("eval", {})), None)
-    has_llm = next(
-        (f["prior"]["enabled"] for f in flags if "enabled" in f.get("prior", {})), checkpoint.settings.prior.enabled
+    return prepare_agent(
+        checkpoint,
+        what=COMMAND,
+        games=arguments.games,
+        modes=modes or checkpoint.settings.eval.modes,
+        overrides=flags,
     )
-    _check_modes(checkpoint, checkpoint.settings.eval.modes if modes is None else modes, has_llm=has_llm)
-    if modes is not None and set(modes) <= set(MODES_WITHOUT_LLM):
-        flags = [*flags, {"prior": {"enabled": False}}]
-    return prepare_agent(checkpoint, what=COMMAND, games=arguments.games, overrides=flags)
-
-
-def _check_modes(checkpoint: Checkpoint, modes: Sequence[str], *, has_llm: bool) -> None:
-    """Raise UserError if a mode needs an LLM, and the agent has none."""
-    wrong = [mode for mode in modes if mode not in MODES_WITHOUT_LLM]
-    if wrong and not has_llm:
-        raise UserError(
-            f"the mode {wrong[0]} needs an LLM, but {checkpoint.folder} is from an agent without one "
-            f"(prior.enabled=false); type --modes {','.join(MODES_WITHOUT_LLM)}"
-        )
 
 
 # ---- output ----

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 from priorzero.exporting.plan import LLM_FORMS
 from priorzero.runs.progress import terminal_output
-from priorzero.runtime.concurrency import exit_immediately_on_signal
-from priorzero.runtime.streams import print_error, print_output, standard_streams
+from priorzero.runtime.command import run_command
+from priorzero.runtime.streams import print_output
 from priorzero.types import UserError
 
 EXAMPLES = """examples:
@@ -85,15 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that the user can correct.
     """
-    with standard_streams(), exit_immediately_on_signal():
-        arguments = build_parser().parse_args(argv)
-        try:
-            with terminal_output():
-                _export(arguments)
-        except UserError as error:
-            print_error(str(error))
-            return 2
-    return 0
+
+    def action(arguments: argparse.Namespace) -> None:
+        with terminal_output():
+            _export(arguments)
+
+    return run_command(build_parser(), argv, action)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from priorzero.envs.registry import BUILT_IN, ENTRY_POINTS, SOURCE, RegisteredGa
 from priorzero.envs.story_files import FoundStory, find_stories
 from priorzero.envs.textworld_files import CHALLENGES
 from priorzero.envs.textworld_own import FILE_PREFIX
-from priorzero.runtime.streams import print_error, print_output, standard_streams
+from priorzero.runtime.command import run_command
+from priorzero.runtime.streams import print_output
 from priorzero.types import UserError
 
 WIDTH = 100  # characters of a line
@@ -92,14 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that the user can correct.
     """
-    with standard_streams():
-        build_parser().parse_args(argv)
-        try:
-            print_output(games_text())
-        except UserError as error:
-            print_error(str(error))
-            return 2
-    return 0
+    return run_command(build_parser(), argv, lambda _: print_output(games_text()))
 
 
 if __name__ == "__main__":

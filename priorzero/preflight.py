@@ -30,11 +30,11 @@ from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.folder import check_run_folder, new_run_folder
 from priorzero.runs.loggers import check_loggers
 from priorzero.runs.resume import keep_limits, prepare_resume
-from priorzero.runs.saved import agent_settings, find_agent, was_trained_on
+from priorzero.runs.saved import agent_settings, check_modes, find_agent, was_trained_on
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
 from priorzero.runtime.paths import check_free_space, user_cache_dir, user_path
-from priorzero.settings import LLMSettings, Settings
+from priorzero.settings import MODES_WITHOUT_LLM, EvalMode, LLMSettings, Settings
 from priorzero.types import UserError
 
 FLOAT32 = 4  # bytes
@@ -126,22 +126,31 @@ def prepare_agent(
     *,
     what: str = "",
     games: str | None = None,
+    modes: Sequence[EvalMode] | None = None,
     overrides: Sequence[Mapping[str, Mapping[str, Any]]] = (),
 ) -> AgentPreparation:
     """Find a trained agent, and check everything that can be checked before its models are loaded.
+
+    The LLM is left out if no mode needs it.
 
     Args:
         where: the folder of a run or of a checkpoint, or what :func:`~priorzero.runs.saved.find_agent` has found there.
         what: the command, as the beginning of messages.
         games: names of the games that the agent plays, separated by commas; None for those of its run,
             ``run.env_id`` and ``eval.unseen``.
+        modes: the modes in which it plays; None for ``eval.modes``.
         overrides: layers of settings that win over those of the run.
 
     Raises:
         UserError: an error that the user can correct. No file was written in the run's folder.
     """
     checkpoint = where if isinstance(where, Checkpoint) else find_agent(where, what=what)
+    if modes is not None:
+        check_modes(checkpoint, modes, overrides)
+        overrides = [*overrides, {"eval": {"modes": list(modes)}}]
     settings = agent_settings(checkpoint, overrides)
+    if set(settings.eval.modes) <= set(MODES_WITHOUT_LLM):
+        settings.prior.enabled = False
     if games is not None:
         settings.run.env_id, settings.eval.unseen = games, ""
         if not any("max_score" in layer.get("env", {}) for layer in overrides):

@@ -12,9 +12,8 @@ from typing import Any
 
 from priorzero.config import TEXTGAMES_LLM, parse_assignments, read_config_file, resolve_settings
 from priorzero.pretraining.plan import PretrainingPlan
-from priorzero.runtime.concurrency import exit_immediately_on_signal
+from priorzero.runtime.command import add_set_argument, run_command
 from priorzero.runtime.paths import user_cache_dir, user_path
-from priorzero.runtime.streams import print_error, standard_streams
 from priorzero.settings import Settings
 from priorzero.types import UserError
 
@@ -66,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--seconds_per_game", type=float, default=90.0, help="search of valid actions (default: %(default)s)"
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file with the settings of the agent's prompt")
-    parser.add_argument("--set", action="append", default=[], dest="assignments", metavar="GROUP.KEY=VALUE")
+    add_set_argument(parser, help="change a setting; may be given several times and wins over --config")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="the same as --set run.device=")
     parser.add_argument("--seed", type=int, default=0, help="seed of adapters, order and negatives (default: 0)")
     parser.add_argument("--epochs", type=int, default=plan.epochs, help="passes over the data (default: %(default)s)")
@@ -188,14 +187,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that the user can correct.
     """
-    with standard_streams(), exit_immediately_on_signal():
-        arguments = build_parser().parse_args(argv)
-        try:
-            _pretrain(arguments, sys.argv[1:] if argv is None else argv)
-        except UserError as error:
-            print_error(str(error))
-            return 2
-    return 0
+    given = sys.argv[1:] if argv is None else argv
+    return run_command(build_parser(), given, lambda arguments: _pretrain(arguments, given))
 
 
 if __name__ == "__main__":

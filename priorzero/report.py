@@ -8,7 +8,8 @@ from collections.abc import Sequence
 
 from priorzero.runs.folder import given_folder
 from priorzero.runs.report import write_report
-from priorzero.runtime.streams import print_error, print_output, standard_streams
+from priorzero.runtime.command import run_command
+from priorzero.runtime.streams import print_output
 from priorzero.types import UserError
 
 
@@ -29,17 +30,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 after an error that the user can correct.
     """
-    with standard_streams():
-        arguments = build_parser().parse_args(argv)
-        try:
-            print_output(str(write_report(given_folder(arguments.run, what="report "))))
-        except UserError as error:
-            print_error(str(error))
-            return 2
-        except OSError as error:
-            print_error(f"{arguments.run}: the report cannot be written ({error})")
-            return 2
-    return 0
+    return run_command(build_parser(), argv, _report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    try:
+        print_output(str(write_report(given_folder(arguments.run, what="report "))))
+    except OSError as error:
+        raise UserError(f"{arguments.run}: the report cannot be written ({error})") from error
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import re
@@ -10,6 +11,7 @@ import sys
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from priorzero.evaluate import main
 from priorzero.play.evaluator import Evaluation
@@ -113,6 +115,18 @@ def test_result_table_normalises_scores_only_if_all_maxima_are_known():
     assert [row[4] for row in rows(4.0)] == ["5", "3", "75.0%"] and rows(4.0)[2][6] == "2 of 4"
 
 
+def test_result_table_shows_names_with_brackets_and_equal_scores_of_a_game():
+    of_games = {
+        "a[red]b": Evaluation("random", [1.0, 1.0], [1.0, 1.0], 0, 0.0, [1.0, 1.0]),
+        "b": Evaluation("random", [9.0, 9.0], [9.0, 9.0], 0, 0.0, [9.0, 9.0]),
+    }
+    found = result_lines({("random", False): of_games}, about={}, protocol="standard", seed=0)
+    console = Console(file=io.StringIO(), width=140)
+    console.print(result_table(found, protocol="standard", seed=0))
+    text = console.file.getvalue()
+    assert "a[red]b" in text and text.count("no variation") == 3 and "mean of 2 games" in text
+
+
 # ---- wrong input ----
 
 
@@ -125,7 +139,7 @@ def test_result_table_normalises_scores_only_if_all_maxima_are_known():
         (["--modes", "random,random"], "names a mode twice"),
         (
             ["--modes", "prior"],
-            "the mode prior needs an LLM, but .* type --modes world_model,",
+            "the mode prior needs an LLM, but .* the modes without an LLM are world_model, world_model_sampled, random",
         ),
         (["--games", ""], "--games is empty; name a game"),
         (["--games", "zork9.z5"], "There is no story file 'zork9.z5'"),
@@ -134,6 +148,8 @@ def test_result_table_normalises_scores_only_if_all_maxima_are_known():
         (["--out", "."], "--out .: this is not a file"),
         (["--set", "search.simulations=3"], "unknown setting 'search.simulations'"),
         (["--set", "run.env_id=zork1.z5"], "name the games with --games"),
+        (["--set", "eval.modes=random"], "--set eval.modes has no effect here; name the modes with --modes A,B"),
+        (["--modes", "random", "--set", "eval.modes=random"], "name the modes with --modes A,B"),
         (["--episodes", "3", "--set", "eval.episodes=4"], "contradict each other; leave one out"),
         (["--protocol", "tales", "--set", "env.max_episode_steps=50"], "contradict each other; leave one out"),
     ],
@@ -151,7 +167,7 @@ def test_evaluate_reports_wrong_input(tmp_path, capsys, monkeypatch, arguments, 
 @pytest.mark.parametrize(
     ("where", "message"),
     [
-        ("nothing", "evaluate nothing: there is no such folder; name a run's folder, or a folder RUN/checkpoints/"),
+        ("nothing", "evaluate nothing: there is no such folder; name a run's folder, a folder RUN/checkpoints/"),
         (".", "this is not a run's folder, but it contains 1 of them; name one, such as"),
         ("run", "none of its 1 checkpoints can be used .*world_model.pt has a wrong checksum"),
         ("run/checkpoints/iteration_1", "world_model.pt has a wrong checksum; name a run's folder"),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 
+import numpy as np
 import pytest
 
-from priorzero.play.evaluator import Evaluation, Evaluator, Evaluators, merge
+from priorzero.play.evaluator import Evaluation, Evaluator, Evaluators, best_score, merge
 from priorzero.types import GameWorkerError
 from tests.helpers.collecting import (
     FIRST_ROOM,
@@ -104,6 +105,11 @@ def test_evaluators_leave_out_a_game_that_cannot_be_played():
     assert results["random", True]["c"].mode == "random"
     nothing = Evaluators(modes=["prior"], seen=[evaluator("b", fail_at=range(100))], unseen=[])
     assert asyncio.run(nothing.evaluate()) == {}
+
+
+def test_best_score_of_an_episode_without_decisions():
+    state = asyncio.run(CountingGame(0).reset())
+    assert best_score(make_player().new_episode(0, state, game="a", rng=np.random.default_rng(0))) == state.score
 
 
 # ---- a limit of steps, as in the protocol of TALES ----

@@ -92,7 +92,8 @@ def test_report_shows_the_numbers_of_the_files(tmp_path):
     assert "World model: value 4 → 0.4" in page.text["losses"]
     assert "LLM: RFT on rewards -0.5 → -0.05" in page.text["losses"] and "KL" not in page.text["losses"]
     assert "LLM update 60.0% 1 min 0 s idle 25.0% 25 s search 15.0% 15 s" in page.text["time"]
-    assert page.data["episodes"] == [{**make_episode(), "real_values": [1.75, 1.5, 1.0]}]
+    more = {"real_values": [1.75, 1.5, 1.0], "outcome": "limit of moves reached"}
+    assert page.data["episodes"] == [{**make_episode(), **more}]
 
 
 def test_report_of_a_run_with_one_evaluation_has_one_column(tmp_path):
@@ -174,7 +175,9 @@ def test_report_leaves_long_prompts_out(tmp_path):
     folder = make_run(tmp_path / "run", transcripts=[episode])
     page = report(folder)
     assert [step["prompt"] for step in page.data["episodes"][0]["steps"]] == [None, None]
-    assert "The prompts are too long for this page" in page.text["head"] and len(page.source) < 100_000
+    notes = "The prompts are too long for this page. last_evaluation.json contains them."
+    assert notes in page.text["head"] and "larger than usual" not in page.text["head"]
+    assert len(page.source) < 100_000
     assert read_run(folder).transcripts[0]["steps"][1]["prompt"] == "Prompt of step 1"
 
 

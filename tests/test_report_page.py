@@ -69,7 +69,7 @@ def test_page_shows_the_end_of_the_episode(page):
     assert (
         end["where"] == "end" and end["text"] == "> take 5\n\nTHE END" and end["rows"] == [] and end["prompt"] is None
     )
-    assert end["outcome"] == "End of the episode: the limit of moves was reached."
+    assert end["outcome"] == "End of the episode: limit of moves reached."
     assert end["values"] == "final score 6 of 7 return 6"
     assert end["disabled"] == ["next", "last"]
 

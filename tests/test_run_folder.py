@@ -212,13 +212,14 @@ def test_truncate_files_cuts_to_the_sizes_of_the_checkpoint(tmp_path):
         (tmp_path / name).write_text("12345")
     (tmp_path / "recordings").mkdir()
     recordings = [recording_path(tmp_path, env_step=step, episode=step // 4) for step in (4, 8, 12)]
-    for path in (*recordings, tmp_path / "recordings" / "mine.json"):
+    pages = [path.with_suffix(".html") for path in recordings[1:]]
+    for path in (*recordings, *pages, tmp_path / "recordings" / "mine.json"):
         path.write_text("{}")
     truncate_files(tmp_path, {"episodes.jsonl": 3, "events.out.tfevents.1.a": 5, "missing.jsonl": 4}, env_step=8)
     left = {path.name: path.read_text() for path in tmp_path.iterdir() if path.is_file()}
     assert left == {"episodes.jsonl": "123", "events.out.tfevents.1.a": "12345", "notes.jsonl": "12345"}
     kept = {path.name for path in (tmp_path / "recordings").iterdir()}
-    assert kept == {"step0000004_episode000001.json", "step0000008_episode000002.json", "mine.json"}
+    assert kept == {"mine.json", *(path.name for path in (*recordings[:2], pages[0]))}
 
 
 def test_lock_folder_admits_one_process(tmp_path):

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import importlib.util
 import shutil
 
 import pytest
+import torch
 
-from priorzero.preflight import prepare_agent
+from priorzero.config import dump_settings
+from priorzero.preflight import AgentPreparation, prepare_agent
 from priorzero.runs.checkpoint import save_checkpoint
-from priorzero.saved_agent import evaluate_agent
+from priorzero.runs.loggers import check_loggers
+from priorzero.runs.saved import find_agent, plays_with_llm
+from priorzero.saved_agent import agent_errors, evaluate_agent, loaded_agent
 from priorzero.settings import EVAL_MODES
-from priorzero.types import UserError
+from priorzero.types import EngineError, GameWorkerError, UserError
+from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.folders import contents
 from tests.helpers.runs import NO_LLM, lines, restored_threads, short_settings, train
 from tests.helpers.toy_game import toy_games
@@ -98,11 +105,29 @@ def test_loaded_agent_takes_the_newest_intact_checkpoint(tmp_path):
             prepare_agent(run.folder)
 
 
-def test_loaded_agent_refuses_a_world_model_of_another_shape(tmp_path):
+def test_loaded_agent_refuses_a_world_model_of_another_shape_and_keeps_the_log_of_vllm_after_its_errors_only(
+    tmp_path, monkeypatch
+):
+    async def load(prepared, log_text):
+        async with loaded_agent(prepared):
+            [log] = (tmp_path / "logs").iterdir()
+            log.write_text(log_text)
+            raise EngineError("it crashed")
+
+    (tmp_path / "logs").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "logs"))
     with toy_games():
         run = train(short_settings(tmp_path, NO_LLM))
         with pytest.raises(UserError, match="its world model does not fit these settings"):
             evaluate(run.folder, overrides=[{"world_model": {"embed_dim": 32}}])
+        prepared = prepare_agent(run.folder)
+        with pytest.raises(EngineError, match=r"^it crashed$"):
+            asyncio.run(load(prepared, ""))
+        assert list((tmp_path / "logs").iterdir()) == []
+        with pytest.raises(EngineError, match="it crashed; the log of vLLM is") as caught:
+            asyncio.run(load(prepared, "CUDA error"))
+    [log] = (tmp_path / "logs").iterdir()
+    assert str(log) in str(caught.value) and log.read_text() == "CUDA error"
 
 
 def test_prepare_agent_asks_before_it_runs_code_of_others(tmp_path):
@@ -111,6 +136,81 @@ def test_prepare_agent_asks_before_it_runs_code_of_others(tmp_path):
         with pytest.raises(UserError, match=r"if you trust it, type --set llm\.trust_remote_code=true"):
             prepare_agent(run.folder)
         assert prepare_agent(run.folder, overrides=[{"llm": {"trust_remote_code": False}}])
+
+
+def write_agent(folder):
+    """A checkpoint without models: its LLM is missing, its evaluations need none, and its run logged to W&B."""
+    layer = {
+        "run": {"loggers": ["tensorboard", "wandb"]},
+        "llm": {"path": "/nowhere"},
+        "eval": {"modes": ["world_model", "random"]},
+    }
+    config = dump_settings(short_settings(folder, layer))
+    return find_agent(write_checkpoint(folder / "iteration_1", config=config))
+
+
+def test_prepare_agent_needs_no_logger_and_no_llm_that_is_not_used(tmp_path, monkeypatch):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "wandb" else find_spec(name))
+    checkpoint = write_agent(tmp_path)
+    with pytest.raises(UserError, match="wandb is not installed"):
+        check_loggers(checkpoint.settings.run)
+    with toy_games():
+        assert not prepare_agent(checkpoint).settings.prior.enabled
+        for modes in (["random"], ["world_model"]):
+            settings = prepare_agent(checkpoint, modes=modes).settings
+            assert settings.eval.modes == modes and not settings.prior.enabled
+        with pytest.raises(UserError, match="/nowhere"):
+            prepare_agent(checkpoint, modes=["prior", "random"])
+        without = [{"prior": {"enabled": False}}]
+        assert not prepare_agent(checkpoint, modes=["random"], overrides=without).settings.prior.enabled
+        with pytest.raises(
+            UserError, match=r"the mode prior needs an LLM, .*\(prior.enabled=false\); the modes without"
+        ):
+            prepare_agent(checkpoint, modes=["prior"], overrides=without)
+
+
+def test_plays_with_llm_takes_the_last_value(tmp_path):
+    checkpoint = write_agent(tmp_path)
+    off, on = ({"prior": {"enabled": value}} for value in (False, True))
+    found = [plays_with_llm(checkpoint, layers) for layers in ([], [off], [off, on], [on, {"run": {}}, off])]
+    assert found == [True, False, True, False]
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (
+            GameWorkerError("it crashed"),
+            r"the game failed: it crashed. If it needs more time, type --set env.step_time",
+        ),
+        (
+            EngineError("it crashed"),
+            r"the LLM engine failed: it crashed; to play without vLLM, type --set prior.engine=",
+        ),
+        (torch.OutOfMemoryError("20 GiB"), r"out of GPU memory \(20 GiB\)\. End .*, or type --set run.device=cpu"),
+        (
+            OSError(errno.EIO, "broken"),
+            r"a file cannot be used \(.*broken\); check the disk.*, then type the command again",
+        ),
+    ],
+)
+def test_agent_errors_are_reported_without_the_advice_of_training(tmp_path, error, message):
+    checkpoint = write_agent(tmp_path)
+    prepared = AgentPreparation(checkpoint, checkpoint.settings, [], [])
+    with pytest.raises(UserError, match=message) as caught, agent_errors(prepared):
+        raise error
+    assert "new run" not in str(caught.value) and "resume" not in str(caught.value)
+
+
+@pytest.mark.parametrize("error", [RuntimeError("a bug"), OSError("a bug")])
+def test_agent_errors_leave_other_errors(tmp_path, error):
+    checkpoint = write_agent(tmp_path)
+    with (
+        pytest.raises(type(error), match=r"^a bug$"),
+        agent_errors(AgentPreparation(checkpoint, checkpoint.settings, [], [])),
+    ):
+        raise error
 
 
 @pytest.mark.parametrize(

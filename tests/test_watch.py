@@ -6,13 +6,17 @@ import asyncio
 import io
 import json
 import re
+import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from rich.console import Console
 
 from priorzero.play.transcript import read_transcripts, write_transcripts
 from priorzero.play.watching import Viewer, play_episode
+from priorzero.runs.checkpoint import save_checkpoint
 from priorzero.runs.pages.terminal import actions_table, best_first, printable, read_choice, show_episode
 from priorzero.types import GameWorkerError
 from priorzero.watch import main
@@ -43,13 +47,21 @@ def run_folder(tmp_path_factory):
         return train(settings).folder
 
 
+def env_step_of(run_folder, iteration=6):
+    manifest = json.loads((run_folder / "checkpoints" / f"iteration_{iteration}" / "manifest.json").read_text())
+    return manifest["counters"]["env_step"]
+
+
 # ---- a trained agent ----
 
 
 def test_watch_writes_a_page_with_the_episode_of_the_last_evaluation(run_folder, tmp_path, capsys):
     assert watch(run_folder, "--out", tmp_path / "new" / "pages") == 0
     [page] = (tmp_path / "new" / "pages").iterdir()
-    assert capsys.readouterr().out == f"{page}\n" and page.name == "toy_world_model_1.html"
+    assert (
+        capsys.readouterr().out == f"{page}\n"
+        and page.name == f"toy_world_model_step{env_step_of(run_folder)}_seed0_1.html"
+    )
     watched = data_of(page)
     env_step, [evaluated] = read_transcripts(run_folder / "last_evaluation.json")
     assert (watched["mode"], watched["game"], watched["unseen"], watched["episode"]) == ("world_model", "toy", False, 1)
@@ -60,21 +72,52 @@ def test_watch_writes_a_page_with_the_episode_of_the_last_evaluation(run_folder,
 
 
 def test_watch_plays_other_games_modes_and_seeds(run_folder, tmp_path, capsys):
-    arguments = ("--game", "other", "--mode", "random", "--episodes", 3, "--set", "env.max_episode_steps=5")
+    arguments = ("--games", "other", "--mode", "random", "--episodes", 3, "--set", "env.max_episode_steps=5")
     checkpoint = run_folder / "checkpoints" / "iteration_3"
     found = []
     for seed in (3, 4, 3):
         assert watch(checkpoint, "--out", tmp_path, "--seed", seed, *arguments) == 0
-        found.append([data_of(tmp_path / f"other_random_{n}.html") for n in (1, 2, 3)])
+        name = f"other_random_step{env_step_of(run_folder, 3)}_seed{seed}"
+        found.append([data_of(tmp_path / f"{name}_{n}.html") for n in (1, 2, 3)])
     assert found[0] == found[2] != found[1]
     chosen = {tuple(step["chosen"] for step in episode["steps"]) for episode in found[0]}
     assert len(chosen) == 3 and all(e["unseen"] and len(e["steps"]) <= 5 for e in found[0])
     assert found[0][0]["steps"][0]["visit_counts"] is None
 
 
+def test_watch_writes_a_page_for_each_checkpoint_seed_and_game(run_folder, tmp_path):
+    for iteration, *more in ((3,), (6,), (6, "--seed", 1), (6, "--games", "toy,other")):
+        checkpoint = run_folder / "checkpoints" / f"iteration_{iteration}"
+        assert watch(checkpoint, "--mode", "random", "--out", tmp_path, *more) == 0
+    early, late = (env_step_of(run_folder, iteration) for iteration in (3, 6))
+    assert {path.name for path in tmp_path.iterdir()} == {
+        f"toy_random_step{early}_seed0_1.html",
+        f"toy_random_step{late}_seed0_1.html",
+        f"toy_random_step{late}_seed1_1.html",
+        f"other_random_step{late}_seed0_1.html",
+    }
+
+
+def test_watch_plays_without_the_llm_if_it_is_disabled(run_folder, tmp_path):
+    """The run's own evaluations need the LLM, which is not there."""
+
+    def write(folder):
+        shutil.copytree(run_folder / "checkpoints" / "iteration_6", folder, dirs_exist_ok=True)
+        (folder / "manifest.json").unlink()
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        config["prior"]["enabled"], config["eval"]["modes"] = True, ["prior"]
+        config["llm"]["path"] = "/nowhere"
+        (folder / "config.yaml").write_text(yaml.safe_dump(config))
+
+    checkpoint = save_checkpoint(tmp_path / "copy", write=write, about={"counters": {}, "games": {}})
+    for number, arguments in enumerate((["--set", "prior.enabled=false"], ["--mode", "random"]), 1):
+        assert watch(checkpoint, "--out", tmp_path / "pages", *arguments) == 0
+        assert len(list((tmp_path / "pages").iterdir())) == number
+
+
 def test_watch_writes_into_the_runs_folder(run_folder, capsys):
     assert watch(run_folder / "checkpoints" / "iteration_3", "--mode", "random") == 0
-    page = run_folder / "watch" / "toy_random_1.html"
+    page = run_folder / "watch" / f"toy_random_step{env_step_of(run_folder, 3)}_seed0_1.html"
     assert capsys.readouterr().out == f"{page}\n" and page.is_file()
 
 
@@ -94,7 +137,7 @@ def test_watch_lets_a_person_play(run_folder, tmp_path, capsys, monkeypatch):
     assert watch(run_folder, "--human", "--out", tmp_path) == 0
     shown = capsys.readouterr().out
     assert "'nonsense' is not in the list" in shown
-    played = data_of(tmp_path / "toy_human_1.html")
+    played = data_of(tmp_path / f"toy_human_step{env_step_of(run_folder)}_seed0_1.html")
     names = [step["valid_actions"][step["chosen"]] for step in played["steps"]]
     assert len(names) == 8 and names[0] == "go east" and names[3:] == ["wait"] * 5
     best = [max(range(len(s["visit_counts"])), key=s["visit_counts"].__getitem__) for s in played["steps"]]
@@ -161,8 +204,9 @@ def test_play_episode_raises_if_the_game_fails():
 def test_watch_opens_recorded_training_episodes(run_folder, capsys):
     recordings = sorted((run_folder / "recordings").glob("*.json"))
     of_run = lines(run_folder, "episodes.jsonl")
-    assert len(of_run) == 7 and len(recordings) == 3
-    for path, number in zip(recordings, (1, 3, 5), strict=True):
+    numbers = range(1, len(of_run) + 1, 2)
+    assert len(numbers) >= 3
+    for path, number in zip(recordings, numbers, strict=True):
         env_step, [recorded] = read_transcripts(path)
         assert path.name == f"step{env_step:07d}_episode{number:06d}.json" and recorded["episode"] == number
         [line] = [e for e in of_run if e["env_step"] == env_step and e["total_reward"] == recorded["total_reward"]][:1]
@@ -170,7 +214,8 @@ def test_watch_opens_recorded_training_episodes(run_folder, capsys):
         assert watch(path) == 0
         page = path.with_suffix(".html")
         assert capsys.readouterr().out == f"{page}\n"
-        assert {**data_of(page), "real_values": None} == {**recorded, "real_values": None}
+        shown = data_of(page)
+        assert {key: shown[key] for key in recorded} == recorded
 
 
 def test_watch_opens_the_last_evaluation(tmp_path, capsys):
@@ -178,11 +223,8 @@ def test_watch_opens_the_last_evaluation(tmp_path, capsys):
     write_transcripts(path, [make_episode("prior"), make_episode("random")], env_step=7)
     assert watch(path) == 0
     pages = capsys.readouterr().out.split()
-    assert pages == [f"{tmp_path}/watch/toy_prior_1.html", f"{tmp_path}/watch/toy_random_2.html"]
-    assert [data_of(tmp_path / "watch" / name)["env_step"] for name in ("toy_prior_1.html", "toy_random_2.html")] == [
-        7,
-        7,
-    ]
+    assert pages == [f"{tmp_path}/watch/toy_prior_step7_1.html", f"{tmp_path}/watch/toy_random_step7_2.html"]
+    assert [data_of(Path(page))["env_step"] for page in pages] == [7, 7]
     assert watch(path, "--text") == 0
     assert capsys.readouterr().out.count("THE END") == 2
 
@@ -190,8 +232,9 @@ def test_watch_opens_the_last_evaluation(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["RUN", "--mode", "prior"], "--mode prior: this agent was trained without an LLM"),
+        (["RUN", "--mode", "prior"], "the mode prior needs an LLM, but the agent of"),
         (["RUN", "--episodes", "0"], "--episodes 0: give a whole number of at least 1"),
+        (["RUN", "--set", "eval.modes=random"], "--set eval.modes has no effect here; name the mode with --mode"),
         (["RUN", "--seed", "-1"], "run.seed=-1"),
         (["RUN", "--text", "--human"], "--text and --human cannot be combined"),
         (["RUN", "--out", "FILE"], "is not a writable folder"),

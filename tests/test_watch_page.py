@@ -9,28 +9,28 @@ import resource
 import pytest
 
 from priorzero.play.transcript import TRAINING
-from priorzero.runs.pages.episodes import PROMPTS_LEFT_OUT, TREES_LEFT_OUT, episode_data, write_episodes
+from priorzero.runs.pages.episodes import LARGE, episode_data, write_episodes
 from tests.helpers.browser import see
 from tests.helpers.reports import make_episode, make_step
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    episode = {**make_episode(steps=4, tree=True), "episode": 2, "env_step": 1200}
+    episode = {**make_episode(steps=4, tree=True), "episode": 2, "env_step": 1200, "seed": 5}
     episode["steps"][2]["action_values"][0] = -0.5  # so the bars of Q-values reach from -0.5 to 1.5
     [path] = write_episodes([episode], tmp_path_factory.mktemp("watch"))
     return path
 
 
 def test_page_shows_a_step_with_bars_predictions_tree_and_prompt(page):
-    assert page.name == "toy_world_model_with_prior_2.html"
+    assert page.name == "toy_world_model_with_prior_step1200_seed5_2.html"
     step = see(
         page,
         "return {...see(), about: at('transcript').querySelector('.muted').innerText, select: at('choice').hidden};",
     )
     assert (
         step["about"]
-        == "LLM and world model, episode 2, after 1,200 environment steps of training, score 4 of 7, 4 steps"
+        == "LLM and world model, episode 2, after 1,200 environment steps of training, seed 5, score 4 of 7, 4 steps"
     )
     assert step["where"] == "step 1 of 4" and step["text"] == "You wait." and step["select"]
     assert step["rows"] == [
@@ -93,7 +93,7 @@ def test_page_steps_with_the_keyboard(page):
         and end["values"] == "final score 4 of 7 return 4"
     )
     assert end["rows"] == end["predictions"] == [] and end["tree"] is end["prompt"] is None
-    assert end["outcome"] == "End of the episode: the limit of moves was reached."
+    assert end["outcome"] == "End of the episode: limit of moves reached."
 
 
 def test_page_draws_curves_that_can_be_clicked(page):
@@ -205,19 +205,41 @@ def test_page_with_400_steps_is_small_and_loads_fast(tmp_path):
     assert large_s - small_s < 2  # processor time beyond that of the browser's own start
 
 
+PROMPTS_LEFT_OUT = "The prompts are too long for this page."
+TREES_LEFT_OUT = "The search trees are too long for this page."
+BOTH_LEFT_OUT = "The prompts and the search trees are too long for this page."
+
+
 def test_episode_data_leaves_prompts_and_trees_out_of_a_page_that_would_be_too_large():
     episode = long_episode(5)
-    everything, _ = episode_data([episode])
-    size = len(json.dumps(everything, separators=(",", ":")))
-    found = [episode_data([episode], max_chars=limit) for limit in (size, size - 1, 1000)]
-    assert [note for _, note in found] == ["", PROMPTS_LEFT_OUT, TREES_LEFT_OUT]
-    steps = [data["episodes"][0]["steps"][3] for data, _ in found]
-    assert [(bool(step["prompt"]), bool(step["tree"])) for step in steps] == [
-        (True, True),
-        (False, True),
-        (False, False),
+    size = len(episode_data([episode])[0])
+    found = [episode_data([episode], max_chars=limit) for limit in (size, size - 1, size // 2, 1000)]
+    assert [notes for _, *notes in found] == [
+        ["", ""],
+        [PROMPTS_LEFT_OUT, ""],
+        [BOTH_LEFT_OUT, ""],
+        [BOTH_LEFT_OUT, LARGE],
     ]
+    steps = [json.loads(data)["episodes"][0]["steps"][3] for data, *_ in found]
+    kept = [(bool(step["prompt"]), bool(step["tree"])) for step in steps]
+    assert kept == [(True, True), (False, True), (False, False), (False, False)]
     assert episode["steps"][3]["prompt"] and episode["steps"][3]["tree"]
+
+
+def test_episode_data_names_only_what_the_episodes_have():
+    without_llm, alone = make_episode("world_model", tree=True), make_episode("random")
+    assert episode_data([without_llm], max_chars=1)[1:] == (TREES_LEFT_OUT, LARGE)
+    assert episode_data([alone], max_chars=1)[1:] == ("", LARGE)
+    assert episode_data([make_episode()], max_chars=1)[1:] == (PROMPTS_LEFT_OUT, LARGE)
+
+
+def test_episode_data_measures_the_text_as_it_is_in_the_page(tmp_path):
+    episode = make_episode()
+    episode["steps"][0]["prompt"] = "<" * 1000  # six characters each in the page
+    data, left_out, _ = episode_data([episode], max_chars=6000)
+    assert left_out == PROMPTS_LEFT_OUT and len(data) < 6000
+    [path] = write_episodes([episode], tmp_path)
+    assert r"\u003c" * 1000 in path.read_text()
 
 
 def test_pages_need_no_network(page):

@@ -83,7 +83,7 @@ class Episode:
         self.total_reward = state["total_reward"]
         if self.memory is not None:
             self.memory = GameMemory(state["memory"])
-        self.recording = state.get("recording")  # checkpoints of earlier versions have none
+        self.recording = state["recording"]
 
 
 @dataclass(frozen=True)

@@ -143,7 +143,7 @@ class Trial:
 
 def best_score(episode: Episode) -> float:
     """The largest score that was reached in an episode."""
-    return max(episode.state.score, *(step.score for step in episode.history))
+    return max([episode.state.score, *(step.score for step in episode.history)])
 
 
 @dataclass(frozen=True)
@@ -156,8 +156,9 @@ class Evaluator:
         player: makes the decisions.
         episodes: number of episodes in each mode.
         seed: seed for the modes that sample their actions.
-        step_limit: number of steps of an episode. A game that ends before begins again, and its episodes count as one:
-            the one with the largest score, and as won if one of them is. None: an episode ends with the game.
+        step_limit: number of steps of an episode. If the game ends earlier, it begins again. Together the episodes
+            count as one: its score is the best one, and it is won if one of them was won. None: an episode ends with
+            the game.
     """
 
     game: str
@@ -249,12 +250,12 @@ class Evaluator:
             going_on = [episode for episode in advanced if not trials[episode.env].is_over]
             playing, error = await self._begin_again(going_on, trials, player)
             failure = error or failure
-        finished = [trial.episodes[0] for trial in over]
+        first_episodes = [trial.episodes[0] for trial in over]
         transcripts = [
             transcript(
                 steps[episode.env], final=episode.state, total_reward=episode.total_reward, settings=player.settings
             )
-            for episode in finished
+            for episode in first_episodes
         ]
         return over, transcripts, failure
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 # Keys that files of earlier versions, or of evaluations, do not have.
-OPTIONAL = {"tree", "predicted_reward", "discount_factor", "reward_scale", "episode", "env_step"}
+OPTIONAL = {"tree", "predicted_reward", "discount_factor", "reward_scale", "episode", "env_step", "seed"}
 TRAINING, HUMAN = "training", "human"  # modes besides those of an evaluation
 ALL_MODE_NAMES = {**MODE_NAMES, TRAINING: "training, with exploration", HUMAN: "a person"}
 
@@ -117,6 +117,7 @@ class EvaluationTranscript(Transcript):
         mode: one of ``eval.modes``, or :data:`TRAINING` or :data:`HUMAN`.
         episode: number of the training episode in its run, or of the episode that was watched, from 1.
         env_step: environment steps of the run at the end of the training episode, or in the checkpoint that played.
+        seed: ``run.seed`` of the episode that was watched.
     """
 
     mode: str
@@ -124,6 +125,7 @@ class EvaluationTranscript(Transcript):
     unseen: bool
     episode: NotRequired[int]
     env_step: NotRequired[int]
+    seed: NotRequired[int]
 
 
 def transcript_step(decision: Decision, *, reward: float) -> TranscriptStep:
@@ -207,6 +209,24 @@ def real_values(episode: Transcript) -> list[float | None] | None:
         value = math.nan if reward is None else episode["reward_scale"] * reward + episode["discount_factor"] * value
         values.append(_number(value))
     return values[::-1]
+
+
+def outcome(episode: Transcript) -> str:
+    """How an episode ended, in words."""
+    if episode["won"]:
+        return "won"
+    return "limit of moves reached" if episode["truncated"] else "ended without a win"
+
+
+def score_text(episode: Transcript) -> str:
+    """``score 5 of 10``, or ``score 5`` if the largest possible score is not known."""
+    maximum = episode["max_score"]
+    return f"score {number_text(episode['score'])}" + (f" of {number_text(maximum)}" if maximum else "")
+
+
+def number_text(value: float | None) -> str:
+    """A number with at most six significant digits, or ``-``."""
+    return "-" if value is None else f"{value:g}"
 
 
 def write_transcripts(path: Path, episodes: Iterable[EvaluationTranscript], *, env_step: int) -> None:

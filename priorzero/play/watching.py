@@ -17,7 +17,13 @@ from priorzero.settings import EvalMode
 
 
 class Viewer:
-    """Follows an episode. This one shows nothing and takes the agent's actions."""
+    """Follows an episode. This one shows nothing and takes the agent's actions.
+
+    Attributes:
+        is_human: a person chooses the actions.
+    """
+
+    is_human = False
 
     async def choose(self, step: TranscriptStep) -> int | None:
         """The position of the action to take, or None to end the episode. ``step`` has no reward yet."""

@@ -52,22 +52,17 @@ def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True
         yield
     except GameWorkerError as error:
         raise UserError(
-            f"the game failed: {error}. If it needs more time, type --set env.step_timeout_s="
-            f"{10 * settings.env.step_timeout_s:g}. The last checkpoint is in {folder}"
+            f"the game failed: {error}. {more_time(settings)}. The last checkpoint is in {folder}"
         ) from error
     except EngineError as error:
         raise UserError(f"the LLM engine failed: {error}. The run's files are in {folder}") from error
     except RuntimeError as error:
-        import torch  # late, since the module is also used where torch is not needed
-
-        if not isinstance(error, torch.OutOfMemoryError):
+        problem = out_of_memory(error, settings)
+        if problem is None:
             raise
-        uses_vllm = settings.prior.enabled and settings.prior.engine == "vllm"
         raise UserError(
-            f"out of GPU memory ({' '.join(str(error).split())[:200]}). End other programs that use the GPU "
-            f"(nvidia-smi lists them){', or lower vllm.gpu_memory_utilization' if uses_vllm else ''}. A new run needs "
-            f"less memory with --set llm.use_lora=true, a smaller llm.path, or --set train.batch_size="
-            f"{settings.train.batch_size // 2}. The run's files are in {folder}"
+            f"{problem}. A new run needs less memory with --set llm.use_lora=true, a smaller llm.path, or --set "
+            f"train.batch_size={settings.train.batch_size // 2}. The run's files are in {folder}"
         ) from error
     except OSError as error:
         advice = disk_advice(error, folder=folder)
@@ -75,6 +70,24 @@ def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True
             raise
         then = f"type --resume {shlex.quote(str(folder))}" if resumable else "start a new run"
         raise UserError(f"{folder}: cannot write ({error}); {advice}, then {then}") from error
+
+
+def more_time(settings: Settings) -> str:
+    """What to type if a game needs more time for a step."""
+    return f"If it needs more time, type --set env.step_timeout_s={10 * settings.env.step_timeout_s:g}"
+
+
+def out_of_memory(error: RuntimeError, settings: Settings) -> str | None:
+    """The message of an error for lack of GPU memory, and how to free some; None if it is another error."""
+    import torch  # late, since the module is also used where torch is not needed
+
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    uses_vllm = settings.prior.enabled and settings.prior.engine == "vllm"
+    return (
+        f"out of GPU memory ({' '.join(str(error).split())[:200]}). End other programs that use the GPU (nvidia-smi "
+        f"lists them){', or lower vllm.gpu_memory_utilization' if uses_vllm else ''}"
+    )
 
 
 def disk_advice(error: OSError, *, folder: Path) -> str | None:

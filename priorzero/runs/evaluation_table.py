@@ -115,6 +115,7 @@ def result_table(lines: Sequence[Mapping[str, Any]], *, protocol: str, seed: int
         seed: seed of the bootstrap.
     """
     from rich.table import Table
+    from rich.text import Text
 
     what = "best score in 100 steps" if protocol == TALES else "score"
     table = Table(title=f"Mean {what}, with 95% intervals", caption=TALES_NOTE if protocol == TALES else None)
@@ -125,7 +126,9 @@ def result_table(lines: Sequence[Mapping[str, Any]], *, protocol: str, seed: int
     for mode in dict.fromkeys(line["mode"] for line in lines):
         of_mode = [line for line in lines if line["mode"] == mode]
         for number, line in enumerate(of_mode):
-            table.add_row(f"{MODE_NAMES[mode]} ({mode})" if number == 0 else "", *_cells(line))
+            game, *numbers = _cells(line)
+            # Text, since a name with brackets is no markup.
+            table.add_row(f"{MODE_NAMES[mode]} ({mode})" if number == 0 else "", Text(game), *numbers)
         if len(of_mode) > 1:
             table.add_row("", *_overall_cells(of_mode, protocol=protocol, seed=seed), style="bold")
         table.add_section()
@@ -166,5 +169,5 @@ def _interval_text(interval: Interval | None, number: str) -> str:
     if interval is None:
         return "needs 2 episodes"
     if interval[0] == interval[1]:  # for example if neither the agent nor the game has randomness
-        return "equal scores"
+        return "no variation"
     return f"{interval[0]:{number}} to {interval[1]:{number}}"

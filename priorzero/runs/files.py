@@ -18,7 +18,7 @@ METRICS_CSV = "metrics.csv"
 WANDB = "wandb.json"  # the identifier of the W&B run
 REPORT = "report.html"
 RECORDINGS = "recordings"
-RECORDING = re.compile(r"step(\d+)_episode\d+\.json")
+RECORDING = re.compile(r"step(\d+)_episode\d+\.(json|html)")  # a recording, or the page that shows it
 ERROR = f"{LOGS}/error.txt"  # the error that ended the run
 CHECKPOINTS = "checkpoints"
 
@@ -43,8 +43,8 @@ def recording_path(folder: Path, *, env_step: int, episode: int) -> Path:
 
 
 def recordings_after(folder: Path, env_step: int) -> list[Path]:
-    """The recordings of a run of episodes that ended after ``env_step``."""
-    found = [(path, RECORDING.fullmatch(path.name)) for path in (folder / RECORDINGS).glob("*.json")]
+    """The recordings of a run of episodes that ended after ``env_step``, and the pages that show them."""
+    found = [(path, RECORDING.fullmatch(path.name)) for path in (folder / RECORDINGS).glob("*")]
     return sorted(path for path, match in found if match is not None and int(match[1]) > env_step)
 
 

@@ -12,7 +12,7 @@ from priorzero.runs.checkpoint import Checkpoint, read_checkpoint
 from priorzero.runs.files import CHECKPOINTS, LLM_FOLDER, MANIFEST
 from priorzero.runs.folder import given_folder
 from priorzero.runs.resume import check_is_run, check_trusted, newest_intact, note_changed_versions
-from priorzero.settings import Settings
+from priorzero.settings import MODES_WITHOUT_LLM, EvalMode, Settings
 from priorzero.types import UserError
 
 
@@ -46,7 +46,7 @@ def find_agent(where: str | Path, *, what: str = "") -> Checkpoint:
 def agent_settings(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapping[str, Any]]] = ()) -> Settings:
     """The settings that a trained agent plays with: those of its run, with the LLM of the checkpoint.
 
-    Nothing is trained, so the copy of the LLM for the KL penalty is left out.
+    Nothing is trained or logged, so the copy of the LLM for the KL penalty and Weights & Biases are left out.
 
     Args:
         checkpoint: the agent's.
@@ -69,7 +69,26 @@ def agent_settings(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapp
         llm |= {"path": str((checkpoint.folder / LLM_FOLDER).absolute()), "adapter": ""}
     if exported_llm == "merged":
         llm["use_lora"] = False
-    return resolve_settings(checkpoint.settings, {"llm": llm, "run": {"max_env_step": 0}}, *overrides)
+    run = {"max_env_step": 0, "loggers": ["tensorboard"]}
+    return resolve_settings(checkpoint.settings, {"llm": llm, "run": run}, *overrides)
+
+
+def plays_with_llm(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapping[str, Any]]] = ()) -> bool:
+    """Whether a trained agent has an LLM, and layers of settings do not disable it (``prior.enabled``)."""
+    given = [layer["prior"]["enabled"] for layer in overrides if "enabled" in layer.get("prior", {})]
+    return bool([checkpoint.settings.prior.enabled, *given][-1])
+
+
+def check_modes(
+    checkpoint: Checkpoint, modes: Sequence[EvalMode], overrides: Sequence[Mapping[str, Mapping[str, Any]]] = ()
+) -> None:
+    """Raise UserError if one of ``modes`` needs an LLM, and the agent plays without one."""
+    wrong = [mode for mode in modes if mode not in MODES_WITHOUT_LLM]
+    if wrong and not plays_with_llm(checkpoint, overrides):
+        raise UserError(
+            f"the mode {wrong[0]} needs an LLM, but the agent of {checkpoint.folder} plays without one "
+            f"(prior.enabled=false); the modes without an LLM are {', '.join(MODES_WITHOUT_LLM)}"
+        )
 
 
 def was_trained_on(checkpoint: Checkpoint, game: GameSpec) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from priorzero.play.transcript import EvaluationTranscript
+from priorzero.play.transcript import EvaluationTranscript, outcome, score_text
 
 MAX_STEPS = 200  # steps of an episode that are written; last_evaluation.json has all
 MAX_CHARACTERS = 600  # of a game's reply
@@ -19,9 +19,7 @@ def episode_name(episode: EvaluationTranscript) -> str:
 def episode_text(episode: EvaluationTranscript) -> str:
     """An episode as a reader of the game sees it: replies, commands behind ``>``, points in brackets."""
     steps = episode["steps"]
-    maximum = f" of {episode['max_score']:g}" if episode["max_score"] else ""
-    end = "won" if episode["won"] else "truncated" if episode["truncated"] else "not won"
-    lines = [f"{len(steps)} steps, score {_number(episode['score'])}{maximum}, {end}", ""]
+    lines = [f"{len(steps)} steps, {score_text(episode)}, {outcome(episode)}", ""]
     for step in steps[:MAX_STEPS]:
         reward = f"  [{step['reward']:+g}]" if step["reward"] else ""
         lines += [_shortened(step["raw_obs_text"]), "", f"> {step['valid_actions'][step['chosen']]}{reward}", ""]
@@ -51,7 +49,3 @@ def episode_rows(episode: EvaluationTranscript) -> list[list[Any]]:
 def _shortened(text: str) -> str:
     text = text.strip()
     return text if len(text) <= MAX_CHARACTERS else f"{text[:MAX_CHARACTERS]} ..."
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:g}"

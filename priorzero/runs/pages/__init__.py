@@ -24,5 +24,4 @@ def make_environment(*folders: Path) -> Environment:
     )
     environment.globals["style"] = Markup((FOLDER / "style.css").read_text(encoding="utf-8"))
     environment.globals["script"] = Markup((FOLDER / "player.js").read_text(encoding="utf-8"))
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     return environment

@@ -161,9 +161,8 @@
 
   function showEnd() {
     const last = episode.steps[episode.steps.length - 1];
-    const end = episode.won ? "won" : episode.truncated ? "the limit of moves was reached" : "the game ended without a win";
     at("text").textContent = (last ? `> ${last.valid_actions[last.chosen]}\n\n` : "") + episode.final_obs_text;
-    at("outcome").textContent = `End of the episode: ${end}.`;
+    at("outcome").textContent = `End of the episode: ${episode.outcome}.`;
     at("actions").replaceChildren();
     showPredictions([]);
     showValues([["final score", scoreText(episode.score)], ["return", number(episode.total_reward)]]);

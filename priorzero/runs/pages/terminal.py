@@ -11,9 +11,17 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from priorzero.play.transcript import EvaluationTranscript, Transcript, TranscriptStep, real_values
+from priorzero.play.transcript import (
+    EvaluationTranscript,
+    Transcript,
+    TranscriptStep,
+    number_text,
+    outcome,
+    real_values,
+    score_text,
+)
 from priorzero.play.watching import Viewer
-from priorzero.runs.pages.episodes import describe, outcome
+from priorzero.runs.pages.episodes import describe
 
 MAX_ACTIONS = 12  # that are listed in a step that is watched
 BAR_WIDTH = 8  # characters
@@ -84,7 +92,7 @@ def _number(value: float | None) -> str:
 
 def show_state(console: Console, step: TranscriptStep, *, number: int) -> None:
     """Print the text of the game before step ``number``, which counts from 1."""
-    title = f"step {number}, score {_number(step['score'])}"
+    title = f"step {number}, score {number_text(step['score'])}"
     console.print(Panel(Text(printable(step["raw_obs_text"])), title=title, title_align="left"))
 
 
@@ -111,8 +119,7 @@ def _compared(step: TranscriptStep, real_value: float | None) -> str:
 
 def show_end(console: Console, episode: Transcript) -> None:
     """Print the last text of an episode and its result."""
-    score, best = episode["score"], episode["max_score"]
-    result = f"{outcome(episode)}: score {_number(score)}" + (f" of {_number(best)}" if best else "")
+    result = f"{outcome(episode)}: {score_text(episode)}"
     console.print(Panel(Text(printable(episode["final_obs_text"])), title="end", subtitle=result, title_align="left"))
 
 
@@ -157,6 +164,8 @@ class TextViewer(Viewer):
 
 class HumanViewer(TextViewer):
     """Lets a person play, beside the agent's advice. Commands are read from stdin; its end ends the episode."""
+
+    is_human = True
 
     async def choose(self, step: TranscriptStep) -> int | None:
         self._number += 1

@@ -64,8 +64,10 @@ class TimeShare:
 
 def render(run: RunData, *, running: bool, error: str) -> str:
     """The page as HTML. ``running`` and ``error`` are those of :func:`priorzero.runs.report.write_report`."""
-    data, note = episode_data(_sorted(run.transcripts), max_chars=MAX_TRANSCRIPT_CHARS)
-    notes = [*run.notes, *([f"{note} They are in {LAST_EVALUATION}."] if note else [])]
+    data, left_out, size_note = episode_data(_sorted(run.transcripts), max_chars=MAX_TRANSCRIPT_CHARS)
+    if left_out:
+        left_out = f"{left_out} {LAST_EVALUATION} contains them."
+    notes = [*run.notes, *filter(None, (left_out, size_note))]
     template = _environment().get_template("page.html")
     return template.render(
         run=run,
