@@ -165,49 +165,11 @@ def test_prior_weights_of_other_games():
     assert b < 0.4 < 0.6 < a and weights.of_game("new")[UNCERTAIN] == pytest.approx((a + b) / 2)
 
 
-PRIOR = ActionPrior(np.log(np.array([0.8, 0.2], dtype=np.float32)), "score", 0)
-
-
-def exploration_weight(weights: PriorWeights) -> float:
-    """The weight of :data:`PRIOR` in the exploration: its first action has 0.5 + 0.3 * weight."""
-    return (weights.exploration_probs("game", PRIOR)[0] - 0.5) / 0.3
-
-
 def test_prior_weights_guide_the_exploration():
     """The exploration mixes the prior with a uniform distribution if the weight is learned."""
-    assert PriorWeights(0.25, floor=0.1).exploration_probs("game", PRIOR) == pytest.approx([0.77, 0.23])
-    assert learned(floor=0.1).exploration_probs("game", PRIOR) == pytest.approx(
-        [0.75 * 0.77 + 0.125, 0.75 * 0.23 + 0.125]
-    )
-
-
-@pytest.mark.parametrize(("chosen", "policy"), [(0, [0.01, 0.99]), (1, [0.99, 0.01])])
-def test_prior_weights_compare_the_prior_with_chance_for_the_exploration(chosen, policy):
-    """The first step by hand: the policy does not matter. The mixture is [0.725, 0.275]."""
-    weights = learned()
-    searched = decision(prior=[0.8, 0.2], policy=policy, chosen=chosen, behaviour_prob=1.0)
-    weights.observe(0, "game", searched, reward=0.0)
-    assert exploration_weight(weights) == pytest.approx(0.75, abs=1e-6)  # visits do not count
-    weights.observe(0, "game", searched, reward=1.0)
-    expected, count = 0.75, 20.0
-    for distance in range(2):
-        mixture = [0.725, 0.275][chosen]
-        count += (weight := 10 * 0.9**distance)
-        expected += min(0.3, weight / count) * 0.75 * ([0.8, 0.2][chosen] / mixture - 1.0)
-    assert exploration_weight(weights) == pytest.approx(expected, abs=1e-6)
-    assert (expected > 0.75) == (chosen == 0)
-
-
-@pytest.mark.parametrize("share", [0.2, 0.8])
-def test_prior_weights_maximise_the_likelihood_of_points_for_the_exploration(share):
-    """Each command that gains points is drawn from the prior with this probability, else uniformly."""
-    rng, weights = np.random.default_rng(0), learned()
-    for _ in range(3000):
-        prior = rng.dirichlet(np.ones(5))
-        good = rng.choice(5, p=prior if rng.random() < share else np.full(5, 0.2))
-        weights.observe(0, "game", decision(prior=prior, policy=np.full(5, 0.2), chosen=good), reward=1.0)
-        weights.begin_episode(0)
-    assert exploration_weight(weights) == pytest.approx(share, abs=0.15)
+    prior = ActionPrior(np.log(np.array([0.8, 0.2], dtype=np.float32)), "score", 0)
+    assert PriorWeights(0.25, floor=0.1).exploration_probs("game", prior) == pytest.approx([0.77, 0.23])
+    assert learned(floor=0.1).exploration_probs("game", prior) == pytest.approx([0.5 * 0.77 + 0.25, 0.5 * 0.23 + 0.25])
 
 
 def test_prior_weights_are_constant_if_a_number_is_given():
@@ -238,8 +200,6 @@ def test_prior_weights_learn_while_collecting_and_not_while_evaluating():
     after = player.prior_weights.of_game("counting 0").copy()
     assert (after != 0.5).any() and ((after >= BOUNDS[0]) & (after <= BOUNDS[1])).all()
     assert collector.scalars(collected)["prior/weight_mean"] == pytest.approx(np.mean(collected.prior_weights))
-    explored = [player.prior_weights.of_exploration(game) for game in player.prior_weights.state_dict()["weights"]]
-    assert collector.scalars(collected)["prior/exploration_weight"] == pytest.approx(np.mean(explored)) != 0.75
     assert len(collected.prior_weights) == 60 and len(set(collected.prior_weights)) > 10
     state = player.prior_weights.state_dict()
     evaluate(player, "world_model_with_prior", games=[CountingGame(0, length=3)], episodes=1)

@@ -179,9 +179,6 @@ class Collector:
             "collector_iter/action_overflows": float(self._player.indexer.num_overflows),
             "collector_iter/actions_known": float(self._player.indexer.num_used),
         }
-        if self._player.prior is not None and self._player.prior_weights.learns:
-            own = [self._player.prior_weights.of_exploration(game) for game in self._games]
-            scalars["prior/exploration_weight"] = float(np.mean(own))
         if self.recent_returns:
             scalars["collector_iter/reward_mean"] = float(np.mean(self.recent_returns))
             scalars["collector_iter/reward_max"] = float(np.max(self.recent_returns))

@@ -15,11 +15,6 @@ the log-likelihood of recent targets under the mixture. There are two kinds of t
 
 The prior knows more than the policy in new states, and less in states that the policy has learned. So there is one
 weight for each of :data:`NUM_BINS` equal intervals of the policy's entropy, relative to that of a uniform distribution.
-
-Exploration mixes the prior with a uniform distribution instead of the policy. Its weight is learned from points in the
-same way, but without importance weights: nearly all actions of a room are tried in the end. Until then, the commands
-that gained points are a sample in which the prior's suggestions are too frequent, so this weight is too large in games
-that are little explored. A prior that is worse than chance loses its weight when the other commands gain points.
 """
 
 from __future__ import annotations
@@ -36,7 +31,6 @@ if TYPE_CHECKING:
     from priorzero.play.player import Decision
 
 INITIAL_WEIGHT = 0.5
-INITIAL_EXPLORATION_WEIGHT = 0.75  # chosen with the walkthroughs of the validation games
 INITIAL_COUNT = 20.0  # targets that the initial weight stands for
 MEMORY = 200.0  # targets; older ones are forgotten
 BOUNDS = (0.02, 0.98)
@@ -44,16 +38,15 @@ TRACE_LENGTH = 20  # commands before points that are targets
 TRACE_DECAY = 0.9
 POINTS_WEIGHT = 10.0  # of a command that gains points, relative to the visits of a decision; points are rare
 MAX_STEP = 0.3
-EXPLORATION = NUM_BINS  # index of the weight for exploration, after those for the search
 
 
 class Responsibility(NamedTuple):
-    """The prior's share in a command that may be a target later.
+    """A decision whose command may be a target later.
 
     Attributes:
-        bin: interval of the policy's entropy, or :data:`EXPLORATION`.
+        bin: interval of the policy's entropy.
         excess: responsibility of the prior for the command, minus the prior's weight.
-        weight: truncated importance weight of the command; 1 for the exploration.
+        weight: truncated importance weight of the command.
     """
 
     bin: int
@@ -62,7 +55,7 @@ class Responsibility(NamedTuple):
 
 
 class PriorWeights:
-    """The weights of all games, ``[NUM_BINS + 1]`` each: for the search, then for exploration.
+    """The weights of all games, ``[NUM_BINS]`` each.
 
     Args:
         alpha: ``prior.alpha``. A number is used in all games and states.
@@ -71,40 +64,29 @@ class PriorWeights:
 
     def __init__(self, alpha: float | str, *, floor: float) -> None:
         self.learns = alpha == "auto"
-        self._initial = np.full(NUM_BINS + 1, INITIAL_WEIGHT if isinstance(alpha, str) else alpha)
-        if self.learns:
-            self._initial[EXPLORATION] = INITIAL_EXPLORATION_WEIGHT
+        self._initial = INITIAL_WEIGHT if isinstance(alpha, str) else alpha
         self._floor = floor
         self._weights: dict[str, np.ndarray] = {}
         self._counts: dict[str, np.ndarray] = {}
-        self._traces: dict[int, deque[tuple[Responsibility, ...]]] = defaultdict(lambda: deque(maxlen=TRACE_LENGTH))
+        self._traces: dict[int, deque[Responsibility]] = defaultdict(lambda: deque(maxlen=TRACE_LENGTH))
 
     def of_game(self, game: str) -> np.ndarray:
-        """The weights for the search in a game, ``[NUM_BINS]``.
-
-        In a game that was not trained on, they are the mean of the others.
-        """
-        return self._of_game(game)[:NUM_BINS]
-
-    def of_exploration(self, game: str) -> float:
-        """The weight for exploration in a game; the rest is a uniform distribution's."""
-        return float(self._of_game(game)[EXPLORATION])
-
-    def _of_game(self, game: str) -> np.ndarray:
+        """The weights in a game, ``[NUM_BINS]``. In a game that was not trained on, they are the mean of the others."""
         if game in self._weights:
             return self._weights[game]
         known = list(self._weights.values())
-        return np.mean(known, axis=0) if known else self._initial
+        return np.mean(known, axis=0) if known else np.full(NUM_BINS, self._initial)
 
     def exploration_probs(self, game: str, prior: ActionPrior) -> np.ndarray:
-        """The probabilities of the valid actions for exploration, ``[K]``.
+        """The prior's probabilities for exploration, ``[K]``.
 
-        If the weight is learned, a uniform distribution has the rest of the prior's weight.
+        If the weight is learned, a uniform distribution takes the rest of the weight that the prior has where the
+        policy is nearly uniform. So a prior that is no better than chance does not guide the exploration.
         """
         probs = floored_probs(prior.logprobs, floor=self._floor)
         if not self.learns:
             return probs
-        alpha = self.of_exploration(game)
+        alpha = self.of_game(game)[-1]
         return np.asarray(alpha * probs + (1.0 - alpha) / len(probs))
 
     def begin_episode(self, env: int) -> None:
@@ -123,30 +105,26 @@ class PriorWeights:
         if has_prior and len(decision.action_indices) > 1:
             self._observe_decision(env, game, decision)
         if reward > 0:
-            for distance, command in enumerate(reversed(self._traces.pop(env, deque()))):
-                for own_bin, excess, importance in command:
-                    self._move(game, own_bin, excess, weight=POINTS_WEIGHT * importance * TRACE_DECAY**distance)
+            for distance, past in enumerate(reversed(self._traces.pop(env, deque()))):
+                self._move(game, past.bin, past.excess, weight=POINTS_WEIGHT * past.weight * TRACE_DECAY**distance)
 
     def _observe_decision(self, env: int, game: str, decision: Decision) -> None:
         result, prior, chosen = decision.result, decision.prior, decision.chosen
         assert result is not None and prior is not None
         own_bin, alpha = entropy_bin(result.policy_logits), result.prior_weight
         mixture = np.exp(result.root_logits.astype(np.float64))
-        probs = floored_probs(prior.logprobs, floor=self._floor)
-        shares = alpha * probs / mixture  # responsibility of the prior for each action, [K]
+        # Responsibility of the prior for each action, [K].
+        shares = alpha * floored_probs(prior.logprobs, floor=self._floor) / mixture
         if result.root_probs.min() > 0.0:  # with search.root_noise_weight=1, the visits follow the noise alone
             target = result.visit_counts * mixture / result.root_probs
             self._move(game, own_bin, float(target @ shares / target.sum()) - alpha, weight=1.0)
         importance = min(1.0, float(mixture[chosen]) / decision.behaviour_prob)
-        search = Responsibility(own_bin, float(shares[chosen]) - alpha, importance)
-        own_weight, explored = self.of_exploration(game), self.exploration_probs(game, prior)
-        excess = own_weight * (float(probs[chosen] / explored[chosen]) - 1.0)
-        self._traces[env].append((search, Responsibility(EXPLORATION, excess, weight=1.0)))
+        self._traces[env].append(Responsibility(own_bin, float(shares[chosen]) - alpha, importance))
 
     def _move(self, game: str, own_bin: int, excess: float, *, weight: float) -> None:
         """A step of online EM: the first ones are those of a mean, later ones those of a mean with forgetting."""
-        weights = self._weights.setdefault(game, self._initial.copy())
-        counts = self._counts.setdefault(game, np.zeros(NUM_BINS + 1))
+        weights = self._weights.setdefault(game, np.full(NUM_BINS, self._initial))
+        counts = self._counts.setdefault(game, np.zeros(NUM_BINS))
         counts[own_bin] += weight
         step = min(MAX_STEP, weight / min(MEMORY, INITIAL_COUNT + counts[own_bin]))
         weights[own_bin] = np.clip(weights[own_bin] + step * excess, *BOUNDS)
@@ -155,7 +133,7 @@ class PriorWeights:
         return {
             "weights": {game: weights.tolist() for game, weights in self._weights.items()},
             "counts": {game: counts.tolist() for game, counts in self._counts.items()},
-            "traces": {env: [[tuple(r) for r in command] for command in trace] for env, trace in self._traces.items()},
+            "traces": {env: [tuple(past) for past in trace] for env, trace in self._traces.items()},
         }
 
     def load_state_dict(self, state: Plain) -> None:
@@ -164,4 +142,4 @@ class PriorWeights:
         self._counts = {game: np.array(counts) for game, counts in state["counts"].items()}
         self._traces.clear()
         for env, trace in state["traces"].items():
-            self._traces[env].extend(tuple(Responsibility(*r) for r in command) for command in trace)
+            self._traces[env].extend(Responsibility(*past) for past in trace)

@@ -5,9 +5,8 @@ place (room description and inventory). The best trajectory is the one to the hi
 
 - Return: if the archive has a trajectory from the present cell to a higher score, the root noise is uniform over its
   actions, and the sampling temperature is halved. So the episode follows the trajectory.
-- Explore: otherwise the noise is all on one action, sampled with a probability proportional to the square of
-  ``prior / (1 + count)^2``, where the count is of the action in its room with its score. The square brings the sampling
-  closer to trying actions in the order of the prior. On walkthroughs, a command is then found with fewer attempts.
+- Explore: otherwise the noise is all on one action, sampled with a probability proportional to
+  ``prior / (1 + count)^2``, where the count is of the action in its room with its score.
 - Deviate: with the probability ``search.deviation_prob``, an episode explores in a random interval of its actions even
   if it could return. The interval ends early once the episode has gained points that no known trajectory has.
 - A trajectory has the score that its episode has reached; after the end of the episode, it has the final score.
@@ -219,7 +218,7 @@ class GoExplore(Exploration):
         if known.any() and not progress.deviates:
             return RootNoise(known / known.sum(), RETURN_TEMPERATURE_SCALE)
         weights = np.ones(len(known)) if prior_probs is None else prior_probs
-        weights = (weights / (1.0 + self._counts[env % len(self._counts)].of_actions(state)) ** 2) ** 2
+        weights = weights / (1.0 + self._counts[env % len(self._counts)].of_actions(state)) ** 2
         chosen = rng.choice(len(known), p=weights / weights.sum())
         return RootNoise(np.eye(len(known))[chosen])
 
