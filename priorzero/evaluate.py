@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from priorzero.config import parse_assignments
-from priorzero.runs.errors import more_time
 from priorzero.runs.evaluation_table import PROTOCOLS, STANDARD, TALES, result_lines, result_table
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.saved import find_agent
@@ -104,7 +103,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if len(lines) < expected:
         raise UserError(
             f"{expected - len(lines)} of {expected} evaluations failed, since their games could not be played; the "
-            f"messages above say why. {more_time(settings)}"
+            "messages above say why"
         )
 
 

@@ -260,7 +260,7 @@ def agent_errors(prepared: AgentPreparation) -> Iterator[None]:
     try:
         yield
     except GameWorkerError as error:
-        raise UserError(f"the game failed: {error}. {more_time(settings)}") from error
+        raise UserError(f"the game failed: {error}{more_time(error, settings)}") from error
     except EngineError as error:
         may_be_vllm = settings.prior.engine != "transformers"
         advice = "; to play without vLLM, type --set prior.engine=transformers" if may_be_vllm else ""

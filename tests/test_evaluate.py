@@ -16,6 +16,7 @@ from rich.console import Console
 from priorzero.evaluate import main
 from priorzero.play.evaluator import Evaluation
 from priorzero.runs.evaluation_table import mean_interval, result_lines, result_table
+from priorzero.types import GameWorkerError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.runs import NO_LLM, lines, short_settings, train
 from tests.helpers.toy_game import toy_games
@@ -77,6 +78,17 @@ def test_evaluate_by_the_protocol_of_tales(trained_run, capsys):
     (standard,), _ = run_command(capsys, trained_run, "--games", "toy", "--modes", "random", "--episodes", "5")
     assert line["mean_score"] > standard["mean_score"]
     assert "TALES" in table and "valid actions" in table
+
+
+def test_evaluate_reports_a_game_that_fails_without_advice_about_time(trained_run, capsys, monkeypatch):
+    async def fail(*_):
+        raise GameWorkerError("it crashed")
+
+    monkeypatch.setattr("tests.helpers.toy_game.InProcessWorker.step", fail)
+    with toy_games():
+        assert main([str(trained_run), "--games", "toy", "--modes", "random"]) == 2
+    error = capsys.readouterr().err
+    assert "1 of 1 evaluations failed" in error and "step_timeout_s" not in error and error.count("Traceback") == 0
 
 
 # ---- intervals and the table ----
