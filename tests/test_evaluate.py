@@ -158,6 +158,12 @@ def test_result_table_shows_names_with_brackets_and_equal_scores_of_a_game():
         (["--games", "textworld:nothing"], "Unknown TextWorld challenge 'nothing'"),
         (["--out", "missing/results.jsonl"], "--out missing/results.jsonl: there is no folder missing; create it"),
         (["--out", "."], "--out .: this is not a file"),
+        (
+            ["--set", "world_model.num_layers=9"],
+            "world_model.num_layers=9: the architecture of a trained agent cannot change; world_model.num_layers is 2",
+        ),
+        (["--set", "env.action_space_size=7"], "env.action_space_size=7: the architecture of a trained agent cannot"),
+        (["--set", "encoder.path=package:other"], "encoder.path=package:other: the architecture"),
         (["--set", "search.simulations=3"], "unknown setting 'search.simulations'"),
         (["--set", "run.env_id=zork1.z5"], "name the games with --games"),
         (["--set", "eval.modes=random"], "--set eval.modes has no effect here; name the modes with --modes A,B"),
