@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 from priorzero.config import parse_assignments
 from priorzero.runs.evaluation_table import PROTOCOLS, STANDARD, TALES, result_lines, result_table
 from priorzero.runs.progress import terminal_output
-from priorzero.runs.saved import find_agent
+from priorzero.runs.saved import find_agent, was_removed
 from priorzero.runtime.activity import announced
 from priorzero.runtime.command import add_set_argument, check_positive, run_command
 from priorzero.runtime.concurrency import only_run_of_process
@@ -85,6 +85,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         with announced("loading the libraries"):
             # Late, since it imports torch and LightZero, which takes seconds.
             from priorzero.saved_agent import agent_errors, evaluate_agent
+        if was_removed(prepared.checkpoint):
+            prepared = _prepare(arguments, flags)
         settings, checkpoint = prepared.settings, prepared.checkpoint
         with only_run_of_process(), agent_errors(prepared):
             evaluations = asyncio.run(evaluate_agent(prepared, step_limit=PROTOCOLS[arguments.protocol]))

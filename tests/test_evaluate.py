@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,10 +17,12 @@ from rich.console import Console
 
 from priorzero.evaluate import main
 from priorzero.play.evaluator import Evaluation
+from priorzero.preflight import prepare_agent
 from priorzero.runs.evaluation_table import mean_interval, result_lines, result_table
-from priorzero.types import GameWorkerError
+from priorzero.saved_agent import evaluate_agent
+from priorzero.types import GameWorkerError, UserError
 from tests.helpers.checkpoints import write_checkpoint
-from tests.helpers.runs import NO_LLM, lines, short_settings, train
+from tests.helpers.runs import NO_LLM, lines, restored_threads, short_settings, train
 from tests.helpers.toy_game import toy_games
 
 
@@ -78,6 +82,34 @@ def test_evaluate_by_the_protocol_of_tales(trained_run, capsys):
     (standard,), _ = run_command(capsys, trained_run, "--games", "toy", "--modes", "random", "--episodes", "5")
     assert line["mean_score"] > standard["mean_score"]
     assert "TALES" in table and "valid actions" in table
+
+
+def removed_once(monkeypatch, folder):
+    """The first call of ``prepare_agent`` finds a checkpoint that is removed afterwards."""
+
+    def prepare(*arguments, **options):
+        prepared = prepare_agent(*arguments, **options)
+        shutil.rmtree(folder, ignore_errors=True)
+        return prepared
+
+    monkeypatch.setattr("priorzero.preflight.prepare_agent", prepare)
+
+
+def test_evaluate_takes_another_checkpoint_if_the_run_has_removed_its_own(trained_run, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    newest = shutil.copytree(run / "checkpoints" / "iteration_2", run / "checkpoints" / "iteration_3")
+    removed_once(monkeypatch, newest)
+    [line], _ = run_command(capsys, run, "--games", "toy", "--modes", "random")
+    assert line["checkpoint"].endswith("iteration_2") and not newest.exists()
+
+
+def test_evaluate_agent_reports_a_checkpoint_that_is_removed_while_it_is_loaded(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    with toy_games(), restored_threads():
+        prepared = prepare_agent(run, games="toy", modes=["random"])
+        shutil.rmtree(prepared.checkpoint.folder)
+        with pytest.raises(UserError, match=r"iteration_2: this checkpoint was removed while .*type the command again"):
+            asyncio.run(evaluate_agent(prepared))
 
 
 def test_evaluate_reports_a_game_that_fails_without_advice_about_time(trained_run, capsys, monkeypatch):

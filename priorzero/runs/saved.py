@@ -56,6 +56,11 @@ def find_agent(where: str | Path, *, what: str = "") -> Checkpoint:
     return checkpoint
 
 
+def was_removed(checkpoint: Checkpoint) -> bool:
+    """Whether a run in progress has removed the checkpoint since it was found (``run.keep_checkpoints``)."""
+    return not (checkpoint.folder / MANIFEST).is_file()
+
+
 def agent_settings(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapping[str, Any]]] = ()) -> Settings:
     """The settings that a trained agent plays with: those of its run, with the LLM of the checkpoint.
 
