@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from priorzero.config import parse_assignments
 from priorzero.runs.progress import terminal_output
+from priorzero.runs.saved import find_agent, plays_with_llm, was_removed
 from priorzero.runtime.activity import announced
 from priorzero.runtime.command import add_set_argument, check_positive, run_command
 from priorzero.runtime.concurrency import only_run_of_process
@@ -175,11 +176,13 @@ def _watch_agent(arguments: argparse.Namespace, *, out: Path | None) -> None:
             _check_folder(folder)
         with announced("loading the libraries"):
             from priorzero.saved_agent import agent_errors, watch_agent  # late: imports torch and LightZero
+        if was_removed(prepared.checkpoint):
+            prepared, mode = _prepare(arguments)
 
         def make_viewer(title: str) -> Viewer:
             if in_terminal:
                 display.close()  # its live line and the episodes would disturb each other
-            return _viewer(arguments, title=title)
+            return _viewer(arguments, title=title, reward_scale=prepared.settings.train.reward_scale)
 
         with only_run_of_process(), agent_errors(prepared):
             episodes = asyncio.run(
@@ -198,7 +201,6 @@ def _watch_agent(arguments: argparse.Namespace, *, out: Path | None) -> None:
 def _prepare(arguments: argparse.Namespace) -> tuple[AgentPreparation, EvalMode]:
     """Find the agent and check its games. By default, it plays with its LLM if it has one."""
     from priorzero.preflight import prepare_agent
-    from priorzero.runs.saved import find_agent, plays_with_llm
 
     overrides: list[Mapping[str, Mapping[str, Any]]] = [parse_assignments(arguments.assignments)]
     if "modes" in overrides[0].get("eval", {}):
@@ -228,13 +230,13 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _viewer(arguments: argparse.Namespace, *, title: str) -> Viewer:
+def _viewer(arguments: argparse.Namespace, *, title: str, reward_scale: float) -> Viewer:
     from priorzero.play.watching import Viewer
     from priorzero.runs.pages.terminal import HumanViewer, TextViewer
 
     if arguments.human:
-        return HumanViewer(_console(), title=title)
-    return TextViewer(_console(), title=title) if arguments.text else Viewer()
+        return HumanViewer(_console(), title=title, reward_scale=reward_scale)
+    return TextViewer(_console(), title=title, reward_scale=reward_scale) if arguments.text else Viewer()
 
 
 if __name__ == "__main__":

@@ -289,6 +289,25 @@ def test_actions_table_lists_the_best_actions_first_with_bars():
     assert "and 2 more" in rendered(actions_table(make_step(0), limit=1))
 
 
+def test_actions_table_shows_small_q_values_with_significant_digits():
+    step = make_step(0)
+    step["action_values"] = [-0.00123, 0.0004, -0.0]
+    rows = [row.split() for row in rendered(actions_table(step)).splitlines()]
+    found = {row[row.index("0") - 1]: row[-2:] for row in rows[1:]}
+    assert found == {"take": ["0.0004", "█"], "wait": ["0", "█"], "go": ["█", "-0.0012"]}
+
+
+def test_show_episode_shows_values_and_rewards_in_the_same_units():
+    episode = make_episode(steps=2)
+    episode["reward_scale"] = 3.0
+    episode["discount_factor"] = 0.5
+    console = Console(file=io.StringIO(), width=200)
+    show_episode(console, episode)
+    text = console.file.getvalue()
+    assert "All values and rewards are points times 3 (train.reward_scale)." in text
+    assert "real value 4.5; reward 3\n" in re.sub(" +\n", "\n", text)
+
+
 def test_read_choice_takes_a_number_a_text_or_the_agents_action():
     step = make_step(5)  # go 5, take 5, wait 5; the table lists 1, 2, 0
     assert best_first(step) == [1, 2, 0]
