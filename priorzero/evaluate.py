@@ -144,6 +144,11 @@ def _flags(arguments: argparse.Namespace) -> list[Layer]:
 
 def _modes(text: str) -> list[EvalMode]:
     modes = [cast(EvalMode, mode.strip()) for mode in text.split(",")]
+    if not text.strip():
+        raise UserError(
+            f"--modes is empty; give one or more of {', '.join(EVAL_MODES)}, separated by commas, or leave --modes out "
+            "for those of the run"
+        )
     unknown = [mode for mode in modes if mode not in EVAL_MODES]
     if unknown:
         raise UserError(

@@ -109,7 +109,7 @@ async def loaded_agent(prepared: AgentPreparation) -> AsyncIterator[SavedAgent]:
 
 @contextmanager
 def _removal_reported(checkpoint: Checkpoint) -> Iterator[None]:
-    """Raise UserError in place of the errors of a checkpoint that its run has removed, since it has written new ones."""
+    """Raise UserError in place of the errors of a checkpoint that its run has removed (``run.keep_checkpoints``)."""
     try:
         yield
     except (UserError, EngineError, OSError) as error:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from priorzero.config import parse_assignments
+from priorzero.runs.files import RECORDINGS
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.saved import find_agent, plays_with_llm, was_removed
 from priorzero.runtime.activity import announced
@@ -102,6 +105,10 @@ def _watch(arguments: argparse.Namespace) -> None:
         raise UserError("--text and --human cannot be combined; leave one of them out")
     check_positive("--episodes", arguments.episodes)
     out = None if arguments.out is None else user_path(arguments.out, what="--out ")
+    if path.name == RECORDINGS and path.is_dir():
+        names = sorted(file.name for file in path.glob("*.json"))
+        example = f", such as {shlex.quote(str(path / names[-1]))}" if names else ", but it contains none"
+        raise UserError(f"{path}: this is the folder of a run's recorded episodes; name a file in it{example}")
     if path.is_file():
         _watch_file(arguments, path, out=out)
     else:
@@ -136,6 +143,11 @@ def _watch_file(arguments: argparse.Namespace, path: Path, *, out: Path | None) 
         raise UserError(f"--{name}: {path} is a file, whose episodes were played before; leave --{name} out")
     try:
         env_step, episodes = read_transcripts(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: is not a recorded episode, since it is not JSON ({error}); name a run's folder, a checkpoint, "
+            "or a file of RUN/recordings/"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); name a run's folder, a checkpoint, or a file of RUN/recordings/"
@@ -169,10 +181,12 @@ def _watch_agent(arguments: argparse.Namespace, *, out: Path | None) -> None:
     in_terminal = arguments.text or arguments.human
     with contextlib.ExitStack() as display:
         display.enter_context(terminal_output())
+        if out is not None:
+            _check_folder(out)
         with announced("preparing"):
             prepared, mode = _prepare(arguments)
         folder = out or _default_folder(prepared)
-        if out is not None or not in_terminal:
+        if not in_terminal:
             _check_folder(folder)
         with announced("loading the libraries"):
             from priorzero.saved_agent import agent_errors, watch_agent  # late: imports torch and LightZero
@@ -203,6 +217,8 @@ def _prepare(arguments: argparse.Namespace) -> tuple[AgentPreparation, EvalMode]
     from priorzero.preflight import prepare_agent
 
     overrides: list[Mapping[str, Mapping[str, Any]]] = [parse_assignments(arguments.assignments)]
+    if arguments.games is not None and not arguments.games.strip():
+        raise UserError("--games is empty; name a game, such as zork1.z5, or leave --games out for that of the run")
     if "modes" in overrides[0].get("eval", {}):
         raise UserError("--set eval.modes has no effect here; name the mode with --mode")
     if arguments.seed is not None:

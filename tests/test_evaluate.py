@@ -180,6 +180,8 @@ def test_result_table_shows_names_with_brackets_and_equal_scores_of_a_game():
         (["--episodes", "0"], "--episodes 0: give a whole number of at least 1"),
         (["--seed", "-1"], "--seed -1: give a whole number between 0 and"),
         (["--modes", "world_model,best"], "'best' is not a mode; give one or more of world_model,"),
+        (["--modes", ""], "--modes is empty; give one or more of world_model,"),
+        (["--games", "textworld:file="], "textworld:file= names no game; type textworld:file=PATH"),
         (["--modes", "random,random"], "names a mode twice"),
         (
             ["--modes", "prior"],

@@ -127,9 +127,7 @@ def _compared(step: TranscriptStep, real_value: float | None, *, reward_scale: f
         parts.append(f"real value {_number(real_value)}")
     predicted = step.get("predicted_reward")
     reward = None if step["reward"] is None else step["reward"] * reward_scale
-    parts.append(
-        f"reward {_number(reward)}" + ("" if predicted is None else f" (predicted {_number(predicted)})")
-    )
+    parts.append(f"reward {_number(reward)}" + ("" if predicted is None else f" (predicted {_number(predicted)})"))
     return "; ".join(parts)
 
 
@@ -193,11 +191,14 @@ class HumanViewer(TextViewer):
             self._console.print(Text(QUESTION), end="")
             answer = await asyncio.to_thread(sys.stdin.readline)  # the prior engine goes on meanwhile
             if not answer:
-                self._console.print()
+                self._console.print(Text("\nThe input has ended before the episode, which is not written."))
                 return None
+            if not sys.stdin.isatty():  # a terminal has shown what was typed, and the end of the line
+                self._console.print(Text(printable(answer.rstrip("\n"))))
             if (chosen := read_choice(step, answer)) is not None:
                 return chosen
-            self._console.print(Text(f"{printable(answer.strip())!r} is not in the list; type a number from it"))
+            given = printable(answer.strip())
+            self._console.print(Text(f"{given!r} is not in the list; type a number or a text from it"))
 
     def show(self, step: TranscriptStep) -> None:
         self._console.print(Text(f"{_compared(step, None, reward_scale=self._reward_scale)}\n", style="dim"))
