@@ -27,8 +27,8 @@ TALES_NOTE = (
     "Protocol of TALES (Cui et al. 2025): 100 steps for each game, which begins again if it ends before, and the best "
     "score. It differs in five parts, which docs/evaluation.md explains: the agent chooses among the valid actions "
     "that the game gives it, and sees the room and the inventory without spending a step; the limit of moves, the "
-    "memory after a game has begun again, and the games and seeds differ, too. State these differences when you compare with "
-    "its published scores."
+    "memory after a game has begun again, and the games and seeds differ, too. State these differences when you "
+    "compare with its published scores."
 )
 
 Interval = tuple[float, float]
