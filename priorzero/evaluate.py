@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from priorzero.config import parse_assignments
-from priorzero.runs.errors import more_time
 from priorzero.runs.evaluation_table import PROTOCOLS, STANDARD, TALES, result_lines, result_table
 from priorzero.runs.progress import terminal_output
-from priorzero.runs.saved import find_agent
+from priorzero.runs.saved import find_agent, was_removed
 from priorzero.runtime.activity import announced
 from priorzero.runtime.command import add_set_argument, check_positive, run_command
 from priorzero.runtime.concurrency import only_run_of_process
@@ -86,6 +85,8 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         with announced("loading the libraries"):
             # Late, since it imports torch and LightZero, which takes seconds.
             from priorzero.saved_agent import agent_errors, evaluate_agent
+        if was_removed(prepared.checkpoint):
+            prepared = _prepare(arguments, flags)
         settings, checkpoint = prepared.settings, prepared.checkpoint
         with only_run_of_process(), agent_errors(prepared):
             evaluations = asyncio.run(evaluate_agent(prepared, step_limit=PROTOCOLS[arguments.protocol]))
@@ -104,7 +105,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
     if len(lines) < expected:
         raise UserError(
             f"{expected - len(lines)} of {expected} evaluations failed, since their games could not be played; the "
-            f"messages above say why. {more_time(settings)}"
+            "messages above say why"
         )
 
 
@@ -143,6 +144,11 @@ def _flags(arguments: argparse.Namespace) -> list[Layer]:
 
 def _modes(text: str) -> list[EvalMode]:
     modes = [cast(EvalMode, mode.strip()) for mode in text.split(",")]
+    if not text.strip():
+        raise UserError(
+            f"--modes is empty; give one or more of {', '.join(EVAL_MODES)}, separated by commas, or leave --modes out "
+            "for those of the run"
+        )
     unknown = [mode for mode in modes if mode not in EVAL_MODES]
     if unknown:
         raise UserError(

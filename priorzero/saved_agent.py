@@ -43,6 +43,7 @@ from priorzero.run_state import load_world_model_state
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.errors import disk_advice, more_time, out_of_memory
 from priorzero.runs.exported import read_play_state
+from priorzero.runs.saved import was_removed
 from priorzero.runtime.activity import announced
 from priorzero.runtime.random_state import seed_globals
 from priorzero.settings import EvalMode, Settings
@@ -100,9 +101,24 @@ async def loaded_agent(prepared: AgentPreparation) -> AsyncIterator[SavedAgent]:
     *global_seeds, buffer_seed, _ = np.random.SeedSequence(settings.run.seed).spawn(5)  # as in training
     seed_globals(global_seeds)
     with _vllm_log() as vllm_log:
-        agent = make_agent(settings, device=device, buffer_seed=buffer_seed, vllm_log=vllm_log)
+        with _removal_reported(checkpoint):
+            agent = make_agent(settings, device=device, buffer_seed=buffer_seed, vllm_log=vllm_log)
         async with _started(agent, prepared, settings=settings) as saved:
             yield saved
+
+
+@contextmanager
+def _removal_reported(checkpoint: Checkpoint) -> Iterator[None]:
+    """Raise UserError in place of the errors of a checkpoint that its run has removed (``run.keep_checkpoints``)."""
+    try:
+        yield
+    except (UserError, EngineError, OSError) as error:
+        if not was_removed(checkpoint):
+            raise
+        raise UserError(
+            f"{checkpoint.folder}: this checkpoint was removed while it was loaded. A run in progress keeps its last "
+            "run.keep_checkpoints only; type the command again with the run's folder"
+        ) from error
 
 
 @contextmanager
@@ -128,11 +144,12 @@ async def _started(agent: Agent, prepared: AgentPreparation, *, settings: Settin
     """Within the block, the agent has the state of its checkpoint, and its engine runs."""
     checkpoint = prepared.checkpoint
     try:
-        with announced("loading the checkpoint"):
+        with announced("loading the checkpoint"), _removal_reported(checkpoint):
             memories = _load_state(checkpoint, agent=agent, trained=prepared.trained)
         if agent.llm is not None and agent.engine is not None:
             warn_of_long_prompts(agent.llm, settings.llm)
-            with announced(f"starting {'vLLM' if settings.prior.engine == 'vllm' else 'the LLM'}"):
+            starting = f"starting {'vLLM' if settings.prior.engine == 'vllm' else 'the LLM'}"
+            with announced(starting), _removal_reported(checkpoint):
                 await agent.engine.ready()
         yield SavedAgent(checkpoint, settings, agent, prepared.trained, prepared.unseen, memories)
     finally:
@@ -260,7 +277,7 @@ def agent_errors(prepared: AgentPreparation) -> Iterator[None]:
     try:
         yield
     except GameWorkerError as error:
-        raise UserError(f"the game failed: {error}. {more_time(settings)}") from error
+        raise UserError(f"the game failed: {error}{more_time(error, settings)}") from error
     except EngineError as error:
         may_be_vllm = settings.prior.engine != "transformers"
         advice = "; to play without vLLM, type --set prior.engine=transformers" if may_be_vllm else ""

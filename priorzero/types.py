@@ -34,6 +34,10 @@ class GameWorkerError(RuntimeError):
     """A game's worker process exceeded its time limit, crashed or replied with an error."""
 
 
+class GameTimeoutError(GameWorkerError):
+    """A game's worker process exceeded its time limit."""
+
+
 class EngineError(RuntimeError):
     """The prior engine cannot be used for the rest of the run, or does not serve the parameters that it was given."""
 

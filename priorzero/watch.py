@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import json
 import os
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from priorzero.config import parse_assignments
+from priorzero.runs.files import RECORDINGS
 from priorzero.runs.progress import terminal_output
+from priorzero.runs.saved import find_agent, plays_with_llm, was_removed
 from priorzero.runtime.activity import announced
 from priorzero.runtime.command import add_set_argument, check_positive, run_command
 from priorzero.runtime.concurrency import only_run_of_process
@@ -101,6 +105,10 @@ def _watch(arguments: argparse.Namespace) -> None:
         raise UserError("--text and --human cannot be combined; leave one of them out")
     check_positive("--episodes", arguments.episodes)
     out = None if arguments.out is None else user_path(arguments.out, what="--out ")
+    if path.name == RECORDINGS and path.is_dir():
+        names = sorted(file.name for file in path.glob("*.json"))
+        example = f", such as {shlex.quote(str(path / names[-1]))}" if names else ", but it contains none"
+        raise UserError(f"{path}: this is the folder of a run's recorded episodes; name a file in it{example}")
     if path.is_file():
         _watch_file(arguments, path, out=out)
     else:
@@ -135,6 +143,11 @@ def _watch_file(arguments: argparse.Namespace, path: Path, *, out: Path | None) 
         raise UserError(f"--{name}: {path} is a file, whose episodes were played before; leave --{name} out")
     try:
         env_step, episodes = read_transcripts(path)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"{path}: is not a recorded episode, since it is not JSON ({error}); name a run's folder, a checkpoint, "
+            "or a file of RUN/recordings/"
+        ) from error
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); name a run's folder, a checkpoint, or a file of RUN/recordings/"
@@ -168,18 +181,22 @@ def _watch_agent(arguments: argparse.Namespace, *, out: Path | None) -> None:
     in_terminal = arguments.text or arguments.human
     with contextlib.ExitStack() as display:
         display.enter_context(terminal_output())
+        if out is not None:
+            _check_folder(out)
         with announced("preparing"):
             prepared, mode = _prepare(arguments)
         folder = out or _default_folder(prepared)
-        if out is not None or not in_terminal:
+        if not in_terminal:
             _check_folder(folder)
         with announced("loading the libraries"):
             from priorzero.saved_agent import agent_errors, watch_agent  # late: imports torch and LightZero
+        if was_removed(prepared.checkpoint):
+            prepared, mode = _prepare(arguments)
 
         def make_viewer(title: str) -> Viewer:
             if in_terminal:
                 display.close()  # its live line and the episodes would disturb each other
-            return _viewer(arguments, title=title)
+            return _viewer(arguments, title=title, reward_scale=prepared.settings.train.reward_scale)
 
         with only_run_of_process(), agent_errors(prepared):
             episodes = asyncio.run(
@@ -198,9 +215,10 @@ def _watch_agent(arguments: argparse.Namespace, *, out: Path | None) -> None:
 def _prepare(arguments: argparse.Namespace) -> tuple[AgentPreparation, EvalMode]:
     """Find the agent and check its games. By default, it plays with its LLM if it has one."""
     from priorzero.preflight import prepare_agent
-    from priorzero.runs.saved import find_agent, plays_with_llm
 
     overrides: list[Mapping[str, Mapping[str, Any]]] = [parse_assignments(arguments.assignments)]
+    if arguments.games is not None and not arguments.games.strip():
+        raise UserError("--games is empty; name a game, such as zork1.z5, or leave --games out for that of the run")
     if "modes" in overrides[0].get("eval", {}):
         raise UserError("--set eval.modes has no effect here; name the mode with --mode")
     if arguments.seed is not None:
@@ -228,13 +246,13 @@ def _check_folder(folder: Path) -> None:
         )
 
 
-def _viewer(arguments: argparse.Namespace, *, title: str) -> Viewer:
+def _viewer(arguments: argparse.Namespace, *, title: str, reward_scale: float) -> Viewer:
     from priorzero.play.watching import Viewer
     from priorzero.runs.pages.terminal import HumanViewer, TextViewer
 
     if arguments.human:
-        return HumanViewer(_console(), title=title)
-    return TextViewer(_console(), title=title) if arguments.text else Viewer()
+        return HumanViewer(_console(), title=title, reward_scale=reward_scale)
+    return TextViewer(_console(), title=title, reward_scale=reward_scale) if arguments.text else Viewer()
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import itertools
 import json
 import re
+import shutil
 import subprocess
 import sys
 
@@ -15,9 +17,12 @@ from rich.console import Console
 
 from priorzero.evaluate import main
 from priorzero.play.evaluator import Evaluation
+from priorzero.preflight import prepare_agent
 from priorzero.runs.evaluation_table import mean_interval, result_lines, result_table
+from priorzero.saved_agent import evaluate_agent
+from priorzero.types import GameWorkerError, UserError
 from tests.helpers.checkpoints import write_checkpoint
-from tests.helpers.runs import NO_LLM, lines, short_settings, train
+from tests.helpers.runs import NO_LLM, lines, restored_threads, short_settings, train
 from tests.helpers.toy_game import toy_games
 
 
@@ -79,6 +84,45 @@ def test_evaluate_by_the_protocol_of_tales(trained_run, capsys):
     assert "TALES" in table and "valid actions" in table
 
 
+def removed_once(monkeypatch, folder):
+    """The first call of ``prepare_agent`` finds a checkpoint that is removed afterwards."""
+
+    def prepare(*arguments, **options):
+        prepared = prepare_agent(*arguments, **options)
+        shutil.rmtree(folder, ignore_errors=True)
+        return prepared
+
+    monkeypatch.setattr("priorzero.preflight.prepare_agent", prepare)
+
+
+def test_evaluate_takes_another_checkpoint_if_the_run_has_removed_its_own(trained_run, tmp_path, capsys, monkeypatch):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    newest = shutil.copytree(run / "checkpoints" / "iteration_2", run / "checkpoints" / "iteration_3")
+    removed_once(monkeypatch, newest)
+    [line], _ = run_command(capsys, run, "--games", "toy", "--modes", "random")
+    assert line["checkpoint"].endswith("iteration_2") and not newest.exists()
+
+
+def test_evaluate_agent_reports_a_checkpoint_that_is_removed_while_it_is_loaded(trained_run, tmp_path):
+    run = shutil.copytree(trained_run, tmp_path / "run")
+    with toy_games(), restored_threads():
+        prepared = prepare_agent(run, games="toy", modes=["random"])
+        shutil.rmtree(prepared.checkpoint.folder)
+        with pytest.raises(UserError, match=r"iteration_2: this checkpoint was removed while .*type the command again"):
+            asyncio.run(evaluate_agent(prepared))
+
+
+def test_evaluate_reports_a_game_that_fails_without_advice_about_time(trained_run, capsys, monkeypatch):
+    async def fail(*_):
+        raise GameWorkerError("it crashed")
+
+    monkeypatch.setattr("tests.helpers.toy_game.InProcessWorker.step", fail)
+    with toy_games():
+        assert main([str(trained_run), "--games", "toy", "--modes", "random"]) == 2
+    error = capsys.readouterr().err
+    assert "1 of 1 evaluations failed" in error and "step_timeout_s" not in error and error.count("Traceback") == 0
+
+
 # ---- intervals and the table ----
 
 
@@ -136,6 +180,8 @@ def test_result_table_shows_names_with_brackets_and_equal_scores_of_a_game():
         (["--episodes", "0"], "--episodes 0: give a whole number of at least 1"),
         (["--seed", "-1"], "--seed -1: give a whole number between 0 and"),
         (["--modes", "world_model,best"], "'best' is not a mode; give one or more of world_model,"),
+        (["--modes", ""], "--modes is empty; give one or more of world_model,"),
+        (["--games", "textworld:file="], "textworld:file= names no game; type textworld:file=PATH"),
         (["--modes", "random,random"], "names a mode twice"),
         (
             ["--modes", "prior"],
@@ -146,6 +192,12 @@ def test_result_table_shows_names_with_brackets_and_equal_scores_of_a_game():
         (["--games", "textworld:nothing"], "Unknown TextWorld challenge 'nothing'"),
         (["--out", "missing/results.jsonl"], "--out missing/results.jsonl: there is no folder missing; create it"),
         (["--out", "."], "--out .: this is not a file"),
+        (
+            ["--set", "world_model.num_layers=9"],
+            "world_model.num_layers=9: the architecture of a trained agent cannot change; world_model.num_layers is 2",
+        ),
+        (["--set", "env.action_space_size=7"], "env.action_space_size=7: the architecture of a trained agent cannot"),
+        (["--set", "encoder.path=package:other"], "encoder.path=package:other: the architecture"),
         (["--set", "search.simulations=3"], "unknown setting 'search.simulations'"),
         (["--set", "run.env_id=zork1.z5"], "name the games with --games"),
         (["--set", "eval.modes=random"], "--set eval.modes has no effect here; name the modes with --modes A,B"),

@@ -17,7 +17,7 @@ from priorzero.runs.loggers import check_loggers
 from priorzero.runs.saved import find_agent, plays_with_llm
 from priorzero.saved_agent import agent_errors, evaluate_agent, loaded_agent
 from priorzero.settings import EVAL_MODES
-from priorzero.types import EngineError, GameWorkerError, UserError
+from priorzero.types import EngineError, GameTimeoutError, GameWorkerError, UserError
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.folders import contents
 from tests.helpers.runs import NO_LLM, lines, restored_threads, short_settings, train
@@ -181,9 +181,10 @@ def test_plays_with_llm_takes_the_last_value(tmp_path):
     ("error", "message"),
     [
         (
-            GameWorkerError("it crashed"),
-            r"the game failed: it crashed. If it needs more time, type --set env.step_time",
+            GameTimeoutError("it hangs"),
+            r"^the game failed: it hangs. If it needs more time, type --set env.step_timeout_s=\d+$",
         ),
+        (GameWorkerError("it crashed"), r"^the game failed: it crashed$"),
         (
             EngineError("it crashed"),
             r"the LLM engine failed: it crashed; to play without vLLM, type --set prior.engine=",

@@ -136,7 +136,8 @@ def test_watch_lets_a_person_play(run_folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(commands)))
     assert watch(run_folder, "--human", "--out", tmp_path) == 0
     shown = capsys.readouterr().out
-    assert "'nonsense' is not in the list" in shown
+    assert "'nonsense' is not in the list; type a number or a text from it" in shown
+    assert "end): nonsense\n" in shown and "end): GO  east\n" in shown
     played = data_of(tmp_path / f"toy_human_step{env_step_of(run_folder)}_seed0_1.html")
     names = [step["valid_actions"][step["chosen"]] for step in played["steps"]]
     assert len(names) == 8 and names[0] == "go east" and names[3:] == ["wait"] * 5
@@ -149,6 +150,7 @@ def test_watch_ends_an_episode_that_a_person_leaves(run_folder, tmp_path, capsys
     monkeypatch.setattr("sys.stdin", io.StringIO("wait\n"))
     assert watch(run_folder, "--human", "--episodes", 2, "--out", tmp_path) == 0
     shown = capsys.readouterr().out
+    assert shown.endswith("The input has ended before the episode, which is not written.\n")
     assert shown.count("step ") == 2 and "episode 2 of 2" not in shown and list(tmp_path.iterdir()) == []
 
 
@@ -237,6 +239,10 @@ def test_watch_opens_the_last_evaluation(tmp_path, capsys):
         (["RUN", "--set", "eval.modes=random"], "--set eval.modes has no effect here; name the mode with --mode"),
         (["RUN", "--seed", "-1"], "run.seed=-1"),
         (["RUN", "--text", "--human"], "--text and --human cannot be combined"),
+        (["RUN", "--games", ""], "--games is empty; name a game"),
+        (["RUN/recordings"], "name a file in it, such as "),
+        (["RUN/checkpoints/iteration_6/config.yaml"], "is not a recorded episode, since it is not JSON"),
+        (["RUN", "--games", "zork9.z5", "--out", "FILE"], "is not a writable folder"),
         (["RUN", "--out", "FILE"], "is not a writable folder"),
         (["RUN", "--out", ""], "--out is empty"),
         (["RUN", "--set", "search.nothing=1"], "search.nothing"),
@@ -265,7 +271,7 @@ def test_watch_reports_a_game_that_fails(run_folder, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr("tests.helpers.toy_game.InProcessWorker.step", fail)
     assert watch(run_folder, "--out", tmp_path) == 2
-    assert "error: the game failed: it crashed. If it needs more time" in capsys.readouterr().err
+    assert "error: the game failed: it crashed\n" in capsys.readouterr().err
 
 
 # ---- the terminal ----
@@ -287,6 +293,25 @@ def test_actions_table_lists_the_best_actions_first_with_bars():
         ["3", "go", "0", "12%", "█", "25%", "██", "1", "█", "0.1", "█"],
     ]
     assert "and 2 more" in rendered(actions_table(make_step(0), limit=1))
+
+
+def test_actions_table_shows_small_q_values_with_significant_digits():
+    step = make_step(0)
+    step["action_values"] = [-0.00123, 0.0004, -0.0]
+    rows = [row.split() for row in rendered(actions_table(step)).splitlines()]
+    found = {row[row.index("0") - 1]: row[-2:] for row in rows[1:]}
+    assert found == {"take": ["0.0004", "█"], "wait": ["0", "█"], "go": ["█", "-0.0012"]}
+
+
+def test_show_episode_shows_values_and_rewards_in_the_same_units():
+    episode = make_episode(steps=2)
+    episode["reward_scale"] = 3.0
+    episode["discount_factor"] = 0.5
+    console = Console(file=io.StringIO(), width=200)
+    show_episode(console, episode)
+    text = console.file.getvalue()
+    assert "All values and rewards are points times 3 (train.reward_scale)." in text
+    assert "real value 4.5; reward 3\n" in re.sub(" +\n", "\n", text)
 
 
 def test_read_choice_takes_a_number_a_text_or_the_agents_action():

@@ -3,6 +3,7 @@
 import asyncio
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from priorzero import envs
 from priorzero.config import resolve_settings
 from priorzero.envs import GameSpec, GameWorker
 from priorzero.envs.worker import gather_replies
-from priorzero.types import GameWorkerError, UserError
+from priorzero.types import GameTimeoutError, GameWorkerError, UserError
 from tests.helpers.fake_games import ACTIONS, FakeGame, NotAGame
 from tests.helpers.game_files import story
 from tests.helpers.processes import is_running, send_stop_signals
@@ -76,7 +77,7 @@ async def test_worker_kills_a_process_that_hangs(make_worker, action):
     await worker.reset()
     pid = worker.pid
     began = time.monotonic()
-    with pytest.raises(GameWorkerError, match=f"fake: \"step '{action}'\" took longer than 0.5 s"):
+    with pytest.raises(GameTimeoutError, match=f"fake: \"step '{action}'\" took longer than 0.5 s"):
         await worker.step(action)
     assert 0.5 <= time.monotonic() - began < 4.0
     assert not psutil.pid_exists(pid)
@@ -202,8 +203,10 @@ async def test_worker_raises_exceptions_of_the_game_and_keeps_the_process(worker
     await worker.reset()
     await worker.step("go")
     pid = worker.pid
-    with pytest.raises(GameWorkerError, match="KeyError: 'the lamp is gone'"):
+    with pytest.raises(GameWorkerError, match="KeyError: 'the lamp is gone'") as caught:
         await worker.step("raise")
+    assert re.search(r"fake_games.py, line \d+, in \w+\)$", str(caught.value)) and "\n" not in str(caught.value)
+    assert not isinstance(caught.value, GameTimeoutError)
     with pytest.raises(UserError, match=r"^type something else$"):
         await worker.step("user error")
     assert (await worker.step("go"))[0].score == 2.0

@@ -11,7 +11,7 @@ from ray.exceptions import ActorDiedError, GetTimeoutError, RayActorError, RayEr
 
 from priorzero.runtime.waiting import wait_at_most
 from priorzero.settings import ClusterSettings
-from priorzero.types import EngineError, GameWorkerError, ProcessError, UserError
+from priorzero.types import EngineError, GameTimeoutError, GameWorkerError, ProcessError, UserError
 
 
 class NodeEndedError(ProcessError):
@@ -32,7 +32,7 @@ async def result_of(reference: Any, *, timeout_s: float, process: str, setting: 
     except TimeoutError as error:
         raise ProcessError(f"{process} did not reply within {timeout_s:g} s ({setting})") from error
     except RayTaskError as error:  # an exception was raised in the process
-        for kind in (UserError, GameWorkerError, EngineError):
+        for kind in (UserError, GameTimeoutError, GameWorkerError, EngineError):
             if isinstance(error.cause, kind):
                 raise kind(str(error.cause)) from error
         if isinstance(error.cause, (RayActorError, GetTimeoutError)):

@@ -11,7 +11,6 @@ import subprocess
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing.connection import Connection, Pipe
@@ -23,9 +22,10 @@ from priorzero.envs.child import exit_with_parent, python_command
 from priorzero.envs.games import GameSpec, make_game
 from priorzero.envs.limits import episode_steps
 from priorzero.envs.progress import set_progress_listener
+from priorzero.envs.registered_game import location
 from priorzero.runtime.signals import children_ignore_stop_signals
 from priorzero.runtime.waiting import wait_at_most
-from priorzero.types import GameArguments, GameState, GameWorkerError, TextGame, UserError
+from priorzero.types import GameArguments, GameState, GameTimeoutError, GameWorkerError, TextGame, UserError
 
 if TYPE_CHECKING:
     from priorzero.settings import Settings  # pydantic, which worker processes do not need
@@ -174,7 +174,7 @@ class GameWorker:
                 activity = message[1]
             received = True
         except TimeoutError as error:
-            raise GameWorkerError(
+            raise GameTimeoutError(
                 f"{self._name}: {label!r} took longer than {timeout_s:g} s; the worker process was killed"
             ) from error
         except (EOFError, OSError) as error:
@@ -291,7 +291,7 @@ def serve(descriptor: str, parent: str) -> None:
         except UserError as error:
             reply = ("user error", str(error))
         except Exception as error:  # the parent raises it; the text is sent, since the exception may not be picklable
-            reply = ("error", f"{type(error).__name__}: {error}\n{traceback.format_exc()}")
+            reply = ("error", f"{type(error).__name__}: {error}{location(error)}")
         try:
             connection.send(reply)
         except (BrokenPipeError, ConnectionResetError):

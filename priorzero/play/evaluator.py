@@ -18,7 +18,7 @@ from priorzero.play.player import Player
 from priorzero.play.transcript import Transcript, TranscriptStep, transcript, transcript_step
 from priorzero.runtime.activity import announced
 from priorzero.settings import MODE_NAMES, EvalMode
-from priorzero.types import GameWorkerError
+from priorzero.types import GameTimeoutError, GameWorkerError
 
 
 class DecideArguments(TypedDict, total=False):
@@ -309,7 +309,11 @@ class Evaluators:
                         with announced(f"evaluating: {MODE_NAMES[mode]}"):
                             evaluation = await evaluator.evaluate(mode, memory=memory)
                     except GameWorkerError as error:
-                        logger.error(f"evaluation, {mode}: {evaluator.game} is skipped ({error})")
+                        logger.error(
+                            f"evaluation, {mode}: {evaluator.game} is skipped, since no episode could be finished; the "
+                            "warnings before this say why"
+                            + ("; env.step_timeout_s sets the time limit" * isinstance(error, GameTimeoutError))
+                        )
                     else:
                         results.setdefault((mode, unseen), {})[evaluator.game] = evaluation
         return results

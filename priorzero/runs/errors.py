@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from priorzero.settings import Settings
-from priorzero.types import EngineError, GameWorkerError, UserError
+from priorzero.types import EngineError, GameTimeoutError, GameWorkerError, UserError
 
 _SPACE = "free some space, or ask for a larger quota"
 _WRITABLE = "make it writable"
@@ -52,7 +52,7 @@ def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True
         yield
     except GameWorkerError as error:
         raise UserError(
-            f"the game failed: {error}. {more_time(settings)}. The last checkpoint is in {folder}"
+            f"the game failed: {error}{more_time(error, settings)}. The last checkpoint is in {folder}"
         ) from error
     except EngineError as error:
         raise UserError(f"the LLM engine failed: {error}. The run's files are in {folder}") from error
@@ -72,9 +72,11 @@ def reported_to_user(folder: Path, settings: Settings, *, resumable: bool = True
         raise UserError(f"{folder}: cannot write ({error}); {advice}, then {then}") from error
 
 
-def more_time(settings: Settings) -> str:
-    """What to type if a game needs more time for a step."""
-    return f"If it needs more time, type --set env.step_timeout_s={10 * settings.env.step_timeout_s:g}"
+def more_time(error: GameWorkerError, settings: Settings) -> str:
+    """After a game exceeded its time limit: what to type if it needs more time for a step. Otherwise empty."""
+    if not isinstance(error, GameTimeoutError):
+        return ""
+    return f". If it needs more time, type --set env.step_timeout_s={10 * settings.env.step_timeout_s:g}"
 
 
 def out_of_memory(error: RuntimeError, settings: Settings) -> str | None:

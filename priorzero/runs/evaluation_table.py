@@ -25,9 +25,10 @@ STANDARD, TALES = "standard", "tales"
 PROTOCOLS: dict[str, int | None] = {STANDARD: None, TALES: 100}  # name -> steps of an episode; None: until its end
 TALES_NOTE = (
     "Protocol of TALES (Cui et al. 2025): 100 steps for each game, which begins again if it ends before, and the best "
-    "score. It differs in two parts: the agent chooses among the valid actions that the game gives it, and sees the "
-    "room and the inventory without spending a step. TALES gives its agents neither, so compare with its published "
-    "scores only with these differences stated."
+    "score. It differs in five parts, which docs/evaluation.md explains: the agent chooses among the valid actions "
+    "that the game gives it, and sees the room and the inventory without spending a step; the limit of moves, the "
+    "memory after a game has begun again, and the games and seeds differ, too. State these differences when you "
+    "compare with its published scores."
 )
 
 Interval = tuple[float, float]

@@ -12,8 +12,21 @@ from priorzero.runs.checkpoint import Checkpoint, read_checkpoint
 from priorzero.runs.files import CHECKPOINTS, LLM_FOLDER, MANIFEST
 from priorzero.runs.folder import given_folder
 from priorzero.runs.resume import check_is_run, check_trusted, newest_intact, note_changed_versions
+from priorzero.runtime.paths import user_path
 from priorzero.settings import MODES_WITHOUT_LLM, EvalMode, Settings
 from priorzero.types import UserError
+
+# Settings that the parameters of the world model depend on.
+ARCHITECTURE = (
+    "env.action_space_size",
+    "env.look_and_inventory",
+    "encoder.path",
+    "world_model.num_layers",
+    "world_model.num_heads",
+    "world_model.embed_dim",
+    "world_model.num_unroll_steps",
+    "world_model.support_scale",
+)
 
 
 def find_agent(where: str | Path, *, what: str = "") -> Checkpoint:
@@ -43,6 +56,11 @@ def find_agent(where: str | Path, *, what: str = "") -> Checkpoint:
     return checkpoint
 
 
+def was_removed(checkpoint: Checkpoint) -> bool:
+    """Whether a run in progress has removed the checkpoint since it was found (``run.keep_checkpoints``)."""
+    return not (checkpoint.folder / MANIFEST).is_file()
+
+
 def agent_settings(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapping[str, Any]]] = ()) -> Settings:
     """The settings that a trained agent plays with: those of its run, with the LLM of the checkpoint.
 
@@ -54,8 +72,8 @@ def agent_settings(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapp
             LLM of the checkpoint.
 
     Raises:
-        UserError: the settings are invalid, or contain code of others that nobody has allowed to run; or the agent was
-            exported without its LLM.
+        UserError: the settings are invalid, change the world model's architecture, or contain code of others that
+            nobody has allowed to run; or the agent was exported without its LLM.
     """
     check_trusted(checkpoint, overrides)
     exported_llm = checkpoint.manifest.get("llm")  # only exported agents have this entry
@@ -70,7 +88,26 @@ def agent_settings(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapp
     if exported_llm == "merged":
         llm["use_lora"] = False
     run = {"max_env_step": 0, "loggers": ["tensorboard"]}
-    return resolve_settings(checkpoint.settings, {"llm": llm, "run": run}, *overrides)
+    settings = resolve_settings(checkpoint.settings, {"llm": llm, "run": run}, *overrides)
+    _check_architecture(settings, saved=checkpoint.settings)
+    return settings
+
+
+def _check_architecture(settings: Settings, *, saved: Settings) -> None:
+    """Raise UserError if the parameters of the world model do not fit the settings.
+
+    A copy of the text encoder in another folder may be named.
+    """
+    now, before = settings.model_dump(), saved.model_dump()
+    for name in ARCHITECTURE:
+        group, key = name.split(".")
+        value = now[group][key]
+        is_folder = name == "encoder.path" and user_path(value, what="encoder.path=").is_dir()
+        if value != before[group][key] and not is_folder:
+            raise UserError(
+                f"{name}={value}: the architecture of a trained agent cannot change; {name} is {before[group][key]} in "
+                f"this checkpoint. Leave it out"
+            )
 
 
 def plays_with_llm(checkpoint: Checkpoint, overrides: Sequence[Mapping[str, Mapping[str, Any]]] = ()) -> bool:

@@ -20,8 +20,10 @@
 
   const isNumber = (value) => value !== null && value !== undefined;
 
-  function number(value, digits = Math.abs(value) < 0.1 ? 3 : 2) {
-    return isNumber(value) ? String(Number(value.toFixed(digits))) : "–";
+  // Two decimals; two significant digits below 0.1.
+  function number(value, digits = 2) {
+    if (!isNumber(value)) return "–";
+    return String(Number(Math.abs(value) < 0.1 ? value.toPrecision(2) : value.toFixed(digits)));
   }
 
   // A number with a bar below it; `share` is the filled part of the bar, from 0 to 1.
@@ -144,7 +146,7 @@
     showPredictions([
       ["value of the state", [step.predicted_value, step.root_value, real]],
       [
-        scale === 1 ? "reward of the action" : `reward of the action × ${number(scale)}`,
+        scale === 1 ? "reward of the action" : `reward of the action, times train.reward_scale=${number(scale)}`,
         [step.predicted_reward, null, isNumber(step.reward) ? step.reward * scale : null],
       ],
     ]);

@@ -25,6 +25,7 @@ from priorzero.runs.pages.episodes import describe
 
 MAX_ACTIONS = 12  # that are listed in a step that is watched
 BAR_WIDTH = 8  # characters
+MIN_RANGE = 0.01  # of the Q-values that the bars show; smaller differences mean nothing
 QUESTION = "your command (its number or text; Enter: the agent's choice; Ctrl-D: end): "
 
 
@@ -78,7 +79,8 @@ def _columns(step: TranscriptStep) -> list[tuple[str, Callable[[int], Text]]]:
     if q_values is not None:
         known = [value for value in q_values if value is not None]
         low, high = min([0.0, *known]), max([0.0, *known])
-        columns.append(("Q", lambda k: _cell(_number(q_values[k]), ((q_values[k] or 0) - low) / ((high - low) or 1))))
+        width = max(high - low, MIN_RANGE)
+        columns.append(("Q", lambda k: _cell(_number(q_values[k]), ((q_values[k] or 0) - low) / width)))
     return columns
 
 
@@ -87,7 +89,12 @@ def _cell(text: str, share: float | None) -> Text:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}".rstrip("0").rstrip(".")
+    """Two decimals, without zeros at the end; two significant digits below 0.1."""
+    if value is None:
+        return "-"
+    if abs(value) < 0.1:
+        return f"{value or 0.0:.2g}"
+    return f"{value:.2f}".rstrip("0").rstrip(".")
 
 
 def show_state(console: Console, step: TranscriptStep, *, number: int) -> None:
@@ -96,24 +103,31 @@ def show_state(console: Console, step: TranscriptStep, *, number: int) -> None:
     console.print(Panel(Text(printable(step["raw_obs_text"])), title=title, title_align="left"))
 
 
-def show_step(console: Console, step: TranscriptStep, *, number: int, real_value: float | None = None) -> None:
+def show_step(
+    console: Console, step: TranscriptStep, *, number: int, real_value: float | None = None, reward_scale: float = 1.0
+) -> None:
     """Print a decision: the text of the game, the actions, the choice, and predictions beside what came true."""
     show_state(console, step, number=number)
-    console.print(
-        Group(actions_table(step, limit=MAX_ACTIONS), Text(_compared(step, real_value), style="dim"), Text(""))
-    )
+    compared = Text(_compared(step, real_value, reward_scale=reward_scale), style="dim")
+    console.print(Group(actions_table(step, limit=MAX_ACTIONS), compared, Text("")))
 
 
-def _compared(step: TranscriptStep, real_value: float | None) -> str:
+def _show_title(console: Console, title: str, *, reward_scale: float) -> None:
+    console.print(Text(printable(title), style="bold"))
+    if reward_scale != 1:
+        note = f"All values and rewards are points times {number_text(reward_scale)} (train.reward_scale)."
+        console.print(Text(note, style="dim"))
+
+
+def _compared(step: TranscriptStep, real_value: float | None, *, reward_scale: float) -> str:
     parts = []
     if step["root_value"] is not None:
         parts.append(f"value: predicted {_number(step['predicted_value'])}, searched {_number(step['root_value'])}")
     if real_value is not None:
         parts.append(f"real value {_number(real_value)}")
     predicted = step.get("predicted_reward")
-    parts.append(
-        f"reward {_number(step['reward'])}" + ("" if predicted is None else f" (predicted {_number(predicted)})")
-    )
+    reward = None if step["reward"] is None else step["reward"] * reward_scale
+    parts.append(f"reward {_number(reward)}" + ("" if predicted is None else f" (predicted {_number(predicted)})"))
     return "; ".join(parts)
 
 
@@ -125,10 +139,11 @@ def show_end(console: Console, episode: Transcript) -> None:
 
 def show_episode(console: Console, episode: EvaluationTranscript) -> None:
     """Print a recorded episode as a whole."""
-    console.print(Text(printable(f"{episode['game']}: {describe(episode)}"), style="bold"))
+    scale = episode.get("reward_scale", 1.0)
+    _show_title(console, f"{episode['game']}: {describe(episode)}", reward_scale=scale)
     real: Sequence[float | None] = real_values(episode) or [None] * len(episode["steps"])
     for number, (step, value) in enumerate(zip(episode["steps"], real, strict=True), 1):
-        show_step(console, step, number=number, real_value=value)
+        show_step(console, step, number=number, real_value=value, reward_scale=scale)
     show_end(console, episode)
 
 
@@ -147,16 +162,17 @@ def read_choice(step: TranscriptStep, answer: str) -> int | None:
 
 
 class TextViewer(Viewer):
-    """Shows an episode of the agent while it is played."""
+    """Shows an episode of the agent while it is played. ``reward_scale`` is ``train.reward_scale``."""
 
-    def __init__(self, console: Console, *, title: str) -> None:
+    def __init__(self, console: Console, *, title: str, reward_scale: float) -> None:
         self._console = console
         self._number = 0  # of the last step
-        console.print(Text(printable(title), style="bold"))
+        self._reward_scale = reward_scale
+        _show_title(console, title, reward_scale=reward_scale)
 
     def show(self, step: TranscriptStep) -> None:
         self._number += 1
-        show_step(self._console, step, number=self._number)
+        show_step(self._console, step, number=self._number, reward_scale=self._reward_scale)
 
     def end(self, episode: Transcript) -> None:
         show_end(self._console, episode)
@@ -175,11 +191,14 @@ class HumanViewer(TextViewer):
             self._console.print(Text(QUESTION), end="")
             answer = await asyncio.to_thread(sys.stdin.readline)  # the prior engine goes on meanwhile
             if not answer:
-                self._console.print()
+                self._console.print(Text("\nThe input has ended before the episode, which is not written."))
                 return None
+            if not sys.stdin.isatty():  # a terminal has shown what was typed, and the end of the line
+                self._console.print(Text(printable(answer.rstrip("\n"))))
             if (chosen := read_choice(step, answer)) is not None:
                 return chosen
-            self._console.print(Text(f"{printable(answer.strip())!r} is not in the list; type a number from it"))
+            given = printable(answer.strip())
+            self._console.print(Text(f"{given!r} is not in the list; type a number or a text from it"))
 
     def show(self, step: TranscriptStep) -> None:
-        self._console.print(Text(f"{_compared(step, None)}\n", style="dim"))
+        self._console.print(Text(f"{_compared(step, None, reward_scale=self._reward_scale)}\n", style="dim"))
