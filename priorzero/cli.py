@@ -89,16 +89,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     first, *rest = arguments
     if first in COMMANDS:
-        exit_code: int = importlib.import_module(COMMANDS[first].module).main(rest)
-        return exit_code
+        return _run(first, rest)
+    if first == "help" and rest and rest[0] in COMMANDS:
+        return _run(rest[0], ["--help"])
     if first == "--version":
         print(f"priorzero {importlib.metadata.version('priorzero')}")
         return 0
-    if first in ("-h", "--help"):
+    if first in ("-h", "--help") or arguments == ["help"]:
         parser.print_help()
         return 0
+    if first == "help":  # of something that is no command
+        first = rest[0]
     print(f"error: {_unknown(first, arguments)}", file=sys.stderr)
     return 2
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    """Run a command. Returns its exit code."""
+    command = importlib.import_module("priorzero.runtime.command")  # late, as the modules of the commands
+    with command.called_as(f"priorzero {name}"):
+        exit_code: int = importlib.import_module(COMMANDS[name].module).main(arguments)
+    return exit_code
 
 
 def _unknown(first: str, arguments: Sequence[str]) -> str:

@@ -28,7 +28,7 @@ from loguru import logger
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from priorzero.runtime.command import run_command
+from priorzero.runtime.command import program_name, run_command
 from priorzero.runtime.paths import shown, user_path
 from priorzero.runtime.streams import print_output
 from priorzero.settings import MODES_WITHOUT_LLM, Settings, SettingsGroup, whole_number
@@ -627,7 +627,7 @@ def get_config_with_lora(env_id: str = "zork1.z5", seed: int = 0, **overrides: A
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m priorzero.config", description="List all settings with their defaults and meanings."
+        prog=program_name("priorzero.config"), description="List all settings with their defaults and meanings."
     )
     parser.add_argument("--markdown", action="store_true", help="write docs/settings.md to stdout")
     return parser

@@ -29,7 +29,7 @@ from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.preflight import check_disk, check_game_names, checkpoint_size, llm_memory
 from priorzero.runs.folder import check_run_folder
 from priorzero.runs.loggers import check_loggers
-from priorzero.runtime.command import run_command
+from priorzero.runtime.command import program_name, run_command
 from priorzero.runtime.gpu import no_gpu_error
 from priorzero.runtime.packages import INSTALL
 from priorzero.runtime.paths import free_space, user_cache_dir, user_path
@@ -291,7 +291,7 @@ def format_checks(checks: Sequence[Check]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m priorzero.doctor",
+        prog=program_name("priorzero.doctor"),
         description="Check whether training can start with the given settings, and say what to type if not.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

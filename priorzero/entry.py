@@ -21,7 +21,7 @@ from priorzero.config import (
 )
 from priorzero.runs.progress import terminal_output
 from priorzero.runtime.activity import announced
-from priorzero.runtime.command import add_set_argument, run_command
+from priorzero.runtime.command import add_set_argument, program_name, run_command
 from priorzero.runtime.paths import shown, user_path
 from priorzero.runtime.streams import print_output
 from priorzero.settings import RunSettings, Settings
@@ -77,7 +77,7 @@ class LastValue(argparse.Action):
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m priorzero.entry",
+        prog=program_name("priorzero.entry"),
         description="Train an agent for a text game: UniZero searches from a language model's prior, and both learn.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -16,7 +16,7 @@ from priorzero.runs.evaluation_table import PROTOCOLS, STANDARD, TALES, result_l
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.saved import find_agent, was_removed
 from priorzero.runtime.activity import announced
-from priorzero.runtime.command import add_set_argument, check_positive, run_command
+from priorzero.runtime.command import add_set_argument, check_positive, program_name, run_command
 from priorzero.runtime.concurrency import only_run_of_process
 from priorzero.runtime.paths import replace_text, shown, user_path
 from priorzero.runtime.streams import print_output
@@ -44,7 +44,7 @@ Layer = Mapping[str, Mapping[str, Any]]
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m priorzero.evaluate",
+        prog=program_name("priorzero.evaluate"),
         description="Let a trained agent play whole episodes, without exploration and without learning.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from priorzero.exporting.plan import LLM_FORMS
 from priorzero.runs.progress import terminal_output
-from priorzero.runtime.command import run_command
+from priorzero.runtime.command import program_name, run_command
 from priorzero.runtime.streams import print_output
 from priorzero.types import UserError
 
@@ -25,7 +25,7 @@ and a model card, README.md, with code that loads both. docs/export.md describes
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m priorzero.export",
+        prog=program_name("priorzero.export"),
         description="Write a trained agent into a folder that others can load, and upload it to the Hugging Face hub.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

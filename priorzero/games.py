@@ -12,7 +12,7 @@ from priorzero.envs.registry import BUILT_IN, ENTRY_POINTS, SOURCE, RegisteredGa
 from priorzero.envs.story_files import FoundStory, find_stories
 from priorzero.envs.textworld_files import CHALLENGES
 from priorzero.envs.textworld_own import FILE_PREFIX
-from priorzero.runtime.command import run_command
+from priorzero.runtime.command import program_name, run_command
 from priorzero.runtime.streams import print_output
 from priorzero.types import UserError
 
@@ -22,7 +22,7 @@ WIDTH = 100  # characters of a line
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
     return argparse.ArgumentParser(
-        prog="python -m priorzero.games",
+        prog=program_name("priorzero.games"),
         description="List the games that --env_id accepts: story files that were found, story files that can be "
         "downloaded, TextWorld challenges, levels of BabyAI, and the games of installed packages.",
     )

@@ -12,7 +12,7 @@ from typing import Any
 
 from priorzero.config import TEXTGAMES_LLM, parse_assignments, read_config_file, resolve_settings
 from priorzero.pretraining.plan import PretrainingPlan
-from priorzero.runtime.command import add_set_argument, run_command
+from priorzero.runtime.command import add_set_argument, program_name, run_command
 from priorzero.runtime.paths import user_cache_dir, user_path
 from priorzero.settings import Settings
 from priorzero.types import UserError
@@ -51,7 +51,7 @@ LEARNING: dict[str, dict[str, Any]] = {
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m priorzero.pretrain",
+        prog=program_name("priorzero.pretrain"),
         description="Train the language model on the walkthroughs of text games that agents are not evaluated on.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from priorzero.runs.folder import given_folder
 from priorzero.runs.report import write_report
-from priorzero.runtime.command import run_command
+from priorzero.runtime.command import program_name, run_command
 from priorzero.runtime.streams import print_output
 from priorzero.types import UserError
 
@@ -16,7 +16,7 @@ from priorzero.types import UserError
 def build_parser() -> argparse.ArgumentParser:
     """The parser of this command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m priorzero.report",
+        prog=program_name("priorzero.report"),
         description="Write report.html into a run's folder: results, learning curve, losses, and the last evaluation "
         "step by step. Every run writes it at its end; this command writes it again, or while the run is going on.",
     )

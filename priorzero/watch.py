@@ -18,7 +18,7 @@ from priorzero.runs.files import RECORDINGS
 from priorzero.runs.progress import terminal_output
 from priorzero.runs.saved import find_agent, plays_with_llm, was_removed
 from priorzero.runtime.activity import announced
-from priorzero.runtime.command import add_set_argument, check_positive, run_command
+from priorzero.runtime.command import add_set_argument, check_positive, program_name, run_command
 from priorzero.runtime.concurrency import only_run_of_process
 from priorzero.runtime.paths import user_path
 from priorzero.runtime.streams import print_output
@@ -53,7 +53,7 @@ examples:
 def build_parser() -> argparse.ArgumentParser:
     """The arguments of the command line."""
     parser = argparse.ArgumentParser(
-        prog="python -m priorzero.watch",
+        prog=program_name("priorzero.watch"),
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,

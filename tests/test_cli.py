@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import subprocess
@@ -46,6 +47,28 @@ def test_main_refuses_what_is_not_a_command(capsys, arguments, words):
 def test_main_without_arguments_shows_the_help_and_fails(capsys):
     assert cli.main([]) == 2
     assert "usage: priorzero" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_main_names_the_command_as_it_was_typed(capsys, command):
+    module = importlib.import_module(cli.COMMANDS[command].module)
+    for main, program in (
+        (lambda: cli.main([command, "--help"]), f"priorzero {command}"),
+        (lambda: cli.main(["help", command]), f"priorzero {command}"),
+        (lambda: module.main(["--help"]), f"python -m {module.__name__}"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main()
+        assert caught.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: {program} ")
+
+
+def test_main_help_shows_the_help(capsys):
+    assert cli.main(["help"]) == cli.main(["--help"]) == 0
+    first, second = capsys.readouterr().out.split("usage: priorzero ")[1:]
+    assert first == second
+    assert cli.main(["help", "trian"]) == 2
+    assert "'trian' is not a command" in capsys.readouterr().err
 
 
 def test_main_shows_the_version(capsys):

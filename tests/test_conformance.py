@@ -235,10 +235,13 @@ BROKEN = {
         "gave moves=7. Allowed is 1, one more than before",
     ),
     "accepts everything": (accepts_everything, "which is not a valid action, raised nothing. Allowed is a ValueError"),
-    "refuses by another error": (raises_type_error, "raised TypeError: no such command. Allowed is a ValueError"),
+    "refuses by another error": (
+        raises_type_error,
+        r"raised TypeError: no such command \(.*, in step\). Allowed is a Value",
+    ),
     "changed by a refusal": (changed_by_a_refusal, "gave feedback=.*, and 'What\\?' before. Equal seeds and equal"),
     "continues after the end": (continues_after_the_end, "after the end of the episode raised nothing"),
-    "error": (crashes_on_wait, r"step\('wait'\).* raised KeyError: 'clock'. A valid action raises no error"),
+    "error": (crashes_on_wait, r"step\('wait'\).* raised KeyError: 'clock' \(.*, in step\). A valid action raises no"),
     "random replies": (random_replies, "gave feedback='Reply .*', and 'Reply .*' before. Equal seeds and equal"),
     "random beginnings": (random_beginnings, r"reset\(\) gave feedback='Reply 1.', and 'Reply 0.' before"),
     "keeps the score": (keeps_the_score, r"reset\(\) gave feedback='The number is .*', and 'The number is 0.' before"),
@@ -312,3 +315,32 @@ def test_checked_game_refuses_invalid_commands_itself():
     game.reset()
     with pytest.raises(ValueError, match="is not among the valid actions"):
         game.step("sing")
+
+
+@pytest.mark.parametrize(
+    ("factory", "words"),
+    [
+        ("make_nothing", r"^counting:: NoneType has no method reset\(\)"),
+        ("make_exiting", r"its factory 'tests.helpers.registered:make_exiting' raised SystemExit: 3"),
+    ],
+)
+def test_check_game_reports_a_factory_without_a_game(monkeypatch, factory, words):
+    monkeypatch.setattr(registry, "_registered", {})
+    priorzero.register_game("counting", f"tests.helpers.registered:{factory}")
+    with pytest.raises(UserError, match=words):
+        check_game("counting:")
+
+
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("reset", r"reset\(\) raised SystemExit: 3 \(.*test_conformance.py, line \d+, in leave\). reset\(\) raises no"),
+        ("step", r"step\('no game has this command'\), .* raised SystemExit: 3 \(.*\). Allowed is a ValueError"),
+    ],
+)
+def test_check_game_reports_a_game_that_exits(method, words):
+    def leave(*_):
+        raise SystemExit(3)
+
+    with pytest.raises(UserError, match=words):
+        check_game(replaced_method(method, leave))

@@ -23,6 +23,7 @@ from priorzero.agent import make_evaluators
 from priorzero.entry import build_parser, settings_from
 from priorzero.export import main
 from priorzero.exporting.llm import write_llm
+from priorzero.exporting.run import plan_export
 from priorzero.llm import hub
 from priorzero.llm.models import load_language_model
 from priorzero.play.prior_weights import PriorWeights
@@ -397,6 +398,31 @@ def test_export_refuses_bad_input_and_writes_nothing(run, exported, tmp_path, ca
     monkeypatch.setattr("priorzero.runtime.paths.shutil.disk_usage", lambda _: SimpleNamespace(total=10**9, free=1000))
     assert "0 MB are free, but the export needs about" in refused(capsys, run, "--to", new)
     assert contents(tmp_path) == before and not new.exists()
+
+
+def test_plan_export_refuses_a_folder_inside_a_checkpoint(tmp_path):
+    run = tmp_path / "run"
+    (run / "checkpoints" / "iteration_2").mkdir(parents=True)
+    (run / "config.yaml").write_text("")
+    (run / "checkpoints" / "iteration_2" / "manifest.json").write_text("{}")
+    (tmp_path / "link").symlink_to(run / "checkpoints")
+    for to, words in (
+        (run / "checkpoints" / "iteration_2" / "x" / "y", "iteration_2 is a checkpoint or an exported agent"),
+        (run / "checkpoints" / "x", "checkpoints contains the checkpoints of a run"),
+        (tmp_path / "link" / "x", "checkpoints contains the checkpoints of a run"),
+        (run / "x", "there is no such folder"),  # the folder is allowed; the run is refused
+        (tmp_path / "checkpoints" / "x", "there is no such folder"),
+    ):
+        with pytest.raises(UserError, match=words):
+            plan_export(str(tmp_path / "nothing"), to=str(to))
+
+
+@pytest.mark.parametrize("licence", ["foo bar", "mit\n", "-mit", "a/b", "é", "mit: x"])
+def test_plan_export_refuses_a_licence_that_is_no_identifier(tmp_path, licence):
+    with pytest.raises(UserError, match=r"--license .*: give one identifier of letters, digits"):
+        plan_export(str(tmp_path), to=str(tmp_path / "new"), licence=licence)
+    with pytest.raises(UserError, match="it has no checkpoint"):
+        plan_export(str(tmp_path), to=str(tmp_path / "new"), licence="apache-2.0")
 
 
 @pytest.mark.slow

@@ -206,6 +206,12 @@ original, replaced = replaced, None
         ("maze", None, "give a function"),
         ("maze", "no colon", "its name as 'module:function'"),
         ("maze", "not_a_package.maze:make", "cannot import the module 'not_a_package.maze'"),
+        (
+            "maze",
+            "tests.helpers.registered:missing",
+            "'tests.helpers.registered:missing' cannot be imported (Attribute",
+        ),
+        ("maze", "tests.helpers.registered:NOT_A_FUNCTION", "is not a function but 3"),
     ],
 )
 def test_register_game_refuses_what_a_worker_process_cannot_import(name, factory, hint):
@@ -230,8 +236,10 @@ def test_register_game_refuses_a_name_that_is_taken(packages):
     [
         ("make_broken", r"its factory 'tests.helpers.registered:make_broken' raised ZeroDivisionError: division by "),
         ("make_refusing", r"^The game 'counting:9': type another level$"),
-        ("missing", r"'tests.helpers.registered:missing' cannot be imported \(AttributeError"),
-        ("NOT_A_FUNCTION", r"is not a function but 3"),
+        (
+            "make_exiting",
+            r"its factory 'tests.helpers.registered:make_exiting' raised SystemExit: 3 \(.*registered.py, ",
+        ),
     ],
 )
 def test_make_game_reports_a_factory_that_fails(factory, hint):

@@ -153,8 +153,29 @@ def test_page_of_a_training_episode_without_predictions_says_so(tmp_path):
     step, no_values, explained = seen
     assert step["rows"] == [["action"], ["go 0"], ["➤ take 0"], ["wait 0"]]
     assert step["predictions"] == [["", "real"], ["reward of the action", "1"]] and step["tree"] is None
-    assert step["prompt"] is None and step["values"] == "score before the action 0 of 7 sampled with probability 0.25"
+    assert step["prompt"] is None and step["values"] == "score before the action 0 of 7 sampled with probability 25%"
     assert no_values and explained
+
+
+def test_page_explains_only_the_columns_that_the_episode_has(tmp_path):
+    explained = (
+        "return [...document.querySelectorAll('b')].filter((b) => b.checkVisibility() && b.closest('[data-for]'))"
+    )
+    search = ["policy", "visits", "Q", "Predicted value", "Searched value", "Real value"]
+    for mode, names in (
+        ("prior", ["LLM prior", "Real value"]),
+        ("world_model", search),
+        ("world_model_with_prior", ["LLM prior", *search]),
+    ):
+        [path] = write_episodes([make_episode(mode)], tmp_path, stem=mode)
+        assert see(path, f"{explained}.map((b) => b.innerText);") == names
+
+
+def test_page_shows_a_long_text_as_high_as_the_window(tmp_path):
+    [path] = write_episodes([make_episode(text="A line of the game.\n" * 200)], tmp_path)
+    size = "const box = at('text'); return [box.clientHeight, parseFloat(getComputedStyle(box).fontSize)];"
+    (low, font), (high, _) = (see(path, size, width=1280, height=height) for height in (400, 1400))
+    assert 20 * font < low < 24 * font and 1000 < high < 1400
 
 
 def test_page_shows_hostile_text_as_text(tmp_path):

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from priorzero.envs.games import make_game, resolve_game
 from priorzero.envs.protocol import check_first_state, check_methods, check_outcome, first_difference
-from priorzero.envs.registered_game import call_factory
+from priorzero.envs.registered_game import call_factory, location
 from priorzero.runtime.paths import shown
 from priorzero.types import GameArguments, GameState, TextGame, UserError
 
@@ -61,9 +61,9 @@ def _check_named_game(name: str, *, num_episodes: int, max_commands: int, seed: 
     try:
         for _ in range(2):
             # Without CheckedGame, which refuses invalid commands itself.
-            games.append(
-                call_factory(spec.request, **arguments) if spec.request is not None else make_game(spec, **arguments)
-            )
+            game = call_factory(spec.request, **arguments) if spec.request is not None else make_game(spec, **arguments)
+            check_methods(game, where=name)  # before it is closed below
+            games.append(game)
         max_commands = max(max_commands, NAMED_EPISODE_STEPS)  # otherwise a missing end could not be seen
         play = _Play(
             games[0],
@@ -83,7 +83,7 @@ def _check_named_game(name: str, *, num_episodes: int, max_commands: int, seed: 
 def _check(play: _Play, *, num_episodes: int) -> None:
     game, name = play.game, play.name
     check_methods(game, where=name)
-    first = game.reset()
+    first = _reset(game, where=f"{name}: reset()")
     check_first_state(first, where=f"{name}: reset()", max_episode_steps=play.max_episode_steps)
     _check_refusal(game, f"{name}: step({INVALID_ACTION!r}), which is not a valid action,", INVALID_ACTION)
     for number in range(num_episodes):
@@ -139,19 +139,14 @@ class _Play:
     def episode(self, first: GameState | None = None) -> _Episode:
         """An episode from ``reset`` on, or from the state ``first`` that it returned."""
         if first is None:
-            first = self.game.reset()
             where = f"{self.name}: reset() after another episode"
+            first = _reset(self.game, where=where)
             check_first_state(first, where=where, max_episode_steps=self.max_episode_steps)
         states, commands, rewards = [first], list[str](), list[float]()
         while not states[-1].done and len(commands) < self.max_commands:
             action = self.choose(states[-1].valid_actions)
             where = f"{self.name}: step({action!r}){_after(commands)}"
-            try:
-                outcome = self.game.step(action)
-            except Exception as error:
-                raise UserError(
-                    f"{where} raised {type(error).__name__}: {error}. A valid action raises no error."
-                ) from error
+            outcome = _step(self.game, action, where=where)
             check_outcome(outcome, states[-1], where=where, max_episode_steps=self.max_episode_steps)
             commands.append(action)
             states.append(outcome[0])
@@ -160,19 +155,38 @@ class _Play:
         return _Episode(commands, states, rewards)
 
 
+def _reset(game: TextGame, *, where: str) -> GameState:
+    try:
+        return game.reset()
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where} {_raised(error)}. reset() raises no error.") from error
+
+
+def _step(game: TextGame, action: str, *, where: str) -> tuple[GameState, float]:
+    try:
+        return game.step(action)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where} {_raised(error)}. A valid action raises no error.") from error
+
+
+def _raised(error: BaseException) -> str:
+    return f"raised {type(error).__name__}: {error}{location(error)}"
+
+
 def _check_replay(game: TextGame, where: str, episode: _Episode) -> None:
     """Check that the commands of an episode lead to its states and rewards."""
     rule = "Equal seeds and equal commands since reset() give equal states, since a resumed run replays its episodes."
-    difference = first_difference(episode.states[0], game.reset(), names=FIELDS)
+    difference = first_difference(episode.states[0], _reset(game, where=f"{where} reset()"), names=FIELDS)
     if difference:
         raise UserError(f"{where} reset() gave {difference}. {rule}")
     for n, command in enumerate(episode.commands):
-        state, reward = game.step(command)
+        step = f"{where} step({command!r}){_after(episode.commands[:n])}"
+        state, reward = _step(game, command, where=step)
         difference = first_difference(episode.states[n + 1], state, names=FIELDS)
         if not difference and reward != episode.rewards[n]:
             difference = f"the reward {reward:g}, and {episode.rewards[n]:g} before"
         if difference:
-            raise UserError(f"{where} step({command!r}){_after(episode.commands[:n])} gave {difference}. {rule}")
+            raise UserError(f"{step} gave {difference}. {rule}")
 
 
 def _check_refusal(game: TextGame, where: str, action: str) -> None:
@@ -180,8 +194,8 @@ def _check_refusal(game: TextGame, where: str, action: str) -> None:
         game.step(action)
     except ValueError:
         return
-    except Exception as error:
-        raise UserError(f"{where} raised {type(error).__name__}: {error}. Allowed is a ValueError.") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"{where} {_raised(error)}. Allowed is a ValueError.") from error
     raise UserError(f"{where} raised nothing. Allowed is a ValueError; priorzero.envs.check_action raises it.")
 
 

@@ -27,7 +27,7 @@ def call_factory(request: GameRequest, **arguments: Unpack[GameArguments]) -> Te
         return factory(request.level, dict(request.parameters), **arguments)
     except UserError as error:
         raise UserError(f"The game {shown(request.env_id)!r}: {error}") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"The game {shown(request.env_id)!r}: its factory {request.game.factory!r} raised "
             f"{type(error).__name__}: {error}{location(error)}"

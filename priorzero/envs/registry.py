@@ -31,6 +31,7 @@ from priorzero.types import TextGame, UserError
 
 ENTRY_POINTS = "priorzero.games"
 SOURCE = "priorzero"  # of the games in BUILT_IN
+REGISTERED = "register_game"  # source of the games of register_game
 RESERVED = ("textworld", "jericho", "file", "http", "https", "ftp")  # have another meaning in --env_id
 EXAMPLE = "example:small?coins=3"
 MAX_NAME = 60  # characters of a short name
@@ -144,6 +145,9 @@ _registered: dict[str, RegisteredGame] = {}  # by register_game
 def register_game(name: str, factory: GameFactory | str, *, version: str = "") -> None:
     """Register a game for this process: ``run.env_id=NAME:LEVEL?KEY=VALUE`` opens it with ``factory``.
 
+    The factory is imported, so that a missing function is reported here. To register the same name again with the same
+    factory and version changes nothing.
+
     The registration holds for runs that this process starts, such as with ``priorzero.train.run_training``. A command
     line and a Ray cluster find only games that an entry point of an installed package registers.
 
@@ -156,7 +160,8 @@ def register_game(name: str, factory: GameFactory | str, *, version: str = "") -
         version: identifies the rules of the game in checkpoints. A run can be resumed with the same version only.
 
     Raises:
-        UserError: the name is not allowed or is taken, or a worker process could not import the factory.
+        UserError: the name is not allowed or belongs to another factory, or a worker process could not import the
+            factory.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise UserError(
@@ -172,7 +177,8 @@ def register_game(name: str, factory: GameFactory | str, *, version: str = "") -
             "'my_package.maze:make'"
         )
     _check_importable(name, reference)
-    game = RegisteredGame(name, reference, "register_game", version)
+    game = RegisteredGame(name, reference, REGISTERED, version)
+    load_factory(game)
     if _registered.setdefault(name, game) != game:
         raise UserError(
             f"register_game({name!r}, {reference!r}): this name is already registered for "
@@ -204,7 +210,7 @@ def parse_game_name(env_id: str) -> GameRequest | None:
     if match is None or not candidates:
         return None
     if len(candidates) > 1:
-        packages = [game.source for game in candidates if game.source not in (SOURCE, "register_game")]
+        packages = [game.source for game in candidates if game.source not in (SOURCE, REGISTERED)]
         hint = f"uninstall one of them: pip uninstall {packages[-1]}" if packages else "choose another name"
         raise UserError(
             f"The game name {match[1]!r} in {shown(env_id)!r} is registered twice: by "
@@ -275,10 +281,11 @@ def load_factory(game: RegisteredGame) -> GameFactory:
     """
     try:
         factory = _import_object(game.factory)
-    except Exception as error:  # the module may raise anything when it is imported
+    except (Exception, SystemExit) as error:  # the module may raise anything when it is imported
         raise UserError(
             f"The game {game.name!r} of {game.source}: its factory {game.factory!r} cannot be imported "
-            f"({type(error).__name__}: {error}). Correct or reinstall the package."
+            f"({type(error).__name__}: {error}). "
+            + ("Correct the name or the module." if game.source == REGISTERED else "Correct or reinstall the package.")
         ) from error
     if not callable(factory):
         raise UserError(

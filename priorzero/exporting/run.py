@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import shutil
 from pathlib import Path
@@ -21,13 +22,23 @@ from priorzero.runs.exported import (
     read_world_model,
     write_world_model,
 )
-from priorzero.runs.files import ACTIONS, CONFIG, EXPORTED_WORLD_MODEL, LLM_FOLDER, PLAY_STATE, WORLD_MODEL
+from priorzero.runs.files import (
+    ACTIONS,
+    CHECKPOINTS,
+    CONFIG,
+    EXPORTED_WORLD_MODEL,
+    LLM_FOLDER,
+    MANIFEST,
+    PLAY_STATE,
+    WORLD_MODEL,
+)
 from priorzero.runs.resume import check_trusted
 from priorzero.runs.saved import find_agent
 from priorzero.runtime.activity import announced
 from priorzero.runtime.paths import check_free_space, user_path
 from priorzero.types import UserError
 
+LICENCE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")  # an identifier that the hub accepts
 SMALL_FILES = 10_000_000  # bytes; action vocabulary, tokenizer, card and others
 
 
@@ -46,7 +57,7 @@ def plan_export(
 
     Args:
         where: the folder of a run or of a checkpoint.
-        to: the folder to write; it must not exist, or be empty.
+        to: the folder to write; it must not exist, or be empty, and not be part of a run's checkpoints or of an export.
         form: of the LLM: ``merged``, ``adapter`` or ``none``; None chooses.
         base: what the card and an adapter name as the base model; "" for that of the run.
         licence: for the card; "" if it is not known.
@@ -57,6 +68,10 @@ def plan_export(
     Raises:
         UserError: the first problem.
     """
+    if licence and not LICENCE.fullmatch(licence):
+        raise UserError(
+            f"--license {licence!r}: give one identifier of letters, digits, '-', '.' and '_', such as apache-2.0"
+        )
     out = user_path(to, what="--to ").absolute()
     _check_out(out, to=to)
     checkpoint = find_agent(where, what="export ")
@@ -84,12 +99,18 @@ def plan_export(
 
 
 def _check_out(out: Path, *, to: str) -> None:
-    """Raise UserError if a folder cannot be written to ``out``, or contains files."""
+    """Raise UserError if a folder cannot be written to ``out``, contains files, or is part of a run's checkpoints."""
     existing = next(path for path in (out, *out.parents) if path.exists())
     if not existing.is_dir():
         raise UserError(f"--to {to}: {existing} is a file; give another folder")
     if existing == out and any(out.iterdir()):
         raise UserError(f"--to {to}: this folder is not empty; give a new folder, or remove this one")
+    for parent in out.resolve().parents:
+        if (parent / MANIFEST).is_file():
+            raise UserError(f"--to {to}: {parent} is a checkpoint or an exported agent; give a folder outside of it")
+    for folder in (out.resolve(), *out.resolve().parents):
+        if folder.name == CHECKPOINTS and (folder.parent / CONFIG).is_file():
+            raise UserError(f"--to {to}: {folder} contains the checkpoints of a run; give a folder outside of it")
 
 
 def export(plan: ExportPlan) -> str | None:

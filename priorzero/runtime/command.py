@@ -3,11 +3,30 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 
 from priorzero.runtime.concurrency import exit_immediately_on_signal
 from priorzero.runtime.streams import print_error, standard_streams
 from priorzero.types import UserError
+
+_program: ContextVar[str] = ContextVar("program", default="")
+
+
+@contextlib.contextmanager
+def called_as(program: str) -> Iterator[None]:
+    """Within this block, usage messages begin with ``program``, such as ``priorzero games``."""
+    token = _program.set(program)
+    try:
+        yield
+    finally:
+        _program.reset(token)
+
+
+def program_name(module: str) -> str:
+    """What the user typed to run ``module``: ``python -m MODULE``, or the name given by :func:`called_as`."""
+    return _program.get() or f"python -m {module}"
 
 
 def run_command(

@@ -29,13 +29,14 @@ def find_browser() -> str:
     return found
 
 
-def run_in_browser(page: Path, script: str, *, width: int = 800) -> tuple[Any, list[str]]:
+def run_in_browser(page: Path, script: str, *, width: int = 800, height: int = 600) -> tuple[Any, list[str]]:
     """Open a page, then run a script in it.
 
     Args:
         page: an HTML file. A copy beside it, with the script at its end, is what the browser opens.
         script: the body of a JavaScript function, which returns something that JSON can express.
         width: of the window, in pixels.
+        height: likewise.
 
     Returns:
         What the script returned, and the messages on the console, among them all errors.
@@ -55,7 +56,7 @@ def run_in_browser(page: Path, script: str, *, width: int = 800) -> tuple[Any, l
         command = [
             browser,
             *FLAGS,
-            f"--window-size={width},600",
+            f"--window-size={width},{height}",
             f"--user-data-dir={profile}",
             copy.absolute().as_uri(),
         ]
@@ -90,8 +91,8 @@ STEP_TOOLS = """
 """
 
 
-def see(page: Path, script: str, *, width: int = 800) -> Any:
+def see(page: Path, script: str, *, width: int = 800, height: int = 600) -> Any:
     """Run a script, which can use :data:`STEP_TOOLS`, in a page that logs nothing to the console."""
-    result, messages = run_in_browser(page, STEP_TOOLS + script, width=width)
+    result, messages = run_in_browser(page, STEP_TOOLS + script, width=width, height=height)
     assert messages == []
     return result

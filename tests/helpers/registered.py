@@ -68,6 +68,11 @@ def make_crashing(level, parameters, **arguments):
     os.kill(os.getpid(), signal.SIGSEGV)
 
 
+def make_exiting(level, parameters, **arguments):
+    """Ends the process as a program may."""
+    raise SystemExit(3)
+
+
 def make_nothing(level, parameters, **arguments):
     """Returns no game."""
 

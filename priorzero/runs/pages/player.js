@@ -152,7 +152,7 @@
     ]);
     showValues([
       ["score before the action", scoreText(step.score)],
-      ["sampled with probability", step.behaviour_prob === 1 ? null : number(step.behaviour_prob, 3)],
+      ["sampled with probability", step.behaviour_prob === 1 ? null : percent(step.behaviour_prob)],
       ["prior", step.prior_source === "uniform" ? "uniform, because the LLM gave none" : null],
     ]);
     showTree(step);
@@ -256,6 +256,14 @@
     range[1] = Math.max(range[1], range[0] + 0.01); // smaller differences mean nothing
   }
 
+  // Only the columns and values that the episode has are explained.
+  function showLegend() {
+    for (const entry of document.querySelectorAll("[data-for]")) {
+      const name = entry.dataset.for;
+      entry.hidden = name === "real_values" ? !(episode[name] || []).some(isNumber) : !episode.steps.some((step) => isNumber(step[name]));
+    }
+  }
+
   // ---- stepping ----
 
   function show(wanted) {
@@ -273,6 +281,7 @@
     at("slider").max = episode.steps.length;
     makeCurves();
     curves.forEach(drawCurve);
+    showLegend();
     show(0);
   }
 
