@@ -48,6 +48,16 @@ def test_page_shows_a_step_with_bars_predictions_tree_and_prompt(page):
     assert step["prompt"] == "Prompt of step 0"
 
 
+def test_page_shows_small_numbers_and_the_scale_of_rewards(tmp_path):
+    episode = {**make_episode(steps=1, tree=True), "reward_scale": 3.0}
+    episode["steps"][0] |= {"action_values": [-0.00123, 0.0004, None], "predicted_value": -0.0012}
+    [path] = write_episodes([episode], tmp_path)
+    step = see(path, "return see();")
+    assert [row[-1] for row in step["rows"][1:]] == ["0.0004", "–", "-0.0012"]
+    assert step["predictions"][1][:2] == ["value of the state", "-0.0012"]
+    assert step["predictions"][2] == ["reward of the action, times train.reward_scale=3", "0.07", "–", "3"]
+
+
 def test_page_unfolds_the_search_tree(page):
     first, opened, everything, folded, after = see(
         page,
