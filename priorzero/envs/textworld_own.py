@@ -28,6 +28,8 @@ def find_story(env_id: str, folder: Path) -> Path:
     Raises:
         UserError: a file is missing, cannot be read, is no story or no data of TextWorld, or cannot be compiled.
     """
+    if env_id == FILE_PREFIX:
+        raise UserError(f"The TextWorld game {env_id!r} names no file; type {FILE_PREFIX}PATH")
     path = user_path(env_id.removeprefix(FILE_PREFIX), what="The TextWorld game ")
     where = f"The TextWorld game {shown(str(path))!r}"
     if path.suffix.lower() not in EXTENSIONS:
