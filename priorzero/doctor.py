@@ -1,6 +1,7 @@
 """Checks whether training can start: ``python -m priorzero.doctor``, with the flags of ``python -m priorzero.entry``.
 
-It loads no model and writes nothing. An error would end a run at its start; a warning shows what may be missing later.
+It loads no model and writes nothing. Registered games are opened once, as at the start of a run. An error would
+end a run at its start; a warning shows what may be missing later.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import psutil
 
 from priorzero.config import describe_settings
 from priorzero.entry import add_common_arguments, check_interpreter, settings_from
+from priorzero.envs import check_names, resolve_game, try_registered_games
+from priorzero.envs.registry import parse_game_name
 from priorzero.envs.story_files import find_stories
 from priorzero.llm.engine_choice import choose_engine
 from priorzero.llm.hub import hub_cache_dir, hub_problem
@@ -193,6 +196,9 @@ def _story_files() -> Result:
 
 def _games(settings: Settings) -> Result:
     check_game_names(settings)
+    # TextWorld games are not resolved, since this would generate them.
+    names = [*check_names(settings.run.env_id).values(), *check_names(settings.eval.unseen).values()]
+    try_registered_games(settings, [resolve_game(name) for name in names if parse_game_name(name) is not None])
     unseen = f"; unseen: {settings.eval.unseen}" if settings.eval.unseen else ""
     return "ok", f"{settings.run.env_id}{unseen}"
 
@@ -239,6 +245,8 @@ def _run_folder(settings: Settings, *, llm: ModelFiles | None, encoder: ModelFil
     folder = user_path(settings.run.output_dir, what="run.output_dir=")
     if settings.run.max_env_step > 0:
         check_disk(settings, llm=llm, encoder=encoder)
+    if settings.prior.enabled and llm is None:
+        return "ok", f"{folder}: {_free(folder)}; a checkpoint contains the LLM, whose size is not known"
     size = checkpoint_size(settings, llm=llm, encoder=encoder)
     return "ok", f"{folder}: {_free(folder)}; a checkpoint needs about {_gigabytes(size)}"
 

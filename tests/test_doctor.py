@@ -7,8 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+import priorzero
 from priorzero import doctor
 from priorzero.doctor import Check, Torch
+from priorzero.envs import registry
 from priorzero.types import UserError
 from tests.helpers.models import make_settings
 
@@ -113,6 +115,23 @@ def test_run_checks_compares_the_memory_of_the_llm(monkeypatch, local):
     checks = checks_of(local, {"prior": {"engine": "transformers"}})
     assert checks["LLM"].mark == "ok" and "100.0 GB of GPU memory are free" in checks["LLM"].text
     assert "GPU H100, 100.0 GB free" in checks["torch"].text
+
+
+def test_run_checks_does_not_state_the_size_of_a_checkpoint_without_the_llm(local):
+    assert "a checkpoint needs about" in checks_of(local)["run folder"].text
+    missing = checks_of({"llm": {"path": "./nowhere"}})["run folder"].text
+    assert missing.endswith("a checkpoint contains the LLM, whose size is not known")
+
+
+@pytest.mark.parametrize("setting", ["run.env_id", "eval.unseen"])
+def test_run_checks_opens_registered_games(monkeypatch, local, setting):
+    monkeypatch.setattr(registry, "_registered", {})
+    priorzero.register_game("counting", "tests.helpers.registered:make_counter")
+    priorzero.register_game("nothing", "tests.helpers.registered:make_nothing")
+    group, key = setting.split(".")
+    assert checks_of(local, {group: {key: "counting:9"}})["games"].mark == "ok"
+    games = checks_of(local, {group: {key: "nothing:"}})["games"]
+    assert games.mark == "error" and "NoneType has no method reset()" in games.text
 
 
 @pytest.mark.parametrize(("free", "megabytes"), [(10**6, 1), (0, 0)])

@@ -295,7 +295,8 @@ def test_card_states_the_last_evaluation_before_the_checkpoint(run, exported):
         (line["game"], f"mean score over 2 episodes, {line['mode']}"): sum(line["scores"]) / 2 for line in last
     }
     card = (exported / "README.md").read_text()
-    assert f"at environment step {last[0]['env_step']}, without exploration. The games have the seed 10000." in card
+    assert f"at environment step {last[0]['env_step']}, without exploration. The games have the seed 10000 " in card
+    assert "(run.seed plus 10000, one for each environment; games without chance ignore it)." in card
     for line in last:
         cells = [line["game"], "no" if line["unseen"] else "yes", 2, f"{sum(line['scores']) / 2:g}"]
         assert f"(`{line['mode']}`) | {' | '.join(map(str, cells))} | {max(line['scores']):g} | 5 |" in card

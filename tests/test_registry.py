@@ -108,7 +108,7 @@ def test_game_request_name_can_be_a_folder_and_is_unique(example):
     [
         ("exmple:small", "Did you mean 'example:'?"),
         ("exmple:a/b", "Did you mean 'example:'?"),
-        ("example", "Did you mean 'example:'?"),
+        ("example", "The registered game 'example' needs a colon after its name: type 'example:'."),
         ("Example:small", "Did you mean 'example:'?"),
         ("nothing:x", "Registered are: babyai, example, gymnasium"),
         ("example:small?seed", "bad query field: 'seed'"),
@@ -226,6 +226,12 @@ def test_register_game_refuses_a_name_that_is_taken(packages):
         priorzero.register_game("counting", registered.make_broken)
     write_package(packages, "counters", code="", entry_points={"counting": "counters:make"})
     assert "registered twice: by counters 1.0" in error_of("counting:9")
+
+
+@pytest.mark.parametrize(("name", "typed"), [("counting", "counting:"), ("counting?x=1", "counting:?x=1")])
+def test_resolve_game_says_that_the_colon_of_a_registered_game_is_missing(name, typed):
+    priorzero.register_game("counting", registered.make_counter)
+    assert f"The registered game 'counting' needs a colon after its name: type '{typed}'." in error_of(name)
 
 
 # factories ----------------------------------------------------------------------------------------------------------

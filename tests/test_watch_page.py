@@ -185,7 +185,7 @@ def test_page_shows_a_long_text_as_high_as_the_window(tmp_path):
     [path] = write_episodes([make_episode(text="A line of the game.\n" * 200)], tmp_path)
     size = "const box = at('text'); return [box.clientHeight, parseFloat(getComputedStyle(box).fontSize)];"
     (low, font), (high, _) = (see(path, size, width=1280, height=height) for height in (400, 1400))
-    assert 20 * font < low < 24 * font and 1000 < high < 1400
+    assert 20 * font < low < 24 * font and 800 < high < 1100
 
 
 def test_page_shows_hostile_text_as_text(tmp_path):

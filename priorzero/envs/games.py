@@ -141,6 +141,7 @@ def _unknown(env_id: str) -> UserError:
     known = [*supported_games(), *(TEXTWORLD_PREFIX + challenge for challenge in textworld_files.CHALLENGES)]
     hint = (
         _missing_extension(env_id, folders=story_folders()[0])
+        or _missing_colon(env_id, names)
         or did_you_mean(f"{env_id.partition(':')[0]}:", [f"{name}:" for name in names])
         or did_you_mean(env_id, known)
     )
@@ -151,6 +152,14 @@ def _unknown(env_id: str) -> UserError:
         f"'textworld:simple?seed=7'; or a registered game, NAME:LEVEL?KEY=VALUE. Registered are: "
         f"{', '.join(names) or 'none'}."
     )
+
+
+def _missing_colon(env_id: str, names: Sequence[str]) -> str:
+    """A sentence if ``env_id`` is a registered name without its colon; else ""."""
+    if env_id.partition("?")[0] not in names:
+        return ""
+    name, mark, parameters = env_id.partition("?")
+    return f"The registered game {name!r} needs a colon after its name: type {shown(f'{name}:{mark}{parameters}')!r}."
 
 
 def is_z_machine_name(env_id: str) -> bool:

@@ -23,7 +23,8 @@ from priorzero.types import GameState
 
 folder = "."  # this folder; a copy on the hub: huggingface_hub.snapshot_download("%s")
 world_model = load_world_model(folder)
-state = GameState("You are in a kitchen.", ("open fridge", "go north"), score=0, max_score=7, moves=0, max_moves=30)
+actions = tuple(world_model.vocabulary.state_dict()["actions"][:2])  # of actions.json; others have no learned logits
+state = GameState("You are in a kitchen.", actions, score=0, max_score=7, moves=0, max_moves=30)
 features = world_model.make_encoder().features([state])
 policy_logits, value = world_model.predict(features)
 print(policy_logits[world_model.vocabulary.indices(state.valid_actions)], value)
@@ -183,7 +184,8 @@ def _figures(plan: ExportPlan, evaluations: Sequence[Mapping[str, Any]]) -> Iter
     seeds = f"the seed {first}" if first == last else f"the seeds {first} to {last}"
     yield (
         f"These are all results of the last evaluation of the run before the checkpoint, at environment step "
-        f"{evaluations[0]['env_step']}, without exploration. The games have {seeds}."
+        f"{evaluations[0]['env_step']}, without exploration. The games have {seeds} "
+        f"(run.seed plus {FIRST_EVALUATION_SEED}, one for each environment; games without chance ignore it)."
     )
     yield ""
     heads = ("agent", "game", "trained on", "episodes", "mean score", "best score", "largest possible", "won")
