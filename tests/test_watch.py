@@ -300,7 +300,7 @@ def test_actions_table_shows_small_q_values_with_significant_digits():
     step["action_values"] = [-0.00123, 0.0004, -0.0]
     rows = [row.split() for row in rendered(actions_table(step)).splitlines()]
     found = {row[row.index("0") - 1]: row[-2:] for row in rows[1:]}
-    assert found == {"take": ["0.0004", "█"], "wait": ["0", "█"], "go": ["█", "-0.0012"]}
+    assert found == {"take": ["4e-4", "█"], "wait": ["0", "█"], "go": ["█", "-1e-3"]}
 
 
 def test_show_episode_shows_values_and_rewards_in_the_same_units():

@@ -53,8 +53,8 @@ def test_page_shows_small_numbers_and_the_scale_of_rewards(tmp_path):
     episode["steps"][0] |= {"action_values": [-0.00123, 0.0004, None], "predicted_value": -0.0012}
     [path] = write_episodes([episode], tmp_path)
     step = see(path, "return see();")
-    assert [row[-1] for row in step["rows"][1:]] == ["0.0004", "–", "-0.0012"]
-    assert step["predictions"][1][:2] == ["value of the state", "-0.0012"]
+    assert [row[-1] for row in step["rows"][1:]] == ["4e-4", "–", "-1e-3"]
+    assert step["predictions"][1][:2] == ["value of the state", "-1e-3"]
     assert step["predictions"][2] == ["reward of the action, times train.reward_scale=3", "0.07", "–", "3"]
 
 

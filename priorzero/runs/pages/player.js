@@ -20,9 +20,10 @@
 
   const isNumber = (value) => value !== null && value !== undefined;
 
-  // Two decimals; two significant digits below 0.1.
+  // Two decimals; two significant digits below 0.1; below 0.01 as -7e-5, so that columns stay narrow.
   function number(value, digits = 2) {
     if (!isNumber(value)) return "–";
+    if (value && Math.abs(value) < 0.01) return value.toExponential(0);
     return String(Number(Math.abs(value) < 0.1 ? value.toPrecision(2) : value.toFixed(digits)));
   }
 

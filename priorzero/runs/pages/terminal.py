@@ -89,9 +89,12 @@ def _cell(text: str, share: float | None) -> Text:
 
 
 def _number(value: float | None) -> str:
-    """Two decimals, without zeros at the end; two significant digits below 0.1."""
+    """Two decimals, without zeros at the end; two significant digits below 0.1; below 0.01 as ``-7e-5``."""
     if value is None:
         return "-"
+    if value and abs(value) < 0.01:
+        mantissa, exponent = f"{value:.0e}".split("e")
+        return f"{mantissa}e{int(exponent)}"
     if abs(value) < 0.1:
         return f"{value or 0.0:.2g}"
     return f"{value:.2f}".rstrip("0").rstrip(".")
