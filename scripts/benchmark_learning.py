@@ -75,7 +75,10 @@ GAME_SETS: dict[str, tuple[str, ...]] = {
 WINS_IN_A_ROW = 5  # won episodes after which a run counts as solved
 LAST_EPISODES = 50  # episodes of last_mean_score
 # settings of the group run in which the runs of one row of the table may differ
-NOT_IN_DIGEST = ("env_id", "seed", "output_dir", "exp_name", "num_threads", "log_every", "trace_iterations")
+NOT_IN_DIGEST = (
+    "env_id", "seed", "output_dir", "exp_name", "num_threads", "log_every", "loggers", "record_every",
+    "trace_iterations",
+)  # fmt: skip
 FLAG_FOR = {
     "run.env_id": "--games",
     "run.seed": "--seeds",
