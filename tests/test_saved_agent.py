@@ -118,7 +118,9 @@ def test_loaded_agent_refuses_a_world_model_of_another_shape_and_keeps_the_log_o
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "logs"))
     with toy_games():
         run = train(short_settings(tmp_path, NO_LLM))
-        with pytest.raises(UserError, match="the architecture of a trained agent cannot change; world_model.embed_dim is 64"):
+        with pytest.raises(
+            UserError, match=r"the architecture of a trained agent cannot change; world_model\.embed_dim is 64"
+        ):
             evaluate(run.folder, overrides=[{"world_model": {"embed_dim": 32}}])
         prepared = prepare_agent(run.folder)
         with pytest.raises(EngineError, match=r"^it crashed$"):
