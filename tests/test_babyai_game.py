@@ -17,6 +17,7 @@ from priorzero.envs.limits import episode_steps, resolve_limits
 from priorzero.envs.worker import make_worker
 from priorzero.settings import EnvSettings
 from priorzero.types import UserError
+from tests.helpers.playing import play_some
 
 pytest.importorskip("minigrid")
 
@@ -197,11 +198,7 @@ def test_babyai_game_offers_a_command_that_only_advances_the_mission():
 
 def test_babyai_game_layouts():
     def play(game):
-        states = [game.reset()]
-        for number in range(8):
-            actions = states[-1].valid_actions
-            states.append(game.step(actions[number * 7 % len(actions)])[0])
-        return states
+        return play_some(game, steps=8)
 
     game = open_level()
     first = play(game)

@@ -327,15 +327,23 @@ def test_wandb_logger_offline_and_resumed(tmp_path):
 
 
 CRASH = """
-import sys, time
+import errno, sys, time
 from pathlib import Path
 import psutil
 from loguru import logger
-from priorzero.runs.loggers.wandb_run import WandbLogger
+from priorzero.runs.loggers import wandb_run
 from tests.helpers.models import make_settings
 
-log = WandbLogger(Path(sys.argv[1]), make_settings())
-log.write({"a": 1.0}, step=1, axis="iteration")
+def full_disk(path, text):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+log = wandb_run.WandbLogger(Path(sys.argv[1]), make_settings())
+replace_text, wandb_run.replace_text = wandb_run.replace_text, full_disk
+try:
+    log.write({"a": 1.0}, step=1, axis="iteration")
+except OSError as error:
+    print("raised", errno.errorcode[error.errno])
+wandb_run.replace_text = replace_text
 for process in psutil.Process().children(recursive=True):
     process.kill()
     process.wait()
@@ -348,10 +356,10 @@ print("the run went on")
 
 
 @pytest.mark.slow
-def test_wandb_logger_whose_process_dies_does_not_end_the_run(tmp_path):
+def test_wandb_logger_raises_os_error_on_a_full_disk_and_goes_on_after_the_death_of_its_process(tmp_path):
     pytest.importorskip("wandb")
     done = run_python(CRASH, tmp_path, WANDB_MODE="offline", HOME=str(tmp_path))
-    assert (done.returncode, done.stdout) == (0, "the run went on\n")
+    assert (done.returncode, done.stdout) == (0, "raised ENOSPC\nthe run went on\n")
     assert done.stderr.count("W&B has failed") == 1 and "type wandb sync" in done.stderr
     assert "Traceback" not in done.stderr
 

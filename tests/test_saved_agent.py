@@ -122,6 +122,10 @@ def test_loaded_agent_refuses_a_world_model_of_another_shape_and_keeps_the_log_o
             UserError, match=r"the architecture of a trained agent cannot change; world_model\.embed_dim is 64"
         ):
             evaluate(run.folder, overrides=[{"world_model": {"embed_dim": 32}}])
+        other = prepare_agent(run.folder)
+        other.settings.world_model.embed_dim = 32  # as if config.yaml had been edited
+        with pytest.raises(UserError, match="its world model does not fit these settings"):
+            asyncio.run(load(other, ""))
         prepared = prepare_agent(run.folder)
         with pytest.raises(EngineError, match=r"^it crashed$"):
             asyncio.run(load(prepared, ""))

@@ -9,6 +9,7 @@ from priorzero.envs.games import make_game, resolve_game
 from priorzero.envs.textworld_game import FALLBACK_ACTIONS, TextWorldGame, clean_text, is_inert
 from priorzero.types import UserError
 from tests.helpers.game_files import session_cache
+from tests.helpers.playing import play_some
 
 pytestmark = pytest.mark.slow  # games are generated
 
@@ -125,11 +126,7 @@ def test_textworld_game_rewards_each_command(open_game):
 
 def test_textworld_game_reset_repeats_the_game(open_game):
     def play(game):
-        states = [game.reset()]
-        for number in range(12):
-            actions = states[-1].valid_actions
-            states.append(game.step(actions[number * 7 % len(actions)])[0])
-        return states
+        return play_some(game, steps=12)
 
     game = open_game()
     first = play(game)

@@ -148,11 +148,12 @@ class WandbLogger:
                 run.define_metric(name, step_metric=axis)
             self._defined |= {axis, *values}
             run.log({**values, axis: step})
+
+        self._guarded(log)
+        if self._run is not None:
             self._logged[axis] = step
             state = {"id": self._id, "project": self._project, "steps": self._logged}
             replace_text(self._file, json.dumps(state) + "\n")
-
-        self._guarded(log)
 
     def _guarded(self, action: Callable[[wandb.Run], None]) -> None:
         """Run an action; its first error ends the logging to W&B."""
@@ -175,7 +176,7 @@ def _end_process() -> None:
 
     try:
         wandb.teardown(exit_code=1)
-    except Exception as error:
+    except Exception as error:  # the failure was logged as an error before
         logger.debug(f"W&B's process has ended ({reason(error)})")
 
 
