@@ -29,7 +29,7 @@ from priorzero.llm.model_files import ModelFiles, check_encoder, check_llm
 from priorzero.runs.checkpoint import Checkpoint
 from priorzero.runs.folder import check_run_folder, new_run_folder
 from priorzero.runs.loggers import check_loggers
-from priorzero.runs.resume import keep_limits, prepare_resume
+from priorzero.runs.resume import check_same_settings, keep_limits, prepare_resume
 from priorzero.runs.saved import agent_settings, check_modes, find_agent, was_trained_on
 from priorzero.runtime.activity import announced
 from priorzero.runtime.gpu import gpu_is_ruled_out, no_gpu_error
@@ -80,12 +80,12 @@ def prepare(settings: Settings, *, checkpoint: Checkpoint | None = None) -> Iter
     settings = settings.model_copy(deep=True)
     if checkpoint is not None:
         settings.run.output_dir = str(checkpoint.run_folder.parent)
+        keep_limits(settings, checkpoint.settings)
+        check_same_settings(checkpoint, settings)  # before the advice of other checks, which may be to change these
     else:
         check_run_folder(settings)
     games, unseen = check_inputs(settings)
-    if checkpoint is not None:
-        keep_limits(settings, checkpoint.settings)
-    else:
+    if checkpoint is None:
         check_step_names(settings.env, (*games, *unseen))
     resolve_limits(settings.env, games, unseen=unseen)
     with _run_folder(settings, games, checkpoint) as folder:

@@ -83,7 +83,7 @@ def test_learned_text_of_one_evaluation_has_one_column(tmp_path):
 
 @pytest.mark.parametrize(
     ("after", "sentence"),
-    [(1.0, "the mean score fell from 3.0 to 1.0"), (3.0, "the mean score did not change (3.0)")],
+    [(1.0, "the mean score fell from 3.0 to 1.0"), (3.0, "the mean score stayed at 3.0")],
 )
 def test_learned_text_of_an_interrupted_run_names_the_environment_steps(tmp_path, after, sentence):
     path = write_evaluations(tmp_path, (50, "random", [3.0], 0), (100, "random", [after], 0), (100, "prior", [1.0], 0))

@@ -25,7 +25,7 @@ from priorzero.runs.loggers import make_metrics_writer, metrics_files
 from priorzero.runs.progress import Progress
 from priorzero.runs.summary import peak_memory_mb
 from priorzero.runtime.timeline import TimeUsage
-from priorzero.settings import Settings
+from priorzero.settings import LLMSettings, Settings
 from priorzero.types import Plain
 from priorzero.world_model.segment import PriorZeroGameSegment
 
@@ -39,8 +39,17 @@ def log_start(settings: Settings, *, games: str, where: str, folder: Path) -> No
     logger.info(
         f"env.max_episode_steps: {settings.env.max_episode_steps}; env.action_space_size: {settings.env.num_actions}"
     )
+    if settings.prior.enabled:
+        logger.info(_llm_text(settings.llm))
     changed = [f"{group}.{key}={value}" for group, own in differences(settings).items() for key, value in own.items()]
     logger.debug(f"settings that differ from the defaults: {', '.join(changed) or 'none'}")
+
+
+def _llm_text(cfg: LLMSettings) -> str:
+    if not cfg.adapter:
+        return f"LLM: {cfg.path}, without llm.adapter"
+    how = "which is trained further" if cfg.use_lora else "which is merged into it (llm.use_lora=false)"
+    return f"LLM: {cfg.path} with the adapter {cfg.adapter}, {how}"
 
 
 class RunLogger:

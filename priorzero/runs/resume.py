@@ -197,6 +197,19 @@ def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Seque
     Raises:
         UserError: it lists what differs.
     """
+    check_same_settings(checkpoint, settings)
+    saved_games, own_games = checkpoint.manifest.get("games", {}), {game.name: game.md5 for game in games}
+    if saved_games != own_games:
+        raise _not_resumed(checkpoint, [f"the game files are {own_games}, the checkpoint has {saved_games}"])
+    note_changed_versions(checkpoint)
+
+
+def check_same_settings(checkpoint: Checkpoint, settings: Settings) -> None:
+    """Check that a run with these settings can be resumed from a checkpoint. No file of a game or model is read.
+
+    Raises:
+        UserError: it lists what differs.
+    """
     if settings.run.max_env_step == 0:
         raise UserError("run.max_env_step=0 only evaluates, and --resume continues training; leave one of them out")
     _check_origin(checkpoint)
@@ -204,16 +217,16 @@ def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Seque
         f"{name} is {now!r}, the checkpoint has {before!r}"
         for name, now, before in _differences(settings, checkpoint.settings)
     ]
-    saved_games, own_games = checkpoint.manifest.get("games", {}), {game.name: game.md5 for game in games}
-    if not different and saved_games != own_games:
-        different.append(f"the game files are {own_games}, the checkpoint has {saved_games}")
     if different:
-        raise UserError(
-            f"{checkpoint.folder}: the run cannot be resumed with these settings:\n"
-            + "\n".join(f"  - {difference}" for difference in different)
-            + "\nleave these settings out, or start a new run without --resume"
-        )
-    note_changed_versions(checkpoint)
+        raise _not_resumed(checkpoint, different)
+
+
+def _not_resumed(checkpoint: Checkpoint, different: Sequence[str]) -> UserError:
+    return UserError(
+        f"{checkpoint.folder}: the run cannot be resumed with these settings:\n"
+        + "\n".join(f"  - {difference}" for difference in different)
+        + "\nleave these settings out, or start a new run without --resume"
+    )
 
 
 def note_changed_versions(checkpoint: Checkpoint) -> None:

@@ -181,9 +181,9 @@ def _sentence(first: Results, last: Results) -> str | None:
     for mode in ("world_model_with_prior", "world_model", *(mode for mode, _ in last)):
         if (mode, False) in first and (mode, False) in last:
             before, after = first[mode, False].mean_score, last[mode, False].mean_score
-            verb = "rose" if after > before else "fell" if after < before else "did not change"
-            change = f"({after:.1f})" if after == before else f"from {before:.1f} to {after:.1f}"
-            return f"{MODE_NAMES[mode]}: the mean score {verb} {change}"
+            verb = "rose" if after > before else "fell"
+            change = f"stayed at {after:.1f}" if after == before else f"{verb} from {before:.1f} to {after:.1f}"
+            return f"{MODE_NAMES[mode]}: the mean score {change}"
     return None
 
 
