@@ -282,8 +282,9 @@ class SearchSettings(SettingsGroup):
     num_simulations: Whole = Field(25, ge=1, description="MCTS simulations per decision")
     exploration: Literal["go_explore", "dirichlet"] = Field(
         "go_explore",
-        description="exploration while collecting; go_explore: follow the best trajectory found so far and explore "
-        "where none is known (Ecoffet et al. 2021); dirichlet: Dirichlet noise at the root (AlphaZero)",
+        description="exploration while collecting; go_explore: follow the best trajectory found so far, and where none "
+        "is known, go to a command that is promising and was seldom tried (Ecoffet et al. 2021); dirichlet: Dirichlet "
+        "noise at the root (AlphaZero)",
     )
     deviation_prob: Number = Field(
         0.3,

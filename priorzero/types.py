@@ -15,6 +15,8 @@ import numpy as np
 # ``torch.load(weights_only=True)`` reads them and no code in a file is ever run.
 Plain = dict[str, Any]
 
+Place = tuple[str, ...]  # see GameState.place
+
 # How the valid actions of Jericho games are found; see GameArguments.
 ValidActionsMode = Literal["exact", "fast"]
 

@@ -1,4 +1,4 @@
-"""How many attempts the exploration of ``search.exploration=go_explore`` needs until it tries the right command.
+"""How many attempts an exploration by prior and counts needs until it tries the right command.
 
     python scripts/simulate_exploration.py                          # validation games, the prompt of --config
     python scripts/simulate_exploration.py --set llm.adapter=       # without the adapter of --config

@@ -284,7 +284,7 @@ def test_collector_keeps_counts_and_archive_of_each_game():
 def test_collector_lets_episodes_deviate(deviation_prob, deviates):
     collector, _, _ = make_collector(num_games=2, search={"deviation_prob": deviation_prob})
     collect(collector, 30)
-    deviations = [d for d, *_ in collector.state_dict(RecordTable())["exploration"]["progress"].values()]
+    deviations = [own["deviation"] for own in collector.state_dict(RecordTable())["exploration"]["progress"].values()]
     assert [deviation is not None for deviation in deviations] == [deviates] * 2
 
 

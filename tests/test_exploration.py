@@ -37,7 +37,7 @@ class Corridor:
     """Episodes in a corridor with five rooms; the last one has a point. The actions are sampled from the noise.
 
     Attributes:
-        noises: the noise and the temperature scale of each decision.
+        noises: the noise of each decision, and the actions that may be taken.
     """
 
     def __init__(self, name: str, *, env: int) -> None:
@@ -58,7 +58,7 @@ class Corridor:
     def play(self, num_decisions: int) -> None:
         for _ in range(num_decisions):
             before, noise = self.episode.state, self.episode.noise
-            self.noises.append([*noise.probs, noise.temperature_scale])
+            self.noises.append([*noise.probs, *(() if noise.only is None else noise.only)])
             action = before.valid_actions[self.rng.choice(len(noise.probs), p=noise.probs)]
             self.room = max(0, self.room + {"right": 1, "left": -1}.get(action, 0))
             after = self.state(self.room, moves=before.moves + 1)
@@ -88,7 +88,8 @@ def test_root_noise_is_a_distribution_over_the_valid_actions(name):
             num_actions = len(corridor.episode.state.valid_actions)
             noise = corridor.episode.ask(prior_of(num_actions) if with_prior else None)
             assert noise.probs.shape == (num_actions,) and (noise.probs >= 0).all()
-            assert noise.probs.sum() == pytest.approx(1.0) and 0 < noise.temperature_scale <= 1
+            assert noise.probs.sum() == pytest.approx(1.0)
+            assert noise.only is None or noise.probs[noise.only].sum() == pytest.approx(1.0)
             corridor.play(1)
 
 
@@ -140,7 +141,7 @@ def test_dirichlet_noise_has_the_distributions_mean_and_variance(alpha):
     """Each of K components has the mean 1/K and the variance (1/K) (1 - 1/K) / (alpha K + 1)."""
     dirichlet, rng, state = Dirichlet(alpha), np.random.default_rng(0), at("a", 0.0, ("go", "up", "wait", "sit"))
     noises = [dirichlet.root_noise(0, state, None, rng=rng) for _ in range(4000)]
-    assert {noise.temperature_scale for noise in noises} == {1.0}
+    assert {noise.only for noise in noises} == {None}
     probs = np.array([noise.probs for noise in noises])
     assert probs.sum(axis=1) == pytest.approx(1.0)
     assert probs.mean(axis=0) == pytest.approx(0.25, abs=0.02)

@@ -245,55 +245,119 @@ def make_strategy(history=MAIN_PATH, *, now=None, counts=None, deviation_prob=0.
     return strategy
 
 
-def begin(strategy, state=None, *, env=0, deviation=None) -> ScriptedEpisode:
+def begin(strategy, state=None, *, env=0, deviation=None, rng=None) -> ScriptedEpisode:
     """An episode that deviates in the given interval of its actions, or as the strategy decides."""
-    episode = ScriptedEpisode(strategy, state or room("a", 0.0), env=env)
+    episode = ScriptedEpisode(strategy, state or room("a", 0.0), env=env, rng=rng)
     if deviation is not None:
         saved = strategy.state_dict()
-        saved["progress"][env] = (deviation, 0.0, 0)
+        saved["progress"][env] |= {"deviation": deviation, "target": None}
         strategy.load_state_dict(saved)
         episode.ask()
     return episode
 
 
 def deviation_of(strategy, env=0) -> tuple[int, int] | None:
-    return strategy.state_dict()["progress"][env][0]
+    return strategy.state_dict()["progress"][env]["deviation"]
 
 
 def off_path_reward(strategy, env=0) -> float:
-    return strategy.state_dict()["progress"][env][1]
+    return strategy.state_dict()["progress"][env]["off_path_reward"]
 
 
 def returns_by(episode) -> list[str]:
     """The actions by which the episode returns along a known trajectory; none: it explores."""
-    probs, scale = episode.noise.probs, episode.noise.temperature_scale
-    if scale == 1.0:
-        assert sorted(probs)[-2:] == [0.0, 1.0]
+    noise = episode.noise
+    assert (noise.only == (noise.probs > 0)).all()
+    if episode.strategy.state_dict()["progress"][episode.env]["target"] is not None:
+        assert noise.only.sum() == 1
         return []
-    assert scale == 0.5
-    return list(itertools.compress(episode.state.valid_actions, probs > 0))
+    return list(itertools.compress(episode.state.valid_actions, noise.only))
 
 
 def test_go_explore_returns_along_a_known_trajectory():
-    """The noise is uniform over its actions, and the sampling temperature is halved."""
+    """The noise is uniform over its actions, and only these may be taken."""
     noise = begin(make_strategy(TAKE_AND_PUT, now=at("b1", 1.0)), UNKNOWN_PLACE).noise
-    assert noise.probs.tolist() == [0.5, 0.5, 0.0] and noise.temperature_scale == 0.5
+    assert noise.probs.tolist() == [0.5, 0.5, 0.0] and noise.only.tolist() == [True, True, False]
+
+
+def test_go_explore_goes_to_the_nearest_room_from_which_a_trajectory_is_known():
+    """From y, b is two commands away, and c, where one is known only with another score, is one."""
+    strategy = make_strategy()
+    for place, action, after in (("y", "aside", "x"), ("x", "aside", "b"), ("y", "back", "c"), ("b", "up", "c")):
+        strategy.maps[0].add_step(steps((place, 2.0, action, 0.0))[0], after=room(after, 2.0))
+    assert strategy.archives[0].rooms(2.0) == {"b"} and strategy.archives[0].rooms(5.0) == {"c"}
+    episode = begin(strategy, room("y", 2.0))
+    for place, expected in (("x", "aside"), ("b", "aside"), ("c", "up")):
+        assert returns_by(episode) == [expected]
+        episode.take(expected, room(place, 5.0 if place == "c" else 2.0), 3.0 if place == "c" else 0.0)
+    assert returns_by(episode) == ["up"]
+
+
+def test_go_explore_explores_until_it_gains_points_where_no_trajectory_is_known():
+    strategy = make_strategy()
+    episode = begin(strategy, room("d", 9.0))
+    for place, score in (("a", 9.0), ("b", 9.0)):
+        assert returns_by(episode) == []
+        episode.take("go", room(place, score))
+    assert returns_by(episode) == [] and strategy.state_dict()["progress"][0]["explores"]
+    episode.take("go", room("a", 0.0), -9.0)  # a loss changes nothing
+    assert returns_by(episode) == []
+    episode.take("go", room("b", 2.0), 2.0)
+    assert returns_by(episode) == ["up"] and not strategy.state_dict()["progress"][0]["explores"]
+
+
+def test_go_explore_explores_after_two_returns_in_a_place_without_points():
+    strategy = make_strategy()
+    episode = begin(strategy)
+    for returns in (["go"], ["go"], []):
+        assert returns_by(episode) == returns
+        episode.take("back", room("a", 0.0))
+    episode.take("go", room("b", 2.0), 2.0)
+    assert returns_by(episode) == ["up"]
+    assert strategy.state_dict()["progress"][0]["visits"] == []  # points were gained
+
+
+def test_go_explore_returns_at_once_after_a_deviation_in_one_place():
+    episode = begin(make_strategy(), deviation=(0, 3))
+    for _ in range(3):
+        assert returns_by(episode) == []
+        episode.take("back", room("a", 0.0))
+    assert returns_by(episode) == ["go"]
+
+
+def test_go_explore_does_not_go_back_and_forth_between_rooms_without_a_valid_action():
+    """From b and c, trajectories are known whose actions are not valid now; each visit is another place."""
+    strategy = make_strategy()
+    strategy.archives[0].add_reward(steps(("c", 2.0, "up", 1.0)), now=at("d", 3.0))
+    for place, after in (("b", "c"), ("c", "b")):
+        strategy.maps[0].add_step(steps((place, 2.0, "back", 0.0))[0], after=room(after, 2.0))
+    episode = begin(strategy, room("b", 2.0, valid_actions=("back",)))
+    assert returns_by(episode) == ["back"]
+    episode.take("back", GameState("", ("back",), 2.0, 9.0, 0, look="c\nanother"))
+    assert returns_by(episode) == []
+    progress = strategy.state_dict()["progress"][0]
+    assert progress["explores"] and progress["dead_ends"] == ["b", "c"]
 
 
 @pytest.mark.parametrize("with_prior", [False, True])
-def test_go_explore_explores_an_action_in_proportion_to_prior_over_squared_count(with_prior):
+def test_go_explore_tries_an_action_in_proportion_to_prior_and_count(with_prior):
     counts = NoveltyCounts()
     state = room("a", 1.0)
-    counts.actions["a", 1.0, "go"] = 3
+    counts.actions["a", 1.0, "go"] = 1
     counts.actions["a", 2.0, "up"] = 9  # with another score
-    prior = np.array([0.175, 0.525, 0.175, 0.125]) if with_prior else None
+    prior = np.array([0.4, 0.2, 0.3, 0.1]) if with_prior else None
     expected = np.full(4, 0.25) if prior is None else prior.copy()
-    expected[0] /= (1 + 3) ** 2
-    episode = begin(make_strategy(None, counts=[counts]), state)
-    noises = [episode.ask(prior) for _ in range(4000)]
+    expected[0] /= (1 + 1) ** 1.5  # it was not taken in this place
+    expected **= 2
+    strategy = make_strategy(None, counts=[counts])
+    noises = []
+    for seed in range(4000):
+        episode = begin(strategy, deviation=None, state=state, rng=np.random.default_rng(seed))
+        strategy.begin_episode(0, state, rng=episode.rng)  # the target was chosen without the prior
+        noises.append(episode.ask(prior))
     probs = np.array([noise.probs for noise in noises])
     assert ((probs == 1.0).sum(axis=1) == 1).all() and (probs.sum(axis=1) == 1.0).all()
-    assert {noise.temperature_scale for noise in noises} == {1.0}
+    assert all((noise.only == (noise.probs == 1.0)).all() for noise in noises)
     assert probs.mean(axis=0) == pytest.approx(expected / expected.sum(), abs=0.03)
 
 
@@ -317,9 +381,12 @@ def test_go_explore_explores_by_counts_while_it_deviates():
     """Actions of the known trajectory are not preferred."""
     counts = NoveltyCounts()
     counts.actions["a", 0.0, "go"] = 1
-    episode = begin(make_strategy(counts=[counts]), deviation=(0, 1))
-    probs = np.mean([episode.ask().probs for _ in range(2000)], axis=0)
-    assert probs == pytest.approx(np.array([1, 4, 4, 4]) / 13, abs=0.04)
+    strategy = make_strategy(counts=[counts])
+    episode = begin(strategy, deviation=(0, 1))
+    assert returns_by(episode) == []
+    rngs = map(np.random.default_rng, range(2000))
+    probs = np.mean([begin(strategy, deviation=(0, 1), rng=rng).noise.probs for rng in rngs], axis=0)
+    assert probs == pytest.approx(np.array([1, 8, 8, 8]) / 25, abs=0.04)
 
 
 def test_go_explore_returns_again_after_off_path_reward():
@@ -429,7 +496,8 @@ def test_go_explore_keeps_an_archive_for_each_game():
     begin(strategy).take("up", room("b", 2.0), 2.0)
     assert [returns_by(begin(strategy, env=env)) for env in range(4)] == [["up"], [], ["up"], []]
     counts[1].actions["a", 0.0, "go"] = 99
-    noises = [[begin(strategy, env=env).ask().probs[0] for _ in range(50)] for env in (1, 3)]
+    rngs = [np.random.default_rng(seed) for seed in range(50)]
+    noises = [[begin(strategy, env=env, rng=rng).noise.probs[0] for rng in rngs] for env in (1, 3)]
     assert np.mean(noises) < 0.1  # "go" was taken often in game 1, by any environment
 
 

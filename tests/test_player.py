@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -38,8 +39,8 @@ class FixedSearch:
 class FixedNoise:
     """An exploration strategy that always gives the same noise."""
 
-    def __init__(self, *probs: float, temperature_scale: float = 1.0) -> None:
-        self.noise = RootNoise(np.array(probs), temperature_scale)
+    def __init__(self, *probs: float, only: Sequence[bool] | None = None) -> None:
+        self.noise = RootNoise(np.array(probs), only=None if only is None else np.array(only))
 
     def root_noise(self, env, state, prior_probs, *, rng):
         return self.noise
@@ -86,13 +87,18 @@ def test_player_roots_hold_the_latest_observations():
     assert episode.total_reward == 3.0 and len(episode.history) == 3
 
 
-@pytest.mark.parametrize("temperature_scale", [1.0, 0.5])
-def test_player_samples_in_proportion_to_visits_to_the_inverse_temperature(temperature_scale):
-    """Temperature 2 and visits 1, 4, 0: square roots 1, 2, 0. Half the temperature: 1, 4, 0."""
-    player = with_search(1, 4, 0, search={"temperature": 2.0})
-    exploration = FixedNoise(0.2, 0.3, 0.5, temperature_scale=temperature_scale)
-    decisions = decide(player, times=2000, exploration=exploration, sample=True)
-    expected = np.array([1, 2, 0]) / 3 if temperature_scale == 1.0 else np.array([1, 4, 0]) / 5
+@pytest.mark.parametrize(
+    ("visits", "only", "expected"),
+    [
+        ((1, 4, 0), None, (1 / 3, 2 / 3, 0)),  # temperature 2: square roots
+        ((1, 4, 9), (True, True, False), (1 / 3, 2 / 3, 0)),
+        ((1, 4, 9), (True, False, False), (1, 0, 0)),
+        ((0, 4, 0), (True, False, True), (2 / 7, 0, 5 / 7)),  # none of them was visited: the noise
+    ],
+)
+def test_player_samples_in_proportion_to_visits_to_the_inverse_temperature(visits, only, expected):
+    player = with_search(*visits, search={"temperature": 2.0})
+    decisions = decide(player, times=2000, exploration=FixedNoise(0.2, 0.3, 0.5, only=only), sample=True)
     counts = Counter(d.chosen for d in decisions)
     assert [counts[k] / 2000 for k in range(3)] == pytest.approx(expected, abs=0.03)
     assert all(d.behaviour_prob == pytest.approx(expected[d.chosen]) for d in decisions)

@@ -244,9 +244,13 @@ class Player:
         if result is not None:
             if not sample:
                 return result.visit_counts
-            scale = noise.temperature_scale if noise is not None else 1.0
-            shares = result.visit_counts / result.visit_counts.max()  # at most 1, so that no power overflows
-            return shares ** (1.0 / (self.settings.search.temperature * scale))
+            visits = result.visit_counts
+            if noise is not None and noise.only is not None:
+                visits = visits * noise.only
+                if not visits.any():
+                    return noise.probs * noise.only
+            shares = visits / visits.max()  # at most 1, so that no power overflows
+            return np.asarray(shares ** (1.0 / self.settings.search.temperature))
         if prior is not None:
             return np.exp(prior.logprobs.astype(np.float64))
         return np.ones(len(state.valid_actions))

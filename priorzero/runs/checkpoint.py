@@ -33,7 +33,7 @@ from priorzero.runs.files import (
 from priorzero.settings import Settings
 from priorzero.types import Plain, UserError
 
-FORMAT = 9  # raise it when a change makes older checkpoints unreadable
+FORMAT = 10  # raise it when a change makes older checkpoints unreadable
 EXPORT_FORMAT = 1  # the same for exported agents, see priorzero.runs.exported
 AGENT_FILES = (WORLD_MODEL, ACTIONS, CONFIG)  # in the checkpoints of both training loops
 REQUIRED_FILES = (TRAINING_STATE, *AGENT_FILES)  # for resuming

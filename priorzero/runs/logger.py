@@ -47,9 +47,8 @@ def log_start(settings: Settings, *, games: str, where: str, folder: Path) -> No
 
 def _llm_text(cfg: LLMSettings) -> str:
     if not cfg.adapter:
-        return f"LLM: {cfg.path}, without llm.adapter"
-    how = "which is trained further" if cfg.use_lora else "which is merged into it (llm.use_lora=false)"
-    return f"LLM: {cfg.path} with the adapter {cfg.adapter}, {how}"
+        return f"LLM: {cfg.path}, llm.adapter: none"
+    return f"LLM: {cfg.path}, llm.adapter: {cfg.adapter}" + ("" if cfg.use_lora else ", merged (llm.use_lora=false)")
 
 
 class RunLogger:

@@ -269,7 +269,9 @@ def _check_origin(checkpoint: Checkpoint) -> None:
     try:
         settings = resolve_settings(read_config_file(file))
     except UserError as error:  # the run does not need this file
-        checkpoint.notes.append(f"{file} cannot be used and is replaced ({error})")
+        note = f"{file} cannot be used and is replaced ({error})"
+        if note not in checkpoint.notes:
+            checkpoint.notes.append(note)
         return
     different = [f"{name}: {now!r} and {before!r}" for name, now, before in _differences(settings, checkpoint.settings)]
     if different:

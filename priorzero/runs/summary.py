@@ -180,7 +180,7 @@ def _sentence(first: Results, last: Results) -> str | None:
     """How the score of the main mode has changed; None if it was not evaluated twice."""
     for mode in ("world_model_with_prior", "world_model", *(mode for mode, _ in last)):
         if (mode, False) in first and (mode, False) in last:
-            before, after = first[mode, False].mean_score, last[mode, False].mean_score
+            before, after = (round(results[mode, False].mean_score, 1) for results in (first, last))
             verb = "rose" if after > before else "fell"
             change = f"stayed at {after:.1f}" if after == before else f"{verb} from {before:.1f} to {after:.1f}"
             return f"{MODE_NAMES[mode]}: the mean score {change}"

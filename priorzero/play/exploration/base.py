@@ -1,4 +1,7 @@
-"""Exploration strategies: what collection adds to the root of a search. Evaluation uses none."""
+"""Exploration strategies: what collection adds to the root of a search, and which actions it takes.
+
+Evaluation uses none.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,13 @@ class RootNoise:
     Attributes:
         probs: distribution over the valid actions that is mixed into the root's prior with the weight
             ``search.root_noise_weight``, ``[K]``.
-        temperature_scale: factor of ``search.temperature`` when the action is sampled from the visit counts.
+        only: True for the actions that may be taken, ``[K]`` bool; at least one. The action is sampled from their visit
+            counts, and from ``probs`` if none of them was visited, so one of them has a positive probability. None: all
+            actions.
     """
 
     probs: np.ndarray
-    temperature_scale: float = 1.0
+    only: np.ndarray | None = None
 
 
 class Exploration:

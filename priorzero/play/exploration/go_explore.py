@@ -3,33 +3,40 @@
 The archive of a game stores the best trajectory known from each cell. A cell is a score together with a room or with a
 place (room description and inventory). The best trajectory is the one to the highest score; of several, the shortest.
 
-- Return: if the archive has a trajectory from the present cell to a higher score, the root noise is uniform over its
-  actions, and the sampling temperature is halved. So the episode follows the trajectory.
-- Explore: otherwise the noise is all on one action, sampled with a probability proportional to
-  ``prior / (1 + count)^2``, where the count is of the action in its room with its score.
+- Return: if the archive has a trajectory from the present cell to a higher score, the episode takes one of its actions.
+  If it has one from another room with the present score, the episode goes to the nearest of these rooms. After
+  :data:`MAX_VISITS` such decisions in the same place, the episode explores there, so that it does not go in a circle.
+- Explore: if there is none, the episode explores until it gains points. It chooses a target, goes there and tries it. A
+  target is a command of a known room, sampled with a probability proportional to the square of ``prior / ((1 +
+  distance) (1 + count)^3)``; see :meth:`.room_map.RoomMap.sample_target`.
+- The episode takes these actions whatever the search prefers; the search chooses only among several actions of a known
+  trajectory. They are also root noise, which raises their visit counts, the target of the world model's policy.
 - Deviate: with the probability ``search.deviation_prob``, an episode explores in a random interval of its actions even
-  if it could return. The interval ends early once the episode has gained points that no known trajectory has.
-- A trajectory has the score that its episode has reached; after the end of the episode, it has the final score.
-  So a trajectory to points that are lost again, for example by death, is worth less than one that keeps them.
+  if it could return. Its targets are commands of the present room. The interval ends early once the episode has gained
+  points that no known trajectory has.
+- A trajectory has the score that its episode has reached; after the end of the episode, it has the final score. So a
+  trajectory to points that are lost again, for example by death, is worth less than one that keeps them.
 
-The original restores saved states of the game. Here the agent's own search replays the trajectory.
+The original restores saved states of the game, and explores by random actions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from priorzero.envs.history import without_loops
 from priorzero.play.exploration.base import Exploration, RootNoise
+from priorzero.play.exploration.room_map import RoomMap, Route, Target
 from priorzero.play.novelty import NoveltyCounts
-from priorzero.types import GameState, HistoryStep, Plain
+from priorzero.types import GameState, HistoryStep, Place, Plain
 
-RETURN_TEMPERATURE_SCALE = 0.5  # with search.temperature=1, actions are sampled from the squared visit counts
+MAX_VISITS = 2
+MAX_DEVIATION = 5
 
-Place = tuple[str, ...]
 Cell = tuple[Place | str, float]  # a place or a room, and a score
 
 
@@ -133,6 +140,12 @@ class Archive:
                     break
         return best
 
+    def rooms(self, score: float) -> set[str]:
+        """The rooms in which a trajectory from ``score`` to a higher score is known."""
+        cells = [*self._provisional, *self._confirmed]
+        known = {where: self._known((where, own)) for where, own in cells if own == score and isinstance(where, str)}
+        return {room for room, trajectory in known.items() if trajectory is not None and trajectory.score > score}
+
     def state_dict(self) -> Plain:
         return {"provisional": _to_plain(self._provisional), "confirmed": _to_plain(self._confirmed)}
 
@@ -162,11 +175,23 @@ class _EpisodeProgress:
             one after it. None: it does not deviate.
         off_path_reward: points gained and lost since the deviation began, without those that the archive expected.
             Once the sum is positive, the deviation is over.
+        explores: the episode explores until it gains points.
+        returns: the present decision follows a trajectory, or goes to a room from which one is known.
+        visits: number of such decisions in each place since the last change of the score.
+        dead_ends: rooms in which no action of a trajectory was valid, since the last change of the score.
+        target: the command that the episode goes to; None: the next exploring decision chooses one.
+        give_up_at: number of actions in the episode after which the target is given up.
     """
 
     deviation: tuple[int, int] | None
     off_path_reward: float = 0.0
     num_actions: int = 0  # so far
+    explores: bool = False
+    returns: bool = False
+    visits: Counter[Place] = field(default_factory=Counter)
+    dead_ends: set[str] = field(default_factory=set)
+    target: Target | None = None
+    give_up_at: int = 0
     plan: Plan | None = None  # the archive's plan for the present decision; None between decisions
 
     @property
@@ -174,6 +199,29 @@ class _EpisodeProgress:
         if self.deviation is None or self.off_path_reward > 0:
             return False
         return self.deviation[0] <= self.num_actions < self.deviation[1]
+
+    def state_dict(self) -> Plain:
+        """Everything but the plan, which is None between decisions."""
+        return {
+            "deviation": self.deviation,
+            "off_path_reward": self.off_path_reward,
+            "num_actions": self.num_actions,
+            "explores": self.explores,
+            "visits": list(self.visits.items()),
+            "dead_ends": sorted(self.dead_ends),
+            "target": None if self.target is None else tuple(self.target),
+            "give_up_at": self.give_up_at,
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Plain) -> _EpisodeProgress:
+        target = state["target"]
+        changed = {
+            "visits": Counter(dict(state["visits"])),
+            "dead_ends": set(state["dead_ends"]),
+            "target": None if target is None else Target(*target),
+        }
+        return cls(**{**state, **changed})
 
 
 class GoExplore(Exploration):
@@ -183,10 +231,14 @@ class GoExplore(Exploration):
         self._counts = counts
         self._deviation_prob = deviation_prob
         self.archives = [Archive() for _ in counts]
+        self.maps = [RoomMap() for _ in counts]
         self._progress: dict[int, _EpisodeProgress] = {}
 
     def _archive(self, env: int) -> Archive:
         return self.archives[env % len(self.archives)]
+
+    def _map(self, env: int) -> RoomMap:
+        return self.maps[env % len(self.maps)]
 
     def begin_episode(self, env: int, state: GameState, *, rng: np.random.Generator) -> None:
         deviation = self._sample_deviation(self._archive(env), max_score=state.max_score, rng=rng)
@@ -197,9 +249,9 @@ class GoExplore(Exploration):
     ) -> tuple[int, int] | None:
         """A value of :attr:`_EpisodeProgress.deviation`.
 
-        The interval begins after 0 to L actions and contains 1 to L actions, both uniformly distributed, where L is the
-        length of the best trajectory. There is none before a trajectory is known, nor after one has reached
-        ``max_score``.
+        The interval begins after 0 to L actions, where L is the length of the best trajectory. It contains 1 to
+        :data:`MAX_DEVIATION` actions, but at most L. Both numbers are uniformly distributed. There is none before a
+        trajectory is known, nor after one has reached ``max_score``.
         """
         if self._deviation_prob == 0.0 or rng.random() >= self._deviation_prob:
             return None
@@ -207,23 +259,62 @@ class GoExplore(Exploration):
         if best is None or 0 < max_score <= best.score:
             return None
         begin = int(rng.integers(best.length + 1))
-        return begin, begin + 1 + int(rng.integers(best.length))
+        return begin, begin + 1 + int(rng.integers(min(best.length, MAX_DEVIATION)))
 
     def root_noise(
         self, env: int, state: GameState, prior_probs: np.ndarray | None, *, rng: np.random.Generator
     ) -> RootNoise:
         progress = self._progress[env]
         progress.plan = self._archive(env).plan(state, off_path_reward=progress.off_path_reward)
-        known = progress.plan.actions
-        if known.any() and not progress.deviates:
-            return RootNoise(known / known.sum(), RETURN_TEMPERATURE_SCALE)
-        weights = np.ones(len(known)) if prior_probs is None else prior_probs
-        weights = weights / (1.0 + self._counts[env % len(self._counts)].of_actions(state)) ** 2
-        chosen = rng.choice(len(known), p=weights / weights.sum())
-        return RootNoise(np.eye(len(known))[chosen])
+        if prior_probs is None:
+            prior_probs = np.full(len(state.valid_actions), 1.0 / len(state.valid_actions))
+        self._map(env).visit(state, prior_probs)
+        chosen = progress.plan.actions
+        goes_in_circle = progress.visits[state.place] >= MAX_VISITS
+        progress.returns = not (progress.deviates or progress.explores or goes_in_circle)
+        if not (progress.returns and chosen.any()):
+            action = self._next_action(env, state, rng=rng)
+            chosen = np.array([valid == action for valid in state.valid_actions])
+        if progress.returns:
+            progress.target = None
+        return RootNoise(chosen / chosen.sum(), only=chosen)
+
+    def _next_action(self, env: int, state: GameState, *, rng: np.random.Generator) -> str:
+        """The next action of an episode that is not on a known trajectory, or does not follow it."""
+        progress, archive = self._progress[env], self._archive(env)
+        routes = self._map(env).routes(state)
+        if progress.returns:
+            progress.dead_ends.add(state.room)
+            known = archive.rooms(state.score) | archive.rooms(state.score - progress.off_path_reward)
+            nearest = min((routes[room] for room in known - progress.dead_ends if room in routes), default=None)
+            if nearest is not None:
+                return nearest.first
+            progress.returns = False
+            # After points off the trajectories, the episode may still come to a room from which it can return.
+            progress.explores = progress.off_path_reward <= 0
+        if progress.deviates:  # the episode does not go far from its trajectory
+            routes = {state.room: routes[state.room]}
+        return self._next_to_target(env, state, routes, rng=rng)
+
+    def _next_to_target(
+        self, env: int, state: GameState, routes: Mapping[str, Route], *, rng: np.random.Generator
+    ) -> str:
+        """The next command on the way to the target, or the target itself. Chooses a target if there is none."""
+        progress, target = self._progress[env], self._progress[env].target
+        if (
+            target is None
+            or progress.num_actions >= progress.give_up_at
+            or target.room not in routes
+            or (target.room == state.room and target.action not in state.valid_actions)
+        ):
+            counts = self._counts[env % len(self._counts)]
+            target = self._map(env).sample_target(state, counts, routes=routes, rng=rng)
+            progress.target = target
+            progress.give_up_at = progress.num_actions + 2 * routes[target.room].distance + 1
+        return target.action if target.room == state.room else routes[target.room].first
 
     def observe(self, env: int, *, position: int, after: GameState, history: Sequence[HistoryStep]) -> None:
-        progress, reward = self._progress[env], history[-1].reward
+        progress, last, reward = self._progress[env], history[-1], history[-1].reward
         assert progress.plan is not None
         expected_gain = progress.plan.expected_gain if progress.plan.actions[position] else 0.0
         began = progress.deviation is not None and progress.num_actions >= progress.deviation[0]
@@ -231,7 +322,16 @@ class GoExplore(Exploration):
             progress.off_path_reward += reward
         progress.num_actions += 1
         progress.plan = None
+        self._map(env).add_step(last, after=after)
+        if reward or progress.target == (last.room, last.action):
+            progress.target = None
+        if progress.returns:
+            progress.visits[last.place] += 1
+        if reward:
+            progress.visits.clear()
+            progress.dead_ends.clear()
         if reward > 0:
+            progress.explores = False
             self._archive(env).add_reward(history, now=after)
 
     def end_episode(self, env: int, state: GameState, history: Sequence[HistoryStep]) -> None:
@@ -243,16 +343,16 @@ class GoExplore(Exploration):
     def state_dict(self) -> Plain:
         return {
             "archives": [archive.state_dict() for archive in self.archives],
-            "progress": {
-                env: (progress.deviation, progress.off_path_reward, progress.num_actions)
-                for env, progress in self._progress.items()
-            },
+            "maps": [own.state_dict() for own in self.maps],
+            "progress": {env: progress.state_dict() for env, progress in self._progress.items()},
         }
 
     def load_state_dict(self, state: Plain) -> None:
         for archive, own in zip(self.archives, state["archives"], strict=True):
             archive.load_state_dict(own)
-        self._progress = {env: _EpisodeProgress(*own) for env, own in state["progress"].items()}
+        for room_map, own in zip(self.maps, state["maps"], strict=True):
+            room_map.load_state_dict(own)
+        self._progress = {env: _EpisodeProgress.from_state_dict(own) for env, own in state["progress"].items()}
 
 
 def _actions_by_cell(path: Sequence[HistoryStep], *, below: float) -> Iterator[tuple[Cell, frozenset[str]]]:
