@@ -298,7 +298,10 @@ class SearchSettings(SettingsGroup):
     pb_c_init: Number = Field(1.25, gt=0, description="constant c_1 of MuZero's PUCT rule")
     discount_factor: Number = Field(0.97, ge=0, le=1, description="discount factor per step")
     temperature: Number = Field(
-        1.0, gt=0, description="while collecting, actions are sampled from the visit counts with this temperature"
+        1.0,
+        gt=0,
+        description="while collecting, actions are sampled from the visit counts with this temperature; go_explore: among "
+        "the actions that the strategy chose",
     )
 
 

@@ -10,8 +10,8 @@ the log-likelihood of recent targets under the mixture. There are two kinds of t
   If the search does not prefer any action, this target is the mixture itself, r is alpha, and the weight stays.
 - **Points.** When a command gains points, it and the commands before it are targets. Their weight is
   :data:`POINTS_WEIGHT`, times :data:`TRACE_DECAY` for each command of distance, times a truncated importance weight,
-  ``min(1, mixture / probability with which the command was sampled)``. So commands that exploration has chosen do not
-  count for the prior that suggested them.
+  ``min(1, mixture / probability with which the command was sampled)``. So a command counts less if exploration has made
+  it more probable. ``go_explore`` chooses commands by the prior; the importance weight is given this choice.
 
 The prior knows more than the policy in new states, and less in states that the policy has learned. So there is one
 weight for each of :data:`NUM_BINS` equal intervals of the policy's entropy, relative to that of a uniform distribution.

@@ -70,11 +70,11 @@ def scaled_rewards(records: Sequence[StepRecord], *, cfg: PPOSettings) -> np.nda
 def credit_weights(records: Sequence[StepRecord], *, cfg: PPOSettings) -> np.ndarray:
     r"""Weight of each decision's advantage, ``[n]``.
 
-    The actions were sampled from the search's policy :math:`\mu` (visit counts with a temperature), but PPO learns the
-    prior :math:`\pi`. ``ppo.credit=importance`` gives the weight :math:`\min(1, \pi(a)/\mu(a))`, the truncated
-    importance weight of V-trace (Espeholt et al. 2018, section 4.1): an action that is improbable under the prior has
-    little weight. ``ppo.credit=none`` gives the weight 1. Decisions without a prior of the source ``score`` have the
-    weight 0.
+    The actions were sampled from the search's policy :math:`\mu` (visit counts with a temperature; with ``go_explore``
+    only among the actions that the strategy chose), but PPO learns the prior :math:`\pi`. ``ppo.credit=importance``
+    gives the weight :math:`\min(1, \pi(a)/\mu(a))`, the truncated importance weight of V-trace (Espeholt et al. 2018,
+    section 4.1): an action that is improbable under the prior has little weight. ``ppo.credit=none`` gives the weight
+    1. Decisions without a prior of the source ``score`` have the weight 0.
     """
     weights = np.zeros(len(records))
     for n, record in enumerate(records):
