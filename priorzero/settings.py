@@ -300,8 +300,8 @@ class SearchSettings(SettingsGroup):
     temperature: Number = Field(
         1.0,
         gt=0,
-        description="while collecting, actions are sampled from the visit counts with this temperature; go_explore: among "
-        "the actions that the strategy chose",
+        description="while collecting, actions are sampled from the visit counts with this temperature; go_explore: "
+        "among the actions that the strategy chose",
     )
 
 

@@ -271,8 +271,8 @@ class ActionChoice:
         action_indices: vocabulary index of each valid action, ``[K]`` int64.
         prior: the LLM's prior; None without an LLM.
         chosen: position of the chosen action in ``state.valid_actions``.
-        behaviour_prob: probability with which the action was sampled among those that the exploration strategy allowed; 1
-            if it was not sampled.
+        behaviour_prob: probability with which the action was sampled, among those that the exploration strategy
+            allowed; 1 if it was not sampled.
     """
 
     state: GameState
