@@ -26,6 +26,7 @@ from priorzero.runs.checkpoint import (
     save_tensors,
     saved_checkpoints,
 )
+from priorzero.preflight import prepare
 from priorzero.runs.resume import check_compatible, find_checkpoint, newest_checkpoint, rename_damaged
 from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.types import UserError
@@ -311,6 +312,15 @@ def test_check_compatible_refuses_another_adapter(tmp_path):
     settings.llm.adapter = "other"
     with pytest.raises(UserError, match=r"llm\.adapter is 'other', the checkpoint has ''"):
         check_compatible(checkpoint, settings, games=games)
+
+
+def test_changed_settings_of_a_resumed_run_are_reported_before_other_errors(tmp_path):
+    """The advice about a missing model would be to change a setting that the run must keep."""
+    checkpoint = read_checkpoint(write_checkpoint(tmp_path / "run" / "checkpoints" / "iteration_1", games={}))
+    settings = checkpoint.settings.model_copy(deep=True)
+    settings.llm.path = "./nowhere"
+    with pytest.raises(UserError, match=r"llm\.path is './nowhere', the checkpoint has"):
+        prepare(settings, checkpoint=checkpoint).__enter__()
 
 
 def test_check_compatible_refuses_a_checkpoint_of_another_run(tmp_path):

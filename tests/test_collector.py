@@ -154,6 +154,8 @@ def test_collector_loses_only_the_failed_decision_of_a_failing_game():
     # All steps are stored or lost: game 1 lost two decisions, and the earlier ones of its episode are kept.
     assert sum(g.steps for g in games) == 63 == collected.env_steps
     assert len(records) + sum(num_pending(collector)) == 63 - 2
+    counts = collector.state_dict(RecordTable())["counts"]
+    assert sum(n for own in counts for *_, n in own["actions"]) == 63  # exploration counts the lost ones as well
     truncated = [s for s in collected.segments if not s.records[-1].done and len(s) == len(s.records)]
     assert any(s.records[-1].step == 3 for s in truncated)
     for r in records:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import itertools
 from collections import Counter
 
@@ -499,6 +500,41 @@ def test_go_explore_keeps_an_archive_for_each_game():
     rngs = [np.random.default_rng(seed) for seed in range(50)]
     noises = [[begin(strategy, env=env, rng=rng).noise.probs[0] for rng in rngs] for env in (1, 3)]
     assert np.mean(noises) < 0.1  # "go" was taken often in game 1, by any environment
+
+
+def test_go_explore_keeps_a_map_for_each_game():
+    """Room a of game 0 has an exit to room b. In game 1, it leads to room y, and b is not known."""
+    strategy = make_strategy(None, counts=[NoveltyCounts(), NoveltyCounts()])
+    for env, following in ((0, "b"), (1, "y")):
+        begin(strategy, env=env).take("go", room(following, 0.0))
+    reached = [set(strategy.maps[env].routes(room("a", 0.0))) for env in range(2)]
+    assert reached == [{"a", "b"}, {"a", "y"}]
+
+
+def test_go_explore_restores_how_often_an_episode_was_in_a_place():
+    """It explores on the third visit, also if it was saved and restored before."""
+    strategy, restored = make_strategy(), make_strategy(None)
+    episode = begin(strategy)
+    for _ in range(2):
+        episode.take("back", room("a", 0.0))
+    assert returns_by(episode) == []
+    file = io.BytesIO()
+    torch.save(strategy.state_dict(), file)
+    file.seek(0)
+    restored.load_state_dict(torch.load(file, weights_only=True))
+    episode.strategy = restored
+    episode.ask()
+    assert returns_by(episode) == []
+
+
+def test_go_explore_forgets_an_episode_that_did_not_end():
+    """After the crash of a game, the next call is begin_episode."""
+    strategy = make_strategy()
+    episode = begin(strategy)
+    for _ in range(2):
+        episode.take("back", room("a", 0.0))
+    assert returns_by(episode) == []
+    assert returns_by(begin(strategy)) == ["go"]
 
 
 def test_go_explore_scalars_count_the_actions_of_all_archives():

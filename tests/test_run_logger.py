@@ -7,11 +7,12 @@ import math
 
 import pytest
 import torch
+from loguru import logger
 
 from priorzero.play.episode import EpisodeResult
 from priorzero.play.evaluator import Evaluation
 from priorzero.runs.counters import Counters
-from priorzero.runs.logger import RunLogger
+from priorzero.runs.logger import RunLogger, log_start
 from priorzero.runs.loggers import MetricsWriter
 from priorzero.runs.loggers.tensorboard import TensorBoardLogger
 from priorzero.runs.summary import count_moved, fingerprint
@@ -27,6 +28,22 @@ def test_metrics_writer_counts_values_that_are_not_finite_and_does_not_write_the
     writer.close()
     assert writer.num_not_finite == 2 and writer.last == {"a": 1.0}
     assert read_events(tmp_path) == {"a": [1.0]}
+
+
+@pytest.mark.parametrize(
+    ("llm", "text"),
+    [
+        ({"path": "x"}, "LLM: x, llm.adapter: none"),
+        ({"path": "x", "adapter": "y"}, "LLM: x, llm.adapter: y, merged (llm.use_lora=false)"),
+        ({"path": "x", "adapter": "y", "use_lora": True}, "LLM: x, llm.adapter: y"),
+    ],
+)
+def test_log_start_names_the_adapter_of_the_llm(tmp_path, llm, text):
+    messages: list[str] = []
+    sink = logger.add(lambda message: messages.append(message.record["message"]))
+    log_start(make_settings({"prior": {"enabled": True}, "llm": llm}), games="toy", where="cpu", folder=tmp_path)
+    logger.remove(sink)
+    assert text in messages
 
 
 def test_run_logger_writes_iterations(tmp_path):
