@@ -16,6 +16,7 @@ import torch
 
 from priorzero.entry import build_parser, resume_from
 from priorzero.envs import GameSpec
+from priorzero.preflight import prepare
 from priorzero.runs.checkpoint import (
     FORMAT,
     read_checkpoint,
@@ -26,7 +27,6 @@ from priorzero.runs.checkpoint import (
     save_tensors,
     saved_checkpoints,
 )
-from priorzero.preflight import prepare
 from priorzero.runs.resume import check_compatible, find_checkpoint, newest_checkpoint, rename_damaged
 from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.types import UserError
