@@ -80,9 +80,7 @@ class RoomMap:
     def sample_target(
         self, state: GameState, counts: NoveltyCounts, *, routes: Mapping[str, Route], rng: np.random.Generator
     ) -> Target:
-        """Sample an action of a room that can be reached from a state whose room was visited.
-
-        ``routes`` are those of :meth:`routes`.
+        """Sample an action of a room in ``routes``, which are those from ``state``. The state was visited.
 
         The probability is proportional to the square of ``prior / ((1 + distance) (1 + n)^1.5 (1 + m)^1.5)``. The
         distance is the number of commands to the room. n is how often the action was taken in its room with the present
@@ -90,10 +88,11 @@ class RoomMap:
         """
         targets: list[Target] = []
         weights: list[float] = []
+        here = self.counts.get(state.place, Counter())
         for room, route in routes.items():
             for action, prob in self.probs.get(room, {}).items():
                 n = counts.actions[room, state.score, action]
-                m = self.counts[state.place][action] if room == state.room else n
+                m = here[action] if room == state.room else n
                 targets.append(Target(room, action))
                 weights.append((prob / (1 + route.distance)) ** 2 / ((1 + n) * (1 + m)) ** 3)
         probs = np.array(weights)
