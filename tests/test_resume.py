@@ -147,7 +147,7 @@ def test_resumed_run_repeats_what_came_after_the_checkpoint(whole_run, tmp_path)
     assert second.folder == crashed and second.rows["iterations"] == whole_run.rows["iterations"] == 6
     assert second.rows["environment steps"] == whole_run.rows["environment steps"] >= 60
     assert whole_run.metrics.keys() == second.metrics.keys() and not whole_run.stopped
-    assert recordings(crashed) == recordings(whole_run.folder) and len(recordings(crashed)) == 3
+    assert recordings(crashed) == recordings(whole_run.folder) and len(recordings(crashed)) == 4
     assert_equal_runs(whole_run.folder, crashed, at="iteration_6")
 
 
