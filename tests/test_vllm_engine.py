@@ -440,7 +440,8 @@ def test_vllm_engine_serves_the_adapters_of_all_layers(runner, llm, tmp_path):
     started = [process for process in vllm_processes() if process not in before]
     runner.run(engine.close())
     _, alive = psutil.wait_procs(started, timeout=2)  # the workers end with their engine, which was killed
-    assert len(started) == 2 and not alive
+    # The parent of a process that has ended may not have read its exit code yet.
+    assert len(started) == 2 and all(process.status() == psutil.STATUS_ZOMBIE for process in alive)
 
 
 # ---- runs ----
