@@ -93,7 +93,7 @@ class GameState:
         return self.done and not self.truncated
 
     @property
-    def place(self) -> tuple[str, ...]:
+    def place(self) -> Place:
         """Identifies the state of the world: room description and inventory if they are observed, else the feedback."""
         return (self.look, self.inventory) if self.look or self.inventory else (self.feedback,)
 
@@ -167,7 +167,7 @@ class HistoryStep:
     feedback: str
     action: str
     reward: float
-    place: tuple[str, ...] = ()
+    place: Place = ()
     room: str = ""
     score: float = 0.0
 

@@ -42,8 +42,10 @@ def test_shaped_reward_always_counts_the_action(novelty_of):
     for action in ("act 1 0", "act 1 1", "act 1 1"):
         shape(counts, action=action, novelty_of=novelty_of)
     assert BEFORE.valid_actions == ("act 1 0", "act 1 1", "act 1 2")
-    assert counts.of_actions(BEFORE).tolist() == [1, 2, 0]
-    assert counts.of_actions(dataclasses.replace(BEFORE, score=7.0)).tolist() == [0, 0, 0]
+    room, score = BEFORE.room, BEFORE.score
+    assert counts.actions == {(room, score, "act 1 0"): 1, (room, score, "act 1 1"): 2}
+    shape(counts, before=dataclasses.replace(BEFORE, score=7.0), novelty_of=novelty_of)
+    assert counts.actions[room, 7.0, "act 1 0"] == 1 and counts.actions[room, score, "act 1 0"] == 1
 
 
 @pytest.mark.parametrize(

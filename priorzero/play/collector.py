@@ -328,8 +328,7 @@ class Collector:
         self.num_game_failures += 1
         self.num_steps_lost += 1
         logger.warning(f"game {episode.env} failed at {decision.action_text!r} ({error}); its episode is truncated")
-        counts, state = self._counts[episode.env % len(self._counts)], decision.state
-        counts.actions[state.room, state.score, decision.action_text] += 1  # exploration avoids it
+        self._counts[episode.env % len(self._counts)].add_action(decision.state, decision.action_text)
         collected.segments += self._writers[episode.env].flush(final_features=episode.features[-1])
         collected.env_steps += 1
         self._episodes[episode.env] = None

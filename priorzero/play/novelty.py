@@ -6,8 +6,6 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from priorzero.settings import TrainSettings
 from priorzero.types import GameState, Plain
 
@@ -22,13 +20,13 @@ class NoveltyCounts:
     actions: Counter[tuple[str, float, str]] = field(default_factory=Counter)
     feedback: Counter[str] = field(default_factory=Counter)
 
-    def of_actions(self, state: GameState) -> np.ndarray:
-        """Counts of the state's valid actions in its room with its score, ``[K]``."""
-        return np.array([self.actions[state.room, state.score, action] for action in state.valid_actions])
+    def add_action(self, before: GameState, action: str) -> None:
+        """Count an action, which may have no outcome, because the game failed."""
+        self.actions[before.room, before.score, action] += 1
 
     def add(self, *, before: GameState, action: str, after: GameState, with_feedback: bool) -> None:
         """Count a step. The last feedback of a game is not counted: it contains the number of turns, so it is new."""
-        self.actions[before.room, before.score, action] += 1
+        self.add_action(before, action)
         if with_feedback and not after.terminated:
             self.feedback[after.feedback] += 1
 

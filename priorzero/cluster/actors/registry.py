@@ -85,4 +85,4 @@ class RemoteVocabulary(ActionVocabulary):
         return state
 
     def load_state_dict(self, state: Plain) -> None:
-        raise NotImplementedError("a collector cannot change the registry's indices")
+        raise RuntimeError("a collector cannot change the registry's indices")

@@ -201,7 +201,7 @@ class _EpisodeProgress:
         return self.deviation[0] <= self.num_actions < self.deviation[1]
 
     def state_dict(self) -> Plain:
-        """Everything but the plan, which is None between decisions."""
+        """Everything but ``plan`` and ``returns``, which belong to the present decision."""
         return {
             "deviation": self.deviation,
             "off_path_reward": self.off_path_reward,
