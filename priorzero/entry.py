@@ -165,8 +165,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
 def resume_from(arguments: argparse.Namespace) -> tuple[Settings, Checkpoint | None]:
     """The settings of a resumed run and its checkpoint; None if a new run starts.
 
-    The run keeps its settings. Flags win over them; :func:`priorzero.runs.resume.check_compatible` refuses those that
-    may not change.
+    The run keeps its settings. Flags win over them; :func:`priorzero.runs.resume.check_same_settings` refuses those
+    that may not change.
 
     Raises:
         UserError: there is no such run, or the settings are invalid.

@@ -27,7 +27,7 @@ from priorzero.runs.checkpoint import (
     save_tensors,
     saved_checkpoints,
 )
-from priorzero.runs.resume import check_compatible, find_checkpoint, newest_checkpoint, rename_damaged
+from priorzero.runs.resume import check_games, check_same_settings, find_checkpoint, newest_checkpoint, rename_damaged
 from priorzero.runtime.random_state import global_random_state, set_global_random_state
 from priorzero.types import UserError
 from tests.helpers.checkpoints import write_checkpoint
@@ -289,29 +289,28 @@ def test_newest_checkpoint_explains_a_run_on_a_cluster(tmp_path):
         newest_checkpoint(tmp_path / "run")
 
 
-def test_check_compatible_reports_changed_games_and_packages(tmp_path):
+def test_check_games_reports_changed_games_and_packages(tmp_path):
     games = [GameSpec("zork1.z5", "jericho", tmp_path, "abc", "zork1")]
     folder = write_checkpoint(tmp_path / "a" / "checkpoints" / "iteration_1", games={"zork1": "abc"})
     checkpoint = read_checkpoint(folder)
-    check_compatible(checkpoint, checkpoint.settings, games=games)
+    check_games(checkpoint, games)
     assert checkpoint.notes == []
     checkpoint.manifest["versions"]["torch"] = "1.0"
-    check_compatible(checkpoint, checkpoint.settings, games=games)
+    check_games(checkpoint, games)
     assert "torch 1.0 to" in checkpoint.notes[0] and "results may differ slightly" in checkpoint.notes[0]
     checkpoint.manifest["games"]["zork1"] = "other"
     with pytest.raises(
         UserError, match=r"the game files are \{'zork1': 'abc'\}, the checkpoint has \{'zork1': 'other'\}"
     ):
-        check_compatible(checkpoint, checkpoint.settings, games=games)
+        check_games(checkpoint, games)
 
 
-def test_check_compatible_refuses_another_adapter(tmp_path):
-    games = [GameSpec("zork1.z5", "jericho", tmp_path, "abc", "zork1")]
+def test_check_same_settings_refuses_another_adapter(tmp_path):
     checkpoint = read_checkpoint(write_checkpoint(tmp_path / "checkpoints" / "iteration_1", games={"zork1": "abc"}))
     settings = checkpoint.settings.model_copy(deep=True)
     settings.llm.adapter = "other"
     with pytest.raises(UserError, match=r"llm\.adapter is 'other', the checkpoint has ''"):
-        check_compatible(checkpoint, settings, games=games)
+        check_same_settings(checkpoint, settings)
 
 
 def test_changed_settings_of_a_resumed_run_are_reported_before_other_errors(tmp_path):
@@ -323,22 +322,22 @@ def test_changed_settings_of_a_resumed_run_are_reported_before_other_errors(tmp_
         prepare(settings, checkpoint=checkpoint).__enter__()
 
 
-def test_check_compatible_refuses_a_checkpoint_of_another_run(tmp_path):
+def test_check_same_settings_refuses_a_checkpoint_of_another_run(tmp_path):
     folder = write_checkpoint(tmp_path / "a" / "checkpoints" / "iteration_1", games={"zork1": "abc"})
     games, config = [GameSpec("zork1.z5", "jericho", tmp_path, "abc", "zork1")], tmp_path / "a" / "config.yaml"
     checkpoint = read_checkpoint(folder)
     config.write_text("run: {env_id: zork1.z5, seed: 4, max_iter: 7}")
     with pytest.raises(UserError, match=r"its settings are not those of .*config.yaml \(run.seed: 4 and 3\)"):
-        check_compatible(checkpoint, checkpoint.settings, games=games)
+        check_same_settings(checkpoint, checkpoint.settings)
     config.write_text("run: {env_id: zork1.z5, seed: 3, max_iter: 7}")
-    check_compatible(checkpoint, checkpoint.settings, games=games)
+    check_same_settings(checkpoint, checkpoint.settings)
     assert checkpoint.notes == []
     config.write_text("run: {no_such_setting: 3}")
-    check_compatible(checkpoint, checkpoint.settings, games=games)
+    check_same_settings(checkpoint, checkpoint.settings)
     assert "config.yaml cannot be used and is replaced" in checkpoint.notes[0]
     del checkpoint.manifest["games"], checkpoint.manifest["versions"]
     with pytest.raises(UserError, match=r"the game files are .*, the checkpoint has \{\}"):
-        check_compatible(checkpoint, checkpoint.settings, games=games)
+        check_games(checkpoint, games)
 
 
 @pytest.mark.parametrize(

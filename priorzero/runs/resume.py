@@ -191,13 +191,12 @@ def check_trusted(
         )
 
 
-def check_compatible(checkpoint: Checkpoint, settings: Settings, *, games: Sequence[GameSpec]) -> None:
-    """Check that a run with these settings can be resumed from a checkpoint. Changed package versions are noted.
+def check_games(checkpoint: Checkpoint, games: Sequence[GameSpec]) -> None:
+    """Check that a run on these games can be resumed from a checkpoint. Changed package versions are noted.
 
     Raises:
-        UserError: it lists what differs.
+        UserError: the game files differ.
     """
-    check_same_settings(checkpoint, settings)
     saved_games, own_games = checkpoint.manifest.get("games", {}), {game.name: game.md5 for game in games}
     if saved_games != own_games:
         raise _not_resumed(checkpoint, [f"the game files are {own_games}, the checkpoint has {saved_games}"])
@@ -269,9 +268,7 @@ def _check_origin(checkpoint: Checkpoint) -> None:
     try:
         settings = resolve_settings(read_config_file(file))
     except UserError as error:  # the run does not need this file
-        note = f"{file} cannot be used and is replaced ({error})"
-        if note not in checkpoint.notes:
-            checkpoint.notes.append(note)
+        checkpoint.notes.append(f"{file} cannot be used and is replaced ({error})")
         return
     different = [f"{name}: {now!r} and {before!r}" for name, now, before in _differences(settings, checkpoint.settings)]
     if different:
@@ -288,9 +285,9 @@ def prepare_resume(checkpoint: Checkpoint, settings: Settings, *, games: Sequenc
         The lock.
 
     Raises:
-        UserError: the settings do not fit, or another process uses the run.
+        UserError: the game files differ, or another process uses the run.
     """
-    check_compatible(checkpoint, settings, games=games)
+    check_games(checkpoint, games)
     folder = checkpoint.run_folder
     lock = lock_folder(folder)
     try:

@@ -162,7 +162,7 @@ class VLLMEngine:
             raise
         except EngineError:
             raise
-        except Exception as error:
+        except Exception as error:  # vLLM raises errors of many types
             cause = first_logged_error(self.log_file, start=self._log_start) or f"{type(error).__name__}: {error}"
             memory = "cpu_kv_cache_gib" if self.builder.llm.device.type == "cpu" else "gpu_memory_utilization"
             raise EngineError(
